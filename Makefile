@@ -1,0 +1,32 @@
+# Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test quality style clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)  ## the main job on real digits, written to outputs/digits
+	$(BIN)/python examples/digits.py
+
+test: $(INSTALLED)  ## the default test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+quality: $(INSTALLED)  ## linter, formatter and type checker, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(INSTALLED)  ## mends what the linter and formatter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info

@@ -1,0 +1,77 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Small parts the tests share."""
+
+import torch
+from torch import nn
+
+from trl_distreward import (
+    DiffusionDistributionConfig,
+    DistributionRewardTrainer,
+    FeatureStatistics,
+    SiTPipeline,
+    SiTTransformer2DModel,
+    SubsetReplaceReward,
+)
+
+
+def tiny_sit(seed=0, **kwargs):
+    """A SiT of random weights, output layer included, so that its velocity is not zero."""
+    torch.manual_seed(seed)
+    config = {"sample_size": 4, "in_channels": 1, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
+    model = SiTTransformer2DModel(**{**config, "num_classes": 3, "learn_sigma": False, **kwargs})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def tiny_pipeline(seed=0, **kwargs):
+    pipeline = SiTPipeline(tiny_sit(seed, **kwargs))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def features(images):
+    """Eight fixed random features of a 4x4 image."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(16, 8, generator=generator)
+    return (images.float().flatten(1) / 127.5 - 1) @ weight
+
+
+def real_images(count=200):
+    generator = torch.Generator().manual_seed(9)
+    return torch.randint(0, 256, (count, 1, 4, 4), generator=generator).to(torch.uint8)
+
+
+def tiny_reward(**kwargs):
+    return SubsetReplaceReward(features, FeatureStatistics.from_features(features(real_images())), **kwargs)
+
+
+def tiny_config(output_dir, **kwargs):
+    defaults = {
+        "max_steps": 2,
+        "reference_set_size": 24,
+        "num_subsets": 6,
+        "replace_size": 2,
+        "num_inference_steps": 4,
+        "num_inference_steps_eval": 5,
+        "top_advantage_quantile": 0.5,
+        "per_device_train_batch_size": 7,
+        "per_device_eval_batch_size": 5,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return DiffusionDistributionConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+
+
+def tiny_trainer(output_dir, model=None, reward_funcs=None, peft_config=None, eval_metrics=None, **kwargs):
+    return DistributionRewardTrainer(
+        model=tiny_pipeline() if model is None else model,
+        reward_funcs=tiny_reward() if reward_funcs is None else reward_funcs,
+        args=tiny_config(output_dir, **kwargs),
+        peft_config=peft_config,
+        eval_metrics=eval_metrics,
+    )

@@ -1,0 +1,65 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Post-train diffusion and flow-matching image generators on distribution-wise rewards."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ClassConditionalPolicy": "policies",
+    "DiffusionDistributionConfig": "trainer.distribution_reward_config",
+    "DiffusionPolicy": "policies",
+    "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
+    "FeatureDistance": "metrics.report",
+    "FeatureStatistics": "metrics.statistics",
+    "FrechetDistance": "metrics.frechet",
+    "JointFeatures": "metrics.report",
+    "SiTPipeline": "pipelines.sit",
+    "SiTTransformer2DModel": "models.sit",
+    "SubsetReplaceReward": "rewards.subset_replace",
+    "frechet_distance": "metrics.frechet",
+    "load_pipeline": "policies",
+}
+_SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "trainer"}
+
+__all__ = [
+    "ClassConditionalPolicy",
+    "DiffusionDistributionConfig",
+    "DiffusionPolicy",
+    "DistributionRewardTrainer",
+    "FeatureDistance",
+    "FeatureStatistics",
+    "FrechetDistance",
+    "JointFeatures",
+    "SiTPipeline",
+    "SiTTransformer2DModel",
+    "SubsetReplaceReward",
+    "frechet_distance",
+    "load_pipeline",
+]
+
+if TYPE_CHECKING:
+    from .metrics.frechet import FrechetDistance, frechet_distance
+    from .metrics.report import FeatureDistance, JointFeatures
+    from .metrics.statistics import FeatureStatistics
+    from .models.sit import SiTTransformer2DModel
+    from .pipelines.sit import SiTPipeline
+    from .policies import ClassConditionalPolicy, DiffusionPolicy, load_pipeline
+    from .rewards.subset_replace import SubsetReplaceReward
+    from .trainer.distribution_reward_config import DiffusionDistributionConfig
+    from .trainer.distribution_reward_trainer import DistributionRewardTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC, *_SUBMODULES})
