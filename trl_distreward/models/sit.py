@@ -1,0 +1,241 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""SiT, the Scalable Interpolant Transformer (arXiv 2401.08740), under the original state-dict keys.
+
+The network is DiT's (arXiv 2212.09748) read as a velocity. It is not diffusers' `DiTTransformer2DModel`: one timestep
+and one label embedder serve all blocks, and frequencies run over `k/128`, as in the published checkpoints.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+# Table 1 of arXiv 2401.08740: depth, width, heads
+SIT_SIZES = {
+    "S": {"num_layers": 12, "hidden_size": 384, "num_attention_heads": 6},
+    "B": {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
+    "L": {"num_layers": 24, "hidden_size": 1024, "num_attention_heads": 16},
+    "XL": {"num_layers": 28, "hidden_size": 1152, "num_attention_heads": 16},
+}
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding: half of the channels encode the column, half the row."""  # (1, grid², width)
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, width / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
+    columns = axis[None, :, :].expand(grid_size, -1, -1)
+    rows = axis[:, None, :].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).float()
+
+
+class PatchEmbedder(nn.Module):
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, patches, width)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, hidden_size: int, frequency_size: int = 256):
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequency_size // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class embedding with a last row for the null class, taken with `dropout_prob` in training mode."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels: Tensor) -> Tensor:
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+            labels = torch.where(dropped, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, patches, head width)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, mlp_ratio: float):
+        super().__init__()
+        inner = int(hidden_size * mlp_ratio)
+        self.fc1 = nn.Linear(hidden_size, inner)
+        self.fc2 = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (arXiv 2212.09748, Section 3.2)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """
+    Class-conditional transformer that predicts SiT's velocity.
+
+    Parameters:
+        sample_size (`int`, *optional*, defaults to 32): height and width of the input, in latent or image pixels.
+        patch_size (`int`, *optional*, defaults to 2): side of a patch; must divide `sample_size`.
+        in_channels (`int`, *optional*, defaults to 4): channels of the input and of the velocity.
+        hidden_size (`int`, *optional*, defaults to 1152): width; a multiple of 4 and of `num_attention_heads`.
+        num_layers (`int`, *optional*, defaults to 28): number of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 16): heads of each block.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): width of the MLP over `hidden_size`.
+        num_classes (`int`, *optional*, defaults to 1000): classes; label `num_classes` is the null class.
+        class_dropout_prob (`float`, *optional*, defaults to 0.1):
+            chance to train on the null class instead of the label, in training mode; 0 leaves no null class.
+        learn_sigma (`bool`, *optional*, defaults to `True`):
+            whether the last layer has a second half of channels, unused by the velocity, as published weights have.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTBlock"]
+    _repeated_blocks = ["SiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+    ):
+        super().__init__()
+        if sample_size % patch_size:
+            raise ValueError(f"patch_size={patch_size} must divide sample_size={sample_size}.")
+        if hidden_size % num_attention_heads or hidden_size % 4:
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads} and of 4."
+            )
+        self.gradient_checkpointing = False
+        grid_size = sample_size // patch_size
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, grid_size), requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
+        self.initialize_weights()
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> "SiTTransformer2DModel":
+        """A model with random weights of a published size, e.g. `"XL/2"`; other arguments as in the constructor."""
+        name, _, patch = size.partition("/")
+        if name not in SIT_SIZES or (patch and not patch.isdigit()):
+            raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(SIT_SIZES)}, e.g. 'XL/2'.")
+        return cls(**{**SIT_SIZES[name], "patch_size": int(patch or 2), **kwargs})
+
+    def initialize_weights(self) -> None:
+        """Xavier for linear layers, N(0, 0.02²) for embedders, zero for modulations and output: adaLN-Zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        embeddings: list[Any] = [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        for embedding in embeddings:
+            nn.init.normal_(embedding.weight, std=0.02)
+        modulations: list[Any] = [block.adaLN_modulation for block in self.blocks]
+        for modulation in modulations + [self.final_layer.adaLN_modulation]:
+            nn.init.zeros_(modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(B, patches, patch² · channels) -> (B, channels, H, W)."""
+        p, grid = self.config.patch_size, self.config.sample_size // self.config.patch_size
+        x = x.reshape(x.shape[0], grid, grid, p, p, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, grid * p, grid * p)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): sample.
+            timestep (`torch.Tensor` of shape `(B,)`): SiT's time in [0, 1], with noise at 0 and data at 1.
+            class_labels (`torch.LongTensor` of shape `(B,)`): labels in [0, num_classes]; the last is the null class.
+
+        Returns:
+            `.sample` of shape `(B, C, H, W)`: velocity `x_data - x_noise` in SiT's own convention.
+        """
+        x = self.x_embedder(hidden_states) + self.pos_embed
+        c = self.t_embedder(timestep) + self.y_embedder(class_labels)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c)
+            else:
+                x = block(x, c)
+        velocity = self.unpatchify(self.final_layer(x, c))
+        if self.config.learn_sigma:
+            velocity = velocity.chunk(2, dim=1)[0]
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)

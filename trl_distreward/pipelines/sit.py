@@ -1,0 +1,145 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Class-conditional generation with SiT (arXiv 2401.08740), in latent space or, without a VAE, in pixel space."""
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+
+class SiTPipeline(DiffusionPipeline):
+    """
+    Pipeline for class-conditional image generation with a SiT network.
+
+    Parameters:
+        transformer ([`SiTTransformer2DModel`]): predicts the velocity.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): decodes latents; without one the samples are images in [-1, 1].
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+
+    def __init__(self, transformer: ModelMixin, vae: AutoencoderKL | None = None):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    def predict_velocity(
+        self, model: nn.Module, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Velocity `x_noise - x_data` at time `t`, with data at 0 and noise at 1, guided when `guidance_scale != 1`.
+
+        Args:
+            model (`nn.Module`): the transformer, possibly wrapped for distributed training.
+            x (`torch.Tensor` of shape `(B, C, H, W)`): sample.
+            t (`torch.Tensor` of shape `(B,)`): time in [0, 1]; SiT's own clock runs the other way, as does its sign.
+            class_labels (`torch.LongTensor` of shape `(B,)`): labels.
+        """
+        if guidance_scale == 1.0:
+            return -model(x, 1 - t, class_labels, return_dict=False)[0]
+        null = torch.full_like(class_labels, self.transformer.config.num_classes)
+        both = model(torch.cat([x, x]), 1 - torch.cat([t, t]), torch.cat([class_labels, null]), return_dict=False)[0]
+        conditional, unconditional = both.chunk(2)
+        return -(unconditional + guidance_scale * (conditional - unconditional))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples (B, C, H, W) to images (B, channels, height, width) in [0, 1]; differentiable but for the clamp."""
+        if self.vae is not None:
+            x = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        return (x.float() / 2 + 0.5).clamp(0, 1)
+
+    def check_inputs(
+        self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int, sampler: str, solver: str
+    ) -> None:
+        config = self.transformer.config
+        if num_inference_steps < (2 if sampler == "sde" else 1):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for the SDE, whose last step is "
+                "apart."
+            )
+        if class_labels.ndim != 1 or class_labels.min() < 0 or class_labels.max() >= config.num_classes:
+            raise ValueError(
+                f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
+                f"of integers from 0 to {config.num_classes - 1}."
+            )
+        if guidance_scale != 1.0 and config.class_dropout_prob == 0:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
+                "use guidance_scale=1.0."
+            )
+        if sampler not in ("ode", "sde") or solver not in ("euler", "heun"):
+            raise ValueError(
+                f"sampler={sampler!r}, solver={solver!r}: sampler must be 'ode' or 'sde', solver 'euler' or 'heun'."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int] | Tensor,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 250,
+        sampler: str = "ode",
+        solver: str = "euler",
+        noise_level: float = 1.0,
+        last_step_size: float = 0.04,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Args:
+            class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`.
+            guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 is none.
+            num_inference_steps (`int`, *optional*, defaults to 250): steps of the sampler.
+            sampler (`str`, *optional*, defaults to `"ode"`):
+                `"ode"`, or `"sde"`: Euler-Maruyama with SiT's `sigma` diffusion, ending with a noiseless step.
+            solver (`str`, *optional*, defaults to `"euler"`): `"euler"` or `"heun"`, for the ODE.
+            noise_level (`float`, *optional*, defaults to 1.0): the SDE's η in `s² = 2 η² t`; 1.0 is SiT's.
+            last_step_size (`float`, *optional*, defaults to 0.04): the SDE's last, noiseless step, SiT's "Mean" step.
+            generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` (B, H, W, C), `"pt"` (B, C, H, W), both in [0, 1], or `"latent"`.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or a tuple whose first element is the images.
+        """
+        device, dtype, config = self._execution_device, self.transformer.dtype, self.transformer.config
+        labels = torch.as_tensor(class_labels, device=device)
+        self.check_inputs(labels, guidance_scale, num_inference_steps, sampler, solver)
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, but these labels and model need {shape}.")
+        x = latents.to(device)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            times = torch.full((len(labels),), t, device=device)
+            return self.predict_velocity(self.transformer, x.to(dtype), times, labels, guidance_scale).to(x.dtype)
+
+        if sampler == "sde":
+            rest, points = 1 - last_step_size, num_inference_steps - 1
+            times = [1 - rest * i / points for i in range(points)] + [last_step_size, 0.0]
+        else:
+            times = [1 - i / num_inference_steps for i in range(num_inference_steps)] + [0.0]
+        for t, t_next in self.progress_bar(list(zip(times, times[1:], strict=False))):
+            dt, v = t_next - t, velocity(x, t)
+            if sampler == "sde":
+                # s² = 2 η² t: drift v + s²/(2t) (x + (1-t) v), variance s² |dt|
+                x = x + (v + noise_level**2 * (x + (1 - t) * v)) * dt
+                if t_next > 0:
+                    noise = randn_tensor(shape, generator=generator, device=device, dtype=x.dtype)
+                    x = x + noise_level * (2 * t * -dt) ** 0.5 * noise
+            elif solver == "heun" and t_next > 0:
+                x = x + 0.5 * (v + velocity(x + v * dt, t_next)) * dt
+            else:
+                x = x + v * dt
+
+        images = x if output_type == "latent" else self.decode(x)
+        if output_type not in ("latent", "pt"):
+            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=[False] * len(x))
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
