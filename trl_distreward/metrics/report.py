@@ -1,0 +1,156 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Metrics of generated sets: fed with batches of images, computed at the end.
+
+Anything with `reset()`, `update(images, conditions)` and `compute() -> float` serves as a metric.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .frechet import FrechetDistance
+from .statistics import FeatureStatistics
+
+FeatureExtractor = Callable[..., Tensor]
+
+DISTANCES: dict[str, Callable[[Any], Any]] = {"frechet": FrechetDistance}
+
+
+class JointFeatures:
+    """
+    Features of an image beside its class: a distance between such features sees whether images answer their labels.
+
+    The distance of images alone is blind to labels: swapping the images of two classes leaves it as it was, so nothing
+    holds a fine-tuned generator to its conditions. Here the covariance of features and label is part of the moments.
+
+    Args:
+        feature_extractor (`Callable`): uint8 images `(B, C, H, W)` to features `(B, d)`.
+        num_classes (`int`): number of classes; labels become one-hot vectors.
+        scale (`float`, *optional*, defaults to 1.0): what a label is worth: the one-hot vectors are multiplied by it.
+
+    Example:
+
+    ```python
+    >>> joint = JointFeatures(inception, num_classes=1000)
+    >>> reward = SubsetReplaceReward(joint, FeatureStatistics.from_features(joint(real_images, real_labels)))
+    ```
+    """
+
+    needs_conditions = True
+
+    def __init__(self, feature_extractor: FeatureExtractor, num_classes: int, scale: float = 1.0):
+        self.extractor = freeze(feature_extractor)
+        self.num_classes = num_classes
+        self.scale = scale
+
+    def __call__(self, images: Tensor, conditions: Any) -> Tensor:
+        features = self.extractor(images)  # (B, d)
+        labels = torch.as_tensor(conditions, device=features.device)
+        return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
+
+
+def freeze(extractor: FeatureExtractor) -> FeatureExtractor:
+    """An extractor that is a module is put in evaluation mode and never trained."""
+    if isinstance(extractor, nn.Module):
+        extractor.requires_grad_(False).eval()
+    return extractor
+
+
+class ImageMetric(Protocol):
+    """A metric over a set of uint8 images `(B, C, H, W)` that arrive in batches."""
+
+    def reset(self) -> None: ...
+
+    def update(self, images: Tensor, conditions: Any) -> None: ...
+
+    def compute(self) -> float: ...
+
+
+def build_distance(distance: str | Callable[[Any], Any], real: Any) -> Any:
+    """A distance by name or class, to real data given as statistics, features or the path of a statistics file."""
+    if isinstance(distance, str) and distance not in DISTANCES:
+        raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)} or pass a class.")
+    if isinstance(real, str | os.PathLike):
+        real = FeatureStatistics.load(real)
+    return DISTANCES[distance](real) if isinstance(distance, str) else distance(real)
+
+
+@torch.no_grad()
+def extract_features(
+    extractor: FeatureExtractor,
+    images: Tensor,
+    conditions: Any = None,
+    dimension: int | None = None,
+    name: str = "features",
+) -> Tensor:
+    """
+    Features `(M, d)` in float32 of uint8 images `(M, C, H, W)`.
+
+    An extractor with a true attribute `needs_conditions` is called with the images' conditions as well.
+
+    Raises:
+        ValueError: the extractor changed the batch size, gave another dimension than `dimension`, or NaN or infinite
+            values.
+    """
+    values = extractor(images, conditions) if getattr(extractor, "needs_conditions", False) else extractor(images)
+    if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"feature extractor {name!r} returned {shape} for {len(images)} images: it must return one row per image, "
+            f"({len(images)}, d)."
+        )
+    if dimension is not None and values.shape[1] != dimension:
+        raise ValueError(
+            f"feature extractor {name!r} gives dimension {values.shape[1]}, but its real statistics have {dimension}: "
+            "recompute the statistics with this extractor."
+        )
+    if not values.isfinite().all():
+        bad = (~values.isfinite()).any(dim=1).sum().item()
+        raise ValueError(
+            f"feature extractor {name!r} gave NaN or infinite values for {bad} of {len(images)} images: "
+            "run it in float32 and check the images."
+        )
+    return values.float()
+
+
+class FeatureDistance:
+    """
+    Distance of a generated set from real data in one feature space.
+
+    Args:
+        feature_extractor (`Callable` or `torch.nn.Module`): uint8 images `(B, C, H, W)` to features `(B, d)`.
+        real ([`FeatureStatistics`] or path): the real data.
+        distance (`str` or `Callable`, *optional*, defaults to `"frechet"`): as in [`SubsetReplaceReward`].
+
+    Example:
+
+    ```python
+    >>> metric = FeatureDistance(extractor, "real.safetensors")
+    >>> for images in batches:
+    ...     metric.update(images)
+    >>> metric.compute()
+    ```
+    """
+
+    def __init__(
+        self, feature_extractor: FeatureExtractor, real: Any, distance: str | Callable[[Any], Any] = "frechet"
+    ):
+        self.extractor = freeze(feature_extractor)
+        self.distance = build_distance(distance, real)
+        self._features: list[Tensor] = []
+
+    def reset(self) -> None:
+        self._features = []
+
+    def update(self, images: Tensor, conditions: Any = None) -> None:
+        dimension = getattr(self.distance, "dimension", None)
+        self._features.append(extract_features(self.extractor, images, conditions, dimension))
+
+    def compute(self) -> float:
+        if not self._features:
+            raise ValueError("no images were given: call update(images) before compute().")
+        return self.distance.fit(torch.cat(self._features)).value
