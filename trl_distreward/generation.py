@@ -1,0 +1,191 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Images from a policy: which steps are taken, and which noise each image gets."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .policies import DiffusionPolicy, to_uint8
+from .sampling import (
+    NOISE_SCHEDULES,
+    ODE_SOLVERS,
+    Generators,
+    Trajectory,
+    rollout,
+    solve_ode,
+    stochastic_steps,
+    time_grid,
+)
+
+
+@dataclass(frozen=True)
+class SamplingSchedule:
+    """
+    How a policy is sampled.
+
+    Args:
+        num_steps (`int`): steps of the grid.
+        sampler (`str`, *optional*, defaults to `"sde"`): `"sde"` or `"ode"`.
+        noise_schedule, noise_level: of the SDE, as in [`~sampling.transition`].
+        last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
+        solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
+        time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
+    """
+
+    num_steps: int
+    sampler: str = "sde"
+    noise_schedule: str = "sit"
+    noise_level: float = 1.0
+    last_step_size: float | None = None
+    solver: str = "euler"
+    time_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        if self.noise_schedule not in NOISE_SCHEDULES:
+            raise ValueError(
+                f"noise_schedule={self.noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}."
+            )
+
+    @property
+    def times(self) -> list[float]:
+        last = self.last_step_size if self.sampler == "sde" else None
+        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=last)
+
+    @property
+    def final_step(self) -> str:
+        return "sample" if self.last_step_size is None else "mean"
+
+    @property
+    def trainable_steps(self) -> tuple[int, ...]:
+        """Steps that have a density; none under the ODE."""
+        if self.sampler == "ode":
+            return ()
+        return stochastic_steps(
+            self.times,
+            noise_schedule=self.noise_schedule,
+            noise_level=self.noise_level,
+            final_step=self.final_step,
+        )
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations per image."""
+        heun = self.sampler == "ode" and self.solver == "heun"
+        return 2 * self.num_steps - 1 if heun else self.num_steps
+
+
+def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator per image, fixed by the run's seed, what the images are for, the step and the image's index.
+
+    An image is then the same whichever process, device or micro-batch makes it. Indices below 2³² never collide.
+    """
+    digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=4).digest()
+    base = int.from_bytes(digest, "big")  # CPU generators use 32 bits of their seed
+    return [torch.Generator().manual_seed((base + i) % 2**32) for i in indices]
+
+
+def sample(
+    policy: DiffusionPolicy,
+    model: nn.Module,
+    conditions: Any,
+    schedule: SamplingSchedule,
+    generator: Generators = None,
+    keep_steps: Sequence[int] = (),
+) -> Trajectory:
+    """A batch of samples `(B, ...)` for `conditions`, with the states of `keep_steps` when the sampler is an SDE."""
+    with torch.no_grad():
+        cond = policy.encode(conditions)
+        x = policy.noise(conditions, generator)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return policy.velocity(model, x, t, cond)
+
+    if schedule.sampler == "ode":
+        times = schedule.times
+        final = solve_ode(velocity, x, times, solver=schedule.solver)
+        return Trajectory(final, times, (), {}, x.new_zeros(len(x), 0))
+    return rollout(
+        velocity,
+        x,
+        schedule.times,
+        noise_schedule=schedule.noise_schedule,
+        noise_level=schedule.noise_level,
+        keep_steps=keep_steps,
+        final_step=schedule.final_step,
+        generator=generator,
+    )
+
+
+def take(conditions: Any, indices: Tensor | Sequence[int]) -> Any:
+    """Rows of conditions held as a tensor or as a list."""
+    if isinstance(conditions, Tensor):
+        return conditions[torch.as_tensor(indices, device=conditions.device)]
+    return [conditions[int(i)] for i in indices]
+
+
+@torch.no_grad()
+def generate_images(
+    policy: DiffusionPolicy,
+    conditions: Any,
+    schedule: SamplingSchedule,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    model: nn.Module | None = None,
+    stream: str = "images",
+) -> Iterator[tuple[Tensor, Any]]:
+    """
+    Generates one image per condition.
+
+    Args:
+        policy ([`DiffusionPolicy`]): generator.
+        conditions: one per image, a tensor or a list.
+        schedule ([`SamplingSchedule`]): how to sample.
+        seed (`int`, *optional*, defaults to 0): image `i` depends on this and `i` alone, not on `batch_size`.
+        batch_size (`int`, *optional*, defaults to 64): images at a time.
+        model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
+
+    Yields:
+        uint8 images `(batch, C, H, W)` and their conditions.
+    """
+    for start in range(0, len(conditions), batch_size):
+        indices = range(start, min(start + batch_size, len(conditions)))
+        batch = take(conditions, indices)
+        generators = image_generators(seed, stream, 0, indices)
+        x = sample(policy, model or policy.model, batch, schedule, generators).sample
+        yield to_uint8(policy.decode(x)), batch
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """Labels `0, 1, …, num_classes - 1` repeated to `count`: class frequencies differ by at most one."""
+    return torch.arange(count) % num_classes
+
+
+def conditions_of_slots(policy: DiffusionPolicy, dataset: Any, count: int, seed: int) -> Any:
+    """
+    Conditions of `count` slots: the dataset's `class_labels` in shuffled rounds, or all classes in balance.
+
+    Raises:
+        ValueError: no such column, labels the model does not know, or a policy without classes and no dataset.
+    """
+    if dataset is None:
+        if policy.num_conditions is None:
+            raise ValueError("this policy has no classes to balance: pass a train_dataset with its conditions.")
+        return balanced_labels(count, policy.num_conditions)
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if "class_labels" not in columns:
+        raise ValueError(f"the dataset has columns {columns}: conditions must be in a column 'class_labels'.")
+    rows = dataset["class_labels"] if hasattr(dataset, "column_names") else [row["class_labels"] for row in dataset]
+    labels = torch.as_tensor(list(rows))
+    policy.check_conditions(labels)
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(len(labels), generator=generator) for _ in range(math.ceil(count / len(labels)))]
+    return labels[torch.cat(rounds)[:count]]

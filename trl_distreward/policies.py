@@ -1,0 +1,184 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""A diffusers pipeline seen as a velocity: what the trainers know of a generator."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from .pipelines.sit import SiTPipeline
+from .sampling import Generators, gaussian_noise
+
+
+@runtime_checkable
+class DiffusionPolicy(Protocol):
+    """
+    What a trainer needs of a generator. A new pipeline family is one class with these members.
+
+    `model` is also an argument of `velocity`, so that the wrapped, reference, averaged and merged networks share one
+    path. Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, data at `t = 0`.
+
+    Attributes:
+        model (`torch.nn.Module`): the network that is trained.
+        num_conditions (`int` or `None`): number of classes, where conditions are class labels.
+    """
+
+    model: nn.Module
+    num_conditions: int | None
+
+    def check_conditions(self, conditions: Any) -> None:
+        """Raises `ValueError` for conditions the model does not know."""
+        ...
+
+    def encode(self, conditions: Any) -> dict[str, Tensor]:
+        """Conditions as tensors whose first dimension is the batch."""
+        ...
+
+    def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
+        """Starting noise `(B, ...)` at `t = 1`."""
+        ...
+
+    def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """`x_1 - x_0` as `model` predicts it at `x (B, ...)`, `t (B,)`; guidance included; float32."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [0, 1], float32."""
+        ...
+
+    def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
+        """Writes a folder that loads as a pipeline, with `model` in place of the trained network if given."""
+        ...
+
+    def load_weights(self, path: str | os.PathLike) -> None:
+        """Reads the trained network's weights back from such a folder."""
+        ...
+
+
+class ClassConditionalPolicy:
+    """
+    Policy of a class-conditional [`SiTPipeline`]; conditions are integer labels.
+
+    Args:
+        pipeline ([`SiTPipeline`]): generator; its transformer is trained, its VAE frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance, in training as in sampling.
+    """
+
+    def __init__(self, pipeline: SiTPipeline, guidance_scale: float = 1.0):
+        config = pipeline.transformer.config
+        if guidance_scale != 1.0 and config.class_dropout_prob == 0:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
+                "use guidance_scale=1.0."
+            )
+        self.pipeline = pipeline
+        self.guidance_scale = guidance_scale
+        self.model: nn.Module = pipeline.transformer
+        self.num_conditions: int | None = config.num_classes
+        self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.dtype = pipeline.transformer.dtype
+        if pipeline.vae is not None:
+            pipeline.vae.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def check_conditions(self, conditions: Any) -> None:
+        labels, count = torch.as_tensor(conditions), self.pipeline.transformer.config.num_classes
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"class labels have shape {tuple(labels.shape)}, {labels.dtype}: pass a list of integers."
+            )
+        if len(labels) and not (labels.min() >= 0 and labels.max() < count):
+            raise ValueError(
+                f"class labels span {labels.min().item()} to {labels.max().item()}, but this model has {count} "
+                f"classes: labels must lie in 0 to {count - 1}."
+            )
+
+    def encode(self, conditions: Any) -> dict[str, Tensor]:
+        return {"class_labels": torch.as_tensor(conditions, device=self.device).long()}
+
+    def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
+        return gaussian_noise((len(conditions), *self.sample_shape), generator, self.device, torch.float32)
+
+    def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        labels = cond["class_labels"]
+        return self.pipeline.predict_velocity(model, x.to(self.dtype), t, labels, self.guidance_scale).float()
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.pipeline.decode(x)
+
+    def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
+        trained = self.pipeline.transformer
+        try:
+            self.pipeline.transformer = trained if model is None else model
+            self.pipeline.save_pretrained(path)
+        finally:
+            self.pipeline.transformer = trained
+
+    def load_weights(self, path: str | os.PathLike) -> None:
+        saved = type(self.model).from_pretrained(path, subfolder="transformer")  # type: ignore[attr-defined]
+        self.model.load_state_dict(saved.state_dict())
+
+
+# Pipelines that diffusers' own from_pretrained cannot find by name.
+_PIPELINES = {"SiTPipeline": SiTPipeline}
+_POLICIES = {SiTPipeline: ClassConditionalPolicy}
+
+
+def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any) -> DiffusionPipeline:
+    """
+    Loads a pipeline from a folder or the Hub, including those defined by this library.
+
+    A Hub repository is downloaded first: diffusers resolves a third-party class only in a local folder.
+
+    Args:
+        name_or_path (`str`): folder, or Hub id.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        kwargs: passed to `from_pretrained`, e.g. `torch_dtype`.
+
+    Raises:
+        FileNotFoundError: the folder has no `model_index.json`.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
+            raise FileNotFoundError(f"no folder {name_or_path}: pass a pipeline's folder or a Hub id 'org/name'.")
+        folder = Path(snapshot_download(str(name_or_path), revision=revision))
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has no model_index.json: it is not a saved diffusers pipeline.")
+    class_name = json.loads(index.read_text())["_class_name"]
+    return _PIPELINES.get(class_name, DiffusionPipeline).from_pretrained(folder, **kwargs)
+
+
+def as_policy(model: Any, guidance_scale: float = 1.0) -> DiffusionPolicy:
+    """
+    The policy of a pipeline, folder or Hub id; a [`DiffusionPolicy`] is returned as it is.
+
+    Raises:
+        TypeError: the pipeline's family is not known.
+    """
+    if isinstance(model, str | os.PathLike):
+        model = load_pipeline(model)
+    if isinstance(model, DiffusionPolicy):
+        return model
+    for pipeline_class, policy_class in _POLICIES.items():
+        if isinstance(model, pipeline_class):
+            return policy_class(model, guidance_scale)
+    known = ", ".join(cls.__name__ for cls in _POLICIES)
+    raise TypeError(
+        f"{type(model).__name__} is not a pipeline this library knows ({known}): write a class with the members of "
+        "trl_distreward.policies.DiffusionPolicy and pass an instance of it as `model`."
+    )
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] to uint8 in [0, 255], rounding as image files are written."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
