@@ -1,0 +1,147 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import features, real_images, tiny_reward
+from trl_distreward import FeatureStatistics, SubsetReplaceReward, frechet_distance
+from trl_distreward.generation import balanced_labels
+from trl_distreward.rewards.subset_replace import SlotSampler
+
+
+def images(count, seed=0):
+    return torch.randint(0, 256, (count, 1, 4, 4), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def pixels(batch):
+    return batch.flatten(1).float() / 255
+
+
+def test_reward_is_minus_the_distance_of_the_updated_set():
+    reward, reference, new = tiny_reward(), images(30), images(8, seed=1)
+    reward.set_reference(reward.extract(reference))
+    slots = torch.tensor([[3, 17, 5, 0], [29, 1, 2, 3]])
+    rewards = reward(images=new, conditions=None, slots=slots, trainer_state=None)
+    assert len(rewards) == 8
+    real = FeatureStatistics.from_features(features(real_images()))
+    for b in range(2):
+        updated = reference.clone()
+        updated[slots[b]] = new[4 * b : 4 * b + 4]
+        expected = -frechet_distance(FeatureStatistics.from_features(features(updated)), real)
+        assert rewards[4 * b : 4 * b + 4] == pytest.approx([expected] * 4, rel=1e-6)
+
+
+def test_several_spaces_are_each_divided_by_their_first_distance():
+    real = real_images()
+    extractors = {"random": features, "pixels": pixels}
+    statistics = {name: FeatureStatistics.from_features(f(real)) for name, f in extractors.items()}
+    reward = SubsetReplaceReward(extractors, statistics, space_weights={"pixels": 0.5})
+    reward.set_reference(reward.extract(images(30)))
+    first = dict(reward.reference_distances)
+    slots, new = torch.tensor([[4, 9]]), reward.extract(images(2, seed=3))
+    for seed in (1, 2):  # the scale stays that of the first reference set
+        expected = -sum(
+            weight * reward.distances[name].replaced(slots, new[name][None]).item() / first[name]
+            for name, weight in {"random": 1.0, "pixels": 0.5}.items()
+        )
+        assert reward.score(slots, new).item() == pytest.approx(expected, rel=1e-12)
+        reward.set_reference(reward.extract(images(30, seed=seed)))
+
+
+def test_rolling_update_keeps_new_images_in_their_places():
+    reward = tiny_reward()
+    reward.set_reference(reward.extract(images(10)))
+    before = reward.features["features"].clone()
+    slots, new = torch.tensor([[3, 7], [0, 9]]), reward.extract(images(4, seed=1))
+    scored = reward.score(slots[:1], {"features": new["features"][:2]})
+    reward.update_reference(slots[:1], {"features": new["features"][:2]})
+    after = reward.features["features"]
+    assert torch.equal(after[[3, 7]], new["features"][:2])
+    untouched = [0, 1, 2, 4, 5, 6, 8, 9]
+    assert torch.equal(after[untouched], before[untouched])
+    # the reward that was given is the distance the set now has
+    assert -reward.reference_distances["features"] == pytest.approx(scored.item(), rel=1e-9)
+
+
+def test_of_several_candidates_for_a_place_one_stays_at_random():
+    reward = tiny_reward()
+    reward.set_reference(reward.extract(images(10)))
+    slots, new = torch.full((6, 1), 4), reward.extract(images(6, seed=1))
+    chosen = set()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        reward.update_reference(slots, new, generator)
+        match = (new["features"] == reward.features["features"][4]).all(dim=1).nonzero().flatten()
+        assert len(match) == 1
+        chosen.add(match.item())
+    assert chosen == set(range(6))
+
+
+def test_state_round_trip_gives_the_same_rewards():
+    reward = tiny_reward()
+    reward.set_reference(reward.extract(images(20)))
+    reward.update_reference(torch.tensor([[1, 2]]), reward.extract(images(2, seed=5)))
+    other = tiny_reward()
+    other.load_state_dict(reward.state_dict())
+    slots, new = torch.tensor([[0, 3]]), images(2, seed=7)
+    assert other(new, slots=slots) == reward(new, slots=slots)
+    assert other.first_distances == reward.first_distances
+
+
+def test_slots_are_distinct_within_subsets_and_repeatable():
+    draws = [SlotSampler(20, seed=1).draw(50, 7) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert all(len(set(row.tolist())) == 7 for row in draws[0])
+    counts = torch.bincount(SlotSampler(20).draw(4000, 5).flatten(), minlength=20).double()
+    assert ((counts / counts.sum() - 1 / 20).abs() < 5 * (0.05 * 0.95 / 20000) ** 0.5).all()  # uniform
+
+
+def test_distinct_slots_come_in_rounds_without_replacement():
+    sampler = SlotSampler(20, seed=1)
+    slots = sampler.draw(10, 3, distinct=True)  # 30 slots: one round and a half
+    assert sorted(slots.flatten()[:20].tolist()) == list(range(20))
+    assert all(len(set(row.tolist())) == 3 for row in slots)
+    rest = sampler.draw(10, 3, distinct=True)
+    counts = torch.bincount(torch.cat([slots, rest]).flatten(), minlength=20)
+    assert (counts == 3).all()
+    assert all(len(set(row.tolist())) == 3 for row in rest)
+
+
+def test_slot_sampler_resumes_in_the_middle_of_a_round():
+    sampler, other = SlotSampler(20, seed=1), SlotSampler(20, seed=2)
+    sampler.draw(3, 4, distinct=True)
+    other.load_state_dict(sampler.state_dict())
+    for distinct in (True, False, True):
+        assert torch.equal(sampler.draw(5, 3, distinct), other.draw(5, 3, distinct))
+
+
+def test_balanced_labels():
+    assert torch.bincount(balanced_labels(23, 5)).tolist() == [5, 5, 5, 4, 4]
+
+
+def test_extractor_modules_are_frozen():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5))
+    SubsetReplaceReward(lambda x: network(x.float()), FeatureStatistics.from_features(torch.randn(20, 8)))
+    SubsetReplaceReward(network, FeatureStatistics.from_features(torch.randn(20, 8)))
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_bad_input_is_refused():
+    real = FeatureStatistics.from_features(torch.randn(20, 8))
+
+    def extract(extractor):
+        return lambda: SubsetReplaceReward(extractor, real).extract(images(3))
+
+    cases = [
+        (extract(lambda x: features(x)[:2]), "returned .* for 3 images"),
+        (extract(lambda x: torch.zeros(len(x), 5)), "dimension 5"),
+        (extract(lambda x: torch.full((len(x), 8), float("nan"))), "NaN or infinite values for 3 of 3 images"),
+        (lambda: SubsetReplaceReward({"a": features}, real), r"extractors' names \(\['a'\]\)"),
+        (lambda: SubsetReplaceReward(features, real, distance="wasserstein"), "distance='wasserstein'"),
+        (lambda: tiny_reward()(images(2), slots=torch.tensor([[0, 1]])), "no reference set"),
+        (lambda: tiny_reward()(images(2), slots=torch.tensor([[0]])), "2 images need slots"),
+        (lambda: SlotSampler(10).draw(1, 10), "replace_size=10 is not smaller than reference_set_size=10"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,6 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Rewards: callables from images to one number per image."""
+
+from .subset_replace import SlotSampler, SubsetReplaceReward
+
+__all__ = ["SlotSampler", "SubsetReplaceReward"]

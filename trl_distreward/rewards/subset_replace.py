@@ -1,0 +1,256 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""The distribution-wise reward: minus the distance to real data after replacing part of a generated set.
+
+Eq. 4 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291): with a reference set 𝒢 of N generated images
+and n of them, g, replaced by new images g' under the same conditions, `R(g') = -D((𝒢 ∖ g) ∪ g', real)`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..metrics.report import FeatureDistance, FeatureExtractor, build_distance, extract_features, freeze
+
+
+class SlotSampler:
+    """
+    Draws which places of the reference set are judged next, from a generator of its own that checkpoints.
+
+    Args:
+        num_slots (`int`): size N of the reference set.
+        seed (`int`, *optional*, defaults to 0): seed of the generator.
+    """
+
+    def __init__(self, num_slots: int, seed: int = 0):
+        self.num_slots = num_slots
+        self.generator = torch.Generator().manual_seed(seed)
+        self._pending = torch.empty(0, dtype=torch.long)  # rest of the current round, for `distinct`
+
+    def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
+        """
+        Args:
+            num_subsets (`int`): subsets B.
+            replace_size (`int`): slots n of a subset, always distinct within it.
+            distinct (`bool`, *optional*, defaults to `False`):
+                draw in rounds without replacement, so that no slot comes twice before all have come once. Otherwise
+                subsets are independent, as in the paper.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, n)`.
+        """
+        if replace_size >= self.num_slots:
+            raise ValueError(
+                f"replace_size={replace_size} is not smaller than reference_set_size={self.num_slots}: a subset must "
+                "leave most of the reference set in place; lower replace_size or raise reference_set_size."
+            )
+        draw = self._next_of_round if distinct else self._independent
+        return torch.stack([draw(replace_size) for _ in range(num_subsets)])
+
+    def _independent(self, count: int) -> Tensor:
+        return torch.randperm(self.num_slots, generator=self.generator)[:count]
+
+    def _next_of_round(self, count: int) -> Tensor:
+        taken, self._pending = self._pending[:count], self._pending[count:]
+        if len(taken) < count:  # a new round, less what this subset already has, which is put back at its end
+            order = torch.randperm(self.num_slots, generator=self.generator)
+            repeated = torch.isin(order, taken)
+            fresh = order[~repeated]
+            missing = count - len(taken)
+            self._pending = torch.cat([fresh[missing:], order[repeated]])
+            taken = torch.cat([taken, fresh[:missing]])
+        return taken
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state(), "pending": self._pending.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        self._pending = state["pending"].clone()
+
+
+class SubsetReplaceReward:
+    """
+    Minus the distance from real data of a reference set in which a subset was replaced.
+
+    Args:
+        feature_extractor (`Callable`, `torch.nn.Module` or `dict` of them):
+            maps uint8 images `(B, C, H, W)` to features `(B, d)`. A dictionary names several feature spaces.
+        real_statistics ([`FeatureStatistics`], path, or `dict` of them with the extractors' names):
+            the real data in each feature space.
+        distance (`str` or `Callable`, *optional*, defaults to `"frechet"`):
+            `"frechet"`, or a function from real statistics to an object with `fit` and `replaced`.
+        space_weights (`dict[str, float]`, *optional*):
+            weights of the feature spaces, 1 by default. With more than one space each distance is first divided by
+            the one the first reference set had, so that no space dominates by its units.
+
+    Example:
+
+    ```python
+    >>> reward = SubsetReplaceReward(inception, "imagenet256.npz")
+    >>> reward.set_reference(reward.extract(reference_images))  # (N, C, H, W) uint8
+    >>> reward(images, slots=slots)  # (B * n, C, H, W) and (B, n) -> B * n floats
+    ```
+    """
+
+    __name__ = "subset_replace"
+
+    def __init__(
+        self,
+        feature_extractor: FeatureExtractor | Mapping[str, FeatureExtractor],
+        real_statistics: Any,
+        distance: str | Callable[[Any], Any] = "frechet",
+        *,
+        space_weights: Mapping[str, float] | None = None,
+    ):
+        if isinstance(feature_extractor, Mapping):
+            self.extractors = dict(feature_extractor)
+            if not isinstance(real_statistics, Mapping) or set(real_statistics) != set(self.extractors):
+                given = sorted(real_statistics) if isinstance(real_statistics, Mapping) else real_statistics
+                raise ValueError(
+                    f"real_statistics ({given}) must be a dictionary with the extractors' names "
+                    f"({sorted(self.extractors)})."
+                )
+        else:
+            self.extractors, real_statistics = {"features": feature_extractor}, {"features": real_statistics}
+        for name, extractor in self.extractors.items():
+            if not callable(extractor):
+                raise TypeError(f"feature extractor {name!r} is a {type(extractor).__name__}: it must be callable.")
+            freeze(extractor)
+        self._distance = distance
+        self._real = dict(real_statistics)
+        self.distances = {name: build_distance(distance, self._real[name]) for name in self.extractors}
+        self.space_weights = dict.fromkeys(self.extractors, 1.0) | dict(space_weights or {})
+        if set(self.space_weights) != set(self.extractors):
+            raise ValueError(f"space_weights name {sorted(self.space_weights)}, extractors {sorted(self.extractors)}.")
+        self.features: dict[str, Tensor] = {}  # reference set, per space (N, d) float32
+        self.first_distances: dict[str, float] = {}
+
+    # ---- features ----
+
+    def to(self, device: torch.device) -> "SubsetReplaceReward":
+        for extractor in self.extractors.values():
+            if isinstance(extractor, nn.Module):
+                extractor.to(device)
+        return self
+
+    def extract(self, images: Tensor, conditions: Any = None) -> dict[str, Tensor]:
+        """
+        Features of uint8 images `(M, C, H, W)` in each space, `(M, d)` float32; conditions go to the extractors that
+        need them, such as [`JointFeatures`].
+
+        Raises:
+            ValueError: an extractor changed the batch size, gave another dimension than the statistics have, or
+                NaN or infinite values.
+        """
+        return {
+            name: extract_features(
+                extractor, images, conditions, getattr(self.distances[name], "dimension", None), name
+            )
+            for name, extractor in self.extractors.items()
+        }
+
+    def metrics(self) -> dict[str, FeatureDistance]:
+        """The same distances as evaluation metrics of whole sets, one per feature space."""
+        return {
+            name: FeatureDistance(extractor, self._real[name], self._distance)
+            for name, extractor in self.extractors.items()
+        }
+
+    # ---- reference set ----
+
+    @property
+    def reference_size(self) -> int:
+        return len(next(iter(self.features.values()))) if self.features else 0
+
+    @property
+    def reference_distances(self) -> dict[str, float]:
+        """Distance of the current reference set from real data, per feature space."""
+        return {name: distance.value for name, distance in self.distances.items()} if self.features else {}
+
+    def set_reference(self, features: Mapping[str, Tensor]) -> None:
+        """Takes `features` `(N, d)` per space as the reference set."""
+        self.features = {name: features[name].float() for name in self.extractors}
+        for name, distance in self.distances.items():
+            distance.fit(self.features[name])
+        if not self.first_distances:
+            self.first_distances = self.reference_distances
+
+    def update_reference(
+        self, slots: Tensor, features: Mapping[str, Tensor], generator: torch.Generator | None = None
+    ) -> None:
+        """
+        Leaves new images in the places they were judged in: the *rolling* reference set.
+
+        Args:
+            slots (`torch.LongTensor` of shape `(B, n)`): places; of a place's several candidates one stays at random.
+            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): the new images' features.
+            generator (`torch.Generator`, *optional*): chooses among candidates.
+        """
+        flat = slots.flatten()
+        order = torch.randperm(len(flat), generator=generator).to(flat.device)
+        shuffled = flat[order]
+        kept, inverse = shuffled.unique(return_inverse=True)
+        winner = torch.full((len(kept),), len(flat), dtype=torch.long, device=flat.device)
+        winner = winner.scatter_reduce(0, inverse, torch.arange(len(flat), device=flat.device), "amin")
+        chosen = order[winner]
+        updated = {}
+        for name, reference in self.features.items():
+            updated[name] = reference.index_copy(
+                0, kept.to(reference.device), features[name][chosen.to(features[name].device)].to(reference)
+            )
+        self.set_reference(updated)
+
+    # ---- reward ----
+
+    def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """
+        Rewards of subsets (Eq. 4).
+
+        Args:
+            slots (`torch.LongTensor` of shape `(B, n)`): replaced places of the reference set.
+            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): the new images' features, subset by subset.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float64.
+        """
+        if not self.features:
+            raise ValueError("the reward has no reference set yet: call set_reference(extract(images)) first.")
+        total: Tensor | float = 0.0
+        for name, distance in self.distances.items():
+            new = features[name].view(*slots.shape, -1)
+            scale = self.first_distances[name] if len(self.distances) > 1 else 1.0
+            total = total - self.space_weights[name] * distance.replaced(slots, new) / scale
+        return total  # type: ignore[return-value]
+
+    def __call__(
+        self, images: Tensor, conditions: Any = None, slots: Tensor | None = None, **kwargs: Any
+    ) -> list[float]:
+        """
+        One reward per image, as TRL's reward functions give; the images of a subset share theirs.
+
+        Args:
+            images (`torch.Tensor` of shape `(B * n, C, H, W)`, uint8): new images, subset by subset.
+            slots (`torch.LongTensor` of shape `(B, n)`): the places they would take.
+        """
+        if slots is None or len(images) != slots.numel():
+            shape = None if slots is None else tuple(slots.shape)
+            raise ValueError(f"{len(images)} images need slots of shape (B, n) with as many entries, got {shape}.")
+        return self.score(slots, self.extract(images, conditions)).repeat_interleave(slots.shape[1]).tolist()
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reference set's features and the first distances; moments follow from the features."""
+        return {"features": dict(self.features), "first_distances": dict(self.first_distances)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["features"] and set(state["features"]) != set(self.extractors):
+            raise ValueError(
+                f"the checkpoint's feature spaces {sorted(state['features'])} are not this reward's "
+                f"{sorted(self.extractors)}: resume with the reward the run was started with."
+            )
+        self.first_distances = dict(state["first_distances"])
+        if state["features"]:
+            self.set_reference(state["features"])
