@@ -1,0 +1,57 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import pytest
+from trl import TrlParser
+
+from tests.helpers import tiny_config
+from trl_distreward import DiffusionDistributionConfig
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = DiffusionDistributionConfig(output_dir=str(tmp_path))
+    assert (config.reference_set_size, config.num_subsets, config.replace_size) == (5000, 128, 50)
+    assert (config.reference_update, config.reference_refresh_steps) == ("refresh", 10)
+    assert (config.num_inference_steps, config.num_inference_steps_eval) == (50, 250)
+    assert (config.epsilon, config.beta, config.top_advantage_quantile) == (1e-4, 0.0, 0.25)
+    assert (config.learning_rate, config.weight_decay, config.lr_scheduler_type) == (1e-5, 0.0, "constant")
+    assert (config.adam_beta1, config.adam_beta2, config.num_iterations) == (0.9, 0.999, 1)
+    assert config.rollout_schedule.trainable_steps == tuple(range(49))  # SiT's last step has no noise
+
+
+def test_a_distance_is_better_when_lower(tmp_path):
+    config = tiny_config(tmp_path, metric_for_best_model="eval_ode_distance_features")
+    assert config.greater_is_better is False
+
+
+def test_fields_come_from_the_command_line_and_yaml(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_subsets: 64\neval_samplers: [ode]\nlast_step_size: null\n")
+    arguments = ["--config", str(recipe), "--output_dir", str(tmp_path), "--replace_size", "25"]
+    (config,) = TrlParser(DiffusionDistributionConfig).parse_args_and_config(arguments)
+    assert (config.num_subsets, config.replace_size, config.last_step_size) == (64, 25, None)
+    assert list(config.eval_schedules) == ["ode"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"replace_size": 24}, "replace_size=24 is not smaller than reference_set_size=24"),
+        ({"replace_size": 0}, "replace_size=0 must be at least 1"),
+        ({"num_subsets": 1}, "num_subsets=1"),
+        ({"num_generations": 4}, "num_generations=4 must divide num_subsets=6"),
+        ({"advantage_normalization": "group"}, "num_generations"),
+        ({"advantage_normalization": "rank"}, "advantage_normalization='rank'"),
+        ({"reference_update": "never"}, "reference_update='never'"),
+        ({"top_advantage_quantile": 0.0}, "top_advantage_quantile=0.0"),
+        ({"noise_schedule": "ddpm"}, "noise_schedule='ddpm'"),
+        ({"noise_level": 0.0}, "nothing can be trained"),
+        ({"noise_schedule": "cps", "noise_level": 1.5}, "between 0 and 1"),
+        ({"sampler": "ode"}, "needs the density"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"epsilon": 0.0}, "epsilon=0.0"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 must be 1"),
+        ({"eval_samplers": ["ddim"]}, "sampler='ddim'"),
+    ],
+)
+def test_errors_name_value_and_rule(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **kwargs)

@@ -1,0 +1,94 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import threading
+
+import pytest
+import torch
+
+from trl_distreward.trainer.rollout_batch import RolloutBatch
+
+TIMES = [1.0, 0.7, 0.4, 0.0]
+
+
+def share(rank, size, steps=(0, 2)):
+    """Images of one process whose every number tells where it came from."""
+    ids = torch.arange(rank * size, (rank + 1) * size, dtype=torch.float32)
+    ends = sorted({i for step in steps for i in (step, step + 1)})
+    return RolloutBatch(
+        cond={"class_labels": ids.long()},
+        states={i: ids[:, None] + 1000 * i for i in ends},
+        steps=steps,
+        drawn_log_probs=ids[:, None] + torch.tensor([0.0, 0.5]),
+        advantages=torch.zeros(size),
+        num_own=size,
+        num_images=size,
+    )
+
+
+def deal_over(processes, size, kept):
+    """Runs `deal` on every process, in threads that meet where processes would."""
+    barrier, slots, results = threading.Barrier(processes), [None] * processes, [None] * processes
+    advantages = torch.arange(processes * size, dtype=torch.float64) / 7
+
+    def work(rank):
+        def gather(values):
+            slots[rank] = values
+            barrier.wait()
+            everything = torch.cat(slots)
+            barrier.wait()
+            return everything
+
+        results[rank] = share(rank, size).deal(torch.tensor(kept), advantages, gather, rank, processes)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(processes)]
+    [thread.start() for thread in threads]
+    [thread.join(10) for thread in threads]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("processes", "size", "kept"),
+    [
+        (1, 6, [1, 4, 5]),
+        (2, 3, [0, 1, 2, 5]),
+        (3, 4, [0, 1, 2, 3]),  # all kept images come from the first process
+        (3, 4, [7]),  # two processes get nothing of their own
+        (3, 4, [2, 3, 4, 9, 11]),
+    ],
+)
+def test_kept_images_are_dealt_evenly_with_all_that_belongs_to_them(processes, size, kept):
+    batches = deal_over(processes, size, kept)
+    counts = [batch.num_own for batch in batches]
+    assert max(counts) - min(counts) <= 1 and sum(counts) == len(kept)
+    owned = []
+    for batch in batches:
+        ids = batch.cond["class_labels"]
+        assert len(ids) == max(batch.num_own, 1)
+        owned += ids[: batch.num_own].tolist()
+        for i, state in batch.states.items():
+            assert torch.equal(state[:, 0], ids + 1000.0 * i)
+        assert torch.equal(batch.drawn_log_probs, ids[:, None] + torch.tensor([0.0, 0.5]))
+        torch.testing.assert_close(batch.advantages, ids / 7)
+    assert sorted(owned) == kept
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize(("processes", "kept"), [(1, [1, 4, 5]), (3, [7]), (3, [2, 3, 4, 9, 11])])
+def test_micro_batches_cover_every_pair_once_in_step_on_all_processes(processes, kept, size):
+    batches = deal_over(processes, 4 if processes > 1 else 6, kept)
+    per_process = [list(batch.micro_batches(TIMES, size, processes)) for batch in batches]
+    assert len({len(micros) for micros in per_process}) == 1  # no process waits for one that has finished
+    seen, total = [], 0.0
+    for micros in per_process:
+        assert [is_last for _, is_last in micros] == [False] * (len(micros) - 1) + [True]
+        for micro, _ in micros:
+            total += micro["weights"].sum().item()
+            for row in (micro["weights"] > 0).nonzero().flatten().tolist():
+                image = micro["cond"]["class_labels"][row].item()
+                step = TIMES.index(micro["t"][row].item())
+                assert micro["x"][row, 0] == image + 1000 * step
+                assert micro["next_x"][row, 0] == image + 1000 * (step + 1)
+                assert micro["t_next"][row].item() == TIMES[step + 1]
+                assert micro["drawn_log_probs"][row] == image + (0.5 if step == 2 else 0.0)
+                seen.append((image, step))
+    assert sorted(seen) == [(image, step) for image in kept for step in (0, 2)]
+    assert total == pytest.approx(1.0)

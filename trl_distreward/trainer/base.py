@@ -1,0 +1,436 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What any trainer of a diffusion policy needs of TRL's base trainer: the one place that touches TRL's private names.
+
+`transformers.Trainer` takes the network for a language model: it writes to its config, saves a bare state dict, pushes
+a config without weights, warns instead of loading the best model. Every such expectation is met or overridden here.
+"""
+
+import copy
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from diffusers.configuration_utils import FrozenDict
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy, speed_metrics
+from trl.trainer.base_trainer import _BaseTrainer
+
+from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
+from ..metrics.report import ImageMetric
+from ..policies import DiffusionPolicy, to_uint8
+from .ema import PolicyEMA
+
+logger = get_logger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+RAW_WEIGHTS = "trained_weights.safetensors"
+TRAINING_STATE = "diffusion_state.pt"
+# Files of a checkpoint that are for resuming only, and stay off the Hub.
+_RESUME_ONLY = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", RAW_WEIGHTS]
+
+
+class _NetworkConfig(FrozenDict):
+    """A diffusers config that also answers what transformers' callbacks ask of a model's config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=str) + "\n"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # Trainer sets `use_cache`, which must not reach the saved config
+
+
+class _UpdateEMA(TrainerCallback):
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.network)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns every dropout off for good, label dropout included.
+
+    A policy must predict the same in rollout and replay: with label dropout on, on-policy ratios leave 1 by 0.1 and
+    more, a thousand times the clip range.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout):
+            module.p = 0.0
+        for name in ("dropout_prob", "class_dropout_prob"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+        if isinstance(vars(module).get("dropout"), float):
+            vars(module)["dropout"] = 0.0
+
+
+class DiffusionTrainer(_BaseTrainer):
+    """
+    Base of the trainers of a [`DiffusionPolicy`]: preparation, pacing, logging, evaluation, saving and loading.
+
+    Args:
+        policy ([`DiffusionPolicy`]): what is trained.
+        args ([`~transformers.TrainingArguments`]): arguments.
+        steps_per_epoch (`int`): optimizer steps that count as an epoch.
+        eval_conditions: one per evaluated image.
+        eval_metrics (`dict[str, ImageMetric]`): metrics of the evaluated images.
+        ema_decay (`float`): decay of the average of the weights; 0 keeps none.
+        peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter in place of the network's own weights.
+        train_dataset, eval_dataset, callbacks, optimizers: as in [`~transformers.Trainer`].
+    """
+
+    # Losses are weighted over the whole update before they are returned.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        args: Any,
+        steps_per_epoch: int,
+        eval_conditions: Any,
+        eval_metrics: dict[str, ImageMetric],
+        ema_decay: float = 0.0,
+        peft_config: PeftConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        self.policy = policy
+        self.steps_per_epoch = steps_per_epoch
+        self.eval_conditions = eval_conditions
+        self.eval_metrics = eval_metrics
+        self.ema: PolicyEMA | None = None
+        self.control: Any
+        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._uploads: list[Future] = []
+        super().__init__(
+            model=self._prepare_network(policy.model, args, peft_config),
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            # evaluation generates its own images; transformers only asks that something be there
+            eval_dataset=eval_dataset if eval_dataset is not None else [],
+            callbacks=[_UpdateEMA(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        if ema_decay > 0:
+            self.ema = PolicyEMA(self.network, ema_decay)
+
+    @staticmethod
+    def _prepare_network(network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
+        disable_dropout(network)
+        if args.activation_checkpointing:
+            if not getattr(network, "_supports_gradient_checkpointing", False):
+                raise ValueError(
+                    f"{type(network).__name__} does not support gradient checkpointing: set "
+                    "activation_checkpointing=False."
+                )
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+            # Trainer would call a method that diffusers' models do not have
+            args.activation_checkpointing = args.gradient_checkpointing = False
+        if hasattr(network, "_internal_dict"):
+            network._internal_dict = _NetworkConfig(network._internal_dict)
+        if peft_config is None:
+            return network
+        peft_config.task_type = None  # a language-model task would wrap the network in a class it does not fit
+        network.requires_grad_(False)
+        return get_peft_model(network, peft_config)
+
+    # ---- the network ----
+
+    @property
+    def network(self) -> nn.Module:
+        """The trained network without distributed wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The weights that are evaluated and saved: the average where there is one."""
+        with self.ema.swapped_in(self.network) if self.ema is not None else nullcontext():
+            yield
+
+    # ---- pacing and logging ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Numbers that pace the steps; no state rides on their order."""
+        return DataLoader(range(self.steps_per_epoch), batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing: TRL's telemetry reads a language model's config."""
+
+    def record(self, name: str, value: float) -> None:
+        """Keeps a value for the next log, where the mean of those kept is written."""
+        self._metrics[name].append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(key.startswith("eval_") for key in logs):
+            logs = {**logs, **{key: sum(values) / len(values) for key, values in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} has no per-example predictions: use evaluate().")
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.record(f"seconds/{phase}", time.perf_counter() - started)
+
+    # ---- generation and evaluation ----
+
+    def _share_of_images(
+        self,
+        model: nn.Module,
+        conditions: Any,
+        schedule: SamplingSchedule,
+        noise: tuple[int, str, int],
+        description: str,
+    ) -> Iterator[tuple[Tensor, Any, int]]:
+        """
+        Generates one image per condition, each process a share of every batch.
+
+        Args:
+            noise (`tuple`): seed, stream and step of [`~generation.image_generators`].
+
+        Yields:
+            this process's uint8 images and their conditions, and how many rows of all processes' together count: the
+            last batch is filled up with its last image.
+        """
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.args.per_device_eval_batch_size
+        starts = range(0, len(conditions), size * processes)
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        with tqdm(total=len(conditions), desc=description, unit="image", leave=False, disable=hidden) as bar:
+            for start in starts:
+                valid = min(size * processes, len(conditions) - start)
+                per_process = math.ceil(valid / processes)
+                first = start + rank * per_process
+                own = [min(i, len(conditions) - 1) for i in range(first, first + per_process)]
+                batch = take(conditions, own)
+                generators = image_generators(*noise, own)
+                x = sample(self.policy, model, batch, schedule, generators).sample
+                yield to_uint8(self.policy.decode(x)), batch, valid
+                bar.update(valid)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        seed: int | None = None,
+    ) -> dict[str, float]:
+        """
+        Generates images under every evaluated sampler, from the same noise each time, and computes the metrics.
+
+        Args:
+            eval_dataset (`datasets.Dataset`, *optional*): conditions to use instead of the trainer's.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): prefix of the metrics' names.
+            seed (`int`, *optional*): seed of the noise; `eval_seed` by default.
+
+        Returns:
+            `dict[str, float]`: `{prefix}_{sampler}_{metric}`, e.g. `eval_ode_distance_features`.
+        """
+        started = time.perf_counter()
+        conditions = self.eval_conditions
+        if eval_dataset is not None:
+            number = self.args.num_eval_images or len(eval_dataset)
+            conditions = conditions_of_slots(self.policy, eval_dataset, number, self.args.eval_seed)
+        seed = self.args.eval_seed if seed is None else seed
+        training, model = self.model.training, self.model_wrapped
+        model.eval()
+        metrics: dict[str, float] = {}
+        try:
+            with self.evaluation_weights(), self.accelerator.autocast():
+                for sampler, schedule in self.args.eval_schedules.items():
+                    values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
+                    metrics.update({f"{metric_key_prefix}_{sampler}_{name}": v for name, v in values.items()})
+        finally:
+            model.train(training)
+        number = len(conditions) * len(self.args.eval_schedules)
+        elapsed = time.perf_counter() - started
+        metrics.update(speed_metrics(metric_key_prefix, time.time() - elapsed, num_samples=number))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_sampler(
+        self, model: nn.Module, conditions: Any, schedule: SamplingSchedule, seed: int, description: str
+    ) -> dict[str, float]:
+        for metric in self.eval_metrics.values():
+            metric.reset()
+        batches = self._share_of_images(model, conditions, schedule, (seed, "evaluation", 0), description)
+        for images, batch, valid in batches:
+            gathered = self.accelerator.gather(images)[:valid]
+            labels = self._gather_conditions(batch)[:valid]
+            for metric in self.eval_metrics.values():
+                metric.update(gathered, labels)
+        return {name: float(metric.compute()) for name, metric in self.eval_metrics.items()}
+
+    def _gather_conditions(self, conditions: Any) -> Any:
+        if isinstance(conditions, Tensor):
+            return self.accelerator.gather(conditions.to(self.accelerator.device))
+        return gather_object(conditions)
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if not self.args.should_save:
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        network = self.network
+        with self.evaluation_weights():
+            if isinstance(network, PeftModel):
+                network.save_pretrained(os.path.join(output_dir, ADAPTER_FOLDER))
+                self.policy.save_pretrained(output_dir, model=copy.deepcopy(network).merge_and_unload())
+            else:
+                self.policy.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card(model_name=self._hub_name())
+        super()._save_checkpoint(model, trial)
+
+    def training_state(self) -> dict[str, Any]:
+        """State of this trainer beyond what transformers saves; subclasses add theirs."""
+        return {"ema": self.ema.state_dict() if self.ema is not None else None}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            if self.ema is not None:  # the pipeline holds the average: keep what the optimizer belongs to
+                parameters = ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+                raw = {name: p.detach().contiguous().cpu() for name, p in parameters}
+                save_file(raw, os.path.join(output_dir, RAW_WEIGHTS))
+            torch.save(self.training_state(), os.path.join(output_dir, TRAINING_STATE))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        path = os.path.join(checkpoint or "", TRAINING_STATE)
+        if checkpoint is not None and os.path.isfile(path):
+            self.load_training_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+
+    # ---- loading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)
+        if os.path.isfile(raw):
+            self.network.load_state_dict(load_file(raw), strict=False)  # trained parameters only
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Loads the pipeline's weights of the best checkpoint, into the average as well where there is one."""
+        logger.info(f"Loading the best model from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+        self._load_weights(self.state.best_model_checkpoint)
+        if self.ema is not None:
+            self.ema = PolicyEMA(self.network, self.ema.decay)
+
+    def _load_weights(self, folder: str) -> None:
+        network = self.network
+        if isinstance(network, PeftModel):
+            set_peft_model_state_dict(network, load_peft_weights(os.path.join(folder, ADAPTER_FOLDER)))
+        else:
+            self.policy.load_weights(folder)
+
+    # ---- the Hub ----
+
+    def _hub_name(self) -> str:
+        return Path(self.args.hub_model_id or self.args.output_dir).name
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes the checkpoint's pipeline; transformers would push a config without weights."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and not all(upload.done() for upload in self._uploads):
+            return
+        uploads = [(".", list(_RESUME_ONLY) + [TRAINING_STATE])]
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            uploads.append(("last-checkpoint", []))
+        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            uploads.append((Path(checkpoint_folder).name, []))
+        for path_in_repo, ignored in uploads:
+            upload = HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo=path_in_repo,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                ignore_patterns=ignored or None,
+                run_as_future=True,
+            )
+            self._uploads.append(upload)
+
+    def _finish_current_push(self) -> None:
+        """Waits for the uploads; one that failed raises here, rather than passing as done."""
+        while self._uploads:
+            self._uploads.pop(0).result()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes `README.md` with the recipe and the last evaluation."""
+        if not self.is_world_process_zero():
+            return
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        source = getattr(getattr(self.policy, "pipeline", None), "config", {}).get("_name_or_path")
+        base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
+        data = ModelCardData(
+            base_model=base_model,
+            library_name="diffusers",
+            pipeline_tag=self._pipeline_tag,
+            model_name=model_name,
+            datasets=dataset_name,
+            tags=sorted({*given, *self._tag_names, "generated_from_trainer"}),
+        )
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self._model_card_text(model_name or self._hub_name())}")
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    _pipeline_tag = "unconditional-image-generation"
+
+    def _model_card_text(self, model_name: str) -> str:
+        evaluations = [entry for entry in self.state.log_history if any(k.startswith("eval_") for k in entry)]
+        lines = [f"# {model_name}", "", f"Fine-tuned with the `{type(self).__name__}` of trl-distreward"]
+        lines[-1] += f", {self.state.global_step} updates, after [{self._paper['title']}]"
+        lines[-1] += f"(https://huggingface.co/papers/{self._paper['id']})."
+        if evaluations:
+            first, last = evaluations[0], evaluations[-1]
+            skipped = ("runtime", "per_second")
+            keys = [k for k in last if k.startswith("eval_") and k in first and not k.endswith(skipped)]
+            lines += ["", f"| metric | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+            lines += [f"| {key.removeprefix('eval_')} | {first[key]:.4g} | {last[key]:.4g} |" for key in keys]
+        return "\n".join(lines) + "\n"

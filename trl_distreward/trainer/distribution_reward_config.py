@@ -1,0 +1,249 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+from dataclasses import dataclass, field
+
+from trl.trainer.base_config import _BaseConfig
+
+from ..generation import SamplingSchedule
+from .objective import ADVANTAGE_NORMALIZATIONS
+
+REFERENCE_UPDATES = ("refresh", "rolling")
+
+
+@dataclass
+class DiffusionDistributionConfig(_BaseConfig):
+    r"""
+    Configuration of the [`DistributionRewardTrainer`].
+
+    Besides the parameters below it takes all of [`~transformers.TrainingArguments`]. Defaults are those of the paper
+    ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)), Section 4.1, where it gives them.
+
+    Parameters:
+        > Parameters that control the reward
+
+        reference_set_size (`int`, *optional*, defaults to `5000`):
+            Images N of the generated reference set.
+        num_subsets (`int`, *optional*, defaults to `128`):
+            Subsets B generated and judged per update, over all processes; a multiple of their number.
+        replace_size (`int`, *optional*, defaults to `50`):
+            Images n of a subset. 1 gives each image a reward of its own.
+        reference_update (`str`, *optional*, defaults to `"refresh"`):
+            `"refresh"`: the reference set is generated anew every `reference_refresh_steps`, as in the paper.
+            `"rolling"`: new images stay in the places they were judged in, and nothing is generated twice; slots are
+            then drawn without replacement over the whole batch.
+        reference_refresh_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps between two generations of the reference set under `"refresh"`.
+        reward_weights (`list[float]`, *optional*):
+            Weights of several reward functions; all 1 by default.
+
+        > Parameters that control generation
+
+        sampler (`str`, *optional*, defaults to `"sde"`):
+            Sampler of the rollouts. A policy gradient needs `"sde"`: the ODE's steps have no density.
+        num_inference_steps (`int`, *optional*, defaults to `50`):
+            Steps of the rollouts and of the reference set.
+        noise_schedule (`str`, *optional*, defaults to `"sit"`):
+            `"sit"`, `"flow_grpo"`, `"dance"` or `"cps"`, see [`~sampling.transition`].
+        noise_level (`float`, *optional*, defaults to `1.0`):
+            η of the noise schedule; with `"sit"`, 1 is SiT's own sampler.
+        last_step_size (`float`, *optional*, defaults to `0.04`):
+            Size of a last step without noise, SiT's "Mean" step, which is not trained. `None`: all steps are equal.
+        time_shift (`float`, *optional*, defaults to `1.0`):
+            Resolution shift of the time grid; 1 is none.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Classifier-free guidance in rollouts, training and evaluation; 1 is none.
+        rollout_batch_size (`int`, *optional*):
+            Images at a time per process in rollouts; `per_device_train_batch_size` by default.
+
+        > Parameters that control the update
+
+        per_device_train_batch_size (`int`, *optional*, defaults to `8`):
+            (Image, step) pairs in one forward-backward pass. It changes memory and speed, not the update.
+        advantage_normalization (`str`, *optional*, defaults to `"batch"`):
+            `"batch"`: mean and standard deviation over all subsets of all processes (Eq. 5); `"group"`: over the
+            `num_generations` subsets that replace the same slots; `"none"`.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Subsets that replace the same slots.
+        top_advantage_quantile (`float`, *optional*, defaults to `0.25`):
+            Share of the subsets, by advantage over all processes, that is trained on; 1.0 keeps all.
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Clip range of the probability ratio, with log-probabilities averaged over dimensions.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence from the initial model; 0 loads no reference model.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Updates made from each generation. 1 is strictly on-policy: the ratio is then exactly 1.
+        ema_decay (`float`, *optional*, defaults to `0.0`):
+            Decay of a moving average of the weights, which is then what is evaluated and saved as the pipeline.
+
+        > Parameters that control evaluation
+
+        num_inference_steps_eval (`int`, *optional*, defaults to `250`):
+            Steps at evaluation.
+        eval_samplers (`list[str]`, *optional*, defaults to `["sde", "ode"]`):
+            Samplers evaluated; the SDE has the noise of training.
+        eval_solver (`str`, *optional*, defaults to `"euler"`):
+            `"euler"` or `"heun"`, of the evaluated ODE.
+        num_eval_images (`int`, *optional*):
+            Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
+        eval_seed (`int`, *optional*, defaults to `0`):
+            Seed of the evaluation noise, the same at every evaluation.
+
+    > Parameters with other defaults than [`~transformers.TrainingArguments`]: `learning_rate=1e-5`,
+    > `lr_scheduler_type="constant"`, `max_steps=450`, `save_steps=50`, `logging_steps=1`,
+    > `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`, `remove_unused_columns=False`. A lower value
+    > of `metric_for_best_model` is the better one unless `greater_is_better` says otherwise.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate; 1e-5 in the paper."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    max_steps: int = field(
+        default=450,
+        metadata={"help": "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."},
+    )
+    save_steps: float = field(default=50, metadata={"help": "Optimizer steps between two checkpoints."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two logs."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Alias of activation_checkpointing, which transformers prefers."}
+    )
+    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the network under bfloat16 autocast."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept False: columns are conditions."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for unused parameters."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Whether DDP broadcasts buffers at every forward pass."}
+    )
+
+    # Parameters that control the reward
+    reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated reference set."})
+    num_subsets: int = field(default=128, metadata={"help": "Subsets judged per update, over all processes."})
+    replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
+    reference_update: str = field(
+        default="refresh",
+        metadata={"help": "How the reference set follows the policy.", "choices": list(REFERENCE_UPDATES)},
+    )
+    reference_refresh_steps: int = field(
+        default=10, metadata={"help": "Optimizer steps between two generations of the reference set."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
+    )
+
+    # Parameters that control generation
+    sampler: str = field(default="sde", metadata={"help": "Sampler of the rollouts.", "choices": ["sde", "ode"]})
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the rollouts and of the reference set."})
+    noise_schedule: str = field(
+        default="sit",
+        metadata={"help": "Noise schedule of the SDE.", "choices": ["sit", "flow_grpo", "dance", "cps"]},
+    )
+    noise_level: float = field(default=1.0, metadata={"help": "Noise level of the SDE."})
+    last_step_size: float | None = field(
+        default=0.04, metadata={"help": "Size of a last step without noise; None: all steps are equal."}
+    )
+    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Images at a time per process in rollouts."}
+    )
+
+    # Parameters that control the update
+    advantage_normalization: str = field(
+        default="batch",
+        metadata={"help": "Over what advantages are normalized.", "choices": list(ADVANTAGE_NORMALIZATIONS)},
+    )
+    num_generations: int = field(default=1, metadata={"help": "Subsets that replace the same slots."})
+    top_advantage_quantile: float = field(
+        default=0.25, metadata={"help": "Share of the subsets, by advantage, that is trained on."}
+    )
+    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the initial model."})
+    num_iterations: int = field(default=1, metadata={"help": "Updates made from each generation."})
+    ema_decay: float = field(default=0.0, metadata={"help": "Decay of a moving average of the weights; 0 is none."})
+
+    # Parameters that control evaluation
+    num_inference_steps_eval: int = field(default=250, metadata={"help": "Steps at evaluation."})
+    eval_samplers: list[str] = field(
+        default_factory=lambda: ["sde", "ode"], metadata={"help": "Samplers that are evaluated."}
+    )
+    eval_solver: str = field(default="euler", metadata={"help": "Solver of the evaluated ODE."})
+    num_eval_images: int | None = field(default=None, metadata={"help": "Images per evaluation."})
+    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
+
+    def __post_init__(self) -> None:
+        self._check_reward()
+        self._check_update()
+        self.rollout_schedule, self.eval_schedules = self._schedules()
+        if not self.rollout_schedule.trainable_steps:
+            raise ValueError(
+                f"noise_level={self.noise_level} with num_inference_steps={self.num_inference_steps} leaves no step "
+                "with noise, so nothing can be trained: raise either."
+            )
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better: bool | None = False
+        super().__post_init__()
+
+    def _check_reward(self) -> None:
+        for name in ("reference_set_size", "replace_size", "reference_refresh_steps", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.replace_size >= self.reference_set_size:
+            raise ValueError(
+                f"replace_size={self.replace_size} is not smaller than reference_set_size={self.reference_set_size}: "
+                "a subset must leave most of the reference set in place; lower replace_size or raise "
+                "reference_set_size."
+            )
+        if self.num_subsets < 2:
+            raise ValueError(f"num_subsets={self.num_subsets}: at least 2 subsets are needed to compare rewards.")
+        if self.reference_update not in REFERENCE_UPDATES:
+            raise ValueError(
+                f"reference_update={self.reference_update!r} is unknown: choose one of {', '.join(REFERENCE_UPDATES)}."
+            )
+
+    def _check_update(self) -> None:
+        if self.advantage_normalization not in ADVANTAGE_NORMALIZATIONS:
+            raise ValueError(
+                f"advantage_normalization={self.advantage_normalization!r} is unknown: choose one of "
+                f"{', '.join(ADVANTAGE_NORMALIZATIONS)}."
+            )
+        if self.num_generations < 1 or self.num_subsets % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide num_subsets={self.num_subsets}: it is how many "
+                "subsets replace the same slots."
+            )
+        if self.advantage_normalization == "group" and self.num_generations < 2:
+            raise ValueError(
+                "advantage_normalization='group' compares subsets that replace the same slots: set num_generations "
+                "to 2 or more."
+            )
+        if not 0 < self.top_advantage_quantile <= 1:
+            raise ValueError(
+                f"top_advantage_quantile={self.top_advantage_quantile} must lie in (0, 1]; 1.0 keeps every subset."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average.")
+        if self.epsilon <= 0 or self.beta < 0:
+            raise ValueError(f"epsilon={self.epsilon} must be positive and beta={self.beta} not negative.")
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: every update already "
+                "accumulates over all kept (image, step) pairs, per_device_train_batch_size at a time."
+            )
+
+    def _schedules(self) -> tuple[SamplingSchedule, dict[str, SamplingSchedule]]:
+        if self.sampler == "ode":
+            raise ValueError(
+                "sampler='ode': a policy gradient needs the density of each step, which the ODE has not; use "
+                "sampler='sde'. Evaluation runs the ODE besides, see eval_samplers."
+            )
+        shared = {
+            "noise_schedule": self.noise_schedule,
+            "noise_level": self.noise_level,
+            "last_step_size": self.last_step_size,
+            "solver": self.eval_solver,
+            "time_shift": self.time_shift,
+        }
+        rollout = SamplingSchedule(self.num_inference_steps, self.sampler, **shared)  # type: ignore[arg-type]
+        evaluation = {
+            name: SamplingSchedule(self.num_inference_steps_eval, name, **shared)  # type: ignore[arg-type]
+            for name in self.eval_samplers
+        }
+        return rollout, evaluation

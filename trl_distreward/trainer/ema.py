@@ -1,0 +1,57 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Exponential moving average of the trained weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class PolicyEMA:
+    """
+    Float32 average of a module's trainable parameters: `average = decay · average + (1 - decay) · parameter`.
+
+    Args:
+        model (`torch.nn.Module`): its parameters with `requires_grad` are averaged, starting at their values now.
+        decay (`float`): in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.averages = {name: p.detach().float().clone() for name, p in _trainable(model)}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for name, parameter in _trainable(model):
+            self.averages[name].lerp_(parameter.detach().float(), 1 - self.decay)
+
+    @contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
+        """The averages in place of the parameters, which come back at the end even if an exception passes."""
+        originals = {name: p.detach().clone() for name, p in _trainable(model)}
+        try:
+            _assign(model, self.averages)
+            yield
+        finally:
+            _assign(model, originals)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.averages)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if set(state) != set(self.averages):
+            missing = sorted(set(self.averages) ^ set(state))[:5]
+            raise ValueError(f"the saved average is of another model: names differ, e.g. {missing}.")
+        for name, average in self.averages.items():
+            average.copy_(state[name])
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def _assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, parameter in _trainable(model):
+        parameter.copy_(values[name])

@@ -1,0 +1,126 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Trajectories between generation and update: dealt out to the processes, cut into micro-batches."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RolloutBatch:
+    """
+    Trajectories of one process, from which updates are made.
+
+    Attributes:
+        cond (`dict[str, torch.Tensor]` of shapes `(K, ...)`): encoded conditions.
+        states (`dict[int, torch.Tensor]` of shape `(K, ...)`): samples at grid index `i`, at both ends of every step.
+        steps (`tuple[int, ...]`): trained steps.
+        drawn_log_probs (`torch.Tensor` of shape `(K, len(steps))`): as the rollout computed them.
+        advantages (`torch.Tensor` of shape `(K,)`, float32).
+        num_own (`int`): trajectories that count; a process left without any holds one that does not.
+        num_images (`int`): trajectories that count over all processes; 0 if there is nothing to learn from.
+        old_log_probs (`torch.Tensor` of shape `(K, len(steps))` or `None`):
+            anchor of the ratio; `None` on-policy, where the current log-probability is its own anchor.
+    """
+
+    cond: dict[str, Tensor]
+    states: dict[int, Tensor]
+    steps: tuple[int, ...]
+    drawn_log_probs: Tensor
+    advantages: Tensor
+    num_own: int
+    num_images: int
+    old_log_probs: Tensor | None = None
+
+    def deal(self, kept: Tensor, advantages: Tensor, gather: Callable[[Tensor], Tensor], rank: int, processes: int):
+        """
+        The kept trajectories, dealt out evenly: the k-th goes to process k modulo `processes`.
+
+        Args:
+            kept (`torch.LongTensor` of shape `(M,)`): kept images, ascending, where image `i` of all processes is
+                image `i mod K` of process `i div K`.
+            advantages (`torch.Tensor` of shape `(processes · K,)`): of all images.
+            gather (`Callable`): concatenates a tensor's rows over processes.
+            rank, processes (`int`): this process and how many there are.
+
+        Returns:
+            [`RolloutBatch`]
+        """
+        dealt = torch.arange(len(kept), device=kept.device) % processes == rank
+        num_own = int(dealt.sum())
+        if num_own == 0:
+            dealt[0] = True  # takes part in every collective, at weight 0
+        size = len(self.advantages)
+        owners = kept // size
+        counts = torch.bincount(owners, minlength=processes)
+        most = int(counts.max())
+        own = kept[owners == rank] % size
+        rows = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[owners]  # place at its owner
+
+        def exchange(values: Tensor) -> Tensor:
+            mine = values[own]
+            if processes == 1:
+                return mine
+            padding = values.new_zeros(most - len(mine), *values.shape[1:])
+            everything = gather(torch.cat([mine, padding])).view(processes, most, *values.shape[1:])
+            return everything[owners[dealt], rows[dealt]]
+
+        return replace(
+            self,
+            cond={name: exchange(value) for name, value in self.cond.items()},
+            states={i: exchange(value) for i, value in self.states.items()},
+            drawn_log_probs=exchange(self.drawn_log_probs),
+            advantages=advantages[kept[dealt]].float(),
+            num_own=num_own,
+            num_images=len(kept),
+        )
+
+    def micro_batches(
+        self, times: Sequence[float], size: int, processes: int
+    ) -> Iterator[tuple[dict[str, Any], bool]]:
+        """
+        Cuts the (image, step) pairs into micro-batches of at most `size`, as many on every process.
+
+        Where a process has fewer pairs, its last one is repeated at weight 0. Weights add up to 1 over all processes.
+
+        Yields:
+            the micro-batch's tensors `(P, ...)`, and whether it is the last.
+        """
+        device, steps = self.advantages.device, torch.tensor(self.steps, device=self.advantages.device)
+        grid = torch.tensor(times, dtype=torch.float64, device=device)
+        pairs = self.num_own * len(steps)
+        most = math.ceil(self.num_images / processes) * len(steps)
+        weight = 1.0 / (self.num_images * len(steps))
+        for start in range(0, most, size):
+            index = torch.arange(start, min(start + size, most), device=device)
+            weights = torch.where(index < pairs, weight, 0.0)
+            index = index.clamp(max=max(pairs - 1, 0))
+            image, column = index // len(steps), index % len(steps)
+            step = steps[column]
+            micro = {
+                "cond": {name: value[image] for name, value in self.cond.items()},
+                "x": _pick(self.states, image, step),
+                "next_x": _pick(self.states, image, step + 1),
+                "t": grid[step],
+                "t_next": grid[step + 1],
+                "advantages": self.advantages[image],
+                "weights": weights,
+                "drawn_log_probs": self.drawn_log_probs[image, column],
+            }
+            if self.old_log_probs is not None:
+                micro["old_log_probs"] = self.old_log_probs[image, column]
+            yield micro, start + size >= most
+
+
+def _pick(states: dict[int, Tensor], image: Tensor, index: Tensor) -> Tensor:
+    """Rows `states[index[p]][image[p]]` for every pair p."""
+    first = next(iter(states.values()))
+    out = first.new_empty(len(image), *first.shape[1:])
+    for i, values in states.items():
+        where = (index == i).nonzero().flatten()
+        out[where] = values[image[where]]
+    return out
