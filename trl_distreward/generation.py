@@ -35,6 +35,7 @@ class SamplingSchedule:
         last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
         solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
+        sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
     """
 
     num_steps: int
@@ -44,6 +45,7 @@ class SamplingSchedule:
     last_step_size: float | None = None
     solver: str = "euler"
     time_shift: float = 1.0
+    sde_steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS)):
@@ -73,6 +75,7 @@ class SamplingSchedule:
             noise_schedule=self.noise_schedule,
             noise_level=self.noise_level,
             final_step=self.final_step,
+            sde_steps=self.sde_steps,
         )
 
     @property
@@ -120,6 +123,7 @@ def sample(
         noise_level=schedule.noise_level,
         keep_steps=keep_steps,
         final_step=schedule.final_step,
+        sde_steps=schedule.sde_steps,
         generator=generator,
     )
 

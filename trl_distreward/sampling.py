@@ -214,16 +214,23 @@ def _check_noise(noise_schedule: str, noise_level: float) -> None:
 
 
 def stochastic_steps(
-    times: Sequence[float], *, noise_schedule: str, noise_level: float, final_step: str = "sample"
+    times: Sequence[float],
+    *,
+    noise_schedule: str,
+    noise_level: float,
+    final_step: str = "sample",
+    sde_steps: Iterable[int] | None = None,
 ) -> tuple[int, ...]:
     """Indices of the steps that have a density, the only ones that can be trained.
 
-    The last step has none under `"cps"` and `"dance"`, nor where the sampler ends with a noiseless "mean" step.
+    The last step has none under `"cps"` and `"dance"`, nor where the sampler ends with a noiseless "mean" step, nor
+    has any step outside `sde_steps`.
     """
     _check_noise(noise_schedule, noise_level)
     t = torch.tensor(times, dtype=torch.float64)
     std, _ = _diffusion(t[:-1], t[1:], noise_schedule, noise_level)
-    steps = [i for i in range(len(times) - 1) if std[i] > 0]
+    allowed = range(len(times) - 1) if sde_steps is None else set(sde_steps)
+    steps = [i for i in range(len(times) - 1) if std[i] > 0 and i in allowed]
     if final_step == "mean" and steps and steps[-1] == len(times) - 2:
         steps.pop()
     return tuple(steps)
@@ -239,6 +246,7 @@ def rollout(
     noise_level: float,
     keep_steps: Iterable[int] = (),
     final_step: str = "sample",
+    sde_steps: Iterable[int] | None = None,
     generator: Generators = None,
 ) -> Trajectory:
     """Walks the grid with [`transition`], keeping the states only of the steps that will be trained.
@@ -251,6 +259,8 @@ def rollout(
         keep_steps (`Iterable[int]`, *optional*): indices of the steps to keep.
         final_step (`str`, *optional*, defaults to `"sample"`):
             `"mean"` leaves the noise of the last step out, as SiT's SDE sampler does.
+        sde_steps (`Iterable[int]`, *optional*):
+            steps with noise, all by default; the others are Euler steps of the ODE (MixGRPO, arXiv 2507.21802).
         generator (`torch.Generator` or list of them, one per row, *optional*): source of the noise.
 
     Returns:
@@ -264,7 +274,10 @@ def rollout(
     if any(a <= b for a, b in pairwise(times)):
         raise ValueError("times must strictly decrease from noise (1) to data (0).")
     keep = tuple(sorted(set(keep_steps)))
-    trainable = stochastic_steps(times, noise_schedule=noise_schedule, noise_level=noise_level, final_step=final_step)
+    noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
+    trainable = stochastic_steps(
+        times, noise_schedule=noise_schedule, noise_level=noise_level, final_step=final_step, sde_steps=noisy
+    )
     if not set(keep) <= set(trainable):
         wrong = sorted(set(keep) - set(trainable))
         raise ValueError(f"steps {wrong} have no noise and so no density: keep only steps among {trainable}.")
@@ -274,7 +287,8 @@ def rollout(
     log_probs = []
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype))
-        step = transition(x, v, t, t_next, noise_schedule=noise_schedule, noise_level=noise_level, generator=generator)
+        level = noise_level if i in noisy else 0.0
+        step = transition(x, v, t, t_next, noise_schedule=noise_schedule, noise_level=level, generator=generator)
         mean_only = final_step == "mean" and i == len(times) - 2
         x = step.mean.to(x.dtype) if mean_only else step.prev_sample
         if i in keep:

@@ -16,7 +16,7 @@ def run(output, processes, settings):
     output.mkdir()
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -24,7 +24,7 @@ def run(output, processes, settings):
         "PYTHONPATH": str(SCRIPT.parents[2]),
     }
     command = [*launcher, str(SCRIPT), str(output), json.dumps(settings)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(output / "weights"), json.loads((output / "log.json").read_text())
 

@@ -2,7 +2,13 @@
 import pytest
 import torch
 
-from trl_distreward.trainer.objective import clipped_policy_loss, gaussian_kl, normalize_advantages, select_top
+from trl_distreward.trainer.objective import (
+    clipped_policy_loss,
+    gaussian_kl,
+    normalize_advantages,
+    normalize_ratio,
+    select,
+)
 
 
 def test_batch_advantages_are_standardized_over_everything():
@@ -27,12 +33,40 @@ def test_equal_rewards_give_zero_advantages_and_not_noise(value):
     assert (normalize_advantages(rewards) == 0).all()
 
 
-def test_selection_keeps_the_global_top_share():
+@pytest.mark.parametrize(
+    ("selection", "quantile", "shares", "kept"),
+    [
+        ("top", 0.25, 1, [1]),
+        ("top", 0.5, 1, [0, 1]),  # ties: the earlier
+        ("top", 0.01, 1, [1]),  # at least one
+        ("top", 0.5, 2, [1, 3]),  # of each process's two
+        ("top_bottom", 0.25, 1, [1, 2]),
+        ("top_bottom", 1.0, 1, [0, 1, 2, 3]),
+        ("all", 0.25, 1, [0, 1, 2, 3]),
+    ],
+)
+def test_selection(selection, quantile, shares, kept):
     advantages = torch.tensor([[0.3], [2.0], [-1.0], [0.3]], dtype=torch.float64)
-    assert select_top(advantages, 0.25).flatten().tolist() == [False, True, False, False]
-    assert select_top(advantages, 0.5).flatten().tolist() == [True, True, False, False]  # ties: the earlier
-    assert select_top(advantages, 1.0).all()
-    assert select_top(advantages, 0.01).sum() == 1
+    mask = select(advantages, selection, quantile, shares)
+    assert mask.shape == (4, 1) and mask.flatten().nonzero().flatten().tolist() == kept
+
+
+def test_normalized_log_ratio_is_centred_and_of_one_scale_for_all_noise():
+    """Drawn under the old policy, the log-ratio's bias and its 1/std spread are gone; what is left is Δμ·ε."""
+    generator = torch.Generator().manual_seed(0)
+    delta = 0.3 * torch.randn(1, 8, generator=generator, dtype=torch.float64).expand(50_000, 8)
+    noise = torch.randn(50_000, 8, generator=generator, dtype=torch.float64)
+    spreads = []
+    for value in (0.05, 0.5):
+        std, old_mean = torch.full((50_000,), value, dtype=torch.float64), torch.zeros_like(noise)
+        sample, mean = old_mean + value * noise, old_mean + delta
+        log_ratio = (-((sample - mean) ** 2) + (sample - old_mean) ** 2).mean(1) / (2 * value**2)
+        assert log_ratio.mean() < -0.05
+        normalized = normalize_ratio(log_ratio, mean, old_mean, std)
+        torch.testing.assert_close(normalized, (delta * noise).mean(1))
+        assert abs(normalized.mean()) < 5 * normalized.std() / 50_000**0.5
+        spreads.append(normalized.std().item())
+    assert spreads[0] == pytest.approx(spreads[1], rel=1e-9)
 
 
 def test_on_policy_gradient_is_the_policy_gradient():

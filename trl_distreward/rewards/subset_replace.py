@@ -135,18 +135,23 @@ class SubsetReplaceReward:
                 extractor.to(device)
         return self
 
-    def extract(self, images: Tensor, conditions: Any = None) -> dict[str, Tensor]:
+    def extract(self, images: Tensor, conditions: Any = None, check_finite: bool = True) -> dict[str, Tensor]:
         """
         Features of uint8 images `(M, C, H, W)` in each space, `(M, d)` float32; conditions go to the extractors that
         need them, such as [`JointFeatures`].
 
         Raises:
             ValueError: an extractor changed the batch size, gave another dimension than the statistics have, or
-                NaN or infinite values.
+                NaN or infinite values, unless `check_finite=False`.
         """
         return {
             name: extract_features(
-                extractor, images, conditions, getattr(self.distances[name], "dimension", None), name
+                extractor,
+                images,
+                conditions,
+                dimension=getattr(self.distances[name], "dimension", None),
+                name=name,
+                check_finite=check_finite,
             )
             for name, extractor in self.extractors.items()
         }
@@ -168,6 +173,15 @@ class SubsetReplaceReward:
     def reference_distances(self) -> dict[str, float]:
         """Distance of the current reference set from real data, per feature space."""
         return {name: distance.value for name, distance in self.distances.items()} if self.features else {}
+
+    @property
+    def baseline(self) -> float:
+        """The reward of leaving the reference set as it is."""
+        return -sum(self._weight(name) * distance.value for name, distance in self.distances.items())
+
+    def _weight(self, name: str) -> float:
+        scale = self.first_distances[name] if len(self.distances) > 1 else 1.0
+        return self.space_weights[name] / scale
 
     def set_reference(self, features: Mapping[str, Tensor]) -> None:
         """Takes `features` `(N, d)` per space as the reference set."""
@@ -220,8 +234,7 @@ class SubsetReplaceReward:
         total: Tensor | float = 0.0
         for name, distance in self.distances.items():
             new = features[name].view(*slots.shape, -1)
-            scale = self.first_distances[name] if len(self.distances) > 1 else 1.0
-            total = total - self.space_weights[name] * distance.replaced(slots, new) / scale
+            total = total - self._weight(name) * distance.replaced(slots, new)
         return total  # type: ignore[return-value]
 
     def __call__(

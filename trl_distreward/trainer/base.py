@@ -9,6 +9,9 @@ import copy
 import json
 import math
 import os
+import shutil
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,12 +27,21 @@ from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    get_last_checkpoint,
+    rotate_checkpoints,
+    speed_metrics,
+)
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
@@ -42,8 +54,19 @@ logger = get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
 RAW_WEIGHTS = "trained_weights.safetensors"
 TRAINING_STATE = "diffusion_state.pt"
+PROCESS_STATE = "process_state_{}.pt"
+# Not a name that a checkpoint has, nor one that is pushed to the Hub.
+PARTIAL_CHECKPOINT = "_partial-checkpoint"
 # Files of a checkpoint that are for resuming only, and stay off the Hub.
-_RESUME_ONLY = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", RAW_WEIGHTS]
+_RESUME_ONLY = [
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    RAW_WEIGHTS,
+    "process_state*",
+]
 
 
 class _NetworkConfig(FrozenDict):
@@ -66,6 +89,35 @@ class _UpdateEMA(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.network)
+
+
+class _StopOnSIGTERM(TrainerCallback):
+    """Ends the run cleanly after the current update, with a checkpoint: what a cluster's scheduler asks for."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # the signal may reach processes at different steps: they stop together once any has it
+        flag = torch.tensor(float(self.requested), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        if flag.item() > 0:
+            logger.warning(f"SIGTERM: training stops after step {state.global_step} with a checkpoint.")
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -124,6 +176,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.control: Any
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._uploads: list[Future] = []
+        self._skipped_in_a_row = 0
         super().__init__(
             model=self._prepare_network(policy.model, args, peft_config),
             args=args,
@@ -131,7 +184,7 @@ class DiffusionTrainer(_BaseTrainer):
             train_dataset=train_dataset,
             # evaluation generates its own images; transformers only asks that something be there
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[_UpdateEMA(self), *(callbacks or [])],
+            callbacks=[_UpdateEMA(self), _StopOnSIGTERM(), *(callbacks or [])],
             optimizers=optimizers,
         )
         if ema_decay > 0:
@@ -202,6 +255,42 @@ class DiffusionTrainer(_BaseTrainer):
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.record(f"seconds/{phase}", time.perf_counter() - started)
+
+    # ---- guards ----
+
+    def skip_update(self, reason: str, **context: Any) -> None:
+        """
+        Counts an update that cannot be made, and keeps what is needed to look into it.
+
+        Raises:
+            RuntimeError: more than `max_skipped_updates` in a row.
+        """
+        self._skipped_in_a_row += 1
+        self.record("skipped_updates", 1.0)
+        step, limit = self.state.global_step, self.args.max_skipped_updates
+        path = os.path.join(self.args.output_dir, "skipped", f"step-{step}.pt")
+        if self.accelerator.is_main_process:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.save({"step": step, "reason": reason, "seed": self.args.seed, **context}, path)
+        logger.warning(f"Update {step} is skipped: {reason}. Its context is in {path}.")
+        if self._skipped_in_a_row > limit:
+            last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            remedy = f"resume from {last}" if last else "start again"
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} updates in a row were skipped (max_skipped_updates={limit}), the last "
+                f"because {reason}: lower the learning rate or noise_level, then {remedy}."
+            )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Drops gradients that are not finite before the optimizer sees them; they are so on every process."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if torch.isfinite(torch.as_tensor(norm)):
+            if any(p.grad is not None for p in model.parameters()):
+                self._skipped_in_a_row = 0
+        elif self.accelerator.scaler is None:  # float16's scaler skips such steps by itself, and lowers its scale
+            model.zero_grad(set_to_none=True)
+            self.skip_update("the gradient is not finite", grad_norm=float(norm))
+        return norm
 
     # ---- generation and evaluation ----
 
@@ -317,8 +406,64 @@ class DiffusionTrainer(_BaseTrainer):
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """
+        Writes a checkpoint under another name and renames it when it is whole.
+
+        Killed at any moment, a run therefore has only whole folders named `checkpoint-*`, and
+        `resume_from_checkpoint=True` finds the newest of them.
+        """
         self.create_model_card(model_name=self._hub_name())
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial=trial))
+        final, partial = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", run_dir / PARTIAL_CHECKPOINT
+        writes = self.args.should_save
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write_checkpoint(partial, final, run_dir)
+        except (OSError, SafetensorError) as error:
+            if writes:
+                shutil.rmtree(partial, ignore_errors=True)
+            error.add_note(
+                f"The checkpoint of step {self.state.global_step} could not be written to {run_dir}; earlier ones are "
+                "intact. Free space or lower save_total_limit, then resume with resume_from_checkpoint=True."
+            )
+            raise
+        self.accelerator.wait_for_everyone()
+        if writes:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if writes:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _write_checkpoint(self, partial: Path, final: Path, run_dir: Path) -> None:
+        """What transformers writes, and in the same files."""
+        self.store_flos()
+        self.save_model(str(partial), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+        if self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    name, saved = type(callback).__name__, self.state.stateful_callbacks
+                    if isinstance(saved[name], list):
+                        saved[name].append(callback.state())
+                    else:
+                        saved[name] = callback.state()
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
 
     def training_state(self) -> dict[str, Any]:
         """State of this trainer beyond what transformers saves; subclasses add theirs."""
@@ -328,6 +473,13 @@ class DiffusionTrainer(_BaseTrainer):
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
 
+    def process_state(self) -> dict[str, Any]:
+        """State that differs between processes; subclasses add theirs."""
+        return {}
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `process_state` gave."""
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:
@@ -336,12 +488,18 @@ class DiffusionTrainer(_BaseTrainer):
                 raw = {name: p.detach().contiguous().cpu() for name, p in parameters}
                 save_file(raw, os.path.join(output_dir, RAW_WEIGHTS))
             torch.save(self.training_state(), os.path.join(output_dir, TRAINING_STATE))
+        own = self.process_state()
+        if own:
+            torch.save(own, os.path.join(output_dir, PROCESS_STATE.format(self.args.process_index)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         path = os.path.join(checkpoint or "", TRAINING_STATE)
         if checkpoint is not None and os.path.isfile(path):
             self.load_training_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+        path = os.path.join(checkpoint or "", PROCESS_STATE.format(self.args.process_index))
+        if checkpoint is not None and os.path.isfile(path):
+            self.load_process_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
 
     # ---- loading ----
 

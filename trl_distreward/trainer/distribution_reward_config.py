@@ -4,9 +4,22 @@ from dataclasses import dataclass, field
 from trl.trainer.base_config import _BaseConfig
 
 from ..generation import SamplingSchedule
-from .objective import ADVANTAGE_NORMALIZATIONS
+from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 
 REFERENCE_UPDATES = ("refresh", "rolling")
+LOSS_TYPES = ("grpo", "rft")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+# Fields with a fixed set of values
+_CHOICES = {
+    "reference_update": REFERENCE_UPDATES,
+    "loss_type": LOSS_TYPES,
+    "advantage_normalization": ADVANTAGE_NORMALIZATIONS,
+    "selection": SELECTIONS,
+    "selection_scope": ("global", "local"),
+    "multi_objective_aggregation": AGGREGATIONS,
+    "sde_window": ("sliding", "random"),
+    "step_weighting": ("uniform", "noise"),
+}
 
 
 @dataclass
@@ -30,10 +43,18 @@ class DiffusionDistributionConfig(_BaseConfig):
             `"refresh"`: the reference set is generated anew every `reference_refresh_steps`, as in the paper.
             `"rolling"`: new images stay in the places they were judged in, and nothing is generated twice; slots are
             then drawn without replacement over the whole batch.
-        reference_refresh_steps (`int`, *optional*, defaults to `10`):
-            Optimizer steps between two generations of the reference set under `"refresh"`.
+        reference_refresh_steps (`int` or `str`, *optional*, defaults to `10`):
+            Optimizer steps between two generations of the reference set under `"refresh"`. `"auto"`: it is generated
+            anew once the mean reward has drifted from what the unchanged set would get by more than `refresh_drift`.
+        refresh_drift (`float`, *optional*, defaults to `2.0`):
+            Drift under `"auto"`, in standard deviations of the rewards of one update.
+        best_of_n (`int`, *optional*, defaults to `1`):
+            Candidates generated for every slot, of which the one with the best replaced distance by itself is kept
+            before subsets are judged (Appendix C).
         reward_weights (`list[float]`, *optional*):
             Weights of several reward functions; all 1 by default.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            Whether several rewards are summed before advantages are normalized, or each is normalized first.
 
         > Parameters that control generation
 
@@ -47,6 +68,14 @@ class DiffusionDistributionConfig(_BaseConfig):
             η of the noise schedule; with `"sit"`, 1 is SiT's own sampler.
         last_step_size (`float`, *optional*, defaults to `0.04`):
             Size of a last step without noise, SiT's "Mean" step, which is not trained. `None`: all steps are equal.
+        sde_window_size (`int`, *optional*):
+            Steps with noise; the others follow the ODE and are not trained. All steps by default. 1 or 2 with
+            `sde_window="random"` is Flow-GRPO-Fast.
+        sde_window (`str`, *optional*, defaults to `"sliding"`):
+            `"sliding"`: the window moves from noise to data by one step every `sde_window_interval` generations, then
+            starts again (MixGRPO, arXiv 2507.21802). `"random"`: drawn anew at each generation.
+        sde_window_interval (`int`, *optional*, defaults to `25`):
+            Generations between two moves of the sliding window.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -58,13 +87,27 @@ class DiffusionDistributionConfig(_BaseConfig):
 
         per_device_train_batch_size (`int`, *optional*, defaults to `8`):
             (Image, step) pairs in one forward-backward pass. It changes memory and speed, not the update.
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            `"grpo"`: the clipped policy gradient (Eq. 6). `"rft"`: rejection sampling, the flow-matching loss (Eq. 2)
+            on the selected images, whatever their advantages.
         advantage_normalization (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: mean and standard deviation over all subsets of all processes (Eq. 5); `"group"`: over the
             `num_generations` subsets that replace the same slots; `"none"`.
         num_generations (`int`, *optional*, defaults to `1`):
             Subsets that replace the same slots.
+        selection (`str`, *optional*, defaults to `"top"`):
+            Subsets that are trained on: `"top"`, the share `top_advantage_quantile` with the highest advantage;
+            `"top_bottom"`, that share from either end; `"all"`.
+        selection_scope (`str`, *optional*, defaults to `"global"`):
+            Whether the share is taken over all processes or in each.
         top_advantage_quantile (`float`, *optional*, defaults to `0.25`):
-            Share of the subsets, by advantage over all processes, that is trained on; 1.0 keeps all.
+            Share that is selected; 1.0 keeps all.
+        timestep_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the steps with noise that is trained, drawn anew at each generation.
+        step_weighting (`str`, *optional*, defaults to `"uniform"`):
+            `"noise"` weights steps by their noise's standard deviation (TempFlow-GRPO, arXiv 2508.04324).
+        ratio_normalization (`bool`, *optional*, defaults to `False`):
+            Puts the log-ratios of all steps on one scale (GRPO-Guard, arXiv 2510.22319).
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Clip range of the probability ratio, with log-probabilities averaged over dimensions.
         beta (`float`, *optional*, defaults to `0.0`):
@@ -73,6 +116,10 @@ class DiffusionDistributionConfig(_BaseConfig):
             Updates made from each generation. 1 is strictly on-policy: the ratio is then exactly 1.
         ema_decay (`float`, *optional*, defaults to `0.0`):
             Decay of a moving average of the weights, which is then what is evaluated and saved as the pipeline.
+        offload_trajectories (`bool`, *optional*, defaults to `False`):
+            Keeps the rollout's states in CPU memory until they are trained on.
+        max_skipped_updates (`int`, *optional*, defaults to `5`):
+            Updates in a row that may be skipped for values that are not finite before training stops.
 
         > Parameters that control evaluation
 
@@ -89,8 +136,8 @@ class DiffusionDistributionConfig(_BaseConfig):
 
     > Parameters with other defaults than [`~transformers.TrainingArguments`]: `learning_rate=1e-5`,
     > `lr_scheduler_type="constant"`, `max_steps=450`, `save_steps=50`, `logging_steps=1`,
-    > `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`, `remove_unused_columns=False`. A lower value
-    > of `metric_for_best_model` is the better one unless `greater_is_better` says otherwise.
+    > `ddp_find_unused_parameters=False`, `remove_unused_columns=False`. A lower value of `metric_for_best_model` is
+    > the better one unless `greater_is_better` says otherwise.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate; 1e-5 in the paper."})
@@ -109,9 +156,6 @@ class DiffusionDistributionConfig(_BaseConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for unused parameters."}
     )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "Whether DDP broadcasts buffers at every forward pass."}
-    )
 
     # Parameters that control the reward
     reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated reference set."})
@@ -121,11 +165,19 @@ class DiffusionDistributionConfig(_BaseConfig):
         default="refresh",
         metadata={"help": "How the reference set follows the policy.", "choices": list(REFERENCE_UPDATES)},
     )
-    reference_refresh_steps: int = field(
-        default=10, metadata={"help": "Optimizer steps between two generations of the reference set."}
+    reference_refresh_steps: int | str = field(
+        default=10, metadata={"help": "Optimizer steps between two generations of the reference set, or 'auto'."}
     )
+    refresh_drift: float = field(
+        default=2.0, metadata={"help": "Drift that brings a refresh under 'auto', in standard deviations."}
+    )
+    best_of_n: int = field(default=1, metadata={"help": "Candidates generated for every slot; the best is kept."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={"help": "How several rewards become one advantage.", "choices": list(AGGREGATIONS)},
     )
 
     # Parameters that control generation
@@ -139,6 +191,11 @@ class DiffusionDistributionConfig(_BaseConfig):
     last_step_size: float | None = field(
         default=0.04, metadata={"help": "Size of a last step without noise; None: all steps are equal."}
     )
+    sde_window_size: int | None = field(default=None, metadata={"help": "Steps with noise; None: all."})
+    sde_window: str = field(
+        default="sliding", metadata={"help": "How the window of noise moves.", "choices": ["sliding", "random"]}
+    )
+    sde_window_interval: int = field(default=25, metadata={"help": "Generations between two moves of the window."})
     time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
     rollout_batch_size: int | None = field(
@@ -146,18 +203,42 @@ class DiffusionDistributionConfig(_BaseConfig):
     )
 
     # Parameters that control the update
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "Policy gradient or rejection sampling.", "choices": list(LOSS_TYPES)},
+    )
     advantage_normalization: str = field(
         default="batch",
         metadata={"help": "Over what advantages are normalized.", "choices": list(ADVANTAGE_NORMALIZATIONS)},
     )
     num_generations: int = field(default=1, metadata={"help": "Subsets that replace the same slots."})
+    selection: str = field(
+        default="top", metadata={"help": "Which subsets are trained on.", "choices": list(SELECTIONS)}
+    )
+    selection_scope: str = field(
+        default="global",
+        metadata={"help": "Over what the selected share is taken.", "choices": ["global", "local"]},
+    )
     top_advantage_quantile: float = field(
         default=0.25, metadata={"help": "Share of the subsets, by advantage, that is trained on."}
+    )
+    timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the steps with noise that is trained."})
+    step_weighting: str = field(
+        default="uniform", metadata={"help": "How steps are weighted.", "choices": ["uniform", "noise"]}
+    )
+    ratio_normalization: bool = field(
+        default=False, metadata={"help": "Puts the log-ratios of all steps on one scale."}
     )
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the initial model."})
     num_iterations: int = field(default=1, metadata={"help": "Updates made from each generation."})
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of a moving average of the weights; 0 is none."})
+    offload_trajectories: bool = field(
+        default=False, metadata={"help": "Keeps the rollout's states in CPU memory until they are trained on."}
+    )
+    max_skipped_updates: int = field(
+        default=5, metadata={"help": "Updates in a row that may be skipped for values that are not finite."}
+    )
 
     # Parameters that control evaluation
     num_inference_steps_eval: int = field(default=250, metadata={"help": "Steps at evaluation."})
@@ -169,20 +250,38 @@ class DiffusionDistributionConfig(_BaseConfig):
     eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
 
     def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         self._check_reward()
         self._check_update()
         self.rollout_schedule, self.eval_schedules = self._schedules()
-        if not self.rollout_schedule.trainable_steps:
+        steps = len(self.rollout_schedule.trainable_steps)
+        if not steps:
             raise ValueError(
                 f"noise_level={self.noise_level} with num_inference_steps={self.num_inference_steps} leaves no step "
                 "with noise, so nothing can be trained: raise either."
+            )
+        if self.sde_window_size is not None and not 1 <= self.sde_window_size <= steps:
+            raise ValueError(
+                f"sde_window_size={self.sde_window_size} must lie in 1 to {steps}, the number of steps with noise."
             )
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better: bool | None = False
         super().__post_init__()
 
     def _check_reward(self) -> None:
-        for name in ("reference_set_size", "replace_size", "reference_refresh_steps", "num_iterations"):
+        if self.reference_refresh_steps != "auto":
+            try:
+                self.reference_refresh_steps = int(self.reference_refresh_steps)
+            except ValueError:
+                raise ValueError(
+                    f"reference_refresh_steps={self.reference_refresh_steps!r} must be a number of steps or 'auto'."
+                ) from None
+        counts = ["reference_set_size", "replace_size", "num_iterations", "best_of_n", "sde_window_interval"]
+        if self.reference_refresh_steps != "auto":
+            counts.append("reference_refresh_steps")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.replace_size >= self.reference_set_size:
@@ -193,17 +292,10 @@ class DiffusionDistributionConfig(_BaseConfig):
             )
         if self.num_subsets < 2:
             raise ValueError(f"num_subsets={self.num_subsets}: at least 2 subsets are needed to compare rewards.")
-        if self.reference_update not in REFERENCE_UPDATES:
-            raise ValueError(
-                f"reference_update={self.reference_update!r} is unknown: choose one of {', '.join(REFERENCE_UPDATES)}."
-            )
+        if self.refresh_drift <= 0:
+            raise ValueError(f"refresh_drift={self.refresh_drift} must be positive.")
 
     def _check_update(self) -> None:
-        if self.advantage_normalization not in ADVANTAGE_NORMALIZATIONS:
-            raise ValueError(
-                f"advantage_normalization={self.advantage_normalization!r} is unknown: choose one of "
-                f"{', '.join(ADVANTAGE_NORMALIZATIONS)}."
-            )
         if self.num_generations < 1 or self.num_subsets % self.num_generations:
             raise ValueError(
                 f"num_generations={self.num_generations} must divide num_subsets={self.num_subsets}: it is how many "
@@ -214,14 +306,18 @@ class DiffusionDistributionConfig(_BaseConfig):
                 "advantage_normalization='group' compares subsets that replace the same slots: set num_generations "
                 "to 2 or more."
             )
-        if not 0 < self.top_advantage_quantile <= 1:
-            raise ValueError(
-                f"top_advantage_quantile={self.top_advantage_quantile} must lie in (0, 1]; 1.0 keeps every subset."
-            )
+        for name in ("top_advantage_quantile", "timestep_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]; 1.0 keeps everything.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average.")
         if self.epsilon <= 0 or self.beta < 0:
             raise ValueError(f"epsilon={self.epsilon} must be positive and beta={self.beta} not negative.")
+        if self.loss_type == "rft" and (self.num_iterations > 1 or self.ratio_normalization or self.beta > 0):
+            raise ValueError(
+                "loss_type='rft' has no probability ratio and no KL: leave num_iterations=1, "
+                "ratio_normalization=False and beta=0.0."
+            )
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: every update already "

@@ -2,7 +2,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..generation import conditions_of_slots, image_generators, sample, take
+from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
 from ..metrics.report import ImageMetric
 from ..policies import as_policy, to_uint8
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
 from ..sampling import Transition, transition
 from .base import DiffusionTrainer
 from .distribution_reward_config import DiffusionDistributionConfig
-from .objective import clipped_policy_loss, gaussian_kl, normalize_advantages, select_top
+from .objective import clipped_policy_loss, gaussian_kl, normalize_advantages, normalize_ratio, select
 from .rollout_batch import RolloutBatch
 
 logger = get_logger(__name__)
@@ -28,15 +28,14 @@ RewardFunction = Callable[..., Any]
 
 @dataclass
 class UpdateStatistics:
-    """Sums and extremes of what an update's micro-batches saw, reduced over processes when logged."""
+    """Weighted sums and extremes over an update's micro-batches, reduced over processes when they are logged."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    ratio_min: float = math.inf
-    ratio_max: float = -math.inf
+    ratios: list[Tensor] = field(default_factory=list)
 
-    def add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double().sum()
+    def add(self, weights: Tensor, **values: Tensor) -> None:
+        for name, value in {"weight": torch.ones_like(weights), **values}.items():
+            self.sums[name] = self.sums.get(name, 0) + (value.detach().double() * weights).sum()
 
 
 class DistributionRewardTrainer(DiffusionTrainer):
@@ -137,6 +136,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.reference_model = reference.to(self.accelerator.device) if reference is not None else None
         self._buffer: RolloutBatch | None = None
         self._last_refresh: int | None = None
+        self._drifted = False
         self._check_processes()
         for reward in self.distribution_rewards:
             reward.to(self.accelerator.device)
@@ -222,31 +222,46 @@ class DistributionRewardTrainer(DiffusionTrainer):
             inputs (`dict`): `cond`, `x`, `next_x` `(P, ...)`, `t`, `t_next`, `advantages`, `weights`,
                 `drawn_log_probs` `(P,)`, and `old_log_probs` `(P,)` off-policy.
         """
-        step = self._score(model, inputs)
-        old = inputs.get("old_log_probs")
-        # On-policy the anchor is the log-probability itself: the ratio is exactly 1, whatever the kernels' noise.
-        old = step.log_prob.detach() if old is None else old
-        weights = inputs["weights"]
-        policy = clipped_policy_loss(step.log_prob, old, inputs["advantages"], self.args.epsilon)
-        loss = policy.loss
-        values = {
-            "weight": weights,
-            "ratio": policy.ratio * weights,
-            "clip_ratio": policy.clipped * weights,
-            "delta_log_prob": (step.log_prob.detach() - inputs["drawn_log_probs"]).abs() * weights,
-        }
-        if self.args.beta > 0:
-            kl = self._kl(model, inputs, step)
-            loss = loss + self.args.beta * kl
-            values["kl"] = kl * weights
+        if self.args.loss_type == "rft":
+            loss, values = self._flow_matching_loss(model, inputs)
+        else:
+            loss, values = self._policy_loss(model, inputs)
         if "statistics" in inputs:
-            statistics = inputs["statistics"]
-            statistics.add(**values)
-            statistics.ratio_min = min(statistics.ratio_min, policy.ratio.min().item())
-            statistics.ratio_max = max(statistics.ratio_max, policy.ratio.max().item())
+            inputs["statistics"].add(inputs["weights"], **values)
+            if "ratio" in values:
+                inputs["statistics"].ratios.append(values["ratio"])
         # gradients are averaged over processes: each returns its share of the global mean times their number
-        loss = (loss * weights).sum() * self.accelerator.num_processes
-        return (loss, {"transition": step}) if return_outputs else loss
+        loss = (loss * inputs["weights"]).sum() * self.accelerator.num_processes
+        return (loss, values) if return_outputs else loss
+
+    def _policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped policy gradient with KL (Eq. 6), `(P,)`, and what is logged of it."""
+        step = self._score(model, inputs)
+        # On-policy the anchor is the log-probability itself: the ratio is exactly 1, whatever the kernels' noise.
+        old = inputs.get("old_log_probs", step.log_prob.detach())
+        log_prob = step.log_prob
+        if self.args.ratio_normalization:
+            old_mean = inputs.get("old_means", step.mean.detach())
+            log_prob, old = normalize_ratio(log_prob - old, step.mean, old_mean, step.std), torch.zeros_like(old)
+        policy = clipped_policy_loss(log_prob, old, inputs["advantages"], self.args.epsilon)
+        values = {
+            "ratio": policy.ratio,
+            "clip_ratio": policy.clipped,
+            "delta_log_prob": (step.log_prob.detach() - inputs["drawn_log_probs"]).abs(),
+        }
+        loss = policy.loss
+        if self.args.beta > 0:
+            values["kl"] = self._kl(model, inputs, step)
+            loss = loss + self.args.beta * values["kl"]
+        return loss, values
+
+    def _flow_matching_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`|v(x_t, t) - (x_1 - x_0)|²` on selected images `x_0` (Eq. 2), mean over dimensions, `(P,)`."""
+        noise, data, t = inputs["x"], inputs["next_x"], inputs["t"].to(inputs["x"].dtype)
+        wide = t.view(-1, *[1] * (data.ndim - 1))
+        velocity = self.policy.velocity(model, (1 - wide) * data + wide * noise, t, inputs["cond"])
+        loss = (velocity - (noise - data)).square().flatten(1).mean(1)
+        return loss, {"flow_matching_loss": loss}
 
     def _score(self, model: nn.Module, pairs: dict[str, Any]) -> Transition:
         """Density of the taken steps under `model`."""
@@ -269,7 +284,23 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def _micro_batches(self, batch: RolloutBatch) -> Iterator[tuple[dict[str, Any], bool]]:
         times, size = self.args.rollout_schedule.times, self.args.per_device_train_batch_size
-        return batch.micro_batches(times, size, self.accelerator.num_processes)
+        weights = self._step_weights(batch.steps) if self.args.step_weighting == "noise" else None
+        return batch.micro_batches(times, size, self.accelerator.num_processes, weights)
+
+    def _step_weights(self, steps: tuple[int, ...]) -> Tensor:
+        """Weights proportional to the steps' noise, of mean 1."""
+        times = torch.tensor(self.args.rollout_schedule.times, dtype=torch.float64)
+        index, nothing = torch.tensor(steps), torch.zeros(len(steps), 1, dtype=torch.float64)
+        step = transition(
+            nothing,
+            nothing,
+            times[index],
+            times[index + 1],
+            noise_schedule=self.args.noise_schedule,
+            noise_level=self.args.noise_level,
+            prev_sample=nothing,
+        )
+        return (step.std / step.std.mean()).float().to(self.accelerator.device)
 
     # ---- generation ----
 
@@ -283,15 +314,55 @@ class DistributionRewardTrainer(DiffusionTrainer):
             self.record(f"reference_distance/{name}", distance)
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
-            local, images = self._rollout(model, slots)
+            local, images = self._rollout(model, slots, self._schedule_now())
         with self._timed("reward"):
-            rewards, features = self._rewards(images, slots)  # (B, 1) or (B, n) float64
-        advantages = normalize_advantages(rewards, args.advantage_normalization, args.num_generations)
-        self._record_rewards(rewards)
+            features = self._features(images, slots)
+            if features is None:
+                return self._skip(local, "an image's features are not finite", slots=slots)
+            rewards = self._rewards(images, slots, features)  # per function (B, 1) or (B, n) float64
+        if not all(bool(values.isfinite().all()) for values in rewards):
+            return self._skip(local, "a reward is not finite", slots=slots, rewards=rewards)
+        advantages = self._advantages(rewards)
         if args.reference_update == "rolling":
-            for reward in self.distribution_rewards:
-                reward.update_reference(slots, features[id(reward)], self.slot_sampler.generator)
-        return self._select(model, local, advantages.expand(slots.shape), rewards.shape[1])
+            for reward, local_features in features:
+                gathered = {space: self.accelerator.gather(values) for space, values in local_features.items()}
+                reward.update_reference(slots, gathered, self.slot_sampler.generator)
+        if not (advantages != 0).any():
+            logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
+            self.record("skipped_updates", 1.0)
+            return replace(local, num_images=0)
+        batch = self._select(local, advantages, slots.shape)
+        if args.num_iterations > 1:
+            self._anchor(model, batch)
+        return batch
+
+    def _skip(self, local: RolloutBatch, reason: str, **context: Any) -> RolloutBatch:
+        self.skip_update(reason, **context)
+        return replace(local, num_images=0)
+
+    def _schedule_now(self) -> SamplingSchedule:
+        """The rollout's schedule with this generation's window of noise."""
+        schedule, size = self.args.rollout_schedule, self.args.sde_window_size
+        if size is None:
+            return schedule
+        steps = schedule.trainable_steps
+        places = len(steps) - size + 1
+        if self.args.sde_window == "random":
+            (generator,) = image_generators(self.args.seed, "window", self.state.global_step, [0])
+            first = int(torch.randint(places, (1,), generator=generator))
+        else:
+            generation = self.state.global_step // self.args.num_iterations
+            first = generation // self.args.sde_window_interval % places
+        return replace(schedule, sde_steps=steps[first : first + size])
+
+    def _trained_steps(self, schedule: SamplingSchedule) -> tuple[int, ...]:
+        """The share of the steps with noise that this generation trains."""
+        steps = schedule.trainable_steps
+        if self.args.timestep_fraction == 1.0:
+            return steps
+        (generator,) = image_generators(self.args.seed, "steps", self.state.global_step, [0])
+        count = max(1, round(self.args.timestep_fraction * len(steps)))
+        return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
 
     def _draw_slots(self) -> Tensor:
         args = self.args
@@ -299,88 +370,152 @@ class DistributionRewardTrainer(DiffusionTrainer):
         slots = self.slot_sampler.draw(groups, args.replace_size, distinct=args.reference_update == "rolling")
         return slots.repeat_interleave(args.num_generations, dim=0)
 
-    def _rollout(self, model: nn.Module, slots: Tensor) -> tuple[RolloutBatch, Tensor]:
+    def _rollout(self, model: nn.Module, slots: Tensor, schedule: SamplingSchedule) -> tuple[RolloutBatch, Tensor]:
         """This process's share of the step's images (M = B n / processes), with the states to train on."""
-        flat, device = slots.flatten(), self.accelerator.device
-        share = len(flat) // self.accelerator.num_processes
-        mine = range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
-        schedule = self.args.rollout_schedule
-        size = self.args.rollout_batch_size or self.args.per_device_train_batch_size
+        candidates = [
+            self._rollout_once(model, slots, schedule, first_index=candidate * slots.numel())
+            for candidate in range(self.args.best_of_n)
+        ]
+        if len(candidates) == 1:
+            return candidates[0]
+        # Appendix C: of a slot's candidates stays the one whose replaced distance is best by itself.
+        local_slots, scores = self._local(slots).view(-1, 1), []
+        conditions = take(self.conditions, local_slots.flatten().cpu())
+        for _, images in candidates:
+            score = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+            for reward in self.distribution_rewards:
+                score += reward.score(local_slots, reward.extract(images, conditions))
+            scores.append(score)
+        best = torch.stack(scores).argmax(dim=0)
+        batches, images = [batch for batch, _ in candidates], torch.stack([images for _, images in candidates])
+        rows = torch.arange(len(best), device=best.device)
+
+        def pick(values: list[Tensor]) -> Tensor:
+            device = values[0].device
+            return torch.stack(values)[best.to(device), rows.to(device)]
+
+        batch = replace(
+            batches[0],
+            states={i: pick([b.states[i] for b in batches]) for i in batches[0].states},
+            drawn_log_probs=pick([b.drawn_log_probs for b in batches]),
+            times=None if batches[0].times is None else pick([b.times for b in batches if b.times is not None]),
+        )
+        return batch, images[best, rows]
+
+    def _local(self, values: Tensor) -> Tensor:
+        """This process's contiguous share of a flattened tensor."""
+        share = values.numel() // self.accelerator.num_processes
+        return values.flatten()[self.accelerator.process_index * share :][:share]
+
+    def _rollout_once(
+        self, model: nn.Module, slots: Tensor, schedule: SamplingSchedule, first_index: int
+    ) -> tuple[RolloutBatch, Tensor]:
+        args, mine = self.args, self._local(slots)
+        offset = first_index + self.accelerator.process_index * len(mine)
+        size = args.rollout_batch_size or args.per_device_train_batch_size
+        rejection = args.loss_type == "rft"
+        steps = () if rejection else self._trained_steps(schedule)
         trajectories, images, conds = [], [], []
-        for start in range(mine.start, mine.stop, size):
-            indices = range(start, min(start + size, mine.stop))
-            conditions = take(self.conditions, flat[start : indices.stop].cpu())
-            generators = image_generators(self.args.seed, "rollout", self.state.global_step, indices)
-            trajectory = sample(self.policy, model, conditions, schedule, generators, schedule.trainable_steps)
-            trajectories.append(trajectory)
-            conds.append(self.policy.encode(conditions))
+        for chunk in torch.arange(len(mine)).split(size):
+            conditions = take(self.conditions, mine[chunk[0] : chunk[-1] + 1].cpu())
+            generators = self._generators("rollout", chunk + offset)
+            trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
             images.append(to_uint8(self.policy.decode(trajectory.sample)))
+            conds.append(self.policy.encode(conditions))
+            if rejection:  # pairs of noise and data take the place of a step's two ends
+                noise = self.policy.noise(conditions, self._generators("flow_matching", chunk + offset))
+                trajectory.states = {0: noise, 1: trajectory.sample}
+            if args.offload_trajectories:
+                trajectory.states = {i: state.cpu() for i, state in trajectory.states.items()}
+            trajectories.append(trajectory)
         batch = RolloutBatch(
             cond={name: torch.cat([c[name] for c in conds]) for name in conds[0]},
             states={i: torch.cat([t.states[i] for t in trajectories]) for i in trajectories[0].states},
-            steps=trajectories[0].steps,
+            steps=steps,
             drawn_log_probs=torch.cat([t.log_probs for t in trajectories]),
-            advantages=torch.zeros(share, device=device),
-            num_own=share,
-            num_images=len(flat),
+            advantages=torch.zeros(len(mine), device=mine.device),
+            num_own=len(mine),
+            num_images=slots.numel(),
         )
+        if rejection:
+            draws = [torch.rand(1, generator=g) for g in self._generators("time", torch.arange(len(mine)) + offset)]
+            nothing = torch.zeros(len(mine), 1, device=mine.device)
+            batch = replace(batch, steps=(0,), times=torch.cat(draws).to(mine.device), drawn_log_probs=nothing)
         return batch, torch.cat(images)
 
-    def _rewards(self, images: Tensor, slots: Tensor) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
-        """Weighted sum of the reward functions, `(B, 1)` if all share a subset's reward, else `(B, n)`."""
-        share, rank = len(images), self.accelerator.process_index
-        local_slots = slots.view(-1)[rank * share : (rank + 1) * share].view(-1, slots.shape[1])
+    def _generators(self, stream: str, indices: Tensor) -> list[torch.Generator]:
+        return image_generators(self.args.seed, stream, self.state.global_step, indices.tolist())
+
+    def _features(self, images: Tensor, slots: Tensor) -> list[tuple[SubsetReplaceReward, dict[str, Tensor]]] | None:
+        """Features of this process's images for every distribution reward; `None` if any process has bad ones."""
+        conditions = take(self.conditions, self._local(slots).cpu())
+        features = [(r, r.extract(images, conditions, check_finite=False)) for r in self.distribution_rewards]
+        finite = all(bool(v.isfinite().all()) for _, spaces in features for v in spaces.values())
+        flags = self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device))
+        return features if bool(flags.all()) else None
+
+    def _rewards(
+        self, images: Tensor, slots: Tensor, features: list[tuple[SubsetReplaceReward, dict[str, Tensor]]]
+    ) -> list[Tensor]:
+        """Of every reward function: `(B, 1)` if a subset's images share their reward, else `(B, n)`."""
+        local_slots, known = self._local(slots).view(-1, slots.shape[1]), iter(features)
         conditions = take(self.conditions, local_slots.flatten().cpu())
-        total: Tensor | float = 0.0
-        features = {}
-        for name, weight, function in zip(self.reward_names, self.reward_weights, self.reward_funcs, strict=True):
+        rewards = []
+        for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
             if isinstance(function, SubsetReplaceReward):
-                local = function.extract(images, conditions)
-                features[id(function)] = {space: self.accelerator.gather(value) for space, value in local.items()}
-                values = function.score(slots, features[id(function)])[:, None]
+                values = self.accelerator.gather(function.score(local_slots, next(known)[1]))[:, None]
             else:
                 returned = function(images=images, conditions=conditions, slots=local_slots, trainer_state=self.state)
-                local_values = torch.as_tensor(returned, dtype=torch.float64, device=slots.device).flatten()
-                if len(local_values) != share:
+                local = torch.as_tensor(returned, dtype=torch.float64, device=slots.device).flatten()
+                if len(local) != len(images):
                     raise ValueError(
-                        f"reward function {name!r} returned {len(local_values)} values for {share} images: it must "
+                        f"reward function {name!r} returned {len(local)} values for {len(images)} images: it must "
                         "return one float per image."
                     )
-                values = self.accelerator.gather(local_values).view(slots.shape)
-            if not values.isfinite().all():
-                raise ValueError(f"reward function {name!r} returned NaN or infinite values at this step.")
+                values = self.accelerator.gather(local).view(slots.shape)
             if len(self.reward_funcs) > 1:
                 self.record(f"rewards/{name}/mean", values.mean().item())
                 self.record(f"rewards/{name}/std", values.std().item())
-            total = total + weight * values
-        return total, features  # type: ignore[return-value]
+            rewards.append(values)
+        return rewards
 
-    def _select(self, model: nn.Module, local: RolloutBatch, advantages: Tensor, columns: int) -> RolloutBatch:
-        """Keeps the global top share and deals it out evenly: kept image k of all goes to process k mod processes."""
-        judged = advantages[:, :columns]
-        mask = select_top(judged, self.args.top_advantage_quantile)
+    def _advantages(self, rewards: list[Tensor]) -> Tensor:
+        """Weighted sum and normalization of the rewards, in the order that was asked for: `(B, 1)` or `(B, n)`."""
+        args = self.args
+
+        def normalize(values: Tensor) -> Tensor:
+            return normalize_advantages(values, args.advantage_normalization, args.num_generations)
+
+        weighted = list(zip(self.reward_weights, rewards, strict=True))
+        total = sum(weight * values for weight, values in weighted)
+        assert isinstance(total, Tensor)
+        self.record("reward", total.mean().item())
+        self.record("reward_std", total.std().item())
+        self._watch_drift(rewards)
+        if args.multi_objective_aggregation == "normalize_then_sum":
+            advantages = sum(weight * normalize(values) for weight, values in weighted)
+            assert isinstance(advantages, Tensor)
+            return advantages
+        return normalize(total)
+
+    def _select(self, local: RolloutBatch, advantages: Tensor, shape: torch.Size) -> RolloutBatch:
+        """Keeps the selected images of all processes and deals them out evenly."""
+        args, accelerator = self.args, self.accelerator
+        shares = accelerator.num_processes if args.selection_scope == "local" else 1
+        mask = select(advantages, args.selection, args.top_advantage_quantile, shares)
         self.record("advantage_kept", mask.double().mean().item())
-        if not (judged != 0).any():
-            logger.warning(
-                "All rewards of this step are equal: there is no advantage to learn from, and the update is skipped."
-            )
-            self.record("skipped_updates", 1.0)
-            local.num_images = 0
-            return local
-        kept = mask.expand(advantages.shape).flatten().nonzero().flatten()  # images of all processes, in order
-        accelerator = self.accelerator
-        batch = local.deal(
-            kept, advantages.flatten(), accelerator.gather, accelerator.process_index, accelerator.num_processes
-        )
-        if self.args.num_iterations > 1:
-            batch.old_log_probs = self._replay(model, batch)
-        return batch
+        kept = mask.expand(shape).flatten().nonzero().flatten()  # images of all processes, in order
+        everyone = advantages.expand(shape).flatten()
+        return local.deal(kept, everyone, accelerator.gather, accelerator.process_index, accelerator.num_processes)
 
-    def _replay(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
-        """Log-probabilities `(K, steps)` in the very micro-batches of the update, so that the first ratio is 1."""
-        pairs = [self._score(model, micro).log_prob for micro, _ in self._micro_batches(batch)]
-        shape = batch.drawn_log_probs.shape
-        return torch.cat(pairs)[: shape.numel()].view(shape)
+    def _anchor(self, model: nn.Module, batch: RolloutBatch) -> None:
+        """Old log-probabilities from the very micro-batches of the update, so that the first ratio is 1."""
+        scored = [self._score(model, micro) for micro, _ in self._micro_batches(batch)]
+        shape = batch.drawn_log_probs.shape  # (K, steps); micro-batches may end with repeated pairs
+        batch.old_log_probs = torch.cat([step.log_prob for step in scored])[: shape.numel()].view(shape)
+        if self.args.ratio_normalization:
+            means = torch.cat([step.mean for step in scored])[: shape.numel()]
+            batch.old_means = means.view(*shape, *means.shape[1:])
 
     # ---- the reference set ----
 
@@ -389,8 +524,27 @@ class DistributionRewardTrainer(DiffusionTrainer):
             return False
         if self._last_refresh is None:
             return True
-        age = self.state.global_step - self._last_refresh
-        return self.args.reference_update == "refresh" and age >= self.args.reference_refresh_steps
+        if self.args.reference_update == "rolling":
+            return False
+        if self.args.reference_refresh_steps == "auto":
+            return self._drifted
+        return self.state.global_step - self._last_refresh >= int(self.args.reference_refresh_steps)
+
+    def _watch_drift(self, rewards: list[Tensor]) -> None:
+        """How far rewards have moved, as a whole, from what the unchanged reference set would get.
+
+        New images of the policy that made the reference set change its distance either way and little on average:
+        what the mean reward differs by is the policy's change since then.
+        """
+        moved = [
+            (values.mean() - reward.baseline).abs() / values.std().clamp(min=torch.finfo(values.dtype).tiny)
+            for reward, values in zip(self.reward_funcs, rewards, strict=True)
+            if isinstance(reward, SubsetReplaceReward)
+        ]
+        if moved:
+            drift = max(value.item() for value in moved)
+            self.record("reference_drift", drift)
+            self._drifted = drift > self.args.refresh_drift
 
     def _refresh_reference(self, model: nn.Module) -> None:
         """Generates the reference set anew, each process a share of it."""
@@ -405,35 +559,37 @@ class DistributionRewardTrainer(DiffusionTrainer):
             )
             for images, conditions, valid in batches:
                 for reward in self.distribution_rewards:
-                    for space, values in reward.extract(images, conditions).items():
+                    for space, values in reward.extract(images, conditions, check_finite=False).items():
                         gathered = self.accelerator.gather(values)[:valid]
                         features[id(reward)].setdefault(space, []).append(gathered)
-            for reward in self.distribution_rewards:
-                reward.set_reference({space: torch.cat(parts) for space, parts in features[id(reward)].items()})
-        self._last_refresh = self.state.global_step
+            joined = {key: {space: torch.cat(v) for space, v in spaces.items()} for key, spaces in features.items()}
+            bad = sum(int((~v.isfinite()).any(dim=1).sum()) for spaces in joined.values() for v in spaces.values())
+            if bad and self._last_refresh is not None:
+                logger.warning(f"{bad} features of the new reference set are not finite: the old set stays.")
+                return
+            for reward in self.distribution_rewards:  # the first set has no other to fall back on: fit() refuses it
+                reward.set_reference(joined[id(reward)])
+        self._last_refresh, self._drifted = self.state.global_step, False
 
     def _reference_distances(self) -> dict[str, float]:
         return {k: v for reward in self.distribution_rewards for k, v in reward.reference_distances.items()}
 
     # ---- logging ----
 
-    def _record_rewards(self, rewards: Tensor) -> None:
-        self.record("reward", rewards.mean().item())
-        self.record("reward_std", rewards.std().item())
-
     def _record_update(self, statistics: UpdateStatistics) -> None:
-        """Means over all pairs of all processes; weights add up to 1 over them."""
-        names = [name for name in statistics.sums if name != "weight"]
+        """Means over all pairs of all processes."""
+        names = list(statistics.sums)
         sums = self.accelerator.reduce(torch.stack([statistics.sums[name] for name in names]), reduction="sum")
-        extremes = torch.tensor([[statistics.ratio_min, -statistics.ratio_max]], device=sums.device)
-        low, negative_high = self.accelerator.gather(extremes).amin(dim=0).tolist()
-        weight = self.accelerator.reduce(statistics.sums["weight"], reduction="sum")
-        values = dict(zip(names, (sums / weight).tolist(), strict=True))
-        self.record("ratio/mean", values.pop("ratio"))
-        self.record("ratio/min", low)
-        self.record("ratio/max", -negative_high)
+        values = dict(zip(names, sums.tolist(), strict=True))
+        weight = values.pop("weight")
         for name, value in values.items():
-            self.record(name, value)
+            self.record("ratio/mean" if name == "ratio" else name, value / weight)
+        if statistics.ratios:
+            ratios = torch.cat(statistics.ratios)
+            extremes = self.accelerator.gather(torch.stack([ratios.min(), -ratios.max()])[None])
+            low, negative_high = extremes.amin(dim=0).tolist()
+            self.record("ratio/min", low)
+            self.record("ratio/max", -negative_high)
 
     # ---- checkpoints ----
 
@@ -442,14 +598,31 @@ class DistributionRewardTrainer(DiffusionTrainer):
             "rewards": [reward.state_dict() for reward in self.distribution_rewards],
             "slots": self.slot_sampler.state_dict(),
             "last_refresh": self._last_refresh,
+            "drifted": self._drifted,
         }
+
+    def process_state(self) -> dict[str, Any]:
+        """The rollout buffer, where more updates are to be made from it."""
+        if self._buffer is None or self.state.global_step % self.args.num_iterations == 0:
+            return {}
+        buffer = {field.name: getattr(self._buffer, field.name) for field in fields(self._buffer)}
+        return {"buffer": buffer, "processes": self.accelerator.num_processes}
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        if state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"this checkpoint was written between two updates of one generation by {state['processes']} processes "
+                f"and cannot be resumed on {self.accelerator.num_processes}: use as many, or a checkpoint at a "
+                f"multiple of num_iterations={self.args.num_iterations} steps."
+            )
+        self._buffer = RolloutBatch(**state["buffer"])
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         super().load_training_state(state)
         for reward, saved in zip(self.distribution_rewards, state["rewards"], strict=True):
             reward.load_state_dict(saved)
         self.slot_sampler.load_state_dict({name: value.cpu() for name, value in state["slots"].items()})
-        self._last_refresh = state["last_refresh"]
+        self._last_refresh, self._drifted = state["last_refresh"], state["drifted"]
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:

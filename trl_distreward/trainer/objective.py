@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_NORMALIZATIONS = ("batch", "group", "none")
+SELECTIONS = ("all", "top", "top_bottom")
 
 
 def normalize_advantages(rewards: Tensor, normalization: str = "batch", group_size: int = 1) -> Tensor:
@@ -33,13 +34,30 @@ def normalize_advantages(rewards: Tensor, normalization: str = "batch", group_si
     return torch.where(std > noise, centred / std.clamp(min=torch.finfo(rewards.dtype).tiny), 0.0).view_as(rewards)
 
 
-def select_top(advantages: Tensor, quantile: float) -> Tensor:
-    """Mask `(B, k)` of the top share `quantile` by advantage, at least one; ties go to the earlier subset."""
-    count = max(1, round(quantile * advantages.numel()))
-    order = advantages.flatten().argsort(descending=True, stable=True)
-    mask = torch.zeros(advantages.numel(), dtype=torch.bool, device=advantages.device)
-    mask[order[:count]] = True
-    return mask.view_as(advantages)
+def select(advantages: Tensor, selection: str, quantile: float, num_shares: int = 1) -> Tensor:
+    """
+    Mask of what is trained on (Section 4.3 of the paper).
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B, k)`): of all processes.
+        selection (`str`): `"all"`; `"top"`: the share `quantile` with the highest advantage; `"top_bottom"`: that
+            share from either end.
+        quantile (`float`): in (0, 1]; at least one is kept. Ties go to the earlier subset.
+        num_shares (`int`, *optional*, defaults to 1):
+            runs of subsets within which the share is taken: 1 is global, the number of processes is local.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, k)`.
+    """
+    if selection == "all":
+        return torch.ones_like(advantages, dtype=torch.bool)
+    shares = advantages.reshape(num_shares, -1)
+    count = max(1, round(quantile * shares.shape[1]))
+    order = shares.argsort(dim=1, descending=True, stable=True)
+    chosen = order[:, :count]
+    if selection == "top_bottom":
+        chosen = torch.cat([chosen, order[:, -count:]], dim=1)
+    return torch.zeros_like(shares, dtype=torch.bool).scatter(1, chosen, True).view_as(advantages)
 
 
 @dataclass(frozen=True)
@@ -77,3 +95,17 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
         `torch.Tensor` of shape `(P,)`.
     """
     return (mean - reference_mean).square().flatten(1).mean(1) / (2 * std**2)
+
+
+def normalize_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """
+    GRPO-Guard's ratio normalization (arXiv 2510.22319): log-ratios of all time steps on one scale, about 0.
+
+    A step's log-ratio is `(Δμ·ε)/std - |Δμ|²/(2 std²)`, means over dimensions, with `Δμ = mean - old_mean`: it is
+    biased below 0 and spreads as `1/std`. Returned is `std (log_ratio + |Δμ|²/(2 std²)) = Δμ·ε`.
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(P,)`), mean, old_mean (`torch.Tensor` of shape `(P, ...)`),
+        std (`torch.Tensor` of shape `(P,)`).
+    """
+    return std * (log_ratio + gaussian_kl(mean, old_mean, std))

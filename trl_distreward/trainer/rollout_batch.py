@@ -25,6 +25,8 @@ class RolloutBatch:
         num_images (`int`): trajectories that count over all processes; 0 if there is nothing to learn from.
         old_log_probs (`torch.Tensor` of shape `(K, len(steps))` or `None`):
             anchor of the ratio; `None` on-policy, where the current log-probability is its own anchor.
+        old_means (`torch.Tensor` of shape `(K, len(steps), ...)` or `None`): the steps' means then, if needed.
+        times (`torch.Tensor` of shape `(K,)` or `None`): times to use instead of the grid's, for flow matching.
     """
 
     cond: dict[str, Tensor]
@@ -35,6 +37,8 @@ class RolloutBatch:
     num_own: int
     num_images: int
     old_log_probs: Tensor | None = None
+    old_means: Tensor | None = None
+    times: Tensor | None = None
 
     def deal(self, kept: Tensor, advantages: Tensor, gather: Callable[[Tensor], Tensor], rank: int, processes: int):
         """
@@ -62,30 +66,38 @@ class RolloutBatch:
         rows = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[owners]  # place at its owner
 
         def exchange(values: Tensor) -> Tensor:
-            mine = values[own]
+            mine = values[own.to(values.device)]
             if processes == 1:
                 return mine
             padding = values.new_zeros(most - len(mine), *values.shape[1:])
-            everything = gather(torch.cat([mine, padding])).view(processes, most, *values.shape[1:])
-            return everything[owners[dealt], rows[dealt]]
+            sent = torch.cat([mine, padding]).to(kept.device)  # states may wait in CPU memory
+            everything = gather(sent).view(processes, most, *values.shape[1:])
+            return everything[owners[dealt], rows[dealt]].to(values.device)
 
         return replace(
             self,
             cond={name: exchange(value) for name, value in self.cond.items()},
             states={i: exchange(value) for i, value in self.states.items()},
             drawn_log_probs=exchange(self.drawn_log_probs),
+            times=None if self.times is None else exchange(self.times),
             advantages=advantages[kept[dealt]].float(),
             num_own=num_own,
             num_images=len(kept),
         )
 
     def micro_batches(
-        self, times: Sequence[float], size: int, processes: int
+        self, times: Sequence[float], size: int, processes: int, step_weights: Tensor | None = None
     ) -> Iterator[tuple[dict[str, Any], bool]]:
         """
         Cuts the (image, step) pairs into micro-batches of at most `size`, as many on every process.
 
         Where a process has fewer pairs, its last one is repeated at weight 0. Weights add up to 1 over all processes.
+
+        Args:
+            times (`Sequence[float]`): time grid.
+            size (`int`): most pairs of a micro-batch.
+            processes (`int`): number of processes.
+            step_weights (`torch.Tensor` of shape `(len(steps),)`, *optional*): of mean 1; all 1 by default.
 
         Yields:
             the micro-batch's tensors `(P, ...)`, and whether it is the last.
@@ -101,11 +113,13 @@ class RolloutBatch:
             index = index.clamp(max=max(pairs - 1, 0))
             image, column = index // len(steps), index % len(steps)
             step = steps[column]
+            if step_weights is not None:
+                weights = weights * step_weights[column]
             micro = {
                 "cond": {name: value[image] for name, value in self.cond.items()},
                 "x": _pick(self.states, image, step),
                 "next_x": _pick(self.states, image, step + 1),
-                "t": grid[step],
+                "t": grid[step] if self.times is None else self.times[image],
                 "t_next": grid[step + 1],
                 "advantages": self.advantages[image],
                 "weights": weights,
@@ -113,14 +127,16 @@ class RolloutBatch:
             }
             if self.old_log_probs is not None:
                 micro["old_log_probs"] = self.old_log_probs[image, column]
+            if self.old_means is not None:
+                micro["old_means"] = self.old_means[image, column]
             yield micro, start + size >= most
 
 
 def _pick(states: dict[int, Tensor], image: Tensor, index: Tensor) -> Tensor:
-    """Rows `states[index[p]][image[p]]` for every pair p."""
+    """Rows `states[index[p]][image[p]]` for every pair p, on the device of `image`."""
     first = next(iter(states.values()))
-    out = first.new_empty(len(image), *first.shape[1:])
+    out = first.new_empty(len(image), *first.shape[1:], device=image.device)
     for i, values in states.items():
         where = (index == i).nonzero().flatten()
-        out[where] = values[image[where]]
+        out[where] = values[image[where].to(values.device)].to(image.device)
     return out

@@ -1,0 +1,153 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""A run that was interrupted and resumed is the run that was not, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from tests.helpers import tiny_trainer
+from trl_distreward import load_pipeline
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+# (settings, steps at which the run is interrupted)
+CASES = {
+    "rolling with average and decay": (
+        {"reference_update": "rolling", "ema_decay": 0.5, "lr_scheduler_type": "linear"},
+        [1, 3],
+    ),
+    "before and after a refresh": ({"reference_refresh_steps": 3}, [2, 3, 4]),
+    "automatic refresh": ({"reference_refresh_steps": "auto", "refresh_drift": 0.3}, [2, 3]),
+    "in the middle of a generation": ({"num_iterations": 4, "epsilon": 0.2, "beta": 0.05}, [1, 3, 4, 5]),
+    "in a second epoch": ({"max_steps": -1, "num_train_epochs": 3}, [2, 3]),
+    "normalized ratios": ({"num_iterations": 2, "ratio_normalization": True}, [1]),
+    "windows, best of two": ({"sde_window_size": 2, "sde_window": "random", "best_of_n": 2}, [2]),
+    "rejection sampling": ({"loss_type": "rft"}, [2]),
+    "adapter": ({"lora": True, "reference_update": "rolling", "ema_decay": 0.5}, [2]),
+    "adapter in the middle of a generation": ({"lora": True, "num_iterations": 2, "beta": 0.1}, [1]),
+}
+
+
+def trainer_for(output_dir, lora=False, **settings):
+    peft_config = LoraConfig(r=2, target_modules=["qkv", "fc1"]) if lora else None
+    defaults = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    return tiny_trainer(output_dir, peft_config=peft_config, **{**defaults, **settings})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
+    settings, interruptions = CASES[case]
+    whole = trainer_for(tmp_path / "whole", **settings)
+    whole.train()
+    expected = weights(whole.network)
+    for step in interruptions:
+        resumed = trainer_for(tmp_path / f"resumed-{step}", **settings)
+        torch.manual_seed(1000 + step)  # nothing may ride on the global generator
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == whole.state.global_step
+        for name, value in weights(resumed.network).items():
+            assert torch.equal(value, expected[name]), (step, name)
+        rewards, distances = "reward", "reference_distance/features"
+        for key in (rewards, distances, "loss"):
+            assert logged(resumed, key) == logged(whole, key), (step, key)
+        if whole.ema is not None:
+            assert all(torch.equal(resumed.ema.averages[n], v) for n, v in whole.ema.averages.items())
+
+
+def test_checkpoints_are_pipelines_and_old_ones_go(tmp_path):
+    trainer = trainer_for(tmp_path, save_total_limit=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    last = load_pipeline(tmp_path / "checkpoint-6").transformer
+    assert all(torch.equal(p, weights(trainer.network)[n]) for n, p in last.named_parameters())
+
+
+@pytest.mark.parametrize("moment", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_failure_while_saving_leaves_the_earlier_checkpoint_whole(tmp_path, moment):
+    trainer = trainer_for(tmp_path, max_steps=3)
+    original = getattr(trainer, moment)
+
+    def full_disk(path, *args, **kwargs):
+        original(path, *args, **kwargs)
+        if trainer.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+
+    setattr(trainer, moment, full_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        trainer.train()
+    assert "earlier ones are intact" in "".join(error.value.__notes__)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-1"]
+    resumed = trainer_for(tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+
+
+def test_checkpoint_in_the_middle_of_a_generation_knows_its_processes(tmp_path):
+    trainer = trainer_for(tmp_path, num_iterations=2, max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="by 3 processes and cannot be resumed on 1"):
+        trainer.load_process_state({**trainer.process_state(), "processes": 3})
+
+
+def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=50, save_strategy="no")
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(Terminate())
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert get_last_checkpoint(str(tmp_path)).endswith("checkpoint-3")
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.helpers import tiny_trainer
+trainer = tiny_trainer(Path(sys.argv[1]), max_steps=100000, save_strategy="steps", save_steps=1, save_total_limit=2,
+                       ema_decay=0.5)
+print("ready", flush=True)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    for attempt in range(6):
+        output = tmp_path / str(attempt)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(output)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline().strip() == "ready"
+        while get_last_checkpoint(str(output)) is None:
+            time.sleep(0.01)
+        time.sleep(0.037 * attempt)
+        process.kill()
+        process.wait()
+        resumed = trainer_for(output, ema_decay=0.5, max_steps=10**9)
+        last = int(get_last_checkpoint(str(output)).rsplit("-", 1)[1])
+        resumed.args.max_steps = last + 1
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == last + 1
