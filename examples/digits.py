@@ -239,7 +239,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--replace-size", type=int, default=1, help="images of a subset")
     parser.add_argument("--reference-set-size", type=int, default=1000)
     parser.add_argument("--ema-decay", type=float, default=0.9)
-    parser.add_argument("--label-scale", type=float, default=1.0, help="what a label is worth in joint features")
+    parser.add_argument("--label-weight", type=float, default=2.0, help="weight of answering the label in the reward")
     parser.add_argument("--eval-seeds", type=int, default=3, help="evaluations with different noise")
     return parser.parse_args()
 
@@ -268,7 +268,7 @@ def main() -> None:
     pretrained = time.perf_counter()
 
     # images alone do not tell whether they are the digits that were asked for: class probabilities beside labels do
-    asked = JointFeatures(judge.probabilities, num_classes=10, scale=args.label_scale)
+    asked = JointFeatures(judge.probabilities, num_classes=10)
     spaces = {"last": judge.last_features, "middle": judge.middle_features, "pixels": pixel_features, "asked": asked}
     with torch.no_grad():
         real = {
@@ -290,7 +290,7 @@ def main() -> None:
 
     trainer = DistributionRewardTrainer(
         model=str(base_path),
-        reward_funcs=SubsetReplaceReward(spaces, real),
+        reward_funcs=SubsetReplaceReward(spaces, real, space_weights={"asked": args.label_weight}),
         args=DiffusionDistributionConfig(
             output_dir=str(out / "run"),
             seed=args.seed,
