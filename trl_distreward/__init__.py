@@ -15,13 +15,14 @@ _PUBLIC = {
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
     "JointFeatures": "metrics.report",
+    "LogSamplesCallback": "trainer.callbacks",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SubsetReplaceReward": "rewards.subset_replace",
     "frechet_distance": "metrics.frechet",
     "load_pipeline": "policies",
 }
-_SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "trainer"}
+_SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "scripts", "trainer"}
 
 __all__ = [
     "ClassConditionalPolicy",
@@ -32,6 +33,7 @@ __all__ = [
     "FeatureStatistics",
     "FrechetDistance",
     "JointFeatures",
+    "LogSamplesCallback",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SubsetReplaceReward",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .pipelines.sit import SiTPipeline
     from .policies import ClassConditionalPolicy, DiffusionPolicy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward
+    from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
 

@@ -1,5 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,3 +111,15 @@ def test_guidance_without_a_null_class_is_refused():
         pipeline([0], guidance_scale=2.0)
     with pytest.raises(ValueError, match="class_dropout_prob=0"):
         ClassConditionalPolicy(pipeline, guidance_scale=2.0)
+
+
+def test_a_new_process_loads_a_saved_pipeline_with_either_class(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    for code in (
+        "from trl_distreward import SiTPipeline; SiTPipeline.from_pretrained(sys.argv[1])",
+        "from trl_distreward import load_pipeline; load_pipeline(sys.argv[1])",
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", f"import sys; {code}", str(tmp_path)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-2000:]

@@ -156,6 +156,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock"]
     _repeated_blocks = ["SiTBlock"]
+    # what an adapter adapts unless its config says otherwise
+    _lora_target_modules = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 
     @register_to_config
     def __init__(

@@ -52,6 +52,8 @@ from .ema import PolicyEMA
 logger = get_logger(__name__)
 
 ADAPTER_FOLDER = "adapter"
+# The names diffusers gives to attention projections, adapted by default
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 RAW_WEIGHTS = "trained_weights.safetensors"
 TRAINING_STATE = "diffusion_state.pt"
 PROCESS_STATE = "process_state_{}.pt"
@@ -206,6 +208,8 @@ class DiffusionTrainer(_BaseTrainer):
             network._internal_dict = _NetworkConfig(network._internal_dict)
         if peft_config is None:
             return network
+        if getattr(peft_config, "target_modules", False) is None:
+            peft_config.target_modules = getattr(network, "_lora_target_modules", list(ATTENTION_PROJECTIONS))
         peft_config.task_type = None  # a language-model task would wrap the network in a class it does not fit
         network.requires_grad_(False)
         return get_peft_model(network, peft_config)
@@ -403,7 +407,8 @@ class DiffusionTrainer(_BaseTrainer):
                 self.policy.save_pretrained(output_dir, model=copy.deepcopy(network).merge_and_unload())
             else:
                 self.policy.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        # not transformers' training_args.bin: a pickle, with the Hub token in plain text
+        Path(output_dir, "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """

@@ -118,6 +118,8 @@ class DiffusionDistributionConfig(_BaseConfig):
             Decay of a moving average of the weights, which is then what is evaluated and saved as the pipeline.
         offload_trajectories (`bool`, *optional*, defaults to `False`):
             Keeps the rollout's states in CPU memory until they are trained on.
+        log_rewards (`bool`, *optional*, defaults to `False`):
+            Prints a table of the best and worst subsets at every log.
         max_skipped_updates (`int`, *optional*, defaults to `5`):
             Updates in a row that may be skipped for values that are not finite before training stops.
 
@@ -236,6 +238,7 @@ class DiffusionDistributionConfig(_BaseConfig):
     offload_trajectories: bool = field(
         default=False, metadata={"help": "Keeps the rollout's states in CPU memory until they are trained on."}
     )
+    log_rewards: bool = field(default=False, metadata={"help": "Prints a table of subsets' rewards at every log."})
     max_skipped_updates: int = field(
         default=5, metadata={"help": "Updates in a row that may be skipped for values that are not finite."}
     )

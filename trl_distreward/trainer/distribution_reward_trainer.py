@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -17,6 +17,7 @@ from ..policies import as_policy, to_uint8
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
 from ..sampling import Transition, transition
 from .base import DiffusionTrainer
+from .callbacks import print_rewards
 from .distribution_reward_config import DiffusionDistributionConfig
 from .objective import clipped_policy_loss, gaussian_kl, normalize_advantages, normalize_ratio, select
 from .rollout_batch import RolloutBatch
@@ -95,7 +96,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         args: DiffusionDistributionConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        eval_metrics: dict[str, ImageMetric] | None = None,
+        eval_metrics: Mapping[str, ImageMetric] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -137,6 +138,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._buffer: RolloutBatch | None = None
         self._last_refresh: int | None = None
         self._drifted = False
+        self._last_rewards: tuple[Tensor, Tensor] | None = None
         self._check_processes()
         for reward in self.distribution_rewards:
             reward.to(self.accelerator.device)
@@ -492,11 +494,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.record("reward", total.mean().item())
         self.record("reward_std", total.std().item())
         self._watch_drift(rewards)
+        advantages = normalize(total)
         if args.multi_objective_aggregation == "normalize_then_sum":
-            advantages = sum(weight * normalize(values) for weight, values in weighted)
-            assert isinstance(advantages, Tensor)
-            return advantages
-        return normalize(total)
+            advantages = torch.stack([(weight * normalize(r)).expand_as(total) for weight, r in weighted]).sum(dim=0)
+        self._last_rewards = total.mean(dim=1), advantages.mean(dim=1)
+        return advantages
 
     def _select(self, local: RolloutBatch, advantages: Tensor, shape: torch.Size) -> RolloutBatch:
         """Keeps the selected images of all processes and deals them out evenly."""
@@ -575,6 +577,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
         return {k: v for reward in self.distribution_rewards for k, v in reward.reference_distances.items()}
 
     # ---- logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.args.log_rewards and self._last_rewards is not None and self.accelerator.is_main_process:
+            print_rewards(*self._last_rewards, step=self.state.global_step)
+            self._last_rewards = None
 
     def _record_update(self, statistics: UpdateStatistics) -> None:
         """Means over all pairs of all processes."""

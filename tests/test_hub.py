@@ -1,0 +1,96 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Pushing to and loading from the Hub, against a stand-in on loopback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load as load_safetensors
+
+from tests.hub_server import HubServer
+
+TOKEN = "hf_secretsecretsecret"
+RUN = """
+import sys
+from tests.helpers import tiny_trainer
+trainer = tiny_trainer(sys.argv[1], max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True,
+                       hub_model_id="org/tiny", hub_token=sys.argv[2], hub_always_push=True, **eval(sys.argv[3]))
+trainer.train()
+trainer.push_to_hub()
+"""
+LOAD = """
+import sys
+import torch
+from trl_distreward import load_pipeline
+pipelines = [load_pipeline("org/tiny"), load_pipeline(sys.argv[1])]
+a, b = (dict(p.transformer.named_parameters()) for p in pipelines)
+assert all(torch.equal(a[name], b[name]) for name in a)
+first = load_pipeline("org/tiny", revision=sys.argv[2]).transformer
+assert any(not torch.equal(p, a[name]) for name, p in first.named_parameters())
+print("loaded")
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    server = HubServer()
+    yield server
+    server.shutdown()
+
+
+def run(hub, tmp_path, code, *arguments):
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def weight(files):
+    tensors = load_safetensors(files["transformer/diffusion_pytorch_model.safetensors"])
+    return tensors["blocks.0.attn.qkv.weight"]
+
+
+def test_every_save_carries_the_weights_and_loads_back(hub, tmp_path):
+    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    commits = hub.repos["org/tiny"]
+    assert [message for _, _, message in commits] == [
+        "Training in progress, step 1",
+        "Training in progress, step 2",
+        "End of training",
+    ]
+    assert not weight(commits[0][1]).equal(weight(commits[1][1]))
+    assert weight(commits[1][1]).equal(weight(commits[2][1]))
+    names = set(commits[-1][1])
+    assert {"model_index.json", "transformer/config.json", "README.md"} <= names
+    assert not any(name.startswith(("optimizer", "rng_state", "scheduler", "diffusion", "_")) for name in names)
+    # the token is neither printed nor uploaded nor written to disk
+    assert TOKEN not in result.stdout + result.stderr
+    assert all(TOKEN.encode() not in data for data in commits[-1][1].values())
+    assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+
+    result = run(hub, tmp_path, LOAD, tmp_path / "run", commits[0][0])
+    assert result.returncode == 0 and "loaded" in result.stdout, result.stderr[-3000:]
+
+
+def test_checkpoint_strategy_pushes_what_resuming_needs(hub, tmp_path):
+    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'checkpoint'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    names = set(hub.repos["org/tiny"][-1][1])
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/diffusion_state.pt"} <= names
+
+
+def test_failed_push_is_not_passed_off_as_done(hub, tmp_path):
+    hub.fail_commits = 1
+    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
+    assert result.returncode != 0
+    assert "500" in result.stderr and TOKEN not in result.stderr

@@ -1,0 +1,83 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import features, real_images, tiny_pipeline
+from trl_distreward import FeatureStatistics, load_pipeline
+from trl_distreward.scripts import cli, train
+
+RECIPE = """
+model: {folder}/base
+feature_extractor: tests.helpers.features
+real_statistics: {folder}/real.safetensors
+output_dir: {folder}/out
+max_steps: 2
+reference_set_size: 24
+num_subsets: 6
+replace_size: 2
+num_inference_steps: 4
+num_inference_steps_eval: 5
+learning_rate: 0.001
+save_strategy: "no"
+use_cpu: true
+disable_tqdm: true
+report_to: none
+log_rewards: true
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    FeatureStatistics.from_features(features(real_images())).save(tmp_path / "real.safetensors")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    return path
+
+
+def test_train_follows_the_recipe_and_the_command_line_wins(recipe, tmp_path, capsys):
+    arguments = ["--config", str(recipe), "--max_steps", "3", "--use_peft", "--lora_r", "2", "--logging_steps", "1"]
+    train.main(arguments)
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [
+        f"step-{i}.png" for i in range(4)
+    ]
+    printed = capsys.readouterr().out
+    assert "Step 3" in printed and "6 subsets: " in printed and "advantage" in printed
+    assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--feature_extractor", "no.such.module"], "'no.such.module' cannot be imported"),
+        (["--reward_funcs", "tests.helpers.nothing"], "'tests.helpers.nothing' cannot be imported"),
+    ],
+)
+def test_paths_that_do_not_import_are_named(recipe, extra, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(["--config", str(recipe), *extra])
+
+
+def test_reward_is_required(tmp_path):
+    with pytest.raises(ValueError, match="there is no reward"):
+        train.build_rewards(train.TrainArguments(model="x"))
+    with pytest.raises(ValueError, match="go together"):
+        train.build_rewards(train.TrainArguments(model="x", feature_extractor="tests.helpers.features"))
+
+
+def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trl-distreward"])
+    cli.main()
+    assert "train" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["trl-distreward", "fly"])
+    with pytest.raises(SystemExit, match="no command 'fly'"):
+        cli.main()
+    result = subprocess.run(
+        [sys.executable, "-m", "trl_distreward.scripts.cli", "train", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for option in ("--model", "--num_subsets", "--reference_update", "--learning_rate", "--lora_r"):
+        assert option in result.stdout

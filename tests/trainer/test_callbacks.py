@@ -1,0 +1,48 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import tiny_trainer
+from trl_distreward import LogSamplesCallback
+from trl_distreward.trainer.callbacks import image_grid, print_rewards
+
+
+def test_grid_puts_images_in_rows():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 3) * 10
+    grid = np.asarray(image_grid(images, columns=4))
+    assert grid.shape == (2 * 4, 4 * 5)
+    for i in range(6):
+        row, column = divmod(i, 4)
+        assert (grid[row * 4 + 1 : row * 4 + 3, column * 5 + 1 : column * 5 + 4] == i * 10).all()
+    assert image_grid(images.expand(6, 3, 2, 3)).mode == "RGB"
+
+
+def test_samples_come_from_the_same_noise_and_the_evaluated_weights(tmp_path):
+    pytest.importorskip("tensorboard")
+    trainer = tiny_trainer(
+        tmp_path, max_steps=4, ema_decay=0.9, learning_rate=1e-2, report_to="tensorboard", rollout_batch_size=4
+    )
+    trainer.add_callback(LogSamplesCallback(trainer, freq=2))
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    trainer.train()
+    grids = {path.stem: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "samples").iterdir()}
+    assert set(grids) == {"step-0", "step-2", "step-4"}
+    change = np.abs(grids["step-4"] - grids["step-0"]).mean()
+    assert 0 < change < 60  # the same pictures, a little changed
+    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.network.parameters(), strict=True))
+
+
+def test_unknown_sampler_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_samplers=["sde"])
+    with pytest.raises(ValueError, match="sampler='ode' is not evaluated: choose one of sde"):
+        LogSamplesCallback(trainer)
+
+
+def test_table_shows_differences_of_a_thousandth(capsys):
+    rewards = -13.6 + 0.013 * torch.linspace(-1, 1, 20, dtype=torch.float64)
+    print_rewards(rewards, torch.linspace(-1.7, 1.7, 20), step=7, most=4)
+    printed = capsys.readouterr().out
+    assert "Step 7" in printed and "20 subsets: -13.60000 ± 0.00810" in printed
+    assert "-13.58700" in printed and "-13.58837" in printed and "-13.61300" in printed

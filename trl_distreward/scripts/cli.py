@@ -1,0 +1,28 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""
+usage: trl-distreward COMMAND [OPTIONS]
+
+Commands:
+  train     fine-tune a pipeline on distribution-wise rewards
+
+trl-distreward COMMAND --help shows a command's options.
+"""
+
+import sys
+from importlib import import_module
+
+COMMANDS = ("train",)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    if arguments[0] not in COMMANDS:
+        sys.exit(f"trl-distreward: no command {arguments[0]!r}; there is: {', '.join(COMMANDS)}.")
+    import_module(f"trl_distreward.scripts.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

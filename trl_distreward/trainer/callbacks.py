@@ -1,0 +1,138 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What a person watches during a run: sample grids at a fixed seed, and tables of rewards."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from ..generation import generate_images
+
+
+def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> Image.Image:
+    """
+    One picture of many.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): gray or RGB.
+        columns (`int`, *optional*): images in a row; about a square by default.
+        padding (`int`, *optional*, defaults to 1): gray pixels around each.
+    """
+    columns = columns or math.ceil(len(images) ** 0.5)
+    rows = math.ceil(len(images) / columns)
+    blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 64)
+    padded = F.pad(torch.cat([images, blank]), [padding] * 4, value=64)
+    channels, height, width = padded.shape[1:]
+    grid = padded.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    grid = grid.reshape(rows * height, columns * width, channels).cpu()
+    return Image.fromarray((grid[..., 0] if channels == 1 else grid).numpy())
+
+
+class LogSamplesCallback(TrainerCallback):
+    """
+    Writes a grid of images from the same noise every few steps, so that what changes is the model.
+
+    Grids are saved as `samples/step-N.png` in the output folder, and sent to TensorBoard, Weights & Biases and Trackio
+    where the run reports to them. The weights are those that are evaluated: the average where there is one.
+
+    Args:
+        trainer ([`DistributionRewardTrainer`]): whose policy is sampled.
+        conditions: one per image; by default the first 64 of the reference set.
+        freq (`int`, *optional*): steps between two grids; `eval_steps` or `logging_steps` by default.
+        sampler (`str`, *optional*, defaults to `"ode"`): one of the evaluated samplers.
+        seed (`int`, *optional*, defaults to 0): seed of the noise.
+
+    Example:
+
+    ```python
+    trainer.add_callback(LogSamplesCallback(trainer, freq=10))
+    ```
+    """
+
+    def __init__(
+        self, trainer: Any, conditions: Any = None, freq: int | None = None, sampler: str = "ode", seed: int = 0
+    ):
+        if sampler not in trainer.args.eval_schedules:
+            known = ", ".join(trainer.args.eval_schedules)
+            raise ValueError(
+                f"sampler={sampler!r} is not evaluated: choose one of {known}, or add it to eval_samplers."
+            )
+        self.trainer = trainer
+        self.conditions = trainer.conditions[:64] if conditions is None else conditions
+        self.freq = freq
+        self.schedule = trainer.args.eval_schedules[sampler]
+        self.seed = seed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log(args, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        freq = self.freq or args.eval_steps or state.logging_steps
+        if state.global_step % freq == 0:
+            self._log(args, state)
+
+    def _log(self, args: Any, state: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        trainer, size = self.trainer, args.per_device_eval_batch_size
+        with trainer.evaluation_weights(), trainer.accelerator.autocast():
+            batches = generate_images(
+                trainer.policy,
+                self.conditions,
+                self.schedule,
+                seed=self.seed,
+                batch_size=size,
+                model=trainer.network,
+                stream="samples",
+            )
+            images = torch.cat([images for images, _ in batches])
+        grid, step = image_grid(images), state.global_step
+        path = Path(args.output_dir) / "samples" / f"step-{step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
+        self._report(args, grid, step)
+
+    def _report(self, args: Any, grid: Image.Image, step: int) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if isinstance(callback, TensorBoardCallback) and writer is not None:
+                pixels = torch.tensor(list(grid.convert("RGB").tobytes()), dtype=torch.uint8)
+                writer.add_image("samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC")
+        for name in ("wandb", "trackio"):
+            if name in args.report_to:
+                module = __import__(name)
+                module.log({"samples": module.Image(grid)})
+
+
+def print_rewards(rewards: Tensor, advantages: Tensor, step: int, most: int = 10) -> None:
+    """
+    A table of the best and worst subsets, with as many digits as their differences need.
+
+    Args:
+        rewards, advantages (`torch.Tensor` of shape `(B,)`): of all subsets.
+        step (`int`): said in the title.
+        most (`int`, *optional*, defaults to 10): rows.
+    """
+    spread = rewards.std().item()
+    digits = max(2, 2 - math.floor(math.log10(spread))) if spread > 0 else 6
+    order = rewards.argsort(descending=True).tolist()
+    shown = order if len(order) <= most else order[: most // 2] + order[-(most - most // 2) :]
+    table = Table(title=f"Step {step}")
+    for name in ("rank", "subset", "reward", "advantage"):
+        table.add_column(name, justify="right")
+    for place, subset in enumerate(shown):
+        if place == most // 2 and len(shown) < len(order):
+            table.add_section()
+        rank = order.index(subset) + 1
+        table.add_row(str(rank), str(subset), f"{rewards[subset]:.{digits}f}", f"{advantages[subset]:+.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{len(order)} subsets: {rewards.mean():.{digits}f} ± {spread:.{digits}f}")
