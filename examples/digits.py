@@ -239,7 +239,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--replace-size", type=int, default=1, help="images of a subset")
     parser.add_argument("--reference-set-size", type=int, default=1000)
     parser.add_argument("--ema-decay", type=float, default=0.9)
-    parser.add_argument("--label-weight", type=float, default=2.0, help="weight of answering the label in the reward")
+    parser.add_argument("--label-weight", type=float, default=1.5, help="weight of answering the label in the reward")
     parser.add_argument("--eval-seeds", type=int, default=3, help="evaluations with different noise")
     return parser.parse_args()
 
