@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
@@ -56,6 +57,15 @@ def test_on_policy_ratio_is_exactly_one_though_label_dropout_is_configured(tmp_p
     # not because the anchor is the value itself: the rollout's own log-probabilities are met as well
     assert max(logged(trainer, "delta_log_prob")) < 1e-5
     assert logged(trainer, "clip_ratio") == [0.0, 0.0]
+
+
+def test_adapters_own_dropout_is_off_and_its_targets_have_a_default(tmp_path):
+    trainer = tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.5), learning_rate=1e-2, max_steps=3)
+    trainer.train()
+    assert max(logged(trainer, "delta_log_prob")) < 1e-5
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[1] for name in weights(trainer.network) if "lora_A" in name}
+    assert adapted == {"qkv", "proj", "fc1", "fc2"}
+    assert not any("x_embedder" in name for name in weights(trainer.network) if "lora_A" in name)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"reference_update": "rolling", "replace_size": 1}])
@@ -296,10 +306,15 @@ def test_tensorboard_accepts_a_diffusers_config(tmp_path):
 def test_model_card_names_the_recipe_and_the_change(tmp_path):
     trainer = tiny_trainer(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True)
     trainer.train()
-    trainer.create_model_card(model_name="tiny")
-    card = (tmp_path / "README.md").read_text()
-    assert "library_name: diffusers" in card and "2607.02291" in card
-    assert "| ode_distance_features |" in card and "step 0 | step 2" in card
+    trainer.create_model_card(model_name="tiny", tags="mine", license="apache-2.0")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.license) == ("diffusers", "apache-2.0")
+    assert {"mine", "distribution-reward"} <= set(card.data.tags)
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    last = logged(trainer, "eval_ode_distance_features")[-1]
+    assert results["ode_distance_features"] == pytest.approx(last, abs=1e-6)
+    assert "2607.02291" in card.text and "| ode_distance_features |" in card.text and "step 0 | step 2" in card.text
+    assert "| `replace_size` | `2` |" in card.text and "| `learning_rate` | `0.001` |" in card.text
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from diffusers.configuration_utils import FrozenDict
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
@@ -47,7 +45,9 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
 from ..metrics.report import ImageMetric
 from ..policies import DiffusionPolicy, to_uint8
+from .callbacks import StopOnSIGTERM, UpdateEMA
 from .ema import PolicyEMA
+from .model_card import build_model_card, recipe_of
 
 logger = get_logger(__name__)
 
@@ -82,44 +82,6 @@ class _NetworkConfig(FrozenDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # Trainer sets `use_cache`, which must not reach the saved config
-
-
-class _UpdateEMA(TrainerCallback):
-    def __init__(self, trainer: "DiffusionTrainer"):
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.update(self.trainer.network)
-
-
-class _StopOnSIGTERM(TrainerCallback):
-    """Ends the run cleanly after the current update, with a checkpoint: what a cluster's scheduler asks for."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, *_: Any) -> None:
-        self.requested = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # the signal may reach processes at different steps: they stop together once any has it
-        flag = torch.tensor(float(self.requested), device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        if flag.item() > 0:
-            logger.warning(f"SIGTERM: training stops after step {state.global_step} with a checkpoint.")
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -186,7 +148,7 @@ class DiffusionTrainer(_BaseTrainer):
             train_dataset=train_dataset,
             # evaluation generates its own images; transformers only asks that something be there
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[_UpdateEMA(self), _StopOnSIGTERM(), *(callbacks or [])],
+            callbacks=[UpdateEMA(self), StopOnSIGTERM(), *(callbacks or [])],
             optimizers=optimizers,
         )
         if ema_decay > 0:
@@ -194,7 +156,6 @@ class DiffusionTrainer(_BaseTrainer):
 
     @staticmethod
     def _prepare_network(network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
-        disable_dropout(network)
         if args.activation_checkpointing:
             if not getattr(network, "_supports_gradient_checkpointing", False):
                 raise ValueError(
@@ -206,13 +167,14 @@ class DiffusionTrainer(_BaseTrainer):
             args.activation_checkpointing = args.gradient_checkpointing = False
         if hasattr(network, "_internal_dict"):
             network._internal_dict = _NetworkConfig(network._internal_dict)
-        if peft_config is None:
-            return network
-        if getattr(peft_config, "target_modules", False) is None:
-            peft_config.target_modules = getattr(network, "_lora_target_modules", list(ATTENTION_PROJECTIONS))
-        peft_config.task_type = None  # a language-model task would wrap the network in a class it does not fit
-        network.requires_grad_(False)
-        return get_peft_model(network, peft_config)
+        if peft_config is not None:
+            if getattr(peft_config, "target_modules", False) is None:
+                peft_config.target_modules = getattr(network, "_lora_target_modules", list(ATTENTION_PROJECTIONS))
+            peft_config.task_type = None  # a language-model task would wrap the network in a class it does not fit
+            network.requires_grad_(False)
+            network = get_peft_model(network, peft_config)
+        disable_dropout(network)  # the adapter's own as well
+        return network
 
     # ---- the network ----
 
@@ -572,28 +534,21 @@ class DiffusionTrainer(_BaseTrainer):
         given = [tags] if isinstance(tags, str) else list(tags or [])
         source = getattr(getattr(self.policy, "pipeline", None), "config", {}).get("_name_or_path")
         base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
-        data = ModelCardData(
+        name = model_name or self._hub_name()
+        card = build_model_card(
+            name,
+            trainer_name=type(self).__name__,
+            paper=self._paper,
+            log_history=self.state.log_history,
+            recipe=recipe_of(self.args),
+            num_eval_images=len(self.eval_conditions),
             base_model=base_model,
+            license=kwargs.get("license"),
             library_name="diffusers",
             pipeline_tag=self._pipeline_tag,
-            model_name=model_name,
             datasets=dataset_name,
             tags=sorted({*given, *self._tag_names, "generated_from_trainer"}),
         )
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self._model_card_text(model_name or self._hub_name())}")
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
     _pipeline_tag = "unconditional-image-generation"
-
-    def _model_card_text(self, model_name: str) -> str:
-        evaluations = [entry for entry in self.state.log_history if any(k.startswith("eval_") for k in entry)]
-        lines = [f"# {model_name}", "", f"Fine-tuned with the `{type(self).__name__}` of trl-distreward"]
-        lines[-1] += f", {self.state.global_step} updates, after [{self._paper['title']}]"
-        lines[-1] += f"(https://huggingface.co/papers/{self._paper['id']})."
-        if evaluations:
-            first, last = evaluations[0], evaluations[-1]
-            skipped = ("runtime", "per_second")
-            keys = [k for k in last if k.startswith("eval_") and k in first and not k.endswith(skipped)]
-            lines += ["", f"| metric | step {first['step']} | step {last['step']} |", "|---|---|---|"]
-            lines += [f"| {key.removeprefix('eval_')} | {first[key]:.4g} | {last[key]:.4g} |" for key in keys]
-        return "\n".join(lines) + "\n"

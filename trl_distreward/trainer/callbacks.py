@@ -1,11 +1,14 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What a person watches during a run: sample grids at a fixed seed, and tables of rewards."""
+"""What happens beside the updates: averaging, stopping on request, and what a person watches."""
 
 import math
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +18,48 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..generation import generate_images
+
+logger = get_logger(__name__)
+
+
+class UpdateEMA(TrainerCallback):
+    """Moves the average of the weights after every update."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.network)
+
+
+class StopOnSIGTERM(TrainerCallback):
+    """Ends the run cleanly after the current update, with a checkpoint: what a cluster's scheduler asks for."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # the signal may reach processes at different steps: they stop together once any has it
+        flag = torch.tensor(float(self.requested), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        if flag.item() > 0:
+            logger.warning(f"SIGTERM: training stops after step {state.global_step} with a checkpoint.")
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
 
 def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> Image.Image:
