@@ -89,8 +89,16 @@ def test_checkpoint_strategy_pushes_what_resuming_needs(hub, tmp_path):
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/diffusion_state.pt"} <= names
 
 
-def test_failed_push_is_not_passed_off_as_done(hub, tmp_path):
+def test_failed_push_is_told_and_mended_by_the_last_one(hub, tmp_path):
     hub.fail_commits = 1
     result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
-    assert result.returncode != 0
-    assert "500" in result.stderr and TOKEN not in result.stderr
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "push during training failed" in result.stderr and "500" in result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    assert hub.repos["org/tiny"][-1][2] == "End of training"
+
+
+def test_failed_last_push_is_not_passed_off_as_done(hub, tmp_path):
+    hub.fail_commits = 100
+    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'end'}")
+    assert result.returncode != 0 and "500" in result.stderr and TOKEN not in result.stderr

@@ -38,7 +38,7 @@ def recipe(tmp_path):
 
 
 def test_train_follows_the_recipe_and_the_command_line_wins(recipe, tmp_path, capsys):
-    arguments = ["--config", str(recipe), "--max_steps", "3", "--use_peft", "--lora_r", "2", "--logging_steps", "1"]
+    arguments = ["--config", str(recipe), "--max_steps", "3", "--use_peft", "--lora_r", "2", "--save_steps", "1"]
     train.main(arguments)
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
     assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [

@@ -31,6 +31,10 @@ class DiffusionPolicy(Protocol):
     model: nn.Module
     num_conditions: int | None
 
+    def to(self, device: torch.device) -> None:
+        """Moves what is not trained, such as a VAE; the trainer moves the network."""
+        ...
+
     def check_conditions(self, conditions: Any) -> None:
         """Raises `ValueError` for conditions the model does not know."""
         ...
@@ -81,13 +85,16 @@ class ClassConditionalPolicy:
         self.model: nn.Module = pipeline.transformer
         self.num_conditions: int | None = config.num_classes
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.dtype = pipeline.transformer.dtype
         if pipeline.vae is not None:
             pipeline.vae.requires_grad_(False).eval()
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def to(self, device: torch.device) -> None:
+        if self.pipeline.vae is not None:
+            self.pipeline.vae.to(device)
 
     def check_conditions(self, conditions: Any) -> None:
         labels, count = torch.as_tensor(conditions), self.pipeline.transformer.config.num_classes
@@ -109,7 +116,9 @@ class ClassConditionalPolicy:
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         labels = cond["class_labels"]
-        return self.pipeline.predict_velocity(model, x.to(self.dtype), t, labels, self.guidance_scale).float()
+        return self.pipeline.predict_velocity(
+            model, x.to(self.pipeline.transformer.dtype), t, labels, self.guidance_scale
+        ).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)
@@ -155,7 +164,9 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has no model_index.json: it is not a saved diffusers pipeline.")
     class_name = json.loads(index.read_text())["_class_name"]
-    return _PIPELINES.get(class_name, DiffusionPipeline).from_pretrained(folder, **kwargs)
+    pipeline = _PIPELINES.get(class_name, DiffusionPipeline).from_pretrained(str(folder), **kwargs)
+    pipeline.register_to_config(_name_or_path=str(name_or_path))  # not the folder of the Hub's cache
+    return pipeline
 
 
 def as_policy(model: Any, guidance_scale: float = 1.0) -> DiffusionPolicy:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tests.helpers import features, real_images, tiny_reward
-from trl_distreward import FeatureStatistics, SubsetReplaceReward, frechet_distance
+from trl_distreward import FeatureDistance, FeatureStatistics, JointFeatures, SubsetReplaceReward, frechet_distance
 from trl_distreward.generation import balanced_labels
 from trl_distreward.rewards.subset_replace import SlotSampler
 
@@ -107,6 +107,14 @@ def test_distinct_slots_come_in_rounds_without_replacement():
     assert all(len(set(row.tolist())) == 3 for row in rest)
 
 
+def test_distinct_slots_stay_distinct_over_a_batch_that_crosses_a_round():
+    sampler = SlotSampler(1000, seed=0)
+    for num_subsets, size in ((256, 1), (3, 50)):
+        for _ in range(20):
+            slots = sampler.draw(num_subsets, size, distinct=True).flatten()
+            assert len(slots.unique()) == num_subsets * size
+
+
 def test_slot_sampler_resumes_in_the_middle_of_a_round():
     sampler, other = SlotSampler(20, seed=1), SlotSampler(20, seed=2)
     sampler.draw(3, 4, distinct=True)
@@ -124,6 +132,53 @@ def test_extractor_modules_are_frozen():
     SubsetReplaceReward(lambda x: network(x.float()), FeatureStatistics.from_features(torch.randn(20, 8)))
     SubsetReplaceReward(network, FeatureStatistics.from_features(torch.randn(20, 8)))
     assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_modules_behind_methods_and_wrappers_are_found():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 8)
+
+        def features(self, images):
+            return self.layer(images.float().flatten(1))
+
+    real = FeatureStatistics.from_features(torch.randn(40, 11))
+    network = Network()
+    reward = SubsetReplaceReward(JointFeatures(network.features, num_classes=3), real)
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    reward.to(torch.device("meta"))
+    assert network.layer.weight.is_meta
+
+
+def test_joint_features_see_labels_that_images_alone_do_not():
+    labels = torch.arange(60) % 3
+    pictures = (labels * 80).view(-1, 1, 1, 1).to(torch.uint8) + images(60) // 16
+    joint = JointFeatures(pixels, num_classes=3)
+    alone = FeatureDistance(pixels, FeatureStatistics.from_features(pixels(pictures)))
+    beside = FeatureDistance(joint, FeatureStatistics.from_features(joint(pictures, labels)))
+
+    def distance(metric, asked):
+        metric.reset()
+        metric.update(pictures, asked)
+        return metric.compute()
+
+    assert distance(alone, labels.roll(1)) == pytest.approx(0, abs=1e-6)
+    assert distance(beside, labels) == pytest.approx(0, abs=1e-6)
+    assert distance(beside, labels.roll(1)) > 0.1
+
+
+def test_extraction_goes_in_batches_of_a_bounded_size():
+    sizes = []
+
+    def extractor(batch):
+        sizes.append(len(batch))
+        return features(batch)
+
+    reward = SubsetReplaceReward(extractor, FeatureStatistics.from_features(features(real_images())))
+    values = reward.extract(images(600))["features"]
+    assert max(sizes) <= 256 and sum(sizes) == 600
+    torch.testing.assert_close(values, features(images(600)))
 
 
 def test_bad_input_is_refused():

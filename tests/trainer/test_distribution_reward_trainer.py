@@ -280,6 +280,30 @@ def test_evaluation_during_training_picks_the_best_checkpoint(tmp_path):
     assert all(torch.equal(p, weights(trainer.network)[n]) for n, p in best.named_parameters())
 
 
+def test_model_may_be_a_folder_and_the_card_names_no_path(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    trainer = tiny_trainer(tmp_path / "run", model=str(tmp_path / "base"), save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-2" / "model_index.json").is_file()
+    assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_half_precision_weights_are_trained_in_float32(tmp_path, caplog):
+    pipeline = tiny_pipeline()
+    pipeline.to(torch.bfloat16)
+    trainer = tiny_trainer(tmp_path, model=pipeline)
+    assert "half precision" in caplog.text
+    assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
+    trainer.train()
+
+
+def test_second_run_of_a_trainer_makes_its_own_reference_set(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert len(logged(trainer, "seconds/refresh")) == 1
+
+
 def test_lora_trains_the_adapter_only_and_saves_both_forms(tmp_path):
     peft_config = LoraConfig(r=2, target_modules=["qkv", "proj", "fc1", "fc2"], exclude_modules="x_embedder.proj")
     trainer = tiny_trainer(tmp_path / "run", peft_config=peft_config, beta=0.1, learning_rate=1e-2)
@@ -346,6 +370,9 @@ def test_model_card_names_the_recipe_and_the_change(tmp_path):
             "NaN or infinite",
         ),
         ({"reward_weights": [1.0, 2.0]}, ValueError, "2 entries for 1 reward functions"),
+        ({"reward_funcs": [tiny_reward(), tiny_reward()]}, ValueError, "share names"),
+        ({"reward_funcs": lambda images, **kwargs: [0.0] * len(images), "best_of_n": 2}, ValueError, "best_of_n=2"),
+        ({"metric_for_best_model": "eval_fid"}, ValueError, "choose one of eval_sde_distance_features"),
     ],
 )
 def test_misfits_are_refused_before_training(tmp_path, kwargs, error, message):

@@ -64,14 +64,14 @@ def test_noise_only_in_the_window_and_only_its_steps_are_trained(tmp_path, windo
     trainer = tiny_trainer(
         tmp_path, max_steps=4, sde_window_size=2, sde_window=window, sde_window_interval=2, num_inference_steps=6
     )
-    seen, rollout = [], trainer._rollout_once
+    seen, generate = [], trainer.rollouts.generate_once
 
-    def spy(model, slots, schedule, first_index):
-        batch, images = rollout(model, slots, schedule, first_index)
-        seen.append((schedule.sde_steps, batch, slots.flatten()))
+    def spy(model, slots, step, first_index):
+        batch, images = generate(model, slots, step, first_index)
+        seen.append((trainer.rollouts.schedule(step).sde_steps, batch, slots.flatten()))
         return batch, images
 
-    trainer._rollout_once = spy
+    trainer.rollouts.generate_once = spy
     trainer.train()
     assert all(batch.steps == window and len(window) == 2 for window, batch, _ in seen)
     if steps is not None:
@@ -92,14 +92,14 @@ def test_noise_only_in_the_window_and_only_its_steps_are_trained(tmp_path, windo
 
 def test_share_of_steps_is_drawn_anew(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=6, timestep_fraction=0.5, num_inference_steps=9)
-    steps, rollout = [], trainer._rollout_once
+    steps, generate = [], trainer.rollouts.generate_once
 
     def spy(*args, **kwargs):
-        batch, images = rollout(*args, **kwargs)
+        batch, images = generate(*args, **kwargs)
         steps.append(batch.steps)
         return batch, images
 
-    trainer._rollout_once = spy
+    trainer.rollouts.generate_once = spy
     trainer.train()
     assert all(len(chosen) == 4 and max(chosen) < 8 for chosen in steps)
     assert len(set(steps)) > 1
@@ -219,6 +219,23 @@ def test_bad_features_skip_the_update_keep_its_context_and_stop_a_hopeless_run(t
     assert "features are not finite" in context["reason"] and context["slots"].shape == (6, 2)
 
 
+def test_black_images_of_a_diverged_sampler_are_not_taken_for_images(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, reference_update="rolling")
+    velocity = trainer.policy.velocity
+
+    def broken(model, x, t, cond):
+        value = velocity(model, x, t, cond)
+        return value * float("nan") if trainer.state.global_step == 1 else value
+
+    trainer.policy.velocity = broken
+    trainer.train()
+    assert logged(trainer, "skipped_updates") == [1.0]
+    assert trainer.reward_funcs[0].features["features"].isfinite().all()
+    trainer.state.global_step = 1
+    with pytest.raises(ValueError, match="samples are not finite"):
+        trainer.evaluate()
+
+
 def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=3)
     loss = trainer.compute_loss
@@ -236,7 +253,7 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
 def test_rollout_images_do_not_depend_on_the_batch_they_are_drawn_in(tmp_path):
     trainer = tiny_trainer(tmp_path)
     slots = torch.arange(12).view(6, 2)
-    _, images = trainer._rollout(trainer.network, slots, trainer.args.rollout_schedule)
+    _, images = trainer.rollouts.generate(trainer.network, slots, step=0)
     schedule, conditions = trainer.args.rollout_schedule, take(trainer.conditions, torch.tensor([5]))
     generators = image_generators(42, "rollout", 0, [5])
     alone = sample(trainer.policy, trainer.network, conditions, schedule, generators).sample

@@ -70,6 +70,20 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
             assert all(torch.equal(resumed.ema.averages[n], v) for n, v in whole.ema.averages.items())
 
 
+def test_resuming_a_finished_run_keeps_its_average(tmp_path):
+    whole = trainer_for(tmp_path, ema_decay=0.5, max_steps=2)
+    whole.train()
+    again = trainer_for(tmp_path, ema_decay=0.5, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(again.ema.averages[name], value) for name, value in whole.ema.averages.items())
+
+
+def test_resuming_with_another_model_is_refused(tmp_path):
+    trainer_for(tmp_path, ema_decay=0.5, max_steps=1, lora=True).train()
+    with pytest.raises(ValueError, match="trained with other parameters"):
+        trainer_for(tmp_path, ema_decay=0.5, max_steps=2).train(resume_from_checkpoint=True)
+
+
 def test_checkpoints_are_pipelines_and_old_ones_go(tmp_path):
     trainer = trainer_for(tmp_path, save_total_limit=2)
     trainer.train()

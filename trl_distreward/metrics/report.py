@@ -53,10 +53,20 @@ class JointFeatures:
         return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
 
 
+def module_of(extractor: Any) -> nn.Module | None:
+    """The module behind an extractor: itself, the owner of a bound method, or what a wrapper holds as `extractor`."""
+    owner = getattr(extractor, "__self__", extractor)
+    if isinstance(owner, nn.Module):
+        return owner
+    inner = getattr(owner, "extractor", None)
+    return None if inner is None else module_of(inner)
+
+
 def freeze(extractor: FeatureExtractor) -> FeatureExtractor:
-    """An extractor that is a module is put in evaluation mode and never trained."""
-    if isinstance(extractor, nn.Module):
-        extractor.requires_grad_(False).eval()
+    """The module behind an extractor is put in evaluation mode and never trained."""
+    module = module_of(extractor)
+    if module is not None:
+        module.requires_grad_(False).eval()
     return extractor
 
 
@@ -87,23 +97,31 @@ def extract_features(
     dimension: int | None = None,
     name: str = "features",
     check_finite: bool = True,
+    batch_size: int = 256,
 ) -> Tensor:
     """
     Features `(M, d)` in float32 of uint8 images `(M, C, H, W)`.
 
-    An extractor with a true attribute `needs_conditions` is called with the images' conditions as well.
+    An extractor with a true attribute `needs_conditions` is called with the images' conditions as well. At most
+    `batch_size` images go through it at a time.
 
     Raises:
         ValueError: the extractor changed the batch size, gave another dimension than `dimension`, or NaN or infinite
             values.
     """
-    values = extractor(images, conditions) if getattr(extractor, "needs_conditions", False) else extractor(images)
-    if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"feature extractor {name!r} returned {shape} for {len(images)} images: it must return one row per image, "
-            f"({len(images)}, d)."
-        )
+    needs_conditions = getattr(extractor, "needs_conditions", False)
+    chunks = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        values = extractor(part, conditions[start : start + batch_size]) if needs_conditions else extractor(part)
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(part):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"feature extractor {name!r} returned {shape} for {len(part)} images: it must return one row per "
+                f"image, ({len(part)}, d)."
+            )
+        chunks.append(values)
+    values = torch.cat(chunks)
     if dimension is not None and values.shape[1] != dimension:
         raise ValueError(
             f"feature extractor {name!r} gives dimension {values.shape[1]}, but its real statistics have {dimension}: "
@@ -143,6 +161,11 @@ class FeatureDistance:
         self.extractor = freeze(feature_extractor)
         self.distance = build_distance(distance, real)
         self._features: list[Tensor] = []
+
+    def to(self, device: torch.device) -> None:
+        module = module_of(self.extractor)
+        if module is not None:
+            module.to(device)
 
     def reset(self) -> None:
         self._features = []

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..metrics.report import FeatureDistance, FeatureExtractor, build_distance, extract_features, freeze
+from ..metrics.report import FeatureDistance, FeatureExtractor, build_distance, extract_features, freeze, module_of
 
 
 class SlotSampler:
@@ -45,19 +45,26 @@ class SlotSampler:
                 f"replace_size={replace_size} is not smaller than reference_set_size={self.num_slots}: a subset must "
                 "leave most of the reference set in place; lower replace_size or raise reference_set_size."
             )
-        draw = self._next_of_round if distinct else self._independent
-        return torch.stack([draw(replace_size) for _ in range(num_subsets)])
+        if not distinct:
+            return torch.stack([self._permutation()[:replace_size] for _ in range(num_subsets)])
+        seen = torch.empty(0, dtype=torch.long)
+        subsets = []
+        for _ in range(num_subsets):
+            # over the whole draw while that is possible, then at least within the subset
+            avoid = seen if len(seen) + replace_size <= self.num_slots else seen[:0]
+            subsets.append(self._next_of_round(replace_size, avoid))
+            seen = torch.cat([seen, subsets[-1]])
+        return torch.stack(subsets)
 
-    def _independent(self, count: int) -> Tensor:
-        return torch.randperm(self.num_slots, generator=self.generator)[:count]
+    def _permutation(self) -> Tensor:
+        return torch.randperm(self.num_slots, generator=self.generator)
 
-    def _next_of_round(self, count: int) -> Tensor:
+    def _next_of_round(self, count: int, avoid: Tensor) -> Tensor:
         taken, self._pending = self._pending[:count], self._pending[count:]
-        if len(taken) < count:  # a new round, less what this subset already has, which is put back at its end
-            order = torch.randperm(self.num_slots, generator=self.generator)
-            repeated = torch.isin(order, taken)
-            fresh = order[~repeated]
-            missing = count - len(taken)
+        if len(taken) < count:  # a new round, in which what must not come now comes last
+            order = self._permutation()
+            repeated = torch.isin(order, torch.cat([avoid, taken]))
+            fresh, missing = order[~repeated], count - len(taken)
             self._pending = torch.cat([fresh[missing:], order[repeated]])
             taken = torch.cat([taken, fresh[:missing]])
         return taken
@@ -131,8 +138,9 @@ class SubsetReplaceReward:
 
     def to(self, device: torch.device) -> "SubsetReplaceReward":
         for extractor in self.extractors.values():
-            if isinstance(extractor, nn.Module):
-                extractor.to(device)
+            module = module_of(extractor)
+            if module is not None:
+                module.to(device)
         return self
 
     def extract(self, images: Tensor, conditions: Any = None, check_finite: bool = True) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ file; the command line wins.
 """
 
 import importlib
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -89,6 +90,10 @@ def make_parser() -> TrlParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments, config = make_parser().parse_args_and_config(argv)
+    logging.getLogger("trl_distreward").setLevel(logging.INFO)
+    logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
+    if (arguments.heldout_extractor is None) != (arguments.heldout_statistics is None):
+        raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
     metrics = {}
     if arguments.heldout_extractor is not None:
         metrics["heldout"] = FeatureDistance(resolve(arguments.heldout_extractor), arguments.heldout_statistics)
@@ -110,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if arguments.log_samples:
         trainer.add_callback(LogSamplesCallback(trainer))
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    resume: str | bool | None = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -141,6 +141,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._uploads: list[Future] = []
         self._skipped_in_a_row = 0
+        self._stop_on_sigterm = StopOnSIGTERM()
         super().__init__(
             model=self._prepare_network(policy.model, args, peft_config),
             args=args,
@@ -148,9 +149,14 @@ class DiffusionTrainer(_BaseTrainer):
             train_dataset=train_dataset,
             # evaluation generates its own images; transformers only asks that something be there
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[UpdateEMA(self), StopOnSIGTERM(), *(callbacks or [])],
+            callbacks=[UpdateEMA(self), self._stop_on_sigterm, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self._check_launch()
+        policy.to(self.accelerator.device)
+        for metric in self.eval_metrics.values():
+            if hasattr(metric, "to"):
+                metric.to(self.accelerator.device)
         if ema_decay > 0:
             self.ema = PolicyEMA(self.network, ema_decay)
 
@@ -172,9 +178,31 @@ class DiffusionTrainer(_BaseTrainer):
                 peft_config.target_modules = getattr(network, "_lora_target_modules", list(ATTENTION_PROJECTIONS))
             peft_config.task_type = None  # a language-model task would wrap the network in a class it does not fit
             network.requires_grad_(False)
+            set_seed(args.seed)  # the adapter starts the same on every process
             network = get_peft_model(network, peft_config)
+        elif any(p.dtype != torch.float32 for p in network.parameters() if p.requires_grad):
+            logger.warning(
+                "The network's weights are in half precision, which loses small updates: they are trained in float32. "
+                "Set bf16=True to run the network in bfloat16 all the same."
+            )
+            network.float()
         disable_dropout(network)  # the adapter's own as well
         return network
+
+    def _check_launch(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed are not supported yet: launch with multi-GPU data parallelism, and lower memory "
+                "with peft_config, activation_checkpointing, per_device_train_batch_size or offload_trajectories."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, which Trainer would drive with DataParallel and without "
+                f"autocast: start one process per GPU, e.g. torchrun --nproc_per_node {self.args.n_gpu}, or set "
+                "CUDA_VISIBLE_DEVICES to one."
+            )
+        if self.accelerator.device.type == "mps":
+            raise ValueError("distances need float64, which the MPS device has not: set use_cpu=True.")
 
     # ---- the network ----
 
@@ -190,6 +218,12 @@ class DiffusionTrainer(_BaseTrainer):
             yield
 
     # ---- pacing and logging ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._stop_on_sigterm.restore()
 
     def get_train_dataloader(self) -> DataLoader:
         """Numbers that pace the steps; no state rides on their order."""
@@ -267,7 +301,7 @@ class DiffusionTrainer(_BaseTrainer):
         schedule: SamplingSchedule,
         noise: tuple[int, str, int],
         description: str,
-    ) -> Iterator[tuple[Tensor, Any, int]]:
+    ) -> Iterator[tuple[Tensor, Any, int, Tensor]]:
         """
         Generates one image per condition, each process a share of every batch.
 
@@ -276,7 +310,8 @@ class DiffusionTrainer(_BaseTrainer):
 
         Yields:
             this process's uint8 images and their conditions, and how many rows of all processes' together count: the
-            last batch is filled up with its last image.
+            last batch is filled up with its last image. Last, which of this process's samples are finite: a black
+            image would not tell.
         """
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
@@ -290,8 +325,10 @@ class DiffusionTrainer(_BaseTrainer):
                 own = [min(i, len(conditions) - 1) for i in range(first, first + per_process)]
                 batch = take(conditions, own)
                 generators = image_generators(*noise, own)
-                x = sample(self.policy, model, batch, schedule, generators).sample
-                yield to_uint8(self.policy.decode(x)), batch, valid
+                with self.accelerator.autocast():  # the network only: decoding and features stay in full precision
+                    x = sample(self.policy, model, batch, schedule, generators).sample
+                finite = x.flatten(1).isfinite().all(dim=1)
+                yield to_uint8(self.policy.decode(x)), batch, valid, finite
                 bar.update(valid)
 
     @torch.no_grad()
@@ -323,7 +360,7 @@ class DiffusionTrainer(_BaseTrainer):
         model.eval()
         metrics: dict[str, float] = {}
         try:
-            with self.evaluation_weights(), self.accelerator.autocast():
+            with self.evaluation_weights():
                 for sampler, schedule in self.args.eval_schedules.items():
                     values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
                     metrics.update({f"{metric_key_prefix}_{sampler}_{name}": v for name, v in values.items()})
@@ -332,6 +369,7 @@ class DiffusionTrainer(_BaseTrainer):
         number = len(conditions) * len(self.args.eval_schedules)
         elapsed = time.perf_counter() - started
         metrics.update(speed_metrics(metric_key_prefix, time.time() - elapsed, num_samples=number))
+        metrics = broadcast_object_list([metrics])[0]  # what is best must be so on every process
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -342,8 +380,10 @@ class DiffusionTrainer(_BaseTrainer):
         for metric in self.eval_metrics.values():
             metric.reset()
         batches = self._share_of_images(model, conditions, schedule, (seed, "evaluation", 0), description)
-        for images, batch, valid in batches:
+        for images, batch, valid, finite in batches:
             gathered = self.accelerator.gather(images)[:valid]
+            if not bool(self.accelerator.gather(finite).all()):
+                raise ValueError(f"{description}: generated samples are not finite; the model has diverged.")
             labels = self._gather_conditions(batch)[:valid]
             for metric in self.eval_metrics.values():
                 metric.update(gathered, labels)
@@ -404,6 +444,8 @@ class DiffusionTrainer(_BaseTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if writes:
+            if self.args.save_total_limit is not None:
+                self._finish_current_push()  # a folder must not go while it is being uploaded
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -461,21 +503,49 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        path = os.path.join(checkpoint or "", TRAINING_STATE)
-        if checkpoint is not None and os.path.isfile(path):
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, TRAINING_STATE)
+        if self._found_by_all(path):
             self.load_training_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
-        path = os.path.join(checkpoint or "", PROCESS_STATE.format(self.args.process_index))
-        if checkpoint is not None and os.path.isfile(path):
-            self.load_process_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+        path = os.path.join(checkpoint, PROCESS_STATE.format(self.args.process_index))
+        if self._found_by_all(path):
+            self.load_process_state(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _found_by_all(self, path: str) -> bool:
+        found = torch.tensor([os.path.isfile(path)], device=self.accelerator.device)
+        everyone = self.accelerator.gather(found)
+        if bool(everyone.any()) and not bool(everyone.all()):
+            missing = (~everyone).nonzero().flatten().tolist()
+            raise ValueError(
+                f"processes {missing} do not find {os.path.basename(path)} in the checkpoint: resume from a folder "
+                "that all nodes share, with as many processes as wrote it."
+            )
+        return bool(everyone.all())
 
     # ---- loading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)
         if os.path.isfile(raw):
-            self.network.load_state_dict(load_file(raw), strict=False)  # trained parameters only
+            trained = load_file(raw)
+            known = {name for name, p in self.network.named_parameters() if p.requires_grad}
+            if set(trained) != known:
+                odd = sorted(set(trained) ^ known)[:3]
+                raise ValueError(
+                    f"{resume_from_checkpoint} was trained with other parameters, e.g. {odd}: resume with the model "
+                    "and peft_config that the run was started with."
+                )
+            self.network.load_state_dict(trained, strict=False)
         else:
             self._load_weights(resume_from_checkpoint)
+        if self.ema is not None:  # now, for what is evaluated or saved before the first step
+            self.ema = PolicyEMA(self.network, self.ema.decay)
+            path = os.path.join(resume_from_checkpoint, TRAINING_STATE)
+            if os.path.isfile(path):
+                saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)["ema"]
+                if saved is not None:
+                    self.ema.load_state_dict(saved)
 
     def _load_best_model(self) -> None:
         """Loads the pipeline's weights of the best checkpoint, into the average as well where there is one."""
@@ -521,9 +591,11 @@ class DiffusionTrainer(_BaseTrainer):
             self._uploads.append(upload)
 
     def _finish_current_push(self) -> None:
-        """Waits for the uploads; one that failed raises here, rather than passing as done."""
+        """Waits for the uploads in the background; a failure is told, and the last push has all there is to push."""
         while self._uploads:
-            self._uploads.pop(0).result()
+            error = self._uploads.pop(0).exception()
+            if error is not None:
+                logger.error(f"A push during training failed: {error}. Call push_to_hub() to push again.")
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any

@@ -57,9 +57,11 @@ class StopOnSIGTERM(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def restore(self) -> None:
+        """Gives the signal back to whoever had it."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
+            self._previous, self.requested = None, False
 
 
 def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> Image.Image:
@@ -91,7 +93,7 @@ class LogSamplesCallback(TrainerCallback):
     Args:
         trainer ([`DistributionRewardTrainer`]): whose policy is sampled.
         conditions: one per image; by default the first 64 of the reference set.
-        freq (`int`, *optional*): steps between two grids; `eval_steps` or `logging_steps` by default.
+        freq (`int`, *optional*): steps between two grids; `eval_steps` or `save_steps` by default.
         sampler (`str`, *optional*, defaults to `"ode"`): one of the evaluated samplers.
         seed (`int`, *optional*, defaults to 0): seed of the noise.
 
@@ -120,7 +122,7 @@ class LogSamplesCallback(TrainerCallback):
         self._log(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        freq = self.freq or args.eval_steps or state.logging_steps
+        freq = self.freq or int(args.eval_steps or state.save_steps)
         if state.global_step % freq == 0:
             self._log(args, state)
 
@@ -128,7 +130,7 @@ class LogSamplesCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         trainer, size = self.trainer, args.per_device_eval_batch_size
-        with trainer.evaluation_weights(), trainer.accelerator.autocast():
+        with trainer.evaluation_weights():
             batches = generate_images(
                 trainer.policy,
                 self.conditions,

@@ -92,7 +92,7 @@ class DiffusionDistributionConfig(_BaseConfig):
             on the selected images, whatever their advantages.
         advantage_normalization (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: mean and standard deviation over all subsets of all processes (Eq. 5); `"group"`: over the
-            `num_generations` subsets that replace the same slots; `"none"`.
+            `num_generations` subsets that replace the same slots; `"none"`: about the mean, not divided.
         num_generations (`int`, *optional*, defaults to `1`):
             Subsets that replace the same slots.
         selection (`str`, *optional*, defaults to `"top"`):

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
+from ..generation import conditions_of_slots, image_generators, take
 from ..metrics.report import ImageMetric
 from ..policies import as_policy, to_uint8
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
@@ -21,6 +22,7 @@ from .callbacks import print_rewards
 from .distribution_reward_config import DiffusionDistributionConfig
 from .objective import clipped_policy_loss, gaussian_kl, normalize_advantages, normalize_ratio, select
 from .rollout_batch import RolloutBatch
+from .rollouts import Rollouts
 
 logger = get_logger(__name__)
 
@@ -115,6 +117,16 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 "weight per function."
             )
         self.reward_weights = weights
+        if args.best_of_n > 1 and not self.distribution_rewards:
+            raise ValueError(
+                f"best_of_n={args.best_of_n} chooses by the replaced distance, but no reward is a "
+                "SubsetReplaceReward: set best_of_n=1."
+            )
+        spaces = [space for reward in self.distribution_rewards for space in reward.extractors]
+        if len(set(spaces)) < len(spaces):
+            raise ValueError(
+                f"feature spaces {spaces} of several rewards share names: give extractors as dictionaries."
+            )
         self.slot_sampler = SlotSampler(args.reference_set_size, seed=args.seed)
 
         images_per_step = args.num_subsets * args.replace_size
@@ -139,10 +151,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._last_refresh: int | None = None
         self._drifted = False
         self._last_rewards: tuple[Tensor, Tensor] | None = None
+        self.rollouts = Rollouts(policy, args, self.conditions, self.accelerator)
         self._check_processes()
         for reward in self.distribution_rewards:
             reward.to(self.accelerator.device)
         self._check_rewards()
+        self._check_best_metric()
         self._announce()
 
     # ---- checks at the door ----
@@ -175,25 +189,39 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 raise
             metric.reset()
 
+    def _check_best_metric(self) -> None:
+        name, known = self.args.metric_for_best_model, []
+        for sampler in self.args.eval_schedules:
+            known += [f"eval_{sampler}_{metric}" for metric in self.eval_metrics]
+        if name is not None and name not in known and f"eval_{name}" not in known:
+            raise ValueError(f"metric_for_best_model={name!r} is not evaluated: choose one of {', '.join(known)}.")
+
     def _reward_metrics(self) -> dict[str, ImageMetric]:
         spaces = [item for reward in self.distribution_rewards for item in reward.metrics().items()]
         return {f"distance_{space}": metric for space, metric in spaces}
 
     def _announce(self) -> None:
+        """The batch arithmetic, in one line."""
         args, processes = self.args, self.accelerator.num_processes
-        images, steps = args.num_subsets * args.replace_size, len(self.args.rollout_schedule.trainable_steps)
-        kept = round(images * args.top_advantage_quantile)
-        pairs = math.ceil(kept / processes) * steps
-        micro_batches = math.ceil(pairs / args.per_device_train_batch_size)
-        evaluations = images * args.rollout_schedule.num_evaluations
+        images, schedule = args.num_subsets * args.replace_size, args.rollout_schedule
+        steps = len(schedule.trainable_steps) if args.sde_window_size is None else args.sde_window_size
+        steps = 1 if args.loss_type == "rft" else max(1, round(args.timestep_fraction * steps))
+        share = {"all": 1.0, "top": args.top_advantage_quantile, "top_bottom": min(1, 2 * args.top_advantage_quantile)}
+        kept = round(args.num_subsets * share[args.selection]) * args.replace_size
+        micro_batches = math.ceil(math.ceil(kept / processes) * steps / args.per_device_train_batch_size)
+        evaluations = images * args.best_of_n * schedule.num_evaluations
         logger.info(
             f"One generation: {args.num_subsets} subsets x {args.replace_size} = {images} images "
-            f"({images // processes} per process), {evaluations} network evaluations. One update: {kept} kept images "
-            f"x {steps} steps = {kept * steps} pairs, {micro_batches} micro-batches of "
+            f"({images // processes} per process), {evaluations} network evaluations. One update: about {kept} images "
+            f"x {steps} steps = {kept * steps} pairs, {micro_batches} micro-batches of at most "
             f"{args.per_device_train_batch_size} per process, forward and backward."
         )
 
     # ---- one step ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._buffer, self._last_refresh = None, None  # a checkpoint that is resumed from restores its own
+        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One update: generates if none is buffered, then runs all its micro-batches, gradients synced at the last."""
@@ -202,6 +230,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
             self._buffer = self._generate(model)
         batch, total = self._buffer, torch.zeros((), device=self.accelerator.device)
         if batch.num_images == 0:
+            if self.accelerator.scaler is not None:  # float16's scaler wants gradients to look at
+                nothing = sum(p.sum() * 0.0 for p in self.network.parameters() if p.requires_grad)
+                self.accelerator.backward(nothing)
             return total
         statistics = UpdateStatistics()
         with self._timed("training"):
@@ -281,7 +312,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def _kl(self, model: nn.Module, pairs: dict[str, Any], step: Transition) -> Tensor:
         network = self.network
         with torch.no_grad(), network.disable_adapter() if isinstance(network, PeftModel) else nullcontext():
-            reference = self._score(model if self.reference_model is None else self.reference_model, pairs)
+            with self.accelerator.autocast():  # as the prepared model does by itself
+                reference = self._score(model if self.reference_model is None else self.reference_model, pairs)
         return gaussian_kl(step.mean, reference.mean, step.std)
 
     def _micro_batches(self, batch: RolloutBatch) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -316,11 +348,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
             self.record(f"reference_distance/{name}", distance)
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
-            local, images = self._rollout(model, slots, self._schedule_now())
+            local, images = self.rollouts.generate(model, slots, self.state.global_step, self.distribution_rewards)
         with self._timed("reward"):
-            features = self._features(images, slots)
+            features = self._features(images, slots, local.finite)
             if features is None:
-                return self._skip(local, "an image's features are not finite", slots=slots)
+                return self._skip(local, "an image or its features are not finite", slots=slots)
             rewards = self._rewards(images, slots, features)  # per function (B, 1) or (B, n) float64
         if not all(bool(values.isfinite().all()) for values in rewards):
             return self._skip(local, "a reward is not finite", slots=slots, rewards=rewards)
@@ -342,117 +374,19 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.skip_update(reason, **context)
         return replace(local, num_images=0)
 
-    def _schedule_now(self) -> SamplingSchedule:
-        """The rollout's schedule with this generation's window of noise."""
-        schedule, size = self.args.rollout_schedule, self.args.sde_window_size
-        if size is None:
-            return schedule
-        steps = schedule.trainable_steps
-        places = len(steps) - size + 1
-        if self.args.sde_window == "random":
-            (generator,) = image_generators(self.args.seed, "window", self.state.global_step, [0])
-            first = int(torch.randint(places, (1,), generator=generator))
-        else:
-            generation = self.state.global_step // self.args.num_iterations
-            first = generation // self.args.sde_window_interval % places
-        return replace(schedule, sde_steps=steps[first : first + size])
-
-    def _trained_steps(self, schedule: SamplingSchedule) -> tuple[int, ...]:
-        """The share of the steps with noise that this generation trains."""
-        steps = schedule.trainable_steps
-        if self.args.timestep_fraction == 1.0:
-            return steps
-        (generator,) = image_generators(self.args.seed, "steps", self.state.global_step, [0])
-        count = max(1, round(self.args.timestep_fraction * len(steps)))
-        return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
-
     def _draw_slots(self) -> Tensor:
         args = self.args
         groups = args.num_subsets // args.num_generations
         slots = self.slot_sampler.draw(groups, args.replace_size, distinct=args.reference_update == "rolling")
         return slots.repeat_interleave(args.num_generations, dim=0)
 
-    def _rollout(self, model: nn.Module, slots: Tensor, schedule: SamplingSchedule) -> tuple[RolloutBatch, Tensor]:
-        """This process's share of the step's images (M = B n / processes), with the states to train on."""
-        candidates = [
-            self._rollout_once(model, slots, schedule, first_index=candidate * slots.numel())
-            for candidate in range(self.args.best_of_n)
-        ]
-        if len(candidates) == 1:
-            return candidates[0]
-        # Appendix C: of a slot's candidates stays the one whose replaced distance is best by itself.
-        local_slots, scores = self._local(slots).view(-1, 1), []
-        conditions = take(self.conditions, local_slots.flatten().cpu())
-        for _, images in candidates:
-            score = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-            for reward in self.distribution_rewards:
-                score += reward.score(local_slots, reward.extract(images, conditions))
-            scores.append(score)
-        best = torch.stack(scores).argmax(dim=0)
-        batches, images = [batch for batch, _ in candidates], torch.stack([images for _, images in candidates])
-        rows = torch.arange(len(best), device=best.device)
-
-        def pick(values: list[Tensor]) -> Tensor:
-            device = values[0].device
-            return torch.stack(values)[best.to(device), rows.to(device)]
-
-        batch = replace(
-            batches[0],
-            states={i: pick([b.states[i] for b in batches]) for i in batches[0].states},
-            drawn_log_probs=pick([b.drawn_log_probs for b in batches]),
-            times=None if batches[0].times is None else pick([b.times for b in batches if b.times is not None]),
-        )
-        return batch, images[best, rows]
-
-    def _local(self, values: Tensor) -> Tensor:
-        """This process's contiguous share of a flattened tensor."""
-        share = values.numel() // self.accelerator.num_processes
-        return values.flatten()[self.accelerator.process_index * share :][:share]
-
-    def _rollout_once(
-        self, model: nn.Module, slots: Tensor, schedule: SamplingSchedule, first_index: int
-    ) -> tuple[RolloutBatch, Tensor]:
-        args, mine = self.args, self._local(slots)
-        offset = first_index + self.accelerator.process_index * len(mine)
-        size = args.rollout_batch_size or args.per_device_train_batch_size
-        rejection = args.loss_type == "rft"
-        steps = () if rejection else self._trained_steps(schedule)
-        trajectories, images, conds = [], [], []
-        for chunk in torch.arange(len(mine)).split(size):
-            conditions = take(self.conditions, mine[chunk[0] : chunk[-1] + 1].cpu())
-            generators = self._generators("rollout", chunk + offset)
-            trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
-            images.append(to_uint8(self.policy.decode(trajectory.sample)))
-            conds.append(self.policy.encode(conditions))
-            if rejection:  # pairs of noise and data take the place of a step's two ends
-                noise = self.policy.noise(conditions, self._generators("flow_matching", chunk + offset))
-                trajectory.states = {0: noise, 1: trajectory.sample}
-            if args.offload_trajectories:
-                trajectory.states = {i: state.cpu() for i, state in trajectory.states.items()}
-            trajectories.append(trajectory)
-        batch = RolloutBatch(
-            cond={name: torch.cat([c[name] for c in conds]) for name in conds[0]},
-            states={i: torch.cat([t.states[i] for t in trajectories]) for i in trajectories[0].states},
-            steps=steps,
-            drawn_log_probs=torch.cat([t.log_probs for t in trajectories]),
-            advantages=torch.zeros(len(mine), device=mine.device),
-            num_own=len(mine),
-            num_images=slots.numel(),
-        )
-        if rejection:
-            draws = [torch.rand(1, generator=g) for g in self._generators("time", torch.arange(len(mine)) + offset)]
-            nothing = torch.zeros(len(mine), 1, device=mine.device)
-            batch = replace(batch, steps=(0,), times=torch.cat(draws).to(mine.device), drawn_log_probs=nothing)
-        return batch, torch.cat(images)
-
-    def _generators(self, stream: str, indices: Tensor) -> list[torch.Generator]:
-        return image_generators(self.args.seed, stream, self.state.global_step, indices.tolist())
-
-    def _features(self, images: Tensor, slots: Tensor) -> list[tuple[SubsetReplaceReward, dict[str, Tensor]]] | None:
+    def _features(
+        self, images: Tensor, slots: Tensor, finite: bool
+    ) -> list[tuple[SubsetReplaceReward, dict[str, Tensor]]] | None:
         """Features of this process's images for every distribution reward; `None` if any process has bad ones."""
-        conditions = take(self.conditions, self._local(slots).cpu())
+        conditions = take(self.conditions, self.rollouts.local(slots).cpu())
         features = [(r, r.extract(images, conditions, check_finite=False)) for r in self.distribution_rewards]
-        finite = all(bool(v.isfinite().all()) for _, spaces in features for v in spaces.values())
+        finite = finite and all(bool(v.isfinite().all()) for _, spaces in features for v in spaces.values())
         flags = self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device))
         return features if bool(flags.all()) else None
 
@@ -460,7 +394,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self, images: Tensor, slots: Tensor, features: list[tuple[SubsetReplaceReward, dict[str, Tensor]]]
     ) -> list[Tensor]:
         """Of every reward function: `(B, 1)` if a subset's images share their reward, else `(B, n)`."""
-        local_slots, known = self._local(slots).view(-1, slots.shape[1]), iter(features)
+        local_slots, known = self.rollouts.local(slots).view(-1, slots.shape[1]), iter(features)
         conditions = take(self.conditions, local_slots.flatten().cpu())
         rewards = []
         for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
@@ -544,7 +478,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
             if isinstance(reward, SubsetReplaceReward)
         ]
         if moved:
-            drift = max(value.item() for value in moved)
+            # one process decides for all: a last bit of difference would part their ways
+            drift = broadcast(torch.stack(moved).max()).item()
             self.record("reference_drift", drift)
             self._drifted = drift > self.args.refresh_drift
 
@@ -555,13 +490,14 @@ class DistributionRewardTrainer(DiffusionTrainer):
             batches = self._share_of_images(
                 model,
                 self.conditions,
-                self.args.rollout_schedule,
+                self.rollouts.schedule(self.state.global_step),
                 (self.args.seed, "reference", self.state.global_step),
                 "Reference set",
             )
-            for images, conditions, valid in batches:
+            for images, conditions, valid, finite in batches:
                 for reward in self.distribution_rewards:
                     for space, values in reward.extract(images, conditions, check_finite=False).items():
+                        values = torch.where(finite[:, None], values, torch.nan)
                         gathered = self.accelerator.gather(values)[:valid]
                         features[id(reward)].setdefault(space, []).append(gathered)
             joined = {key: {space: torch.cat(v) for space, v in spaces.items()} for key, spaces in features.items()}
@@ -623,7 +559,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 f"and cannot be resumed on {self.accelerator.num_processes}: use as many, or a checkpoint at a "
                 f"multiple of num_iterations={self.args.num_iterations} steps."
             )
-        self._buffer = RolloutBatch(**state["buffer"])
+        self._buffer = RolloutBatch(**state["buffer"]).to(
+            self.accelerator.device, move_states=not self.args.offload_trajectories
+        )
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         super().load_training_state(state)

@@ -18,14 +18,14 @@ def normalize_advantages(rewards: Tensor, normalization: str = "batch", group_si
         rewards (`torch.Tensor` of shape `(B, k)`): of all processes; k is 1 when a subset's images share a reward.
         normalization (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: over everything; `"group"`: within runs of `group_size` subsets that replaced the same slots;
-            `"none"`: rewards as they are.
+            `"none"`: rewards about their mean, not divided: minus a distance is negative for the best as well.
         group_size (`int`, *optional*, defaults to 1): subsets of a group.
 
     Returns:
         `torch.Tensor` of shape `(B, k)`; zero where the rewards do not differ.
     """
     if normalization == "none":
-        return rewards
+        return rewards - rewards.mean()
     groups = rewards.reshape(1, -1) if normalization == "batch" else rewards.reshape(-1, group_size * rewards.shape[1])
     centred = groups - groups.mean(dim=1, keepdim=True)
     std = groups.std(dim=1, keepdim=True)

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class RolloutBatch:
             anchor of the ratio; `None` on-policy, where the current log-probability is its own anchor.
         old_means (`torch.Tensor` of shape `(K, len(steps), ...)` or `None`): the steps' means then, if needed.
         times (`torch.Tensor` of shape `(K,)` or `None`): times to use instead of the grid's, for flow matching.
+        finite (`bool`): whether all samples are.
     """
 
     cond: dict[str, Tensor]
@@ -39,6 +40,18 @@ class RolloutBatch:
     old_log_probs: Tensor | None = None
     old_means: Tensor | None = None
     times: Tensor | None = None
+    finite: bool = True
+
+    def to(self, device: torch.device, move_states: bool = True) -> "RolloutBatch":
+        """On another device, the states only if asked."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device)
+            elif field.name == "cond" or (field.name == "states" and move_states):
+                moved[field.name] = {key: tensor.to(device) for key, tensor in value.items()}
+        return replace(self, **moved)
 
     def deal(self, kept: Tensor, advantages: Tensor, gather: Callable[[Tensor], Tensor], rank: int, processes: int):
         """

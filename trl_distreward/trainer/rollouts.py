@@ -1,0 +1,151 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""New images for slots of the reference set, each process a share, with the states that will be trained on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..generation import SamplingSchedule, image_generators, sample, take
+from ..policies import DiffusionPolicy, to_uint8
+from ..rewards.subset_replace import SubsetReplaceReward
+from .rollout_batch import RolloutBatch
+
+
+class Rollouts:
+    """
+    Generates without state of its own: what comes follows from the weights, the slots and the step.
+
+    Args:
+        policy ([`DiffusionPolicy`]): generator.
+        args ([`DiffusionDistributionConfig`]): schedule, window, share of steps, seed, batch sizes.
+        conditions: one per slot.
+        accelerator (`accelerate.Accelerator`): tells the processes.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, args: Any, conditions: Any, accelerator: Accelerator):
+        self.policy = policy
+        self.args = args
+        self.conditions = conditions
+        self.accelerator = accelerator
+
+    def schedule(self, step: int) -> SamplingSchedule:
+        """The schedule with the window of noise of the generation at optimizer step `step`."""
+        schedule, size = self.args.rollout_schedule, self.args.sde_window_size
+        if size is None:
+            return schedule
+        steps = schedule.trainable_steps
+        places = len(steps) - size + 1
+        if self.args.sde_window == "random":
+            (generator,) = image_generators(self.args.seed, "window", step, [0])
+            first = int(torch.randint(places, (1,), generator=generator))
+        else:
+            generation = step // self.args.num_iterations
+            first = generation // self.args.sde_window_interval % places
+        return replace(schedule, sde_steps=steps[first : first + size])
+
+    def trained_steps(self, schedule: SamplingSchedule, step: int) -> tuple[int, ...]:
+        """The share of the steps with noise that this generation trains."""
+        steps = schedule.trainable_steps
+        if self.args.timestep_fraction == 1.0:
+            return steps
+        (generator,) = image_generators(self.args.seed, "steps", step, [0])
+        count = max(1, round(self.args.timestep_fraction * len(steps)))
+        return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
+
+    def generate(
+        self, model: nn.Module, slots: Tensor, step: int, judges: Sequence[SubsetReplaceReward] = ()
+    ) -> tuple[RolloutBatch, Tensor]:
+        """
+        Args:
+            model (`nn.Module`): the network as it trains, wrapped and under autocast.
+            slots (`torch.LongTensor` of shape `(B, n)`): places to generate for, the same on every process.
+            step (`int`): optimizer step, which noise, windows and shares of steps follow from.
+            judges (`Sequence[SubsetReplaceReward]`, *optional*): choose among `best_of_n` candidates.
+
+        Returns:
+            this process's trajectories, and its uint8 images `(B n / processes, C, H, W)`.
+        """
+        candidates = [
+            self.generate_once(model, slots, step, first_index=candidate * slots.numel())
+            for candidate in range(self.args.best_of_n)
+        ]
+        if len(candidates) == 1:
+            return candidates[0]
+        # Appendix C: of a slot's candidates stays the one whose replaced distance is best by itself.
+        local_slots, scores = self.local(slots).view(-1, 1), []
+        conditions = take(self.conditions, local_slots.flatten().cpu())
+        for _, images in candidates:
+            score = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+            for reward in judges:
+                features = reward.extract(images, conditions, check_finite=False)
+                finite = torch.stack([values.isfinite().all(dim=1) for values in features.values()]).all(dim=0)
+                known = {space: torch.where(finite[:, None], values, 0.0) for space, values in features.items()}
+                score += torch.where(finite, reward.score(local_slots, known), -torch.inf)
+            scores.append(score)
+        best = torch.stack(scores).argmax(dim=0)
+        batches, images = [batch for batch, _ in candidates], torch.stack([images for _, images in candidates])
+        rows = torch.arange(len(best), device=best.device)
+
+        def pick(values: list[Tensor]) -> Tensor:
+            device = values[0].device
+            return torch.stack(values)[best.to(device), rows.to(device)]
+
+        batch = replace(
+            batches[0],
+            states={i: pick([b.states[i] for b in batches]) for i in batches[0].states},
+            drawn_log_probs=pick([b.drawn_log_probs for b in batches]),
+            times=None if batches[0].times is None else pick([b.times for b in batches if b.times is not None]),
+        )
+        return batch, images[best, rows]
+
+    def local(self, values: Tensor) -> Tensor:
+        """This process's contiguous share of a flattened tensor."""
+        share = values.numel() // self.accelerator.num_processes
+        return values.flatten()[self.accelerator.process_index * share :][:share]
+
+    def generate_once(
+        self, model: nn.Module, slots: Tensor, step: int, first_index: int = 0
+    ) -> tuple[RolloutBatch, Tensor]:
+        """One image per slot; `first_index` is the image index of the first, which its noise follows from."""
+        schedule = self.schedule(step)
+        args, mine = self.args, self.local(slots)
+        offset = first_index + self.accelerator.process_index * len(mine)
+        size = args.rollout_batch_size or args.per_device_train_batch_size
+        rejection = args.loss_type == "rft"
+        steps = () if rejection else self.trained_steps(schedule, step)
+        trajectories, images, conds = [], [], []
+        for chunk in torch.arange(len(mine)).split(size):
+            conditions = take(self.conditions, mine[chunk[0] : chunk[-1] + 1].cpu())
+            generators = self._generators("rollout", step, chunk + offset)
+            trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
+            images.append(to_uint8(self.policy.decode(trajectory.sample)))
+            conds.append(self.policy.encode(conditions))
+            if rejection:  # pairs of noise and data take the place of a step's two ends
+                noise = self.policy.noise(conditions, self._generators("flow_matching", step, chunk + offset))
+                trajectory.states = {0: noise, 1: trajectory.sample}
+            if args.offload_trajectories:
+                trajectory.states = {i: state.cpu() for i, state in trajectory.states.items()}
+            trajectories.append(trajectory)
+        batch = RolloutBatch(
+            cond={name: torch.cat([c[name] for c in conds]) for name in conds[0]},
+            states={i: torch.cat([t.states[i] for t in trajectories]) for i in trajectories[0].states},
+            steps=steps,
+            drawn_log_probs=torch.cat([t.log_probs for t in trajectories]),
+            advantages=torch.zeros(len(mine), device=mine.device),
+            num_own=len(mine),
+            num_images=slots.numel(),
+            finite=all(bool(t.sample.isfinite().all()) for t in trajectories),
+        )
+        if rejection:
+            generators = self._generators("time", step, torch.arange(len(mine)) + offset)
+            draws = [torch.rand(1, generator=generator) for generator in generators]
+            nothing = torch.zeros(len(mine), 1, device=mine.device)
+            batch = replace(batch, steps=(0,), times=torch.cat(draws).to(mine.device), drawn_log_probs=nothing)
+        return batch, torch.cat(images)
+
+    def _generators(self, stream: str, step: int, indices: Tensor) -> list[torch.Generator]:
+        return image_generators(self.args.seed, stream, step, indices.tolist())
