@@ -1,0 +1,311 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Saving, resuming and pushing: a checkpoint is a pipeline that loads, whole or absent, and resumes exactly.
+
+`transformers.Trainer` would save a bare state dict, push a config without weights, warn instead of loading the best
+model, and upload its arguments as a pickle with the token in it.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from huggingface_hub import HfApi
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    rotate_checkpoints,
+)
+from trl.trainer.base_trainer import _BaseTrainer
+
+from ..policies import DiffusionPolicy
+from .ema import PolicyEMA
+from .model_card import build_model_card, recipe_of
+
+logger = get_logger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+RAW_WEIGHTS = "trained_weights.safetensors"
+TRAINING_STATE = "diffusion_state.pt"
+PROCESS_STATE = "process_state_{}.pt"
+# Not a name that a checkpoint has, nor one that is pushed to the Hub.
+PARTIAL_CHECKPOINT = "_partial-checkpoint"
+# Files of a checkpoint that are for resuming only, and stay off the Hub.
+_RESUME_ONLY = [
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    RAW_WEIGHTS,
+    "process_state*",
+    TRAINING_STATE,
+]
+
+
+class CheckpointingTrainer(_BaseTrainer):
+    """
+    TRL's base trainer, saving and loading pipelines in place of language models.
+
+    A subclass sets `policy`, `ema`, `eval_conditions` and `_uploads`.
+    """
+
+    policy: DiffusionPolicy
+    ema: PolicyEMA | None
+    eval_conditions: Any
+    _uploads: list[Future]
+
+    @property
+    def network(self) -> nn.Module:
+        """The trained network without distributed wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The weights that are evaluated and saved: the average where there is one."""
+        with self.ema.swapped_in(self.network) if self.ema is not None else nullcontext():
+            yield
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if not self.args.should_save:
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        network = self.network
+        with self.evaluation_weights():
+            if isinstance(network, PeftModel):
+                network.save_pretrained(os.path.join(output_dir, ADAPTER_FOLDER))
+                self.policy.save_pretrained(output_dir, model=copy.deepcopy(network).merge_and_unload())
+            else:
+                self.policy.save_pretrained(output_dir)
+        # not transformers' training_args.bin: a pickle, with the Hub token in plain text
+        Path(output_dir, "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """
+        Writes a checkpoint under another name and renames it when it is whole.
+
+        Killed at any moment, a run therefore has only whole folders named `checkpoint-*`, and
+        `resume_from_checkpoint=True` finds the newest of them.
+        """
+        self.create_model_card(model_name=self._hub_name())
+        run_dir = Path(self._get_output_dir(trial=trial))
+        final, partial = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", run_dir / PARTIAL_CHECKPOINT
+        writes = self.args.should_save
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write_checkpoint(partial, final, run_dir)
+        except (OSError, SafetensorError) as error:
+            if writes:
+                shutil.rmtree(partial, ignore_errors=True)
+            error.add_note(
+                f"The checkpoint of step {self.state.global_step} could not be written to {run_dir}; earlier ones are "
+                "intact. Free space or lower save_total_limit, then resume with resume_from_checkpoint=True."
+            )
+            raise
+        self.accelerator.wait_for_everyone()
+        if writes:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if writes:
+            if self.args.save_total_limit is not None:
+                self._finish_current_push()  # a folder must not go while it is being uploaded
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _write_checkpoint(self, partial: Path, final: Path, run_dir: Path) -> None:
+        """What transformers writes, and in the same files."""
+        self.store_flos()
+        self.save_model(str(partial), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+        if self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    name, saved = type(callback).__name__, self.state.stateful_callbacks
+                    if isinstance(saved[name], list):
+                        saved[name].append(callback.state())
+                    else:
+                        saved[name] = callback.state()
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+
+    def training_state(self) -> dict[str, Any]:
+        """State of this trainer beyond what transformers saves; subclasses add theirs."""
+        return {"ema": self.ema.state_dict() if self.ema is not None else None}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def process_state(self) -> dict[str, Any]:
+        """State that differs between processes; subclasses add theirs."""
+        return {}
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `process_state` gave."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            if self.ema is not None:  # the pipeline holds the average: keep what the optimizer belongs to
+                parameters = ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+                raw = {name: p.detach().contiguous().cpu() for name, p in parameters}
+                save_file(raw, os.path.join(output_dir, RAW_WEIGHTS))
+            torch.save(self.training_state(), os.path.join(output_dir, TRAINING_STATE))
+        own = self.process_state()
+        if own:
+            torch.save(own, os.path.join(output_dir, PROCESS_STATE.format(self.args.process_index)))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, TRAINING_STATE)
+        if self._found_by_all(path):
+            self.load_training_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+        path = os.path.join(checkpoint, PROCESS_STATE.format(self.args.process_index))
+        if self._found_by_all(path):
+            self.load_process_state(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _found_by_all(self, path: str) -> bool:
+        found = torch.tensor([os.path.isfile(path)], device=self.accelerator.device)
+        everyone = self.accelerator.gather(found)
+        if bool(everyone.any()) and not bool(everyone.all()):
+            missing = (~everyone).nonzero().flatten().tolist()
+            raise ValueError(
+                f"processes {missing} do not find {os.path.basename(path)} in the checkpoint: resume from a folder "
+                "that all nodes share, with as many processes as wrote it."
+            )
+        return bool(everyone.all())
+
+    # ---- loading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)
+        if os.path.isfile(raw):
+            trained = load_file(raw)
+            known = {name for name, p in self.network.named_parameters() if p.requires_grad}
+            if set(trained) != known:
+                odd = sorted(set(trained) ^ known)[:3]
+                raise ValueError(
+                    f"{resume_from_checkpoint} was trained with other parameters, e.g. {odd}: resume with the model "
+                    "and peft_config that the run was started with."
+                )
+            self.network.load_state_dict(trained, strict=False)
+        else:
+            self._load_weights(resume_from_checkpoint)
+        if self.ema is not None:  # now, for what is evaluated or saved before the first step
+            self.ema = PolicyEMA(self.network, self.ema.decay)
+            path = os.path.join(resume_from_checkpoint, TRAINING_STATE)
+            if os.path.isfile(path):
+                saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)["ema"]
+                if saved is not None:
+                    self.ema.load_state_dict(saved)
+
+    def _load_best_model(self) -> None:
+        """Loads the pipeline's weights of the best checkpoint, into the average as well where there is one."""
+        logger.info(f"Loading the best model from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+        self._load_weights(self.state.best_model_checkpoint)
+        if self.ema is not None:
+            self.ema = PolicyEMA(self.network, self.ema.decay)
+
+    def _load_weights(self, folder: str) -> None:
+        network = self.network
+        if isinstance(network, PeftModel):
+            set_peft_model_state_dict(network, load_peft_weights(os.path.join(folder, ADAPTER_FOLDER)))
+        else:
+            self.policy.load_weights(folder)
+
+    # ---- the Hub ----
+
+    def _hub_name(self) -> str:
+        return Path(self.args.hub_model_id or self.args.output_dir).name
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes the checkpoint's pipeline; transformers would push a config without weights."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and not all(upload.done() for upload in self._uploads):
+            return
+        uploads = [(".", _RESUME_ONLY)]
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            uploads.append(("last-checkpoint", []))
+        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            uploads.append((Path(checkpoint_folder).name, []))
+        for path_in_repo, ignored in uploads:
+            upload = HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo=path_in_repo,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                ignore_patterns=ignored or None,
+                run_as_future=True,
+            )
+            self._uploads.append(upload)
+
+    def _finish_current_push(self) -> None:
+        """Waits for the uploads in the background; a failure is told, and the last push has all there is to push."""
+        while self._uploads:
+            error = self._uploads.pop(0).exception()
+            if error is not None:
+                logger.error(f"A push during training failed: {error}. Call push_to_hub() to push again.")
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes `README.md` with the recipe and the last evaluation."""
+        if not self.is_world_process_zero():
+            return
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        source = getattr(getattr(self.policy, "pipeline", None), "config", {}).get("_name_or_path")
+        base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
+        name = model_name or self._hub_name()
+        card = build_model_card(
+            name,
+            trainer_name=type(self).__name__,
+            paper=self._paper,
+            log_history=self.state.log_history,
+            recipe=recipe_of(self.args),
+            num_eval_images=len(self.eval_conditions),
+            base_model=base_model,
+            license=kwargs.get("license"),
+            library_name="diffusers",
+            pipeline_tag=self._pipeline_tag,
+            datasets=dataset_name,
+            tags=sorted({*given, *self._tag_names, "generated_from_trainer"}),
+        )
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    _pipeline_tag = "unconditional-image-generation"
