@@ -14,8 +14,9 @@ from tests.helpers import tiny_trainer
 def main() -> None:
     output, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    resume_from = settings.pop("resume_from", None)
     trainer = tiny_trainer(output, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
         save_file({n: p.detach().contiguous() for n, p in trainer.network.named_parameters()}, output / "weights")

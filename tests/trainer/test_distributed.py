@@ -52,3 +52,22 @@ def test_many_processes_train_as_one(tmp_path, settings):
             torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
         for name in ("eval_sde_distance_features", "eval_ode_distance_features"):
             assert other["metrics"][name] == pytest.approx(log["metrics"][name], rel=1e-2)
+
+
+@pytest.mark.distributed
+def test_two_processes_resume_exactly_in_the_middle_of_a_generation(tmp_path):
+    settings = {
+        "max_steps": 4,
+        "num_iterations": 2,
+        "epsilon": 0.2,
+        "reference_update": "rolling",
+        "ema_decay": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    expected, log = run(tmp_path / "whole", 2, settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    assert {path.name for path in checkpoint.glob("process_state_*")} == {"process_state_0.pt", "process_state_1.pt"}
+    weights, other = run(tmp_path / "resumed", 2, {**settings, "resume_from": str(checkpoint)})
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert values(other, "reward") == values(log, "reward")

@@ -179,6 +179,15 @@ def test_bfloat16_keeps_the_first_ratio_at_exactly_one(tmp_path):
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+def test_change_of_log_prob_is_logged_for_every_step(tmp_path):
+    trainer = trained(tmp_path, max_steps=2, num_iterations=2, epsilon=0.2, learning_rate=1e-2, log_steps=True)
+    for update in (0, 1):
+        by_step = [logged(trainer, f"delta_log_prob/step_{i}")[update] for i in range(3)]
+        assert sum(by_step) / 3 == pytest.approx(logged(trainer, "delta_log_prob")[update], rel=1e-5, abs=1e-9)
+    assert min(by_step) > 1e-5 and len(set(by_step)) == 3
+    assert not logged(trainer, "delta_log_prob/step_3")  # the noiseless last step is not trained
+
+
 def test_automatic_refresh_waits_for_drift(tmp_path):
     kwargs = {"max_steps": 6, "reference_refresh_steps": "auto"}
     never = trained(tmp_path, refresh_drift=1e9, **kwargs)

@@ -192,7 +192,7 @@ class CheckpointingTrainer(_BaseTrainer):
             return
         path = os.path.join(checkpoint, TRAINING_STATE)
         if self._found_by_all(path):
-            self.load_training_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+            self.load_training_state(torch.load(path, map_location="cpu", weights_only=True))
         path = os.path.join(checkpoint, PROCESS_STATE.format(self.args.process_index))
         if self._found_by_all(path):
             self.load_process_state(torch.load(path, map_location="cpu", weights_only=True))
@@ -228,7 +228,7 @@ class CheckpointingTrainer(_BaseTrainer):
             self.ema = PolicyEMA(self.network, self.ema.decay)
             path = os.path.join(resume_from_checkpoint, TRAINING_STATE)
             if os.path.isfile(path):
-                saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)["ema"]
+                saved = torch.load(path, map_location="cpu", weights_only=True)["ema"]
                 if saved is not None:
                     self.ema.load_state_dict(saved)
 

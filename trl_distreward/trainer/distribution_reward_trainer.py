@@ -35,6 +35,12 @@ class UpdateStatistics:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     ratios: list[Tensor] = field(default_factory=list)
+    delta_by_step: Tensor | None = None  # (2, steps of the grid): sums of weighted |Δ log p| and of weights
+
+    def add_delta(self, delta: Tensor, weights: Tensor, step: Tensor, num_steps: int) -> None:
+        rows = torch.stack([delta * weights, weights]).double()
+        empty = rows.new_zeros(2, num_steps)
+        self.delta_by_step = (empty if self.delta_by_step is None else self.delta_by_step).index_add(1, step, rows)
 
     def add(self, weights: Tensor, **values: Tensor) -> None:
         for name, value in {"weight": torch.ones_like(weights), **values}.items():
@@ -263,6 +269,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
             inputs["statistics"].add(inputs["weights"], **values)
             if "ratio" in values:
                 inputs["statistics"].ratios.append(values["ratio"])
+                if self.args.log_steps:
+                    num_steps = self.args.num_inference_steps
+                    delta = values["delta_log_prob"]
+                    inputs["statistics"].add_delta(delta, inputs["weights"], inputs["step"], num_steps)
         # gradients are averaged over processes: each returns its share of the global mean times their number
         loss = (loss * inputs["weights"]).sum() * self.accelerator.num_processes
         return (loss, values) if return_outputs else loss
@@ -528,6 +538,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
         weight = values.pop("weight")
         for name, value in values.items():
             self.record("ratio/mean" if name == "ratio" else name, value / weight)
+        if statistics.delta_by_step is not None:
+            delta, weights = self.accelerator.reduce(statistics.delta_by_step, reduction="sum").tolist()
+            for step, (value, weight) in enumerate(zip(delta, weights, strict=True)):
+                if weight > 0:
+                    self.record(f"delta_log_prob/step_{step}", value / weight)
         if statistics.ratios:
             ratios = torch.cat(statistics.ratios)
             extremes = self.accelerator.gather(torch.stack([ratios.min(), -ratios.max()])[None])
@@ -565,9 +580,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         super().load_training_state(state)
+        device = self.accelerator.device
         for reward, saved in zip(self.distribution_rewards, state["rewards"], strict=True):
-            reward.load_state_dict(saved)
-        self.slot_sampler.load_state_dict({name: value.cpu() for name, value in state["slots"].items()})
+            features = {space: values.to(device) for space, values in saved["features"].items()}
+            reward.load_state_dict({**saved, "features": features})
+        self.slot_sampler.load_state_dict(state["slots"])
         self._last_refresh, self._drifted = state["last_refresh"], state["drifted"]
 
 

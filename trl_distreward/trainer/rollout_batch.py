@@ -134,6 +134,7 @@ class RolloutBatch:
                 "next_x": _pick(self.states, image, step + 1),
                 "t": grid[step] if self.times is None else self.times[image],
                 "t_next": grid[step + 1],
+                "step": step,
                 "advantages": self.advantages[image],
                 "weights": weights,
                 "drawn_log_probs": self.drawn_log_probs[image, column],
