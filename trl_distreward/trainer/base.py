@@ -58,8 +58,8 @@ class _NetworkConfig(FrozenDict):
 def disable_dropout(model: nn.Module) -> None:
     """Turns every dropout off for good, label dropout included.
 
-    A policy must predict the same in rollout and replay: with label dropout on, on-policy ratios leave 1 by 0.1 and
-    more, a thousand times the clip range.
+    A policy must predict the same in rollout and replay: with label dropout on, the two differ by far more than the
+    clip range.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout):
