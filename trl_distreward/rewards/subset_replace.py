@@ -174,10 +174,6 @@ class SubsetReplaceReward:
     # ---- reference set ----
 
     @property
-    def reference_size(self) -> int:
-        return len(next(iter(self.features.values()))) if self.features else 0
-
-    @property
     def reference_distances(self) -> dict[str, float]:
         """Distance of the current reference set from real data, per feature space."""
         return {name: distance.value for name, distance in self.distances.items()} if self.features else {}

@@ -164,8 +164,7 @@ class CheckpointingTrainer(_BaseTrainer):
         return {"ema": self.ema.state_dict() if self.ema is not None else None}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
+        """Takes back what subclasses added; the average comes back with the weights it belongs to."""
 
     def process_state(self) -> dict[str, Any]:
         """State that differs between processes; subclasses add theirs."""

@@ -98,6 +98,7 @@ class Rollouts:
             batches[0],
             states={i: pick([b.states[i] for b in batches]) for i in batches[0].states},
             drawn_log_probs=pick([b.drawn_log_probs for b in batches]),
+            finite=all(b.finite for b in batches),
             times=None if batches[0].times is None else pick([b.times for b in batches if b.times is not None]),
         )
         return batch, images[best, rows]
