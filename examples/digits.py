@@ -16,7 +16,9 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -224,6 +226,67 @@ def report_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class Digits:
+    """A pretrained generator, what judges it, and the real images' statistics."""
+
+    base_path: Path
+    spaces: dict[str, Callable[..., Tensor]]
+    real: dict[str, FeatureStatistics]
+    heldout: DigitClassifier
+    real_heldout: FeatureStatistics
+    floor: dict[str, dict[str, float]]
+
+    def reward(self, label_weight: float) -> SubsetReplaceReward:
+        return SubsetReplaceReward(self.spaces, self.real, space_weights={"asked": label_weight})
+
+    def eval_metrics(self) -> dict[str, Any]:
+        return {
+            "heldout": FeatureDistance(self.heldout.last_features, self.real_heldout),
+            "accuracy": Accuracy(self.heldout),
+        }
+
+
+def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
+    """Trains the two classifiers and the generator, or reads them from `cache`."""
+    images, labels = load_digits()
+    train_images, train_labels = images[:NUM_TRAIN], labels[:NUM_TRAIN]
+    test_images, test_labels = images[NUM_TRAIN:], labels[NUM_TRAIN:]
+    judge, heldout = DigitClassifier(32, F.relu), DigitClassifier(24, F.gelu)
+    for name, model, model_seed in (("judge", judge, 1 + seed), ("heldout", heldout, 2)):
+        cached(
+            cache / f"{name}-{model_seed}.safetensors",
+            model,
+            lambda m=model, s=model_seed, n=name: train_classifier(
+                m, train_images, train_labels, s, f"Classifier {n}"
+            ),
+        )
+    base_path = cache / f"base-{seed}-{pretraining_steps}"
+    if not base_path.is_dir():
+        SiTPipeline(train_sit(train_images, train_labels, 3 + seed, pretraining_steps)).save_pretrained(base_path)
+    # images alone do not tell whether they are the digits that were asked for: class probabilities beside labels do
+    asked = JointFeatures(judge.probabilities, num_classes=10)
+    spaces = {"last": judge.last_features, "middle": judge.middle_features, "pixels": pixel_features, "asked": asked}
+    with torch.no_grad():
+        real = {
+            name: FeatureStatistics.from_features(extract_features(extract, train_images, train_labels))
+            for name, extract in spaces.items()
+        }
+        real_heldout = FeatureStatistics.from_features(heldout.last_features(train_images))
+        test = {
+            "fd_reward": (judge.last_features, real["last"]),
+            "fd_heldout": (heldout.last_features, real_heldout),
+            "fd_pixel": (pixel_features, real["pixels"]),
+        }
+        floor = {
+            name: {"mean": frechet_distance(FeatureStatistics.from_features(f(test_images)), r), "std": 0.0}
+            for name, (f, r) in test.items()
+        }
+        accuracy = (heldout(test_images).argmax(1) == test_labels).double().mean().item()
+        floor["accuracy"] = {"mean": accuracy, "std": 0.0}
+    return Digits(base_path, spaces, real, heldout, real_heldout, floor)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="where everything is written")
@@ -250,47 +313,12 @@ def main() -> None:
     started = time.perf_counter()
     out, cache = args.output_dir, args.output_dir / "cache"
     out.mkdir(parents=True, exist_ok=True)
-    images, labels = load_digits()
-    train_images, train_labels = images[:NUM_TRAIN], labels[:NUM_TRAIN]
-    test_images, test_labels = images[NUM_TRAIN:], labels[NUM_TRAIN:]
-
-    judge, heldout = DigitClassifier(32, F.relu), DigitClassifier(24, F.gelu)
-    for name, model, seed in (("judge", judge, 1 + args.seed), ("heldout", heldout, 2)):
-        cached(
-            cache / f"{name}-{seed}.safetensors",
-            model,
-            lambda m=model, s=seed, n=name: train_classifier(m, train_images, train_labels, s, f"Classifier {n}"),
-        )
-    base_path = cache / f"base-{args.seed}-{args.pretraining_steps}"
-    if not base_path.is_dir():
-        base = SiTPipeline(train_sit(train_images, train_labels, 3 + args.seed, args.pretraining_steps))
-        base.save_pretrained(base_path)
+    digits = prepare(cache, args.seed, args.pretraining_steps)
     pretrained = time.perf_counter()
 
-    # images alone do not tell whether they are the digits that were asked for: class probabilities beside labels do
-    asked = JointFeatures(judge.probabilities, num_classes=10)
-    spaces = {"last": judge.last_features, "middle": judge.middle_features, "pixels": pixel_features, "asked": asked}
-    with torch.no_grad():
-        real = {
-            name: FeatureStatistics.from_features(extract_features(extract, train_images, train_labels))
-            for name, extract in spaces.items()
-        }
-        real_heldout = FeatureStatistics.from_features(heldout.last_features(train_images))
-        test = {
-            "fd_reward": (judge.last_features, real["last"]),
-            "fd_heldout": (heldout.last_features, real_heldout),
-            "fd_pixel": (pixel_features, real["pixels"]),
-        }
-        floor = {
-            name: {"mean": frechet_distance(FeatureStatistics.from_features(f(test_images)), r), "std": 0.0}
-            for name, (f, r) in test.items()
-        }
-        accuracy = (heldout(test_images).argmax(1) == test_labels).double().mean().item()
-        floor["accuracy"] = {"mean": accuracy, "std": 0.0}
-
     trainer = DistributionRewardTrainer(
-        model=str(base_path),
-        reward_funcs=SubsetReplaceReward(spaces, real, space_weights={"asked": args.label_weight}),
+        model=str(digits.base_path),
+        reward_funcs=digits.reward(args.label_weight),
         args=DiffusionDistributionConfig(
             output_dir=str(out / "run"),
             seed=args.seed,
@@ -318,10 +346,7 @@ def main() -> None:
             use_cpu=True,
             logging_steps=10,
         ),
-        eval_metrics={
-            "heldout": FeatureDistance(heldout.last_features, real_heldout),
-            "accuracy": Accuracy(heldout),
-        },
+        eval_metrics=digits.eval_metrics(),
     )
     base_runs = [trainer.evaluate(seed=seed) for seed in range(args.eval_seeds)]
     report: dict = {"base": summarize(base_runs)}
@@ -330,7 +355,7 @@ def main() -> None:
     trainer.train()
     trained = time.perf_counter()
     report["finetuned"] = summarize([trainer.evaluate(seed=seed) for seed in range(args.eval_seeds)])
-    report["floor"] = floor
+    report["floor"] = digits.floor
     trainer.save_model(str(out / "pipeline"))
     sample_grid(SiTPipeline.from_pretrained(out / "pipeline"), out / "after.png")
     finished = time.perf_counter()

@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,8 +60,8 @@ class DiffusionPolicy(Protocol):
         """Writes a folder that loads as a pipeline, with `model` in place of the trained network if given."""
         ...
 
-    def load_weights(self, path: str | os.PathLike) -> None:
-        """Reads the trained network's weights back from such a folder."""
+    def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
+        """The trained network's state dict from such a folder, in CPU memory."""
         ...
 
 
@@ -83,6 +84,7 @@ class ClassConditionalPolicy:
         self.pipeline = pipeline
         self.guidance_scale = guidance_scale
         self.model: nn.Module = pipeline.transformer
+        self._network_class = type(pipeline.transformer)  # FSDP puts its own in place
         self.num_conditions: int | None = config.num_classes
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         if pipeline.vae is not None:
@@ -131,9 +133,8 @@ class ClassConditionalPolicy:
         finally:
             self.pipeline.transformer = trained
 
-    def load_weights(self, path: str | os.PathLike) -> None:
-        saved = type(self.model).from_pretrained(path, subfolder="transformer")  # type: ignore[attr-defined]
-        self.model.load_state_dict(saved.state_dict())
+    def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
+        return self._network_class.from_pretrained(path, subfolder="transformer").state_dict()
 
 
 # Pipelines that diffusers' own from_pretrained cannot find by name.

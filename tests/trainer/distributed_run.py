@@ -6,20 +6,33 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from tests.helpers import tiny_trainer
+from tests.trainer.sharded_launch import use_deepspeed, use_fsdp2
+from trl_distreward.trainer.sharding import whole_state_dict
 
 
 def main() -> None:
     output, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    resume_from = settings.pop("resume_from", None)
-    trainer = tiny_trainer(output, **settings)
+    resume_from, launch = settings.pop("resume_from", None), settings.pop("launch", "ddp")
+    if launch == "fsdp2":
+        use_fsdp2()
+    elif launch != "ddp":
+        use_deepspeed(stage=int(launch.removeprefix("zero")))
+        settings["use_cpu"] = False
+    lora = LoraConfig(r=2, lora_alpha=4) if settings.pop("lora", False) else None
+    trainer = tiny_trainer(output, peft_config=lora, **settings)
     trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
+    trainer.save_model(str(output / "saved"))
+    weights = whole_state_dict(trainer.network)  # of all processes
     if trainer.accelerator.is_main_process:
-        save_file({n: p.detach().contiguous() for n, p in trainer.network.named_parameters()}, output / "weights")
+        save_file(
+            {name: weights[name].contiguous() for name, _ in trainer.network.named_parameters()}, output / "weights"
+        )
         (output / "log.json").write_text(json.dumps({"history": trainer.state.log_history, "metrics": metrics}))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -1,13 +1,20 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
+
+from tests.helpers import tiny_trainer
+from tests.trainer.sharded_launch import DEEPSPEED, FSDP2
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
@@ -43,10 +50,11 @@ def values(log, key):
 )
 def test_many_processes_train_as_one(tmp_path, settings):
     expected, log = run(tmp_path / "one", 1, settings)
+    assert len(values(log, "reward")) == 3
     for processes in (2, 3):
         weights, other = run(tmp_path / str(processes), processes, settings)
         for key in ("reward", "reward_std", "advantage_kept", "reference_distance/features"):
-            assert values(other, key) == pytest.approx(values(log, key), rel=1e-5), key
+            assert values(other, key) == pytest.approx(values(log, key), rel=1e-9), key
         assert values(other, "ratio/min") == values(other, "ratio/max") == [1.0] * 3
         for name, value in expected.items():  # gradients add up in another order
             torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
@@ -71,3 +79,64 @@ def test_two_processes_resume_exactly_in_the_middle_of_a_generation(tmp_path):
     weights, other = run(tmp_path / "resumed", 2, {**settings, "resume_from": str(checkpoint)})
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert values(other, "reward") == values(log, "reward")
+
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("launch", "settings"),
+    [
+        ("fsdp2", {"ema_decay": 0.5}),
+        pytest.param("fsdp2", {"lora": True}, marks=pytest.mark.slow),
+        pytest.param("zero2", {}, marks=needs_deepspeed),
+        pytest.param("zero3", {}, marks=needs_deepspeed),
+        pytest.param("zero3", {"lora": True}, marks=needs_deepspeed),
+    ],
+)
+def test_shared_out_weights_train_save_and_resume_as_whole_ones(tmp_path, launch, settings):
+    settings = {**settings, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    expected, log = run(tmp_path / "whole", 2, settings)
+    weights, other = run(tmp_path / "shared", 2, {**settings, "launch": launch})
+    assert values(other, "reward") == pytest.approx(values(log, "reward"), rel=1e-9)
+    assert values(other, "grad_norm") == pytest.approx(values(log, "grad_norm"), rel=1e-5)
+    saved = "transformer/diffusion_pytorch_model.safetensors"
+    for folder in ("saved", "checkpoint-3"):  # both whole, both float32, both of the averages where there are any
+        pairs = [load_file(tmp_path / run_dir / folder / saved) for run_dir in ("whole", "shared")]
+        assert pairs[0].keys() == pairs[1].keys()
+        for name, value in pairs[0].items():
+            torch.testing.assert_close(pairs[1][name], value, atol=1e-5, rtol=1e-3)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
+    checkpoint = tmp_path / "shared" / "checkpoint-2"
+    resumed, again = run(tmp_path / "resumed", 2, {**settings, "launch": launch, "resume_from": str(checkpoint)})
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+    assert values(again, "reward") == values(other, "reward")
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("fsdp2", FSDP2), ("deepspeed_zero2", DEEPSPEED[2]), ("deepspeed_zero3", DEEPSPEED[3]), ("multi_gpu", {})],
+)
+def test_presets_launch_what_is_tested_here(preset, expected):
+    path = SCRIPT.parents[2] / "examples" / "accelerate_configs" / f"{preset}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    args, _, _ = _validate_launch_command(args)  # refuses unknown keys
+    args.deepspeed_fields_from_accelerate_config = ""  # named for errors only
+    environment = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    assert {key: environment.get(key) for key in expected} == expected
+
+
+def test_launches_that_would_lose_something_are_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="ema_decay=0.5 is not supported under DeepSpeed"):
+        trainer._check_launch(ema_decay=0.5)
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = False, True
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    try:
+        with pytest.raises(ValueError, match="fsdp_version=1 is not supported"):
+            trainer._check_launch(ema_decay=0.0)
+    finally:
+        trainer.accelerator.state.fsdp_plugin = None

@@ -12,7 +12,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from ..policies import DiffusionPolicy, to_uint8
 from .callbacks import StopOnSIGTERM, UpdateEMA
 from .checkpoints import CheckpointingTrainer
 from .ema import PolicyEMA
+from .sharding import is_split, without_weights
 
 logger = get_logger(__name__)
 
@@ -112,9 +114,11 @@ class DiffusionTrainer(CheckpointingTrainer):
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._uploads: list[Future] = []
         self._skipped_in_a_row = 0
+        network = self._prepare_network(policy.model, args, peft_config)
+        self._skeleton = without_weights(network)
         self._stop_on_sigterm = StopOnSIGTERM()
         super().__init__(
-            model=self._prepare_network(policy.model, args, peft_config),
+            model=network,
             args=args,
             data_collator=list,
             train_dataset=train_dataset,
@@ -123,7 +127,7 @@ class DiffusionTrainer(CheckpointingTrainer):
             callbacks=[UpdateEMA(self), self._stop_on_sigterm, *(callbacks or [])],
             optimizers=optimizers,
         )
-        self._check_launch()
+        self._check_launch(ema_decay)
         policy.to(self.accelerator.device)
         for metric in self.eval_metrics.values():
             if hasattr(metric, "to"):
@@ -160,11 +164,22 @@ class DiffusionTrainer(CheckpointingTrainer):
         disable_dropout(network)  # the adapter's own as well
         return network
 
-    def _check_launch(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+    def _check_launch(self, ema_decay: float) -> None:
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise ValueError(
+                    f"fsdp_version={plugin.fsdp_version} is not supported: set fsdp_version: 2, as in "
+                    "examples/accelerate_configs/fsdp2.yaml."
+                )
+            if plugin.mixed_precision_policy is not None:
+                # Times would be rounded as well: in bfloat16, 0.98 and 0.984 are the same. Autocast rounds what the
+                # network multiplies, as without FSDP.
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
+        if self.is_deepspeed_enabled and ema_decay > 0:
             raise ValueError(
-                "FSDP and DeepSpeed are not supported yet: launch with multi-GPU data parallelism, and lower memory "
-                "with peft_config, activation_checkpointing, per_device_train_batch_size or offload_trajectories."
+                f"ema_decay={ema_decay} is not supported under DeepSpeed, whose optimizer holds the weights: set "
+                "ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml."
             )
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -174,6 +189,12 @@ class DiffusionTrainer(CheckpointingTrainer):
             )
         if self.accelerator.device.type == "mps":
             raise ValueError("distances need float64, which the MPS device has not: set use_cpu=True.")
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.ema is not None and is_split(self.network):
+            self.ema.share_out(self.network)
+        return prepared
 
     # ---- pacing and logging ----
 
@@ -206,6 +227,15 @@ class DiffusionTrainer(CheckpointingTrainer):
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} has no per-example predictions: use evaluate().")
 
+    def autocast(self) -> AbstractContextManager:
+        """What the network runs under, in rollouts as in training; transitions stay in float32."""
+        if self.is_deepspeed_enabled and (
+            self.args.bf16 or self.args.fp16
+        ):  # which keeps the weights in half precision
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+            return torch.autocast(self.accelerator.device.type, dtype)
+        return self.accelerator.autocast()
+
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -232,12 +262,15 @@ class DiffusionTrainer(CheckpointingTrainer):
             torch.save({"step": step, "reason": reason, "seed": self.args.seed, **context}, path)
         logger.warning(f"Update {step} is skipped: {reason}. Its context is in {path}.")
         if self._skipped_in_a_row > limit:
-            last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            last = self._last_checkpoint()
             remedy = f"resume from {last}" if last else "start again"
             raise RuntimeError(
                 f"{self._skipped_in_a_row} updates in a row were skipped (max_skipped_updates={limit}), the last "
                 f"because {reason}: lower the learning rate or noise_level, then {remedy}."
             )
+
+    def _last_checkpoint(self) -> str | None:
+        return get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Drops gradients that are not finite before the optimizer sees them; they are so on every process."""
@@ -245,6 +278,14 @@ class DiffusionTrainer(CheckpointingTrainer):
         if torch.isfinite(torch.as_tensor(norm)):
             if any(p.grad is not None for p in model.parameters()):
                 self._skipped_in_a_row = 0
+        elif self.is_deepspeed_enabled:  # whose step is already made; in float16 it skips it
+            if not self.args.fp16:
+                last = self._last_checkpoint()
+                raise RuntimeError(
+                    "the gradient is not finite, and DeepSpeed has already taken the step: lower the learning rate or "
+                    f"noise_level, then {f'resume from {last}' if last else 'start again'}."
+                )
+            self.skip_update("the gradient is not finite", grad_norm=float(norm))
         elif self.accelerator.scaler is None:  # float16's scaler skips such steps by itself, and lowers its scale
             model.zero_grad(set_to_none=True)
             self.skip_update("the gradient is not finite", grad_norm=float(norm))
@@ -283,7 +324,7 @@ class DiffusionTrainer(CheckpointingTrainer):
                 own = [min(i, len(conditions) - 1) for i in range(first, first + per_process)]
                 batch = take(conditions, own)
                 generators = image_generators(*noise, own)
-                with self.accelerator.autocast():  # the network only: decoding and features stay in full precision
+                with self.autocast():  # the network only: decoding and features stay in full precision
                     x = sample(self.policy, model, batch, schedule, generators).sample
                 finite = x.flatten(1).isfinite().all(dim=1)
                 yield to_uint8(self.policy.decode(x)), batch, valid, finite

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import save_fsdp_optimizer
 from huggingface_hub import HfApi
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -34,6 +35,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..policies import DiffusionPolicy
 from .ema import PolicyEMA
 from .model_card import build_model_card, recipe_of
+from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict
 
 logger = get_logger(__name__)
 
@@ -45,7 +47,10 @@ PROCESS_STATE = "process_state_{}.pt"
 PARTIAL_CHECKPOINT = "_partial-checkpoint"
 # Files of a checkpoint that are for resuming only, and stay off the Hub.
 _RESUME_ONLY = [
-    "optimizer.*",
+    "optimizer*",
+    "global_step*",  # DeepSpeed's
+    "latest",
+    "zero_to_fp32.py",
     "scheduler.pt",
     "scaler.pt",
     "rng_state*",
@@ -60,13 +65,15 @@ class CheckpointingTrainer(_BaseTrainer):
     """
     TRL's base trainer, saving and loading pipelines in place of language models.
 
-    A subclass sets `policy`, `ema`, `eval_conditions` and `_uploads`.
+    A subclass sets `policy`, `ema`, `eval_conditions`, `_uploads` and `_skeleton`, the network without its weights as
+    it was before processes shared it out.
     """
 
     policy: DiffusionPolicy
     ema: PolicyEMA | None
     eval_conditions: Any
     _uploads: list[Future]
+    _skeleton: nn.Module
 
     @property
     def network(self) -> nn.Module:
@@ -81,21 +88,40 @@ class CheckpointingTrainer(_BaseTrainer):
 
     # ---- saving ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it.
+
+        All processes call it, the main one writes. Pushes to the Hub afterwards if `push_to_hub` is set.
+        """
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        if not self.args.should_save:
-            return
-        os.makedirs(output_dir, exist_ok=True)
-        network = self.network
         with self.evaluation_weights():
+            network = self._whole_network()
+            if not self.args.should_save:
+                return
+            os.makedirs(output_dir, exist_ok=True)
             if isinstance(network, PeftModel):
                 network.save_pretrained(os.path.join(output_dir, ADAPTER_FOLDER))
-                self.policy.save_pretrained(output_dir, model=copy.deepcopy(network).merge_and_unload())
-            else:
-                self.policy.save_pretrained(output_dir)
+                network = copy.deepcopy(network).merge_and_unload()
+            self.policy.save_pretrained(output_dir, model=network)
         # not transformers' training_args.bin: a pickle, with the Hub token in plain text
         Path(output_dir, "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _whole_network(self) -> nn.Module:
+        """The network as it was before processes shared it out, with its weights of now."""
+        if not is_split(self.network):
+            return self.network
+        weights = whole_state_dict(self.network)
+        network = copy.deepcopy(self._skeleton)
+        if self.is_deepspeed_enabled:  # which rounds buffers to half precision with the weights
+            weights |= {name: value for name, value in network.state_dict().items() if not value.is_meta}
+        network.load_state_dict(weights, assign=True)
+        return network
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """
@@ -159,8 +185,18 @@ class CheckpointingTrainer(_BaseTrainer):
                         saved[name] = callback.state()
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # transformers would save the weights once more, which the pipeline and the raw weights already hold
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
     def training_state(self) -> dict[str, Any]:
-        """State of this trainer beyond what transformers saves; subclasses add theirs."""
+        """State of this trainer beyond what transformers saves; subclasses add theirs. Called on all processes."""
         return {"ema": self.ema.state_dict() if self.ema is not None else None}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -175,12 +211,15 @@ class CheckpointingTrainer(_BaseTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        state, raw = self.training_state(), {}
+        if self.ema is not None:  # the pipeline holds the average: keep what the optimizer belongs to
+            reshard(self.network)
+            parameters = ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+            raw = {name: whole(p).detach().contiguous().cpu() for name, p in parameters}
         if self.args.should_save:
-            if self.ema is not None:  # the pipeline holds the average: keep what the optimizer belongs to
-                parameters = ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
-                raw = {name: p.detach().contiguous().cpu() for name, p in parameters}
+            torch.save(state, os.path.join(output_dir, TRAINING_STATE))
+            if raw:
                 save_file(raw, os.path.join(output_dir, RAW_WEIGHTS))
-            torch.save(self.training_state(), os.path.join(output_dir, TRAINING_STATE))
         own = self.process_state()
         if own:
             torch.save(own, os.path.join(output_dir, PROCESS_STATE.format(self.args.process_index)))
@@ -220,7 +259,7 @@ class CheckpointingTrainer(_BaseTrainer):
                     f"{resume_from_checkpoint} was trained with other parameters, e.g. {odd}: resume with the model "
                     "and peft_config that the run was started with."
                 )
-            self.network.load_state_dict(trained, strict=False)
+            load_whole_state_dict(self.network, trained, strict=False)
         else:
             self._load_weights(resume_from_checkpoint)
         if self.ema is not None:  # now, for what is evaluated or saved before the first step
@@ -233,17 +272,31 @@ class CheckpointingTrainer(_BaseTrainer):
 
     def _load_best_model(self) -> None:
         """Loads the pipeline's weights of the best checkpoint, into the average as well where there is one."""
+        if self.is_deepspeed_enabled:  # its optimizer holds the weights
+            super()._load_best_model()
+            return
         logger.info(f"Loading the best model from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         self._load_weights(self.state.best_model_checkpoint)
         if self.ema is not None:
             self.ema = PolicyEMA(self.network, self.ema.decay)
 
     def _load_weights(self, folder: str) -> None:
-        network = self.network
-        if isinstance(network, PeftModel):
-            set_peft_model_state_dict(network, load_peft_weights(os.path.join(folder, ADAPTER_FOLDER)))
+        if isinstance(self.network, PeftModel):
+            # through the skeleton, where names become those of the network's parameters
+            adapted = copy.deepcopy(self._skeleton)
+            trained = {n: torch.full(p.shape, torch.nan) for n, p in adapted.named_parameters() if p.requires_grad}
+            adapted.load_state_dict(trained, strict=False, assign=True)
+            saved = load_peft_weights(os.path.join(folder, ADAPTER_FOLDER), device="cpu")
+            set_peft_model_state_dict(adapted, saved)
+            missing = [name for name, value in trained.items() if value.isnan().any()]
+            if missing:
+                raise ValueError(
+                    f"the adapter in {folder} lacks {len(missing)} trained parameters, e.g. {missing[0]}: resume with "
+                    "the peft_config that the run was started with."
+                )
+            load_whole_state_dict(self.network, trained, strict=False)
         else:
-            self.policy.load_weights(folder)
+            load_whole_state_dict(self.network, self.policy.read_weights(folder))
 
     # ---- the Hub ----
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -21,6 +20,7 @@ from .base import DiffusionTrainer
 from .callbacks import print_rewards
 from .distribution_reward_config import DiffusionDistributionConfig
 from .objective import clipped_policy_loss, gaussian_kl, normalize_advantages, normalize_ratio, select
+from .reference_set import ReferenceSet
 from .rollout_batch import RolloutBatch
 from .rollouts import Rollouts
 
@@ -154,10 +154,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         )
         self.reference_model = reference.to(self.accelerator.device) if reference is not None else None
         self._buffer: RolloutBatch | None = None
-        self._last_refresh: int | None = None
-        self._drifted = False
         self._last_rewards: tuple[Tensor, Tensor] | None = None
-        self.rollouts = Rollouts(policy, args, self.conditions, self.accelerator)
+        self.reference_set = ReferenceSet(self.distribution_rewards, args, self.accelerator)
+        self.rollouts = Rollouts(policy, args, self.conditions, self.accelerator, self.autocast)
         self._check_processes()
         for reward in self.distribution_rewards:
             reward.to(self.accelerator.device)
@@ -226,7 +225,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
     # ---- one step ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._buffer, self._last_refresh = None, None  # a checkpoint that is resumed from restores its own
+        self._buffer = None
+        self.reference_set.reset()  # a checkpoint that is resumed from restores its own
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -243,7 +243,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         statistics = UpdateStatistics()
         with self._timed("training"):
             for micro, is_last in self._micro_batches(batch):
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                # split weights have split gradients, unless they wait whole for the last micro-batch
+                defer = not (is_last or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+                with self.accelerator.no_sync(model) if defer else nullcontext():
                     self.accelerator.gradient_state._set_sync_gradients(is_last)
                     loss = self.compute_loss(model, {**micro, "statistics": statistics})
                     self.accelerator.backward(loss)
@@ -302,13 +304,17 @@ class DistributionRewardTrainer(DiffusionTrainer):
         """`|v(x_t, t) - (x_1 - x_0)|²` on selected images `x_0` (Eq. 2), mean over dimensions, `(P,)`."""
         noise, data, t = inputs["x"], inputs["next_x"], inputs["t"].to(inputs["x"].dtype)
         wide = t.view(-1, *[1] * (data.ndim - 1))
-        velocity = self.policy.velocity(model, (1 - wide) * data + wide * noise, t, inputs["cond"])
+        velocity = self._velocity(model, (1 - wide) * data + wide * noise, t, inputs["cond"])
         loss = (velocity - (noise - data)).square().flatten(1).mean(1)
         return loss, {"flow_matching_loss": loss}
 
+    def _velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        with self.autocast():
+            return self.policy.velocity(model, x, t.to(x.dtype), cond)
+
     def _score(self, model: nn.Module, pairs: dict[str, Any]) -> Transition:
         """Density of the taken steps under `model`."""
-        velocity = self.policy.velocity(model, pairs["x"], pairs["t"].to(pairs["x"].dtype), pairs["cond"])
+        velocity = self._velocity(model, pairs["x"], pairs["t"], pairs["cond"])
         return transition(
             pairs["x"],
             velocity,
@@ -322,8 +328,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def _kl(self, model: nn.Module, pairs: dict[str, Any], step: Transition) -> Tensor:
         network = self.network
         with torch.no_grad(), network.disable_adapter() if isinstance(network, PeftModel) else nullcontext():
-            with self.accelerator.autocast():  # as the prepared model does by itself
-                reference = self._score(model if self.reference_model is None else self.reference_model, pairs)
+            reference = self._score(model if self.reference_model is None else self.reference_model, pairs)
         return gaussian_kl(step.mean, reference.mean, step.std)
 
     def _micro_batches(self, batch: RolloutBatch) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -352,9 +357,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def _generate(self, model: nn.Module) -> RolloutBatch:
         """Slots, rollouts, rewards, advantages and selection: everything up to the update."""
         args = self.args
-        if self._refresh_is_due():
+        if self.reference_set.is_due(self.state.global_step):
             self._refresh_reference(model)
-        for name, distance in self._reference_distances().items():
+        for name, distance in self.reference_set.distances.items():
             self.record(f"reference_distance/{name}", distance)
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
@@ -368,9 +373,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
             return self._skip(local, "a reward is not finite", slots=slots, rewards=rewards)
         advantages = self._advantages(rewards)
         if args.reference_update == "rolling":
-            for reward, local_features in features:
-                gathered = {space: self.accelerator.gather(values) for space, values in local_features.items()}
-                reward.update_reference(slots, gathered, self.slot_sampler.generator)
+            self.reference_set.roll(slots, features, self.slot_sampler.generator)
         if not (advantages != 0).any():
             logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
             self.record("skipped_updates", 1.0)
@@ -390,26 +393,22 @@ class DistributionRewardTrainer(DiffusionTrainer):
         slots = self.slot_sampler.draw(groups, args.replace_size, distinct=args.reference_update == "rolling")
         return slots.repeat_interleave(args.num_generations, dim=0)
 
-    def _features(
-        self, images: Tensor, slots: Tensor, finite: bool
-    ) -> list[tuple[SubsetReplaceReward, dict[str, Tensor]]] | None:
+    def _features(self, images: Tensor, slots: Tensor, finite: bool) -> list[dict[str, Tensor]] | None:
         """Features of this process's images for every distribution reward; `None` if any process has bad ones."""
         conditions = take(self.conditions, self.rollouts.local(slots).cpu())
-        features = [(r, r.extract(images, conditions, check_finite=False)) for r in self.distribution_rewards]
-        finite = finite and all(bool(v.isfinite().all()) for _, spaces in features for v in spaces.values())
+        features = [r.extract(images, conditions, check_finite=False) for r in self.distribution_rewards]
+        finite = finite and all(bool(v.isfinite().all()) for spaces in features for v in spaces.values())
         flags = self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device))
         return features if bool(flags.all()) else None
 
-    def _rewards(
-        self, images: Tensor, slots: Tensor, features: list[tuple[SubsetReplaceReward, dict[str, Tensor]]]
-    ) -> list[Tensor]:
+    def _rewards(self, images: Tensor, slots: Tensor, features: list[dict[str, Tensor]]) -> list[Tensor]:
         """Of every reward function: `(B, 1)` if a subset's images share their reward, else `(B, n)`."""
         local_slots, known = self.rollouts.local(slots).view(-1, slots.shape[1]), iter(features)
         conditions = take(self.conditions, local_slots.flatten().cpu())
         rewards = []
         for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
             if isinstance(function, SubsetReplaceReward):
-                values = self.accelerator.gather(function.score(local_slots, next(known)[1]))[:, None]
+                values = self.accelerator.gather(function.score(local_slots, next(known)))[:, None]
             else:
                 returned = function(images=images, conditions=conditions, slots=local_slots, trainer_state=self.state)
                 local = torch.as_tensor(returned, dtype=torch.float64, device=slots.device).flatten()
@@ -437,7 +436,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
         assert isinstance(total, Tensor)
         self.record("reward", total.mean().item())
         self.record("reward_std", total.std().item())
-        self._watch_drift(rewards)
+        functions = zip(self.reward_funcs, rewards, strict=True)
+        drift = self.reference_set.watch_drift([r for f, r in functions if isinstance(f, SubsetReplaceReward)])
+        if drift is not None:
+            self.record("reference_drift", drift)
         advantages = normalize(total)
         if args.multi_objective_aggregation == "normalize_then_sum":
             advantages = torch.stack([(weight * normalize(r)).expand_as(total) for weight, r in weighted]).sum(dim=0)
@@ -463,64 +465,14 @@ class DistributionRewardTrainer(DiffusionTrainer):
             means = torch.cat([step.mean for step in scored])[: shape.numel()]
             batch.old_means = means.view(*shape, *means.shape[1:])
 
-    # ---- the reference set ----
-
-    def _refresh_is_due(self) -> bool:
-        if not self.distribution_rewards:
-            return False
-        if self._last_refresh is None:
-            return True
-        if self.args.reference_update == "rolling":
-            return False
-        if self.args.reference_refresh_steps == "auto":
-            return self._drifted
-        return self.state.global_step - self._last_refresh >= int(self.args.reference_refresh_steps)
-
-    def _watch_drift(self, rewards: list[Tensor]) -> None:
-        """How far rewards have moved, as a whole, from what the unchanged reference set would get.
-
-        New images of the policy that made the reference set change its distance either way and little on average:
-        what the mean reward differs by is the policy's change since then.
-        """
-        moved = [
-            (values.mean() - reward.baseline).abs() / values.std().clamp(min=torch.finfo(values.dtype).tiny)
-            for reward, values in zip(self.reward_funcs, rewards, strict=True)
-            if isinstance(reward, SubsetReplaceReward)
-        ]
-        if moved:
-            # one process decides for all: a last bit of difference would part their ways
-            drift = broadcast(torch.stack(moved).max()).item()
-            self.record("reference_drift", drift)
-            self._drifted = drift > self.args.refresh_drift
-
     def _refresh_reference(self, model: nn.Module) -> None:
         """Generates the reference set anew, each process a share of it."""
-        features: dict[int, dict[str, list[Tensor]]] = {id(reward): {} for reward in self.distribution_rewards}
+        step = self.state.global_step
+        noise = (self.args.seed, "reference", step)
         with self._timed("refresh"):
-            batches = self._share_of_images(
-                model,
-                self.conditions,
-                self.rollouts.schedule(self.state.global_step),
-                (self.args.seed, "reference", self.state.global_step),
-                "Reference set",
-            )
-            for images, conditions, valid, finite in batches:
-                for reward in self.distribution_rewards:
-                    for space, values in reward.extract(images, conditions, check_finite=False).items():
-                        values = torch.where(finite[:, None], values, torch.nan)
-                        gathered = self.accelerator.gather(values)[:valid]
-                        features[id(reward)].setdefault(space, []).append(gathered)
-            joined = {key: {space: torch.cat(v) for space, v in spaces.items()} for key, spaces in features.items()}
-            bad = sum(int((~v.isfinite()).any(dim=1).sum()) for spaces in joined.values() for v in spaces.values())
-            if bad and self._last_refresh is not None:
-                logger.warning(f"{bad} features of the new reference set are not finite: the old set stays.")
-                return
-            for reward in self.distribution_rewards:  # the first set has no other to fall back on: fit() refuses it
-                reward.set_reference(joined[id(reward)])
-        self._last_refresh, self._drifted = self.state.global_step, False
-
-    def _reference_distances(self) -> dict[str, float]:
-        return {k: v for reward in self.distribution_rewards for k, v in reward.reference_distances.items()}
+            schedule = self.rollouts.schedule(step)
+            batches = self._share_of_images(model, self.conditions, schedule, noise, "Reference set")
+            self.reference_set.refresh(batches, step)
 
     # ---- logging ----
 
@@ -554,10 +506,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def training_state(self) -> dict[str, Any]:
         return super().training_state() | {
-            "rewards": [reward.state_dict() for reward in self.distribution_rewards],
+            "reference_set": self.reference_set.state_dict(),
             "slots": self.slot_sampler.state_dict(),
-            "last_refresh": self._last_refresh,
-            "drifted": self._drifted,
         }
 
     def process_state(self) -> dict[str, Any]:
@@ -580,12 +530,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         super().load_training_state(state)
-        device = self.accelerator.device
-        for reward, saved in zip(self.distribution_rewards, state["rewards"], strict=True):
-            features = {space: values.to(device) for space, values in saved["features"].items()}
-            reward.load_state_dict({**saved, "features": features})
+        self.reference_set.load_state_dict(state["reference_set"])
         self.slot_sampler.load_state_dict(state["slots"])
-        self._last_refresh, self._drifted = state["last_refresh"], state["drifted"]
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .sharding import copy_whole, reshard, whole
+
 
 class PolicyEMA:
     """
@@ -20,6 +22,13 @@ class PolicyEMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.averages = {name: p.detach().float().clone() for name, p in _trainable(model)}
+
+    @torch.no_grad()
+    def share_out(self, model: nn.Module) -> None:
+        """Keeps of the averages what this process keeps of `model`'s parameters, once they are shared out."""
+        for name, parameter in _trainable(model):
+            average, self.averages[name] = self.averages[name], parameter.detach().float().clone()
+            copy_whole(self.averages[name], whole(average))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -37,17 +46,19 @@ class PolicyEMA:
             _assign(model, originals)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.averages)
+        """Whole averages; processes that share out the weights all call it."""
+        return {name: whole(average) for name, average in self.averages.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if set(state) != set(self.averages):
             missing = sorted(set(self.averages) ^ set(state))[:5]
             raise ValueError(f"the saved average is of another model: names differ, e.g. {missing}.")
         for name, average in self.averages.items():
-            average.copy_(state[name])
+            copy_whole(average, state[name])
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    reshard(model)
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 

@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """New images for slots of the reference set, each process a share, with the states that will be trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +25,22 @@ class Rollouts:
         args ([`DiffusionDistributionConfig`]): schedule, window, share of steps, seed, batch sizes.
         conditions: one per slot.
         accelerator (`accelerate.Accelerator`): tells the processes.
+        autocast (`Callable`): makes the context that the network runs under in training.
     """
 
-    def __init__(self, policy: DiffusionPolicy, args: Any, conditions: Any, accelerator: Accelerator):
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        args: Any,
+        conditions: Any,
+        accelerator: Accelerator,
+        autocast: Callable[[], AbstractContextManager],
+    ):
         self.policy = policy
         self.args = args
         self.conditions = conditions
         self.accelerator = accelerator
+        self.autocast = autocast
 
     def schedule(self, step: int) -> SamplingSchedule:
         """The schedule with the window of noise of the generation at optimizer step `step`."""
@@ -61,7 +71,7 @@ class Rollouts:
     ) -> tuple[RolloutBatch, Tensor]:
         """
         Args:
-            model (`nn.Module`): the network as it trains, wrapped and under autocast.
+            model (`nn.Module`): the network as it trains, wrapped.
             slots (`torch.LongTensor` of shape `(B, n)`): places to generate for, the same on every process.
             step (`int`): optimizer step, which noise, windows and shares of steps follow from.
             judges (`Sequence[SubsetReplaceReward]`, *optional*): choose among `best_of_n` candidates.
@@ -122,7 +132,8 @@ class Rollouts:
         for chunk in torch.arange(len(mine)).split(size):
             conditions = take(self.conditions, mine[chunk[0] : chunk[-1] + 1].cpu())
             generators = self._generators("rollout", step, chunk + offset)
-            trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
+            with self.autocast():  # the network only: decoding and features stay in full precision
+                trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
             images.append(to_uint8(self.policy.decode(trajectory.sample)))
             conds.append(self.policy.encode(conditions))
             if rejection:  # pairs of noise and data take the place of a step's two ends

@@ -1,0 +1,93 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Weights that FSDP2 or DeepSpeed have split over the processes, as whole tensors and back.
+
+Whole tensors come together over all processes: every one of them calls these functions, in the same order.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether processes hold parts of the module's weights, or DeepSpeed their float32 originals."""
+    return any(isinstance(m, FSDPModule) for m in module.modules()) or any(map(_in_deepspeed, module.parameters()))
+
+
+def reshard(module: nn.Module) -> None:
+    """Drops what the last forward pass gathered: until then the parameters are whole copies, which nothing reads."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _in_deepspeed(tensor: Any) -> bool:
+    # the latter is None in processes that own no part of the tensor
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this process holds a part; under DeepSpeed in float32, as the optimizer keeps it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not _in_deepspeed(tensor):
+        return tensor
+    import deepspeed
+
+    if tensor.requires_grad:  # frozen ones have no originals
+        return deepspeed.utils.safe_get_full_fp32_param(tensor)
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+@torch.no_grad()
+def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors, in CPU memory."""
+    reshard(module)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {name: whole(parameters.get(name, value)).detach().cpu() for name, value in module.state_dict().items()}
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor into one of which this process may hold a part."""
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        # every process has the whole value: nothing needs to be sent
+        target.copy_(distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None))
+    else:
+        target.copy_(value)
+
+
+def load_whole_state_dict(module: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+    """
+    `load_state_dict` with whole tensors.
+
+    Raises:
+        RuntimeError: `strict`, and names differ.
+    """
+    if not is_split(module):
+        module.load_state_dict(weights, strict=strict)
+        return
+    reshard(module)
+    targets = dict(module.state_dict())  # shares memory with the weights
+    odd = sorted(set(targets) ^ set(weights) if strict else set(weights) - set(targets))
+    if odd:
+        raise RuntimeError(f"the weights are of another model: names differ, e.g. {odd[:3]}.")
+    for name, value in weights.items():
+        copy_whole(targets[name], value)
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy on the meta device, which takes no memory; buffers are real."""
+    return copy.deepcopy(module, {id(p): _empty_like(p) for p in module.parameters()})
+
+
+def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
