@@ -47,7 +47,9 @@ class Quadrature:
         return weights
 
 
-def elliptic_quadrature(lower: float, upper: float, tolerance: float = 1e-8, num_nodes: int | None = None) -> Quadrature:
+def elliptic_quadrature(
+    lower: float, upper: float, tolerance: float = 1e-8, num_nodes: int | None = None
+) -> Quadrature:
     """
     Quadrature for square roots of eigenvalues in `[lower, upper]`.
 
