@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .logdet import Factors, eigenvalues_above, factorize, full_precision, gram_matrices
+from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, full_precision, whitened_resolvents
 from .quadrature import Quadrature, elliptic_quadrature
 from .statistics import FeatureStatistics, check_features
 
@@ -71,7 +71,7 @@ class _Basis(NamedTuple):
     """Eigenbasis of `A = R S R`, computed once per reference set."""
 
     eigenvalues: Tensor  # (d,), ascending, float64
-    projection: Tensor  # P = QᵀR, (d, d): features about the mean to coordinates in the eigenbasis
+    projection: Tensor  # P = Λ^-½ QᵀR, (d, d), rows of the eigenvalue 0 undivided: features to the whitened basis
     rows: Tensor  # Y = Z Pᵀ, (N, d): the reference rows in it
 
     @property
@@ -185,7 +185,7 @@ class FrechetDistance:
         self._product = _symmetric(self._root @ covariance @ self._root)  # A = R S R
         self._basis: _Basis | None = None
         self._value: float | None = None
-        self._quadratures: dict[tuple[int, bool], Quadrature] = {}
+        self._quadratures: dict[tuple[int, bool], tuple[Quadrature, ShiftedGrams]] = {}
         self._checked = self._gave_up = False
         return self
 
@@ -287,15 +287,16 @@ class FrechetDistance:
         ratio = count / (other * (count - 1))  # c: A' = growth · (A + sign · c · yyᵀ)
         growth = (count - 1) / (other - 1)
         eigenvalues = self._eigenbasis().eigenvalues
-        largest = projected.double().square().sum(1).max().item() if len(projected) else 0.0
+        squares = centred.double().square().sum(1)
+        if not len(squares):
+            return squares
         # One row may fill or empty a direction: rules down to rounding, affordable as a node costs one column here.
-        rule = self._quadrature(largest * ratio, full_range=True)
-        scales = 1 / (eigenvalues + rule.nodes.to(eigenvalues.device)[:, None] ** 2)
+        rule, _ = self._quadrature(squares.max().item() * self._real_largest * ratio, full_range=True)
+        scales = whitened_resolvents(eigenvalues, rule.nodes.to(eigenvalues.device) ** 2)
         forms = torch.cat([part.double().square() @ scales.T for part in projected.split(4096)])  # (M, J)
         logs = torch.log1p((sign * ratio * forms).clamp(min=-1 + 1e-15))
         roots = eigenvalues.sqrt().sum()
         new_roots = growth**0.5 * (roots + logs @ rule.weights.to(logs.device))
-        squares = centred.double().square().sum(1)
         mean_term = 2 * sign * (centred.double() @ (self._mean - self._real_mean)) / other + squares / other**2
         return mean_term + (growth - 1) * self._trace + growth * sign * ratio * squares - 2 * (new_roots - roots)
 
@@ -306,11 +307,13 @@ class FrechetDistance:
         self.error_bound = 0.0
         if not self._uses_logdet(indices.shape[1], leave_one_in):
             return self._direct(indices, features, leave_one_in)
-        chunk = max(1, self.memory_budget // self._bytes_per_subset(indices.shape[1]))
-        rule = self._quadrature(max(self._rise(part) for part in features.split(chunk)))
+        size = indices.shape[1]
+        rise = max(self._rise(part) for part in features.split(max(1, 2**20 // (size * self.dimension))))
+        rule, grams = self._quadrature(rise)
+        chunk = max(1, self.memory_budget // grams.bytes_per_subset(2 * size + 1))
         results = []
         for idx, new in zip(indices.split(chunk), features.split(chunk), strict=True):
-            change = self._change(idx, new, rule, leave_one_in)
+            change = self._change(idx, new, rule, grams, leave_one_in)
             if not self._checked:
                 self._check(idx, new, change)
             if self._gave_up:
@@ -334,42 +337,40 @@ class FrechetDistance:
         squares = (features.double() - self._mean).square().sum((1, 2)).max().item()
         return squares * self._real_largest / (len(self.features) - 1)  # type: ignore[arg-type]
 
-    def _bytes_per_subset(self, size: int) -> int:
-        rank, width = 2 * size + 1, self.dimension
-        pairs = rank * (rank + 1) // 2 if rank <= 7 else 0
-        return 8 * (4 * size * width + (2 * rank + 3 * pairs) * width + 8 * 40 * rank**2)
-
     def _eigenbasis(self) -> _Basis:
         if self._basis is None:
             eigenvalues, vectors = torch.linalg.eigh(self._product)
-            projection = (vectors.mT @ self._root).to(self._dtype)
+            eigenvalues = _clean(eigenvalues, self._rank)
+            projection = vectors.mT @ self._root / torch.where(eigenvalues > 0, eigenvalues, 1.0).sqrt()[:, None]
+            projection = projection.to(self._dtype)
             with full_precision():
                 rows = self.features @ projection.mT  # type: ignore[operator]
-            self._basis = _Basis(_clean(eigenvalues, self._rank), projection, rows)
+            self._basis = _Basis(eigenvalues, projection, rows)
         return self._basis
 
-    def _quadrature(self, rise: float, full_range: bool = False) -> Quadrature:
+    def _quadrature(self, rise: float, full_range: bool = False) -> tuple[Quadrature, ShiftedGrams]:
         """
-        The rule for changes that raise no eigenvalue of A by more than `rise`.
+        The rule for changes that raise no eigenvalue of A by more than `rise`, with grams at `-lower²` and its nodes.
 
         The upper end grows in octaves, so that rules are reused and a subset's value does not hang on its neighbours.
         Below, half of the smallest root leaves room for removed rows; `full_range` goes down to rounding.
         """
-        basis = self._eigenbasis()
-        largest = basis.eigenvalues[-1].item()
-        if largest == 0:
-            largest = torch.finfo(torch.float64).tiny ** 0.5
+        eigenvalues = self._eigenbasis().eigenvalues
+        largest = eigenvalues[-1].item() or 1e-30
         octaves = math.ceil(math.log2(1 + rise / largest))
         key = (octaves, full_range)
         if key not in self._quadratures:
             upper = (largest * 2**octaves) ** 0.5
             floor = 1e-8 * upper  # eigh knows roots of eigenvalues no better
-            lower = floor if full_range else max(basis.smallest / 2, floor)
-            nodes = None if full_range else self.num_nodes
-            self._quadratures[key] = elliptic_quadrature(lower, upper, self.tolerance, nodes)
+            lower = floor if full_range else max(self._eigenbasis().smallest / 2, floor)
+            rule = elliptic_quadrature(lower, upper, self.tolerance, None if full_range else self.num_nodes)
+            shifts = torch.cat([rule.nodes.new_tensor([-lower]), rule.nodes]).to(eigenvalues.device)
+            self._quadratures[key] = rule, ShiftedGrams(eigenvalues, shifts * shifts.abs(), self._dtype)
         return self._quadratures[key]
 
-    def _change(self, indices: Tensor, features: Tensor, rule: Quadrature, leave_one_in: bool) -> _Change:
+    def _change(
+        self, indices: Tensor, features: Tensor, rule: Quadrature, shifted: ShiftedGrams, leave_one_in: bool
+    ) -> _Change:
         count, size, basis = len(self.features), indices.shape[1], self._eigenbasis()  # type: ignore[arg-type]
         added, removed = features.double() - self._mean, self.features[indices]  # type: ignore[index]  # (B, n, d)
         shift = (added.sum(1) - removed.sum(1, dtype=torch.float64)) / count  # new mean minus old, (B, d)
@@ -382,8 +383,7 @@ class FrechetDistance:
             y_added, y_removed = added.to(self._dtype) @ basis.projection.mT, basis.rows[indices]
             y_shift = (y_added.sum(1, dtype=torch.float64) - y_removed.sum(1, dtype=torch.float64)) / count**0.5
             rows = torch.cat([y_added, y_removed, y_shift[:, None].to(self._dtype)], dim=1) / (count - 1) ** 0.5
-            shifts = torch.cat([rule.nodes.new_tensor([-(rule.lower**2)]), rule.nodes**2]).to(rows.device)
-            grams = gram_matrices(rows, 1 / (basis.eigenvalues + shifts[:, None]))  # (B, 1 + J, 2n + 1, 2n + 1)
+            grams = shifted(rows)  # (B, 1 + J, 2n + 1, 2n + 1), J the number of nodes
         factors = factorize(grams[:, 1:], size)
         weights, coarse = rule.weights.to(rows.device), rule.coarse.to(rows.device)
         rise, fall = factors.rise @ weights, factors.fall @ weights
@@ -457,8 +457,8 @@ class FrechetDistance:
 
     def _rescue(self, indices: Tensor, features: Tensor, leave_one_in: bool) -> Tensor:
         """For subsets that leave the rule's interval: a rule down to rounding, and eigenvalues where that fails."""
-        rule = self._quadrature(self._rise(features), full_range=True)
-        change = self._change(indices, features, rule, leave_one_in)
+        rule, grams = self._quadrature(self._rise(features), full_range=True)
+        change = self._change(indices, features, rule, grams, leave_one_in)
         failed = change.failed.nonzero().flatten()
         if len(failed):
             change.result[failed] = self._direct(indices[failed], features[failed], leave_one_in)
