@@ -76,23 +76,23 @@ class ShiftedGrams:
             rows (`torch.Tensor` of shape `(B, r, d)`): W for each of B subsets, divided by `λ^½` where λ is not 0.
 
         Returns:
-            `torch.Tensor` of shape `(B, J, r, r)`, float64.
+            `torch.Tensor` of shape `(J, B, r, r)`, float64.
         """
         batch, rank, _ = rows.shape
         if rank <= 7:  # products of pairs of rows once
             first, second = torch.tril_indices(rank, rank, device=rows.device)
-            pairs = ((rows[:, first] * rows[:, second]) @ self.resolvents.T.to(self.dtype)).double()  # (B, p, J)
-            result = pairs.new_empty(batch, pairs.shape[2], rank, rank)
-            result[:, :, first, second] = result[:, :, second, first] = pairs.mT
+            pairs = (rows[:, first] * rows[:, second]) @ self.resolvents.T.to(self.dtype)  # (B, p, J)
+            result = torch.empty(len(self.resolvents), batch, rank, rank, dtype=torch.float64, device=rows.device)
+            result[:, :, first, second] = result[:, :, second, first] = pairs.double().permute(2, 0, 1)
             return result
-        terms = rows.new_empty(batch, self.mixing.shape[1], rank, rank, dtype=torch.float64)
+        terms = rows.new_empty(self.mixing.shape[1], batch, rank, rank)
         position = 0
         for block, functions in self.blocks:
             part = rows[:, :, block].contiguous()
             for function in functions:
-                terms[:, position] = (part * function) @ part.mT
+                torch.bmm(part * function, part.mT, out=terms[position])
                 position += 1
-        return (self.mixing @ terms.flatten(2)).view(batch, -1, rank, rank)
+        return (self.mixing @ terms.flatten(1).double()).view(-1, batch, rank, rank)
 
     def bytes_per_subset(self, rank: int) -> int:
         """Work space of a subset whose change has that rank, with the factors that follow."""
