@@ -166,10 +166,16 @@ def test_too_few_nodes_warn_and_fall_back_to_eigenvalues():
 def test_features_far_out_of_range(dtype):
     reference, target = heavy_tailed(300, 80, 2), heavy_tailed(300, 80, 3, offset=0.1)
     new, indices = 30 * heavy_tailed(30, 80, 4).view(6, 5, 80), subsets(300, 6, 5)
-    distances = logdet(target, reference, dtype=dtype).replaced(indices, new)
+    distance = logdet(target, reference, dtype=dtype)
+    if dtype == torch.float32:  # too coarse for this, and the check of one subset says so
+        with pytest.warns(UserWarning, match="eigenvalues are used until the next fit"):
+            distances = distance.replaced(indices, new)
+    else:
+        distances = distance.replaced(indices, new)
+        assert distance.error_bound > 0
     for b in range(6):
         full = exact(changed(reference, indices[b], new[b]), target)
-        assert distances[b].item() == pytest.approx(full, rel=1e-8 if dtype == torch.float64 else 1e-5)
+        assert distances[b].item() == pytest.approx(full, rel=1e-8)
 
 
 @pytest.mark.parametrize(("generated", "real", "dimension"), [(70, 300, 64), (40, 300, 64)])
