@@ -67,6 +67,10 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+# Square roots of eigenvalues are known to this part of the largest: that of float64's resolution.
+ROUNDING = 1e-8
+
+
 class _Basis(NamedTuple):
     """Eigenbasis of `A = R S R`, computed once per reference set."""
 
@@ -372,7 +376,7 @@ class FrechetDistance:
         key = (octaves, full_range)
         if key not in self._quadratures:
             upper = (largest * 2**octaves) ** 0.5
-            floor = 1e-8 * upper  # eigh knows roots of eigenvalues no better
+            floor = ROUNDING * upper
             lower = floor if full_range else max(self._eigenbasis().smallest / 2, floor)
             rule = elliptic_quadrature(lower, upper, self.tolerance, None if full_range else self.num_nodes)
             shifts = torch.cat([rule.nodes.new_tensor([-lower]), rule.nodes]).to(eigenvalues.device)
@@ -408,7 +412,7 @@ class FrechetDistance:
         trusted = (
             difference <= (rule.bound + rule.coarse_bound + self.check_tolerance) * movement + 1e-12 * self._trace
         )
-        if rule.lower < basis.smallest:
+        if rule.lower > ROUNDING * rule.upper:
             trusted &= eigenvalues_above(grams[0], size)
         failed = factors.failed.any(0) | ~trusted
         result = distance
