@@ -171,7 +171,7 @@ def test_features_far_out_of_range(dtype):
         with pytest.warns(UserWarning, match="eigenvalues are used until the next fit"):
             distances = distance.replaced(indices, new)
     else:
-        distance._rescue = None  # the first rule has to do
+        distance._checked, distance._direct = True, None  # the quadrature has to do
         distances = distance.replaced(indices, new)
     for b in range(6):
         full = exact(changed(reference, indices[b], new[b]), target)

@@ -337,7 +337,7 @@ class FrechetDistance:
             self.error_bound = max(self.error_bound, change.bound.max().item())
             failed = change.failed.nonzero().flatten()
             if len(failed):
-                change.result[failed] = self._rescue(idx[failed], new[failed], leave_one_in)
+                change.result[failed] = self._direct(idx[failed], new[failed], leave_one_in)
             results.append(change.result)
         return torch.cat(results)
 
@@ -469,15 +469,6 @@ class FrechetDistance:
                 "which is exact but takes O(d³) a subset. Leave num_nodes=None and dtype=torch.float64.",
                 stacklevel=4,
             )
-
-    def _rescue(self, indices: Tensor, features: Tensor, leave_one_in: bool) -> Tensor:
-        """For subsets that leave the rule's interval: a rule down to rounding, and eigenvalues where that fails."""
-        rule, grams = self._quadrature(self._rise(features), full_range=True)
-        change = self._change(indices, features, rule, grams, leave_one_in)
-        failed = change.failed.nonzero().flatten()
-        if len(failed):
-            change.result[failed] = self._direct(indices[failed], features[failed], leave_one_in)
-        return change.result
 
     def _direct(self, indices: Tensor, features: Tensor, leave_one_in: bool = False) -> Tensor:
         """The same from the eigenvalues of each changed product."""
