@@ -108,7 +108,7 @@ class FrechetDistance:
         real ([`FeatureStatistics`]): of the real data.
         method (`str`, *optional*, defaults to `"auto"`): `"logdet"`, `"direct"` (the eigenvalues of every changed
             product, O(d³) a subset), or `"auto"`: direct where features are at most 64 wide or the change's rank is
-            above half of that width, logdet elsewhere.
+            above a third of that width, logdet elsewhere.
         num_nodes (`int`, *optional*): quadrature nodes, a multiple of 3. By default as many as the a-priori bound
             needs for `tolerance`; 24 to 30 are typical.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float64`): of projections and Gram products. float32
@@ -344,7 +344,7 @@ class FrechetDistance:
     def _uses_logdet(self, size: int, leave_one_in: bool) -> bool:
         if self._gave_up or self.method == "direct":
             return False
-        narrow = self.dimension <= 64 or 2 * (2 * size + 1) > self.dimension
+        narrow = self.dimension <= 64 or 3 * (2 * size + 1) > self.dimension
         return self.method == "logdet" or leave_one_in or not narrow
 
     def _rise(self, features: Tensor) -> float:
