@@ -1,0 +1,180 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Log-determinants of low-rank changes `A' = A + W₊ᵀW₊ - W₋ᵀW₋`, at many shifts and for many subsets at once.
+
+In the eigenbasis of A, with `M = W (Λ + s²)⁻¹ Wᵀ` and `C = diag(I, -I)`: `det[(A' + s²)(A + s²)⁻¹] = det(I + MC)`, a
+determinant of the change's rank (Sylvester). Only Cholesky factors are taken: torch 2.13's batched `slogdet`, `inv`
+and `lu_factor` are silently wrong on CPU with two threads or more, for matrices of 151 rows and more.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32: no TF32 on CUDA and no bfloat16 on CPU, whatever the user's settings.
+
+    TF32 Gram matrices cost 0.1 % of the rewards' standard deviation, bfloat16 ones 4 %.
+    """
+    places: list[Any] = [torch.backends.cuda.matmul]
+    name, exact = "allow_tf32", False
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        places.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        name, exact = "fp32_precision", "ieee"  # type: ignore[assignment]
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, exact)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
+def whitened_resolvents(eigenvalues: Tensor, shifts: Tensor) -> Tensor:
+    """`λ / (λ + s²)`, `1 / s²` where λ is 0: the scales of rows divided by `λ^½` where λ is not 0; `(J, d)`."""
+    return torch.where(eigenvalues > 0, eigenvalues, 1.0) / (eigenvalues + shifts[:, None])
+
+
+class ShiftedGrams:
+    """
+    `M_j = W (Λ + s_j²)⁻¹ Wᵀ` for many shifts at once, at the price of about nine for features 2048 wide.
+
+    Within a block of neighbouring eigenvalues the J functions `λ / (λ + s_j²)` are nearly dependent: six or eight of
+    their singular vectors carry them to a part in 10¹¹. So each block takes that many products, and the M_j are sums
+    of them. In all, terms times width is a third or less of J times d.
+
+    Args:
+        eigenvalues (`torch.Tensor` of shape `(d,)`, float64): Λ, ascending.
+        shifts (`torch.Tensor` of shape `(J,)`, float64): `s_j²`, or a `-τ²` below the eigenvalues that are not 0.
+        dtype (`torch.dtype`): of the products.
+    """
+
+    truncation = 1e-11
+
+    def __init__(self, eigenvalues: Tensor, shifts: Tensor, dtype: torch.dtype):
+        self.resolvents = whitened_resolvents(eigenvalues, shifts)
+        self.dtype = dtype
+        self.blocks: list[tuple[slice, Tensor]] = []  # columns, and the functions of them that are multiplied (k, w)
+        mixing = []
+        for block in _blocks(eigenvalues):
+            values = self.resolvents[:, block]
+            size = values.abs().amax(1, keepdim=True)
+            left, singular, right = torch.linalg.svd(values / size, full_matrices=False)
+            kept = int((singular > self.truncation * singular[0]).sum())
+            self.blocks.append((block, right[:kept].to(dtype)))
+            mixing.append(size * left[:, :kept] * singular[:kept])
+        self.mixing = torch.cat(mixing, dim=1)  # (J, terms)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """
+        Args:
+            rows (`torch.Tensor` of shape `(B, r, d)`): W for each of B subsets, divided by `λ^½` where λ is not 0.
+
+        Returns:
+            `torch.Tensor` of shape `(J, B, r, r)`, float64.
+        """
+        batch, rank, _ = rows.shape
+        if rank <= 7:  # products of pairs of rows once
+            first, second = torch.tril_indices(rank, rank, device=rows.device)
+            pairs = (rows[:, first] * rows[:, second]) @ self.resolvents.T.to(self.dtype)  # (B, p, J)
+            result = torch.empty(len(self.resolvents), batch, rank, rank, dtype=torch.float64, device=rows.device)
+            result[:, :, first, second] = result[:, :, second, first] = pairs.double().permute(2, 0, 1)
+            return result
+        terms = rows.new_empty(self.mixing.shape[1], batch, rank, rank)
+        position = 0
+        for block, functions in self.blocks:
+            part = rows[:, :, block].contiguous()
+            for function in functions:
+                torch.bmm(part * function, part.mT, out=terms[position])
+                position += 1
+        return (self.mixing @ terms.flatten(1).double()).view(-1, batch, rank, rank)
+
+    def bytes_per_subset(self, rank: int) -> int:
+        """Work space of a subset whose change has that rank, with the factors that follow."""
+        width, shifts = self.resolvents.shape[1], len(self.resolvents)
+        if rank <= 7:
+            return 8 * (3 * rank**2 * width + 6 * shifts * rank**2)
+        return 8 * (5 * rank * width + (self.mixing.shape[1] + 5 * shifts) * rank**2)
+
+
+def _blocks(eigenvalues: Tensor) -> list[slice]:
+    """At most 8 blocks, alike in their number of eigenvalues and in the range of these; zeros are one more."""
+    zeros = int((eigenvalues <= 0).sum())
+    positive = eigenvalues[zeros:]
+    blocks = [slice(0, zeros)] if zeros else []
+    if len(positive) == 0:
+        return blocks
+    logs = positive.log()
+    height = (logs - logs[0]) / (logs[-1] - logs[0]).clamp(min=1e-9)
+    place = height + torch.linspace(0, 1, len(positive), dtype=logs.dtype, device=logs.device)
+    count = max(1, min(8, len(positive) // 128))
+    edges = torch.searchsorted(place, torch.linspace(0, 2, count + 1).to(place)[1:-1]).tolist()
+    ends = [0, *edges, len(positive)]
+    return blocks + [slice(zeros + a, zeros + b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+
+
+class Factors(NamedTuple):
+    """
+    `C + M = [[L₁, 0], [Tᵀ, L₂]] C [[L₁, 0], [Tᵀ, L₂]]ᵀ` for grams M `(..., n + k, n + k)`, n rows added and k removed.
+
+    Attributes:
+        added (`torch.Tensor` of shape `(..., n, n)`): L₁.
+        cross (`torch.Tensor` of shape `(..., n, k)`): T.
+        removed (`torch.Tensor` of shape `(..., k, k)`): L₂.
+        failed (`torch.Tensor` of shape `(...,)`, bool): a factor does not exist.
+    """
+
+    added: Tensor
+    cross: Tensor
+    removed: Tensor
+    failed: Tensor
+
+    @property
+    def rise(self) -> Tensor:
+        """`log det(I + M₊₊) >= 0`, what the added rows contribute."""
+        return 2 * self.added.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    @property
+    def fall(self) -> Tensor:
+        """`-log det(I - M₋₋ + TᵀT) >= 0`, what the removed rows take away thereafter."""
+        return -2 * self.removed.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def inverse_forms(self, vectors_added: Tensor, vectors_removed: Tensor) -> Tensor:
+        """`vᵀ (C + M)⁻¹ v` for the columns v of `(..., n, m)` above `(..., k, m)`; `(..., m)`."""
+        top = torch.linalg.solve_triangular(self.added, vectors_added, upper=False)
+        rest = vectors_removed - self.cross.mT @ top
+        bottom = torch.linalg.solve_triangular(self.removed, rest, upper=False)
+        return top.square().sum(-2) - bottom.square().sum(-2)
+
+
+def factorize(grams: Tensor, added: int) -> Factors:
+    """
+    Factors of grams M `(..., n + k, n + k)` whose first `added` rows belong to rows added.
+
+    Positive rows first, negative ones after: both factors are positive definite, because `A + W₊ᵀW₊` and `A'` are.
+    """
+    plus = grams[..., :added, :added].clone()
+    plus.diagonal(dim1=-2, dim2=-1).add_(1)
+    upper, info_upper = torch.linalg.cholesky_ex(plus)
+    cross = torch.linalg.solve_triangular(upper, grams[..., :added, added:], upper=False)
+    minus = cross.mT @ cross - grams[..., added:, added:]
+    minus.diagonal(dim1=-2, dim2=-1).add_(1)
+    lower, info_lower = torch.linalg.cholesky_ex(minus)
+    return Factors(upper, cross, lower, (info_upper != 0) | (info_lower != 0))
+
+
+def eigenvalues_above(grams: Tensor, added: int) -> Tensor:
+    """
+    Whether `A'` has as many eigenvalues at or above `τ²` as A, from grams `(..., r, r)` at the shift `-τ²`.
+
+    Sylvester's law of inertia on `[[A - τ², Wᵀ], [W, -C]]`, whose two Schur complements are `A' - τ²` and `-(C + M)`.
+    """
+    signs = torch.ones(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    signs[added:] = -1
+    positive = (torch.linalg.eigvalsh(grams + torch.diag(signs)) > 0).sum(-1)
+    return positive <= added
