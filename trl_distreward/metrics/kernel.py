@@ -412,7 +412,7 @@ class KernelDistance:
         size = max(1, self.memory_budget // (16 * features.shape[1]))
         parts = []
         for block in features.split(size):
-            centred = (block.double() - self._centre).to(self.dtype)
+            centred = (block.detach().double() - self._centre).to(self.dtype)
             wide = centred.double()
             term = wide.square().sum(1) if self.kernel == "gaussian" else self.gamma * (wide @ self._centre)
             parts.append(_Rows(centred, term))
