@@ -161,7 +161,7 @@ def test_products_stay_float32_where_training_asked_for_less():
                 assert product.dtype == torch.float32
                 assert getattr(backend, "fp32_precision", "ieee") == "ieee"
             assert (REAL.float() @ REAL.float().T).dtype == torch.bfloat16
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert getattr(backend, "fp32_precision", "bf16") == "bf16"  # as it was
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -213,6 +213,8 @@ def test_errors():
     distance.fit(GENERATED)
     with pytest.raises(ValueError, match="same row twice"):
         distance.replaced(torch.tensor([[0, 0]]), NEW[:1, :2])
+    with pytest.raises(ValueError, match="0 to 23"):
+        distance.replaced(torch.tensor([[N]]), NEW[:1, :1])
     with pytest.raises(ValueError, match="0 to 23"):
         distance.delete_one(torch.tensor([N]))
     with pytest.raises(ValueError, match="whole numbers"):
