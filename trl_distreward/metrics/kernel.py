@@ -67,6 +67,14 @@ def check_shape_and_values(features: Tensor, name: str, dimension: int | None = 
     return features
 
 
+def mean_of_rows(features: Tensor) -> Tensor:
+    """Mean `(d,)` in float64; torch's own makes a float64 copy of everything first."""
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for block in features.split(4096):
+        total += block.sum(dim=0, dtype=torch.float64)
+    return total / len(features)
+
+
 def check_rows(indices: Tensor, count: int) -> Tensor:
     """Row numbers `(M,)` of a set of `count` rows, or a `ValueError`."""
     if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
@@ -99,22 +107,23 @@ def full_float32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows about the centre and, per row, the term that turns their inner products into kernel values."""
+    """Rows about the centre and, per row, what turns their inner products into kernel values."""
 
     centred: Tensor  # (P, d) in the distance's dtype
-    term: Tensor  # (P,) float64: |z|² of the Gaussian kernel, γ μ·z of the polynomial one
+    square: Tensor  # (P,) float64, |z|²
+    term: Tensor  # (P,) float64: γ μ·z of the polynomial kernel, |z|² of the Gaussian one
 
     def __getitem__(self, key: Any) -> "_Rows":
-        return _Rows(self.centred[key], self.term[key])
+        return _Rows(self.centred[key], self.square[key], self.term[key])
 
     def __len__(self) -> int:
         return len(self.term)
 
     def to(self, device: torch.device) -> "_Rows":
-        return _Rows(self.centred.to(device), self.term.to(device))
+        return _Rows(self.centred.to(device), self.square.to(device), self.term.to(device))
 
     def double(self) -> "_Rows":
-        return _Rows(self.centred.double(), self.term)
+        return _Rows(self.centred.double(), self.square, self.term)
 
 
 class _Sums(NamedTuple):
@@ -221,7 +230,7 @@ class KernelDistance:
         self.degree, self.coef = int(degree), float(coef)
         self.gamma = 1 / real.shape[1] if gamma is None else float(gamma)
         self.dtype = dtype or (torch.float64 if real.numel() <= self.float64_elements else torch.float32)
-        self._centre = real.mean(dim=0, dtype=torch.float64)  # (d,)
+        self._centre = mean_of_rows(real)  # (d,)
         self._base = self.gamma * self._centre.square().sum().item() + self.coef  # the polynomial's base at the centre
         self._real = self._rows(real)
         self.bandwidths: tuple[float, ...] = ()
@@ -362,7 +371,7 @@ class KernelDistance:
     def _replacement_chunk(self, indices: Tensor, features: Tensor) -> tuple[_Sums, _Sums]:
         flat = self._rows(features.flatten(0, 1))  # (B * n, d)
         over_set, over_real = self._sums_over(flat, self._generated), self._sums_over(flat, self._real)
-        new = _Rows(flat.centred.view(features.shape).double(), flat.term.view(indices.shape))
+        new = flat[torch.arange(len(flat), device=indices.device).view(indices.shape)].double()
         old = self._generated[indices].double()
         new_old = self._values(new, old)  # (B, n, n)
         new_new, old_old = self._values(new, new), self._values(old, old)
@@ -411,14 +420,15 @@ class KernelDistance:
 
     def _rows(self, features: Tensor) -> _Rows:
         """Rows about the centre. Blocked: the set may be large and only its float32 copy fit."""
-        size = max(1, self.memory_budget // (16 * features.shape[1]))
-        parts = []
-        for block in features.split(size):
-            centred = (block.detach().double() - self._centre).to(self.dtype)
-            wide = centred.double()
-            term = wide.square().sum(1) if self.kernel == "gaussian" else self.gamma * (wide @ self._centre)
-            parts.append(_Rows(centred, term))
-        return _Rows(torch.cat([part.centred for part in parts]), torch.cat([part.term for part in parts]))
+        size = max(1, self.memory_budget // (64 * features.shape[1]))
+        centred = torch.empty(features.shape, dtype=self.dtype, device=features.device)
+        square, term = torch.empty(2, len(features), dtype=torch.float64, device=features.device)
+        for start in range(0, len(features), size):
+            block = slice(start, start + size)
+            centred[block] = features[block].detach().double() - self._centre
+            wide = centred[block].double()
+            square[block], term[block] = wide.square().sum(1), self.gamma * (wide @ self._centre)
+        return _Rows(centred, square, square if self.kernel == "gaussian" else term)
 
     def _values(self, x: _Rows, y: _Rows) -> Tensor:
         """k(x, y) - k₀ of all pairs, (..., P, Q) float64."""
@@ -432,7 +442,7 @@ class KernelDistance:
         """k(x, x) - k₀ of each row, (..., P) float64."""
         if self.kernel == "gaussian":
             return torch.zeros_like(x.term)
-        return self._polynomial(self.gamma * x.centred.double().square().sum(-1) + 2 * x.term)
+        return self._polynomial(self.gamma * x.square + 2 * x.term)
 
     def _polynomial(self, change: Tensor) -> Tensor:
         """(a + v)^degree - a^degree by Horner's rule, with a the base at the centre and v its change."""

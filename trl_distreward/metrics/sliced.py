@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .frechet import _check_replacement
-from .kernel import check_rows, check_shape_and_values, load_real_features
+from .kernel import check_rows, check_shape_and_values, load_real_features, mean_of_rows
 from .statistics import check_features
 
 
@@ -85,7 +85,7 @@ class SlicedWassersteinDistance:
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(real.shape[1], num_projections, generator=generator, dtype=torch.float64)
         self.projections = F.normalize(directions, dim=0).to(real.device)  # (d, L)
-        self._centre = real.mean(dim=0, dtype=torch.float64)  # moved to the origin, so that squares do not cancel
+        self._centre = mean_of_rows(real)  # moved to the origin, so that squares do not cancel
         self._real = _sort(self._project(real))  # (L, M)
         self.features: Tensor | None = None
 
@@ -220,7 +220,7 @@ class SlicedWassersteinDistance:
 
     def _project(self, features: Tensor, part: slice = slice(None)) -> Tensor:
         """(P, d) -> (L, P), in blocks: the set may be large and its float64 copy not fit."""
-        size = max(1, self.memory_budget // (16 * self.dimension))
+        size = max(1, self.memory_budget // (32 * self.dimension))
         directions = self.projections[:, part]
         blocks = [directions.T @ (block.detach().double() - self._centre).T for block in features.split(size)]
         return torch.cat(blocks, dim=1)
