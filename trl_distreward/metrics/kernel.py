@@ -1,0 +1,490 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Maximum mean discrepancy between sets of features, and its exact value after replacing rows of one.
+
+For a kernel `k`, `N` generated rows `g` and `M` real rows `r` (Gretton et al., JMLR 2012, Eq. 3 and Lemma 6):
+
+    MMD²_u = Σ_{i≠j} k(g_i, g_j) / (N(N-1)) + Σ_{i≠j} k(r_i, r_j) / (M(M-1)) - 2 Σ_ij k(g_i, r_j) / (NM)     unbiased
+    MMD²_b = Σ_ij  k(g_i, g_j) / N²         + Σ_ij  k(r_i, r_j) / M²         - 2 Σ_ij k(g_i, r_j) / (NM)     biased
+
+A constant added to `k` cancels in both, so that all sums here are of `k - k₀`, with `k₀` the kernel's value at the
+centre: what is left is small, and MMD², a small difference of means of `k`, keeps its digits.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .frechet import _check_replacement
+from .statistics import FeatureStatistics, check_features
+
+HEURISTIC_ROWS = 2_000  # real rows that the median heuristic looks at
+
+
+def load_real_features(real: Any, distance: str) -> Tensor:
+    """
+    Real features `(M, d)` given as a tensor or as the path of a `.safetensors` file that holds `"features"`.
+
+    Raises:
+        TypeError: `real` is something else, for instance [`FeatureStatistics`].
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no features or is damaged; the features have a wrong shape, NaN or infinite values.
+    """
+    needs = f"{distance} compares with the real features themselves, of shape (M, d), not with their moments"
+    if isinstance(real, FeatureStatistics):
+        raise TypeError(f"real_features is a FeatureStatistics, but {needs}: pass the features it was made from.")
+    if isinstance(real, str | os.PathLike):
+        path = Path(real)
+        if not path.is_file():
+            raise FileNotFoundError(f"no features file at {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = sorted(file.keys())
+                loaded = file.get_tensor("features") if "features" in names else None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a .safetensors file: {error}") from error
+        if loaded is None:
+            raise ValueError(
+                f"{path} holds {names} and no 'features', but {needs}: save the features under that name."
+            )
+        real = loaded
+    if not isinstance(real, Tensor):
+        raise TypeError(f"real_features is a {type(real).__name__}, but {needs}: pass a tensor or a path.")
+    return check_shape_and_values(real, "real features").detach()
+
+
+def check_shape_and_values(features: Tensor, name: str, dimension: int | None = None) -> Tensor:
+    """As `check_features`, but without a float64 copy of a set that may be gigabytes."""
+    fine = isinstance(features, Tensor) and features.ndim == 2 and bool(features.isfinite().all())
+    check_features(features[:1] if fine else features, name, dimension)
+    return features
+
+
+def mean_of_rows(features: Tensor) -> Tensor:
+    """Mean `(d,)` in float64; torch's own makes a float64 copy of everything first."""
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for block in features.split(4096):
+        total += block.sum(dim=0, dtype=torch.float64)
+    return total / len(features)
+
+
+def check_rows(indices: Tensor, count: int) -> Tensor:
+    """Row numbers `(M,)` of a set of `count` rows, or a `ValueError`."""
+    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
+        given = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else type(indices).__name__
+        raise ValueError(f"indices are {given}: they must be whole numbers in a tensor of shape (M,).")
+    if len(indices) and (indices.min() < 0 or indices.max() >= count):
+        raise ValueError(f"indices span {indices.min()} to {indices.max()}: they must lie in 0 to {count - 1}.")
+    return indices.long()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 products in float32, whatever the caller chose for training: TF32's noise is a tenth of a reward's."""
+    backends: list[Any] = [torch.backends.cuda.matmul]
+    name: str = "allow_tf32"
+    full: Any = False
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later, which has it on CPU too
+        backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        name, full = "fp32_precision", "ieee"
+    before = [getattr(backend, name) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, name, full)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows about the centre and, per row, what turns their inner products into kernel values."""
+
+    centred: Tensor  # (P, d) in the distance's dtype
+    square: Tensor  # (P,) float64, |z|²
+    term: Tensor  # (P,) float64: γ μ·z of the polynomial kernel, |z|² of the Gaussian one
+
+    def __getitem__(self, key: Any) -> "_Rows":
+        return _Rows(self.centred[key], self.square[key], self.term[key])
+
+    def __len__(self) -> int:
+        return len(self.term)
+
+    def to(self, device: torch.device) -> "_Rows":
+        return _Rows(self.centred.to(device), self.square.to(device), self.term.to(device))
+
+    def double(self) -> "_Rows":
+        return _Rows(self.centred.double(), self.square, self.term)
+
+
+class _Sums(NamedTuple):
+    """What MMD² needs of a generated set; of one set or, batched, of many."""
+
+    pairs: Tensor  # Σ_{i≠j} k(g_i, g_j)
+    diagonal: Tensor  # Σ_i k(g_i, g_i)
+    cross: Tensor  # Σ_i mean_r k(g_i, r)
+
+    def without(self, row: "_Sums") -> "_Sums":
+        """`row.pairs` is the row's own sum over the others, which counts twice in the set's."""
+        return _Sums(self.pairs - 2 * row.pairs, self.diagonal - row.diagonal, self.cross - row.cross)
+
+
+class KernelDistance:
+    """
+    Squared maximum mean discrepancy (MMD²) of a reference set from real features, and its exact values after some of
+    its rows are replaced, left out or added.
+
+    `kernel="polynomial"` is the kernel inception distance of Bińkowski et al. (arXiv 1801.01401), over the whole sets
+    rather than blocks of 1,000 rows: `k(x, y) = (γ x·y + coef)^degree`. `kernel="gaussian"` is the *mean* over
+    bandwidths σ of `exp(-|x - y|² / 2σ²)`.
+
+    A new image costs one row of kernel values against the reference set and one against the real set, 2 (N + M) d
+    multiply-adds; leaving an image out costs nothing more. `fit` costs N (N / 2 + M) d, construction M² d / 2.
+
+    Inner products are taken in float64 while the real set has at most `float64_elements` numbers, in float32 beyond,
+    of rows about the real mean; kernel values and sums are float64 always. With N = M = 5,000, d = 2,048, n = 50 on
+    one thread of a shared machine: in float64 `replaced` takes 0.03 to 0.08 s a subset and differs from a recompute by
+    less than 1e-12 of the value; in float32 it takes 0.02 to 0.05 s and differs from float64 by 1.4e-6 of the standard
+    deviation over subsets (credits likewise by 1.3e-6 of theirs), the value by 7e-9 of itself.
+
+    Args:
+        real_features (`torch.Tensor` of shape `(M, d)` or path):
+            of the real data, any float dtype, or a `.safetensors` file that holds them as `"features"`.
+        kernel (`str`, *optional*, defaults to `"polynomial"`): or `"gaussian"`.
+        unbiased (`bool`, *optional*, defaults to `True`):
+            the U-statistic, whose expectation does not depend on the sets' sizes and which can be negative. Otherwise
+            the V-statistic, which counts each row's kernel value with itself and is never negative.
+        degree (`int`, *optional*, defaults to 3): of the polynomial kernel.
+        gamma (`float`, *optional*, defaults to 1/d): γ of the polynomial kernel.
+        coef (`float`, *optional*, defaults to 1.0): of the polynomial kernel.
+        bandwidths (`Sequence[float]`, *optional*):
+            σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median distance between at most 2,000 real
+            rows, evenly spaced through the set.
+        dtype (`torch.dtype`, *optional*): of the inner products, `torch.float32` or `torch.float64`.
+
+    Attributes:
+        value (`float`): MMD² of the fitted reference set.
+        features (`torch.Tensor` or `None`): the fitted rows.
+        bandwidths (`tuple[float, ...]`): of the Gaussian kernels in use; empty with the polynomial one.
+
+    Raises:
+        TypeError: `real_features` are moments or nothing that can be read as features.
+        ValueError: an argument is out of range, or the features are no finite `(M, d)` with M ≥ 2.
+
+    A shallow copy (`copy.copy`) shares the real side and can be fitted apart.
+
+    Example:
+
+    ```python
+    >>> distance = KernelDistance(real).fit(generated)  # (M, d), (N, d)
+    >>> distance.replaced(indices, new_features)  # (B, n), (B, n, d) -> (B,)
+    ```
+    """
+
+    # Bytes of work space for a block of kernel values or a batch of subsets.
+    memory_budget = 2**28
+    # Numbers in the real set (rows times dimension) up to which inner products are float64.
+    float64_elements = 2**22
+
+    value: float
+
+    def __init__(
+        self,
+        real_features: Tensor | str | os.PathLike,
+        kernel: str = "polynomial",
+        unbiased: bool = True,
+        *,
+        degree: int = 3,
+        gamma: float | None = None,
+        coef: float = 1.0,
+        bandwidths: Sequence[float] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if kernel not in ("polynomial", "gaussian"):
+            raise ValueError(f"kernel={kernel!r} is unknown: choose 'polynomial' or 'gaussian'.")
+        if bandwidths is not None and kernel != "gaussian":
+            raise ValueError(f"bandwidths={bandwidths} belong to the Gaussian kernel: set kernel='gaussian' too.")
+        if bandwidths is not None and not (len(bandwidths) and all(0 < b < math.inf for b in bandwidths)):
+            raise ValueError(f"bandwidths={bandwidths} must be one or more positive numbers.")
+        if int(degree) != degree or degree < 1:
+            raise ValueError(f"degree={degree} must be a whole number from 1.")
+        if (gamma is not None and not 0 < gamma < math.inf) or not 0 <= coef < math.inf:
+            raise ValueError(
+                f"gamma={gamma} must be positive and coef={coef} not negative: it is no kernel otherwise."
+            )
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype} is too coarse for a small difference of means: use float32 or float64.")
+        real = load_real_features(real_features, "KernelDistance")
+        if len(real) < 2:
+            raise ValueError(f"real_features have {len(real)} row: pairs of real rows need at least 2.")
+        self.kernel, self.unbiased = kernel, unbiased
+        self.degree, self.coef = int(degree), float(coef)
+        self.gamma = 1 / real.shape[1] if gamma is None else float(gamma)
+        self.dtype = dtype or (torch.float64 if real.numel() <= self.float64_elements else torch.float32)
+        self._centre = mean_of_rows(real)  # (d,)
+        self._base = self.gamma * self._centre.square().sum().item() + self.coef  # the polynomial's base at the centre
+        self._real = self._rows(real)
+        self.bandwidths: tuple[float, ...] = ()
+        if kernel == "gaussian":
+            self.bandwidths = tuple(map(float, bandwidths)) if bandwidths is not None else self._median_heuristic()
+        pairs = self._sums_over_others(self._real).sum()
+        diagonal = self._with_themselves(self._real).sum()
+        count = len(real)
+        self._real_term = (pairs / (count * (count - 1)) if unbiased else (pairs + diagonal) / count**2).item()
+        self.features: Tensor | None = None
+
+    @property
+    def dimension(self) -> int:
+        return len(self._centre)
+
+    # ---- the distance ----
+
+    def fit(self, features: Tensor) -> "KernelDistance":
+        """
+        Sets the reference set.
+
+        Args:
+            features (`torch.Tensor` of shape `(N, d)`): any float dtype, N ≥ 2.
+
+        Raises:
+            ValueError: wrong shape or dimension, fewer than 2 rows, NaN or infinite values.
+        """
+        check_shape_and_values(features, "reference features", self.dimension)
+        if len(features) < 2:
+            raise ValueError(f"the reference set has {len(features)} row: pairs of rows need at least 2.")
+        self.features = features.detach()
+        self._centre, self._real = self._centre.to(features.device), self._real.to(features.device)
+        self._generated = self._rows(self.features)
+        self._each = _Sums(
+            self._sums_over_others(self._generated),
+            self._with_themselves(self._generated),
+            self._sums_over(self._generated, self._real) / len(self._real),
+        )  # each (N,)
+        self._total = _Sums(*(part.sum() for part in self._each))
+        self.value = self._distance(self._total, len(features)).item()
+        return self
+
+    def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
+        """
+        Distances of the reference set after replacing its rows `indices[b]` by `features[b]`, for each subset b apart.
+
+        Args:
+            indices (`torch.LongTensor` of shape `(B, n)`): distinct rows within each subset, from 0 to N - 1.
+            features (`torch.Tensor` of shape `(B, n, d)`): the new rows.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float64.
+
+        Raises:
+            ValueError: before `fit`, on wrong shapes, repeated or out-of-range rows, NaN or infinite features.
+        """
+        total, _ = self._replacement(indices, features, "replaced")
+        return self._distance(total, self._count)
+
+    def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
+        """
+        Credit of each new row: the distance of the updated set minus its distance without that row, N - 1 rows.
+
+        Args:
+            indices, features: as in [`~KernelDistance.replaced`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, n)`, float64; negative where the row brings the set nearer to the real one.
+
+        Raises:
+            ValueError: as `replaced`, and if the set would be too small without a row.
+        """
+        total, row = self._replacement(indices, features, "leave_one_in")
+        self._check_one_less()
+        whole = _Sums(*(part[:, None] for part in total))
+        return self._distance(whole, self._count) - self._distance(whole.without(row), self._count - 1)
+
+    def delete_one(self, indices: Tensor) -> Tensor:
+        """
+        Distance without row `indices[i]` minus the distance with it, for each i apart.
+
+        Args:
+            indices (`torch.LongTensor` of shape `(M,)`): rows of the reference set.
+
+        Returns:
+            `torch.Tensor` of shape `(M,)`, float64.
+        """
+        self._check_fitted("delete_one")
+        self._check_one_less()
+        rows = check_rows(indices, self._count).to(self._centre.device)
+        without = self._total.without(_Sums(*(part[rows] for part in self._each)))
+        return self._distance(without, self._count - 1) - self._distance(self._total, self._count)
+
+    def add_one(self, features: Tensor) -> Tensor:
+        """
+        Distance with the row `features[i]` added minus the distance as it is, for each i apart.
+
+        Not for training: many copies of one good image are each judged as if they were alone.
+
+        Args:
+            features (`torch.Tensor` of shape `(M, d)`).
+
+        Returns:
+            `torch.Tensor` of shape `(M,)`, float64.
+        """
+        self._check_fitted("add_one")
+        new = self._rows(check_features(features, "new features", self.dimension).to(self._centre.device))
+        pairs, cross = self._sums_over(new, self._generated), self._sums_over(new, self._real)
+        total = _Sums(
+            self._total.pairs + 2 * pairs,
+            self._total.diagonal + self._with_themselves(new),
+            self._total.cross + cross / len(self._real),
+        )
+        return self._distance(total, self._count + 1) - self._distance(self._total, self._count)
+
+    # ---- sums ----
+
+    def _distance(self, sums: _Sums, count: int) -> Tensor:
+        if self.unbiased:
+            generated = sums.pairs / (count * (count - 1))
+        else:
+            generated = (sums.pairs + sums.diagonal) / count**2
+        return generated + self._real_term - 2 * sums.cross / count
+
+    def _replacement(self, indices: Tensor, features: Tensor, method: str) -> tuple[_Sums, _Sums]:
+        """Sums of each updated set, (B,), and of each new row in its updated set, (B, n)."""
+        self._check_fitted(method)
+        features = _check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
+        indices = indices.to(self._centre.device)
+        size = indices.shape[1]
+        chunk = max(1, self.memory_budget // (8 * size * (6 * self.dimension + 12 * size)))
+        pieces = [
+            self._replacement_chunk(*piece) for piece in zip(indices.split(chunk), features.split(chunk), strict=True)
+        ]
+        totals, rows = zip(*pieces, strict=True)
+        return _Sums(*map(torch.cat, zip(*totals, strict=True))), _Sums(*map(torch.cat, zip(*rows, strict=True)))
+
+    def _replacement_chunk(self, indices: Tensor, features: Tensor) -> tuple[_Sums, _Sums]:
+        flat = self._rows(features.flatten(0, 1))  # (B * n, d)
+        over_set, over_real = self._sums_over(flat, self._generated), self._sums_over(flat, self._real)
+        new = flat[torch.arange(len(flat), device=indices.device).view(indices.shape)].double()
+        old = self._generated[indices].double()
+        new_old = self._values(new, old)  # (B, n, n)
+        new_new, old_old = self._values(new, new), self._values(old, old)
+        for values in (new_new, old_old):
+            values.diagonal(dim1=1, dim2=2).zero_()
+        each = _Sums(
+            over_set.view(indices.shape) - new_old.sum(dim=2) + new_new.sum(dim=2),
+            self._with_themselves(new),
+            over_real.view(indices.shape) / len(self._real),
+        )
+        gone = _Sums(*(part[indices].sum(dim=1) for part in self._each))
+        # pairs of removed rows are taken out twice with their rows' sums, pairs of new rows come in twice
+        pairs = self._total.pairs - 2 * gone.pairs + old_old.sum((1, 2)) + 2 * each.pairs.sum(1) - new_new.sum((1, 2))
+        diagonal = self._total.diagonal - gone.diagonal + each.diagonal.sum(1)
+        return _Sums(pairs, diagonal, self._total.cross - gone.cross + each.cross.sum(1)), each
+
+    def _sums_over(self, x: _Rows, y: _Rows) -> Tensor:
+        """Σ_y k(x, y) for each row of x, (P,), block by block."""
+        rows, columns = self._block(len(x), len(y))
+        sums = torch.zeros_like(x.term)
+        for i in range(0, len(x), rows):
+            for j in range(0, len(y), columns):
+                sums[i : i + rows] += self._values(x[i : i + rows], y[j : j + columns]).sum(dim=1)
+        return sums
+
+    def _sums_over_others(self, x: _Rows) -> Tensor:
+        """Σ_{j≠i} k(x_i, x_j) for each row i, (P,): half of the blocks, as k is symmetric."""
+        size, _ = self._block(len(x), len(x))
+        sums = torch.zeros_like(x.term)
+        for i in range(0, len(x), size):
+            for j in range(i, len(x), size):
+                values = self._values(x[i : i + size], x[j : j + size])
+                if i == j:
+                    values.fill_diagonal_(0)
+                else:
+                    sums[j : j + size] += values.sum(dim=0)
+                sums[i : i + size] += values.sum(dim=1)
+        return sums
+
+    def _block(self, rows: int, columns: int) -> tuple[int, int]:
+        area = max(self.memory_budget // 40, 64)  # inner products in two dtypes and work space of the kernel
+        height = min(rows, math.isqrt(area)) or 1
+        return height, max(1, min(columns, area // height))
+
+    # ---- the kernel ----
+
+    def _rows(self, features: Tensor) -> _Rows:
+        """Rows about the centre. Blocked: the set may be large and only its float32 copy fit."""
+        size = max(1, self.memory_budget // (64 * features.shape[1]))
+        centred = torch.empty(features.shape, dtype=self.dtype, device=features.device)
+        square, term = torch.empty(2, len(features), dtype=torch.float64, device=features.device)
+        for start in range(0, len(features), size):
+            block = slice(start, start + size)
+            centred[block] = features[block].detach().double() - self._centre
+            wide = centred[block].double()
+            square[block], term[block] = wide.square().sum(1), self.gamma * (wide @ self._centre)
+        return _Rows(centred, square, square if self.kernel == "gaussian" else term)
+
+    def _values(self, x: _Rows, y: _Rows) -> Tensor:
+        """k(x, y) - k₀ of all pairs, (..., P, Q) float64."""
+        with full_float32():
+            products = (x.centred @ y.centred.mT).double()
+        if self.kernel == "gaussian":
+            return self._gaussian(products.mul_(-2).add_(x.term[..., :, None]).add_(y.term[..., None, :]))
+        return self._polynomial(products.mul_(self.gamma).add_(x.term[..., :, None]).add_(y.term[..., None, :]))
+
+    def _with_themselves(self, x: _Rows) -> Tensor:
+        """k(x, x) - k₀ of each row, (..., P) float64."""
+        if self.kernel == "gaussian":
+            return torch.zeros_like(x.term)
+        return self._polynomial(self.gamma * x.square + 2 * x.term)
+
+    def _polynomial(self, change: Tensor) -> Tensor:
+        """(a + v)^degree - a^degree by Horner's rule, with a the base at the centre and v its change."""
+        coefficients = [math.comb(self.degree, p) * self._base ** (self.degree - p) for p in range(1, self.degree + 1)]
+        values = torch.full_like(change, coefficients[-1])
+        for coefficient in reversed(coefficients[:-1]):
+            values.mul_(change).add_(coefficient)
+        return values.mul_(change)
+
+    def _gaussian(self, squared_distances: Tensor) -> Tensor:
+        """Mean over bandwidths of exp(-|x - y|² / 2σ²) - 1; rounding can leave a distance just below zero."""
+        squared_distances.clamp_(min=0)
+        values = torch.zeros_like(squared_distances)
+        for bandwidth in self.bandwidths:
+            values += (squared_distances * (-0.5 / bandwidth**2)).expm1_()
+        return values.div_(len(self.bandwidths))
+
+    def _median_heuristic(self) -> tuple[float, ...]:
+        """σ is the median distance between rows (Gretton et al., JMLR 2012, Sec. 8), beside half and twice of it."""
+        count = len(self._real)
+        chosen = torch.linspace(0, count - 1, min(count, HEURISTIC_ROWS), dtype=torch.float64).round().long()
+        rows = self._real[chosen.to(self._real.term.device)].centred.double()
+        distances = torch.cdist(rows, rows)
+        above = torch.ones_like(distances, dtype=torch.bool).triu_(diagonal=1)
+        median = distances[above].median().item()
+        if median == 0:
+            raise ValueError("the median distance between real rows is 0, too many are equal: pass bandwidths=(…).")
+        return (0.5 * median, median, 2 * median)
+
+    # ---- checks ----
+
+    @property
+    def _count(self) -> int:
+        return len(self._generated)
+
+    def _check_fitted(self, method: str) -> None:
+        if self.features is None:
+            raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
+
+    def _check_one_less(self) -> None:
+        least = 3 if self.unbiased else 2
+        if self._count < least:
+            raise ValueError(
+                f"the reference set has {self._count} rows: leaving one out needs at least {least} of them."
+            )
