@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ClassConditionalPolicy": "policies",
+    "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
@@ -15,10 +16,13 @@ _PUBLIC = {
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
     "JointFeatures": "metrics.report",
+    "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
+    "SlicedWassersteinDistance": "metrics.sliced",
     "SubsetReplaceReward": "rewards.subset_replace",
+    "SumDistance": "metrics.composite",
     "frechet_distance": "metrics.frechet",
     "load_pipeline": "policies",
 }
@@ -26,6 +30,7 @@ _SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewa
 
 __all__ = [
     "ClassConditionalPolicy",
+    "DebiasedDistance",
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
     "DistributionRewardTrainer",
@@ -33,17 +38,23 @@ __all__ = [
     "FeatureStatistics",
     "FrechetDistance",
     "JointFeatures",
+    "KernelDistance",
     "LogSamplesCallback",
     "SiTPipeline",
     "SiTTransformer2DModel",
+    "SlicedWassersteinDistance",
     "SubsetReplaceReward",
+    "SumDistance",
     "frechet_distance",
     "load_pipeline",
 ]
 
 if TYPE_CHECKING:
+    from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.frechet import FrechetDistance, frechet_distance
+    from .metrics.kernel import KernelDistance
     from .metrics.report import FeatureDistance, JointFeatures
+    from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics
     from .models.sit import SiTTransformer2DModel
     from .pipelines.sit import SiTPipeline

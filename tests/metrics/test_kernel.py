@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from trl_distreward.metrics.frechet import FrechetDistance
-from trl_distreward.metrics.kernel import KernelDistance, full_float32
+from trl_distreward.metrics.kernel import KernelDistance
+from trl_distreward.metrics.precision import full_precision
 from trl_distreward.metrics.statistics import FeatureStatistics
 
 N, D = 24, 5
@@ -156,7 +157,7 @@ def test_products_stay_float32_where_training_asked_for_less():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with full_float32():
+            with full_precision():
                 product = REAL.float() @ REAL.float().T
                 assert product.dtype == torch.float32
                 assert getattr(backend, "fp32_precision", "ieee") == "ieee"

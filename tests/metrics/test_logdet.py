@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from trl_distreward.metrics.logdet import ShiftedGrams, eigenvalues_above, factorize, full_precision
+from trl_distreward.metrics.logdet import ShiftedGrams, eigenvalues_above, factorize
+from trl_distreward.metrics.precision import full_precision
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import transformers.training_args
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-
 # What `accelerate launch` sets for the presets of the same names
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .frechet import _check_replacement
-from .kernel import check_rows, check_shape_and_values
+from .checks import check_replacement, check_rows, check_shape_and_values
 
 
 class SumDistance:
@@ -297,7 +296,7 @@ class DebiasedDistance:
     def _checked(self, method: str, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         if self.features is None:
             raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
-        features = _check_replacement(indices, features, len(self.features), self.dimension)
+        features = check_replacement(indices, features, len(self.features), self.dimension)
         return indices.to(self.features.device), features.to(self.features.device)
 
     def _in_half(self, half: int, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

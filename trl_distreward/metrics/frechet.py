@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, full_precision, whitened_resolvents
+from .checks import check_features, check_replacement
+from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, whitened_resolvents
+from .precision import full_precision
 from .quadrature import Quadrature, elliptic_quadrature
-from .statistics import FeatureStatistics, check_features
+from .statistics import FeatureStatistics
 
 
 def symmetric_sqrt(matrix: Tensor, rank: int | None = None) -> Tensor:
@@ -317,7 +319,7 @@ class FrechetDistance:
 
     def _changed(self, indices: Tensor, features: Tensor, name: str, leave_one_in: bool) -> Tensor:
         count = self._require_rows(name, 3 if leave_one_in else 2)
-        _check_replacement(indices, features, count, self.dimension)
+        check_replacement(indices, features, count, self.dimension)
         indices, features = indices.to(self._mean.device), features.to(self._mean.device)
         self.error_bound = 0.0
         if not self._uses_logdet(indices.shape[1], leave_one_in):
@@ -503,23 +505,3 @@ class FrechetDistance:
     def _distance(self, mean: Tensor, trace: Tensor, root_trace: Tensor) -> Tensor:
         """From the means' difference and the traces of `S` and `A^½`."""
         return mean.square().sum(-1) + trace + self._real_trace - 2 * root_trace
-
-
-def _check_replacement(indices: Tensor, features: Tensor, count: int, dimension: int) -> Tensor:
-    """Validates one call of `replaced`; returns the features in float64."""
-    if indices.ndim != 2 or features.shape[:2] != indices.shape or features.ndim != 3:
-        raise ValueError(
-            f"indices have shape {tuple(indices.shape)} and features {tuple(features.shape)}: "
-            "they must be (B, n) and (B, n, d)."
-        )
-    if indices.shape[1] >= count:
-        raise ValueError(
-            f"replace_size={indices.shape[1]} is not smaller than the reference set of {count}: replace fewer images."
-        )
-    if indices.min() < 0 or indices.max() >= count:
-        raise ValueError(f"indices span {indices.min()} to {indices.max()}: they must lie in 0 to {count - 1}.")
-    ordered = indices.sort(dim=1).values
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise ValueError("a subset names the same row twice: the rows of one subset must be distinct.")
-    flat = check_features(features.flatten(0, 1), "new features", dimension)
-    return flat.view(features.shape)

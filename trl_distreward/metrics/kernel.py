@@ -12,97 +12,17 @@ centre: what is left is small, and MMD², a small difference of means of `k`, ke
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .frechet import _check_replacement
-from .statistics import FeatureStatistics, check_features
+from .checks import check_features, check_replacement, check_rows, check_shape_and_values, load_real_features
+from .precision import full_precision, mean_of_rows
 
 HEURISTIC_ROWS = 2_000  # real rows that the median heuristic looks at
-
-
-def load_real_features(real: Any, distance: str) -> Tensor:
-    """
-    Real features `(M, d)` given as a tensor or as the path of a `.safetensors` file that holds `"features"`.
-
-    Raises:
-        TypeError: `real` is something else, for instance [`FeatureStatistics`].
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no features or is damaged; the features have a wrong shape, NaN or infinite values.
-    """
-    needs = f"{distance} compares with the real features themselves, of shape (M, d), not with their moments"
-    if isinstance(real, FeatureStatistics):
-        raise TypeError(f"real_features is a FeatureStatistics, but {needs}: pass the features it was made from.")
-    if isinstance(real, str | os.PathLike):
-        path = Path(real)
-        if not path.is_file():
-            raise FileNotFoundError(f"no features file at {path}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = sorted(file.keys())
-                loaded = file.get_tensor("features") if "features" in names else None
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a .safetensors file: {error}") from error
-        if loaded is None:
-            raise ValueError(
-                f"{path} holds {names} and no 'features', but {needs}: save the features under that name."
-            )
-        real = loaded
-    if not isinstance(real, Tensor):
-        raise TypeError(f"real_features is a {type(real).__name__}, but {needs}: pass a tensor or a path.")
-    return check_shape_and_values(real, "real features").detach()
-
-
-def check_shape_and_values(features: Tensor, name: str, dimension: int | None = None) -> Tensor:
-    """As `check_features`, but without a float64 copy of a set that may be gigabytes."""
-    fine = isinstance(features, Tensor) and features.ndim == 2 and bool(features.isfinite().all())
-    check_features(features[:1] if fine else features, name, dimension)
-    return features
-
-
-def mean_of_rows(features: Tensor) -> Tensor:
-    """Mean `(d,)` in float64; torch's own makes a float64 copy of everything first."""
-    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    for block in features.split(4096):
-        total += block.sum(dim=0, dtype=torch.float64)
-    return total / len(features)
-
-
-def check_rows(indices: Tensor, count: int) -> Tensor:
-    """Row numbers `(M,)` of a set of `count` rows, or a `ValueError`."""
-    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
-        given = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else type(indices).__name__
-        raise ValueError(f"indices are {given}: they must be whole numbers in a tensor of shape (M,).")
-    if len(indices) and (indices.min() < 0 or indices.max() >= count):
-        raise ValueError(f"indices span {indices.min()} to {indices.max()}: they must lie in 0 to {count - 1}.")
-    return indices.long()
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Float32 products in float32, whatever the caller chose for training: TF32's noise is a tenth of a reward's."""
-    backends: list[Any] = [torch.backends.cuda.matmul]
-    name: str = "allow_tf32"
-    full: Any = False
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later, which has it on CPU too
-        backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        name, full = "fp32_precision", "ieee"
-    before = [getattr(backend, name) for backend in backends]
-    try:
-        for backend in backends:
-            setattr(backend, name, full)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
 
 
 @dataclass(frozen=True)
@@ -358,7 +278,7 @@ class KernelDistance:
     def _replacement(self, indices: Tensor, features: Tensor, method: str) -> tuple[_Sums, _Sums]:
         """Sums of each updated set, (B,), and of each new row in its updated set, (B, n)."""
         self._check_fitted(method)
-        features = _check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
+        features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
         indices = indices.to(self._centre.device)
         size = indices.shape[1]
         chunk = max(1, self.memory_budget // (8 * size * (6 * self.dimension + 12 * size)))
@@ -432,7 +352,7 @@ class KernelDistance:
 
     def _values(self, x: _Rows, y: _Rows) -> Tensor:
         """k(x, y) - k₀ of all pairs, (..., P, Q) float64."""
-        with full_float32():
+        with full_precision():
             products = (x.centred @ y.centred.mT).double()
         if self.kernel == "gaussian":
             return self._gaussian(products.mul_(-2).add_(x.term[..., :, None]).add_(y.term[..., None, :]))

@@ -6,33 +6,10 @@ determinant of the change's rank (Sylvester). Only Cholesky factors are taken: t
 and `lu_factor` are silently wrong on CPU with two threads or more, for matrices of 151 rows and more.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products in float32: no TF32 on CUDA and no bfloat16 on CPU, whatever the user's settings.
-
-    TF32 Gram matrices cost 0.1 % of the rewards' standard deviation, bfloat16 ones 4 %.
-    """
-    places: list[Any] = [torch.backends.cuda.matmul]
-    name, exact = "allow_tf32", False
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
-        places.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        name, exact = "fp32_precision", "ieee"  # type: ignore[assignment]
-    before = [getattr(place, name) for place in places]
-    try:
-        for place in places:
-            setattr(place, name, exact)
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, name, value)
 
 
 def whitened_resolvents(eigenvalues: Tensor, shifts: Tensor) -> Tensor:

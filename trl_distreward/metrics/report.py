@@ -4,7 +4,6 @@
 Anything with `reset()`, `update(images, conditions)` and `compute() -> float` serves as a metric.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frechet import FrechetDistance
-from .statistics import FeatureStatistics
+from .distances import build_distance
 
 FeatureExtractor = Callable[..., Tensor]
-
-DISTANCES: dict[str, Callable[[Any], Any]] = {"frechet": FrechetDistance}
 
 
 class JointFeatures:
@@ -80,15 +76,6 @@ class ImageMetric(Protocol):
     def compute(self) -> float: ...
 
 
-def build_distance(distance: str | Callable[[Any], Any], real: Any) -> Any:
-    """A distance by name or class, to real data given as statistics, features or the path of a statistics file."""
-    if isinstance(distance, str) and distance not in DISTANCES:
-        raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)} or pass a class.")
-    if isinstance(real, str | os.PathLike):
-        real = FeatureStatistics.load(real)
-    return DISTANCES[distance](real) if isinstance(distance, str) else distance(real)
-
-
 @torch.no_grad()
 def extract_features(
     extractor: FeatureExtractor,
@@ -142,7 +129,7 @@ class FeatureDistance:
 
     Args:
         feature_extractor (`Callable` or `torch.nn.Module`): uint8 images `(B, C, H, W)` to features `(B, d)`.
-        real ([`FeatureStatistics`] or path): the real data.
+        real ([`FeatureStatistics`], features or path): the real data, as the distance wants it.
         distance (`str` or `Callable`, *optional*, defaults to `"frechet"`): as in [`SubsetReplaceReward`].
 
     Example:

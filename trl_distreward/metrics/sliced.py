@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .frechet import _check_replacement
-from .kernel import check_rows, check_shape_and_values, load_real_features, mean_of_rows
+from .checks import check_replacement, check_rows, check_shape_and_values, load_real_features
+from .precision import mean_of_rows
 from .statistics import check_features
 
 
@@ -188,7 +188,7 @@ class SlicedWassersteinDistance:
 
     def _over_chunks(self, method: str, indices: Tensor, features: Tensor) -> Tensor:
         self._check_fitted(method)
-        features = _check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
+        features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
         indices = indices.to(self._centre.device)
         shape = indices.shape if method == "leave_one_in" else indices.shape[:1]
         total = torch.zeros(shape, dtype=torch.float64, device=features.device)

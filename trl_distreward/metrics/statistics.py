@@ -13,25 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-def check_features(features: Tensor, name: str = "features", dimension: int | None = None) -> Tensor:
-    """Features as a finite float64 matrix (N, d), or a `ValueError` that says which rows are at fault."""
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"{name} must be a tensor of shape (N, d), got {shape}: flatten each image's features.")
-    if dimension is not None and features.shape[1] != dimension:
-        raise ValueError(
-            f"{name} have dimension {features.shape[1]}, but the statistics they are compared with have "
-            f"{dimension}: use the extractor that made the statistics."
-        )
-    if not features.isfinite().all():
-        rows = (~features.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
-        raise ValueError(
-            f"{name} have NaN or infinite values in {len(rows)} of {len(features)} rows ({shown}): "
-            "check the images and run the extractor in float32."
-        )
-    return features.double()
+from .checks import check_features
 
 
 class FeatureStatistics:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metrics.report import FeatureDistance, FeatureExtractor, build_distance, extract_features, freeze, module_of
+from ..metrics.distances import build_distance
+from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features, freeze, module_of
 
 
 class SlotSampler:

@@ -1,0 +1,69 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What a distance is to rewards and metrics, and distances by name."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .frechet import FrechetDistance
+from .kernel import KernelDistance
+from .sliced import SlicedWassersteinDistance
+from .statistics import FeatureStatistics
+
+
+class Distance(Protocol):
+    """
+    Distance of a generated set, the reference set, from real data, and its exact change when the set changes.
+
+    Rewards need `fit`, `value` and `replaced`; credit by image needs `leave_one_in`, the control variate `delete_one`.
+    Results are float64.
+    """
+
+    @property
+    def value(self) -> float:
+        """Of the fitted reference set."""
+        ...
+
+    def fit(self, features: Tensor) -> "Distance":
+        """Takes features `(N, d)` as the reference set."""
+        ...
+
+    def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
+        """`(B,)`: after replacing rows `indices` `(B, n)` by `features` `(B, n, d)`, each subset apart."""
+        ...
+
+    def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
+        """`(B, n)`: of each set so updated, minus the distance it has without the new row j."""
+        ...
+
+    def delete_one(self, indices: Tensor) -> Tensor:
+        """`(M,)`: without row i of `indices` `(M,)`, minus `value`."""
+        ...
+
+
+DISTANCES: dict[str, Callable[[Any], Any]] = {
+    "frechet": FrechetDistance,
+    "kernel": KernelDistance,
+    "sliced_wasserstein": SlicedWassersteinDistance,
+}
+_COMPARE_FEATURES = (KernelDistance, SlicedWassersteinDistance)
+
+
+def build_distance(distance: str | Callable[[Any], Any], real: Any) -> Any:
+    """
+    A distance by name, class or function, to real data.
+
+    `real` is [`FeatureStatistics`] or the path of a statistics file; for distances that compare with the real features
+    themselves, those features or the path of a file of them.
+    """
+    if isinstance(distance, str):
+        if distance not in DISTANCES:
+            raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)} or pass a class.")
+        distance = DISTANCES[distance]
+    built = distance.func if isinstance(distance, partial) else distance
+    if isinstance(real, str | os.PathLike) and built not in _COMPARE_FEATURES:
+        real = FeatureStatistics.load(real)
+    return distance(real)
