@@ -43,13 +43,13 @@ def test_rejection_sampling_fits_the_selected_images(tmp_path):
 def test_best_of_n_keeps_the_candidate_that_is_best_by_itself(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1, best_of_n=3)
     seen, reward = {}, trainer.reward_funcs[0]
-    score = reward.score
+    score = reward.subset_rewards
 
     def spy(slots, new):
         seen.setdefault("calls", []).append((slots.clone(), new["features"].clone()))
         return score(slots, new)
 
-    reward.score = spy
+    reward.subset_rewards = spy
     trainer.train()
     *candidates, (slots, final) = seen["calls"]
     assert len(candidates) == 3

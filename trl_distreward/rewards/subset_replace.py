@@ -5,14 +5,19 @@ Eq. 4 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291): with a re
 and n of them, g, replaced by new images g' under the same conditions, `R(g') = -D((𝒢 ∖ g) ∪ g', real)`.
 """
 
+import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..metrics.composite import DebiasedDistance
 from ..metrics.distances import build_distance
 from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features, freeze, module_of
+
+CREDITS = ("shared", "leave_one_in")
 
 
 class SlotSampler:
@@ -88,10 +93,22 @@ class SubsetReplaceReward:
         real_statistics ([`FeatureStatistics`], path, or `dict` of them with the extractors' names):
             the real data in each feature space.
         distance (`str` or `Callable`, *optional*, defaults to `"frechet"`):
-            `"frechet"`, or a function from real statistics to an object with `fit` and `replaced`.
+            `"frechet"`, `"kernel"`, `"sliced_wasserstein"`, or a function from what `real_statistics` holds to a
+            [`~metrics.Distance`]. The latter two compare with the real features `(M, d)` themselves.
         space_weights (`dict[str, float]`, *optional*):
             weights of the feature spaces, 1 by default. With more than one space each distance is first divided by
             the one the first reference set had, so that no space dominates by its units.
+        credit (`str`, *optional*, defaults to `"shared"`):
+            `"shared"`: the images of a subset share its reward (Eq. 4). `"leave_one_in"`: each has its own, what the
+            updated set's distance gains by having it: `D(without it) - D(with it)`, exactly. It does not pay for more
+            of what the other images of the subset already supply.
+        control_variate (`bool`, *optional*, defaults to `False`):
+            adds to a shared reward what the removed images' absence changes by itself, about its mean over the
+            reference set. That part of the reward says nothing of the new images; without it the reward keeps its
+            mean and loses variance.
+        debias (`bool`, *optional*, defaults to `False`):
+            extrapolates distances to an infinite generated set ([`~metrics.DebiasedDistance`]), so that shrinking the
+            spread of the images is not rewarded; costs about three times as much.
 
     Example:
 
@@ -111,7 +128,18 @@ class SubsetReplaceReward:
         distance: str | Callable[[Any], Any] = "frechet",
         *,
         space_weights: Mapping[str, float] | None = None,
+        credit: str = "shared",
+        control_variate: bool = False,
+        debias: bool = False,
     ):
+        if credit not in CREDITS:
+            raise ValueError(f"credit={credit!r} is unknown: choose one of {', '.join(map(repr, CREDITS))}.")
+        if control_variate and credit != "shared":
+            raise ValueError(
+                f"control_variate=True has nothing to take from credit={credit!r}, which does not contain the removed "
+                "images: leave it off."
+            )
+        self.credit, self.control_variate = credit, control_variate
         if isinstance(feature_extractor, Mapping):
             self.extractors = dict(feature_extractor)
             if not isinstance(real_statistics, Mapping) or set(real_statistics) != set(self.extractors):
@@ -129,11 +157,22 @@ class SubsetReplaceReward:
         self._distance = distance
         self._real = dict(real_statistics)
         self.distances = {name: build_distance(distance, self._real[name]) for name in self.extractors}
+        if debias:
+            self.distances = {name: DebiasedDistance(partial(copy.copy, d)) for name, d in self.distances.items()}
+        needed = ["leave_one_in", "delete_one"] if credit == "leave_one_in" else ["delete_one"] * control_variate
+        for name, built in self.distances.items():
+            lacking = [method for method in needed if not hasattr(built, method)]
+            if lacking:
+                raise TypeError(
+                    f"the distance of {name!r}, a {type(built).__name__}, has no {' and no '.join(lacking)}: use "
+                    "credit='shared' without control_variate, or a distance of this library."
+                )
         self.space_weights = dict.fromkeys(self.extractors, 1.0) | dict(space_weights or {})
         if set(self.space_weights) != set(self.extractors):
             raise ValueError(f"space_weights name {sorted(self.space_weights)}, extractors {sorted(self.extractors)}.")
         self.features: dict[str, Tensor] = {}  # reference set, per space (N, d) float32
         self.first_distances: dict[str, float] = {}
+        self._removal_effects: Tensor | None = None
 
     # ---- features ----
 
@@ -181,8 +220,19 @@ class SubsetReplaceReward:
 
     @property
     def baseline(self) -> float:
-        """The reward of leaving the reference set as it is."""
+        """What an image, or a subset of images, like those of the reference set would get."""
+        if self.credit == "leave_one_in":
+            return self.removal_effects.mean().item()
         return -sum(self._weight(name) * distance.value for name, distance in self.distances.items())
+
+    @property
+    def removal_effects(self) -> Tensor:
+        """`(N,)`, float64: what the distance changes by when a reference image is taken away, weighted over spaces."""
+        if self._removal_effects is None:
+            every = torch.arange(len(next(iter(self.features.values()))))
+            parts = [self._weight(name) * distance.delete_one(every) for name, distance in self.distances.items()]
+            self._removal_effects = torch.stack(parts).sum(dim=0)
+        return self._removal_effects
 
     def _weight(self, name: str) -> float:
         scale = self.first_distances[name] if len(self.distances) > 1 else 1.0
@@ -191,6 +241,7 @@ class SubsetReplaceReward:
     def set_reference(self, features: Mapping[str, Tensor]) -> None:
         """Takes `features` `(N, d)` per space as the reference set."""
         self.features = {name: features[name].float() for name in self.extractors}
+        self._removal_effects = None
         for name, distance in self.distances.items():
             distance.fit(self.features[name])
         if not self.first_distances:
@@ -223,9 +274,9 @@ class SubsetReplaceReward:
 
     # ---- reward ----
 
-    def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+    def subset_rewards(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         """
-        Rewards of subsets (Eq. 4).
+        Rewards of subsets (Eq. 4), whatever the credit.
 
         Args:
             slots (`torch.LongTensor` of shape `(B, n)`): replaced places of the reference set.
@@ -234,19 +285,38 @@ class SubsetReplaceReward:
         Returns:
             `torch.Tensor` of shape `(B,)`, float64.
         """
+        return self._total("replaced", slots, features)
+
+    def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """
+        Rewards as `credit` and `control_variate` have them; arguments as in [`~SubsetReplaceReward.subset_rewards`].
+
+        Returns:
+            `torch.Tensor`, float64: shape `(B,)` if a subset's images share their reward, else `(B, n)`.
+        """
+        if self.credit == "leave_one_in":
+            return self._total("leave_one_in", slots, features)
+        rewards = self.subset_rewards(slots, features)
+        if self.control_variate:
+            effects = self.removal_effects
+            # what the absence of these slots' images does by itself, lower on average by as much: the mean stays
+            rewards = rewards + (effects[slots.to(effects.device)] - effects.mean()).sum(dim=1)
+        return rewards
+
+    def _total(self, method: str, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         if not self.features:
             raise ValueError("the reward has no reference set yet: call set_reference(extract(images)) first.")
-        total: Tensor | float = 0.0
-        for name, distance in self.distances.items():
-            new = features[name].view(*slots.shape, -1)
-            total = total - self._weight(name) * distance.replaced(slots, new)
-        return total  # type: ignore[return-value]
+        parts = [
+            self._weight(name) * getattr(distance, method)(slots, features[name].view(*slots.shape, -1))
+            for name, distance in self.distances.items()
+        ]
+        return -torch.stack(parts).sum(dim=0)
 
     def __call__(
         self, images: Tensor, conditions: Any = None, slots: Tensor | None = None, **kwargs: Any
     ) -> list[float]:
         """
-        One reward per image, as TRL's reward functions give; the images of a subset share theirs.
+        One reward per image, as TRL's reward functions give.
 
         Args:
             images (`torch.Tensor` of shape `(B * n, C, H, W)`, uint8): new images, subset by subset.
@@ -255,13 +325,17 @@ class SubsetReplaceReward:
         if slots is None or len(images) != slots.numel():
             shape = None if slots is None else tuple(slots.shape)
             raise ValueError(f"{len(images)} images need slots of shape (B, n) with as many entries, got {shape}.")
-        return self.score(slots, self.extract(images, conditions)).repeat_interleave(slots.shape[1]).tolist()
+        rewards = self.score(slots, self.extract(images, conditions))
+        if rewards.ndim == 1:  # shared by the images of a subset
+            rewards = rewards.repeat_interleave(slots.shape[1])
+        return rewards.flatten().tolist()
 
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
         """The reference set's features and the first distances; moments follow from the features."""
-        return {"features": dict(self.features), "first_distances": dict(self.first_distances)}
+        scales = {name: distance.scales for name, distance in self.distances.items() if hasattr(distance, "scales")}
+        return {"features": dict(self.features), "first_distances": dict(self.first_distances), "scales": scales}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["features"] and set(state["features"]) != set(self.extractors):
@@ -270,5 +344,7 @@ class SubsetReplaceReward:
                 f"{sorted(self.extractors)}: resume with the reward the run was started with."
             )
         self.first_distances = dict(state["first_distances"])
+        for name, scales in state["scales"].items():
+            self.distances[name].scales = scales
         if state["features"]:
             self.set_reference(state["features"])

@@ -408,7 +408,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         rewards = []
         for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
             if isinstance(function, SubsetReplaceReward):
-                values = self.accelerator.gather(function.score(local_slots, next(known)))[:, None]
+                values = self.accelerator.gather(function.score(local_slots, next(known))).view(len(slots), -1)
             else:
                 returned = function(images=images, conditions=conditions, slots=local_slots, trainer_state=self.state)
                 local = torch.as_tensor(returned, dtype=torch.float64, device=slots.device).flatten()

@@ -94,7 +94,7 @@ class Rollouts:
                 features = reward.extract(images, conditions, check_finite=False)
                 finite = torch.stack([values.isfinite().all(dim=1) for values in features.values()]).all(dim=0)
                 known = {space: torch.where(finite[:, None], values, 0.0) for space, values in features.items()}
-                score += torch.where(finite, reward.score(local_slots, known), -torch.inf)
+                score += torch.where(finite, reward.subset_rewards(local_slots, known), -torch.inf)
             scores.append(score)
         best = torch.stack(scores).argmax(dim=0)
         batches, images = [batch for batch, _ in candidates], torch.stack([images for _, images in candidates])

@@ -1,0 +1,129 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Training runs of the digits example for benchmarks: one function, a table, and a file of results."""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from trl_distreward import DiffusionDistributionConfig, DistributionRewardTrainer, SubsetReplaceReward
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from digits import METRICS, prepare  # noqa: E402
+
+IMAGES_PER_UPDATE = 256
+
+
+class StopAtBudget(TrainerCallback):
+    """Ends training once so many images have been generated, for rollouts and for reference sets."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.trainer: Any = None
+
+    @property
+    def refreshes(self) -> int:
+        return sum("seconds/refresh" in entry for entry in self.trainer.state.log_history)
+
+    @property
+    def images(self) -> int:
+        steps = self.trainer.state.global_step
+        return IMAGES_PER_UPDATE * steps + self.refreshes * self.trainer.args.reference_set_size
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.images >= self.budget:
+            control.should_training_stop = True
+
+
+def run(
+    cache: Path, seed: int, budget: int, reward: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, float]:
+    """
+    Trains the digits example's generator on `budget` images, at a constant rate, and evaluates it.
+
+    Args:
+        cache (`Path`): where pretraining is kept.
+        seed (`int`): of all training, pretraining included.
+        budget (`int`): images generated, reference sets counted.
+        reward (`dict`, *optional*): further arguments of the reward.
+        settings: further fields of the configuration.
+    """
+    digits = prepare(cache, seed, 600)
+    stop = StopAtBudget(budget)
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = {
+            "output_dir": folder,
+            "seed": seed,
+            "max_steps": 10_000,
+            "lr_scheduler_type": "constant",
+            "learning_rate": 5e-5,
+            "reference_set_size": 1000,
+            "top_advantage_quantile": 1.0,
+            "ema_decay": 0.9,
+            "num_inference_steps": 10,
+            "noise_level": 0.7,
+            "last_step_size": None,
+            "num_inference_steps_eval": 20,
+            "num_eval_images": 2000,
+            "per_device_train_batch_size": 256,
+            "per_device_eval_batch_size": 500,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        size = settings.get("replace_size", 1)
+        trainer = DistributionRewardTrainer(
+            model=str(digits.base_path),
+            reward_funcs=SubsetReplaceReward(
+                digits.spaces, digits.real, space_weights={"asked": 1.5}, **(reward or {})
+            ),
+            args=DiffusionDistributionConfig(
+                **{**defaults, "replace_size": size, "num_subsets": IMAGES_PER_UPDATE // size, **settings}
+            ),
+            eval_metrics=digits.eval_metrics(),
+            callbacks=[stop],
+        )
+        stop.trainer = trainer
+        if budget > 0:
+            trainer.train()
+        result = {"updates": trainer.state.global_step, "images": stop.images, "refreshes": stop.refreshes}
+        metrics = trainer.evaluate()
+    for sampler in ("sde", "ode"):
+        result |= {f"{name} {sampler}": metrics[f"eval_{sampler}_{key}"] for name, key in METRICS.items()}
+    return result
+
+
+def table(runs: dict[str, list[dict[str, float]]], columns: list[str]) -> str:
+    """Mean ± standard deviation over seeds; whole numbers as they are."""
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, results in runs.items():
+        cells = []
+        for column in columns:
+            values = [result[column] for result in results]
+            spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            whole = all(float(value).is_integer() for value in values)
+            cells.append(f"{np.mean(values):.0f}" if whole else f"{np.mean(values):.2f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser, seeds: list[int], budget: int, output: Path) -> None:
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="training seeds")
+    parser.add_argument("--budget", type=int, default=budget, help="images of a run, reference sets counted")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/digits/cache"), help="where pretraining is kept")
+    parser.add_argument("--output", type=Path, default=output)
+
+
+def write(path: Path, args: argparse.Namespace, **results: Any) -> None:
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value for key, value in settings.items() if key not in ("cache", "output")}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    path.write_text(json.dumps({"settings": settings, "versions": versions, **results}, indent=2) + "\n")
