@@ -267,3 +267,22 @@ def test_rollout_images_do_not_depend_on_the_batch_they_are_drawn_in(tmp_path):
     generators = image_generators(42, "rollout", 0, [5])
     alone = sample(trainer.policy, trainer.network, conditions, schedule, generators).sample
     assert (to_uint8(trainer.policy.decode(alone)).int() - images[5].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("reward", [{"credit": "leave_one_in"}, {"control_variate": True}, {"debias": True}])
+def test_credits_train_and_their_spread_is_told(tmp_path, reward):
+    trainer = tiny_trainer(
+        tmp_path,
+        reward_funcs=tiny_reward(**reward),
+        max_steps=3,
+        reference_refresh_steps=2,
+        log_reward_diagnostics=True,
+    )
+    seen = []
+    advantages = trainer._advantages
+    trainer._advantages = lambda rewards: seen.append(rewards[0].shape) or advantages(rewards)
+    trainer.train()
+    assert seen == [torch.Size([6, 2 if "credit" in reward else 1])] * 3
+    told = [{key.split("/")[0] for key in e if key.startswith("reward_")} for e in trainer.state.log_history]
+    assert [bool("reward_placebo" in keys) for keys in told[:3]] == [True, False, True]  # of a new reference set
+    assert "reward_diagnostics" in told[1]

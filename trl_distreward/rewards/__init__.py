@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Rewards: callables from images to one number per image."""
 
+from .diagnostics import reward_diagnostics
 from .subset_replace import SlotSampler, SubsetReplaceReward
 
-__all__ = ["SlotSampler", "SubsetReplaceReward"]
+__all__ = ["SlotSampler", "SubsetReplaceReward", "reward_diagnostics"]

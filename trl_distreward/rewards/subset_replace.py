@@ -223,7 +223,17 @@ class SubsetReplaceReward:
         """What an image, or a subset of images, like those of the reference set would get."""
         if self.credit == "leave_one_in":
             return self.removal_effects.mean().item()
-        return -sum(self._weight(name) * distance.value for name, distance in self.distances.items())
+        return -sum(self.weighted_distances.values())
+
+    @property
+    def weighted_distances(self) -> dict[str, float]:
+        """Of the reference set from real data, each as it counts in the reward."""
+        return {name: self._weight(name) * distance.value for name, distance in self.distances.items()}
+
+    @property
+    def knows_removal(self) -> bool:
+        """Whether the distances can tell what taking an image away does."""
+        return all(hasattr(distance, "delete_one") for distance in self.distances.values())
 
     @property
     def removal_effects(self) -> Tensor:
@@ -245,7 +255,16 @@ class SubsetReplaceReward:
         for name, distance in self.distances.items():
             distance.fit(self.features[name])
         if not self.first_distances:
-            self.first_distances = self.reference_distances
+            # of a debiased distance, which may be below 0, the plain one tells the units
+            members = {name: getattr(distance, "whole", distance) for name, distance in self.distances.items()}
+            first = {name: member.value for name, member in members.items()}
+            bad = {name: value for name, value in first.items() if not value > 0}
+            if bad and len(first) > 1:
+                raise ValueError(
+                    f"the first reference set has distances {bad}, which cannot be divided by: leave these spaces "
+                    "out, or use KernelDistance(..., unbiased=False), which is never below 0."
+                )
+            self.first_distances = first
 
     def update_reference(
         self, slots: Tensor, features: Mapping[str, Tensor], generator: torch.Generator | None = None

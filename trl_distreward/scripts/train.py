@@ -20,8 +20,9 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
+from ..metrics.distances import DISTANCES
 from ..metrics.report import FeatureDistance
-from ..rewards.subset_replace import SubsetReplaceReward
+from ..rewards.subset_replace import CREDITS, SubsetReplaceReward
 from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
@@ -37,8 +38,22 @@ class TrainArguments:
         metadata={"help": "Dotted path of the reward's feature extractor, e.g. 'my_package.features.extract'."},
     )
     real_statistics: str | None = field(
-        default=None, metadata={"help": "Statistics file of real data in that extractor's features."}
+        default=None,
+        metadata={
+            "help": "Statistics file of real data in that extractor's features; for other distances than frechet, "
+            "a .safetensors file of the features."
+        },
     )
+    distance: str = field(
+        default="frechet", metadata={"help": "Distance of the reward.", "choices": sorted(DISTANCES)}
+    )
+    credit: str = field(
+        default="shared", metadata={"help": "Whether a subset's images share its reward.", "choices": list(CREDITS)}
+    )
+    control_variate: bool = field(
+        default=False, metadata={"help": "Take out of shared rewards what the removed images' absence does."}
+    )
+    debias: bool = field(default=False, metadata={"help": "Extrapolate the distance to an infinite generated set."})
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={"help": "Dotted paths of further reward functions, e.g. 'my_package.aesthetic'."},
@@ -78,7 +93,15 @@ def build_rewards(arguments: TrainArguments) -> list[Any]:
     if (arguments.feature_extractor is None) != (arguments.real_statistics is None):
         raise ValueError("feature_extractor and real_statistics go together: give both or neither.")
     if arguments.feature_extractor is not None:
-        rewards.insert(0, SubsetReplaceReward(resolve(arguments.feature_extractor), arguments.real_statistics))
+        reward = SubsetReplaceReward(
+            resolve(arguments.feature_extractor),
+            arguments.real_statistics,
+            arguments.distance,
+            credit=arguments.credit,
+            control_variate=arguments.control_variate,
+            debias=arguments.debias,
+        )
+        rewards.insert(0, reward)
     if not rewards:
         raise ValueError("there is no reward: give feature_extractor and real_statistics, or reward_funcs.")
     return rewards

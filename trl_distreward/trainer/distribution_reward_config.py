@@ -120,6 +120,9 @@ class DiffusionDistributionConfig(_BaseConfig):
             Keeps the rollout's states in CPU memory until they are trained on.
         log_rewards (`bool`, *optional*, defaults to `False`):
             Prints a table of the best and worst subsets at every log.
+        log_reward_diagnostics (`bool`, *optional*, defaults to `False`):
+            Logs at every generation how much of the rewards' spread is the images' doing, see
+            [`~rewards.reward_diagnostics`]. At a generation whose reference set is new these are a placebo's.
         log_steps (`bool`, *optional*, defaults to `False`):
             Logs |Δ log p| between rollout and replay for every trained step, not only their mean.
         max_skipped_updates (`int`, *optional*, defaults to `5`):
@@ -241,6 +244,9 @@ class DiffusionDistributionConfig(_BaseConfig):
         default=False, metadata={"help": "Keeps the rollout's states in CPU memory until they are trained on."}
     )
     log_rewards: bool = field(default=False, metadata={"help": "Prints a table of subsets' rewards at every log."})
+    log_reward_diagnostics: bool = field(
+        default=False, metadata={"help": "Logs how much of the rewards' spread is the images' doing."}
+    )
     log_steps: bool = field(default=False, metadata={"help": "Logs the change of log p for every trained step."})
     max_skipped_updates: int = field(
         default=5, metadata={"help": "Updates in a row that may be skipped for values that are not finite."}

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from ..generation import conditions_of_slots, image_generators, take
 from ..metrics.report import ImageMetric
 from ..policies import as_policy, to_uint8
+from ..rewards.diagnostics import reward_diagnostics
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
 from ..sampling import Transition, transition
 from .base import DiffusionTrainer
@@ -372,6 +373,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if not all(bool(values.isfinite().all()) for values in rewards):
             return self._skip(local, "a reward is not finite", slots=slots, rewards=rewards)
         advantages = self._advantages(rewards)
+        if args.log_reward_diagnostics:
+            self._diagnose(slots, features)
         if args.reference_update == "rolling":
             self.reference_set.roll(slots, features, self.slot_sampler.generator)
         if not (advantages != 0).any():
@@ -423,6 +426,16 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 self.record(f"rewards/{name}/std", values.std().item())
             rewards.append(values)
         return rewards
+
+    def _diagnose(self, slots: Tensor, features: list[dict[str, Tensor]]) -> None:
+        (generator,) = image_generators(self.args.seed, "diagnostics", self.state.global_step, [0])
+        for reward, spaces in zip(self.distribution_rewards, features, strict=True):
+            gathered = {space: self.accelerator.gather(values) for space, values in spaces.items()}
+            if self.accelerator.is_main_process and len(slots) > 1:
+                found = reward_diagnostics(reward, slots, gathered, self.conditions, generator)
+                kind = "placebo" if self.reference_set.last_refresh == self.state.global_step else "diagnostics"
+                for name, value in found.items():
+                    self.record(f"reward_{kind}/{name}", value)
 
     def _advantages(self, rewards: list[Tensor]) -> Tensor:
         """Weighted sum and normalization of the rewards, in the order that was asked for: `(B, 1)` or `(B, n)`."""
