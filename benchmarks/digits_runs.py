@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,18 @@ def run(
             callbacks=[stop],
         )
         stop.trainer = trainer
+        evaluations, started = [0], time.perf_counter()
+        hook = trainer.network.register_forward_hook(lambda _, inputs, output: evaluations.append(len(output[0])))
         if budget > 0:
             trainer.train()
-        result = {"updates": trainer.state.global_step, "images": stop.images, "refreshes": stop.refreshes}
+        hook.remove()
+        result = {
+            "updates": trainer.state.global_step,
+            "images": stop.images,
+            "refreshes": stop.refreshes,
+            "evaluations": sum(evaluations),  # of the network, forward, one image each
+            "seconds": time.perf_counter() - started,
+        }
         metrics = trainer.evaluate()
     for sampler in ("sde", "ode"):
         result |= {f"{name} {sampler}": metrics[f"eval_{sampler}_{key}"] for name, key in METRICS.items()}
@@ -108,9 +118,10 @@ def table(runs: dict[str, list[dict[str, float]]], columns: list[str]) -> str:
         cells = []
         for column in columns:
             values = [result[column] for result in results]
-            spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            spread = f" ± {np.std(values, ddof=1):.2f}" if len(set(values)) > 1 else ""
+            digits = ".2g" if 0 < max(values) < 0.01 else ".2f"
             whole = all(float(value).is_integer() for value in values)
-            cells.append(f"{np.mean(values):.0f}" if whole else f"{np.mean(values):.2f}{spread}")
+            cells.append(f"{np.mean(values):,.0f}" if whole else f"{np.mean(values):{digits}}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -102,8 +102,20 @@ def sample(
     schedule: SamplingSchedule,
     generator: Generators = None,
     keep_steps: Sequence[int] = (),
+    keep_states: Sequence[int] = (),
 ) -> Trajectory:
-    """A batch of samples `(B, ...)` for `conditions`, with the states of `keep_steps` when the sampler is an SDE."""
+    """
+    A batch of samples `(B, ...)` for `conditions`.
+
+    Args:
+        policy ([`DiffusionPolicy`]): generator.
+        model (`torch.nn.Module`): its network, or another in place of it.
+        conditions: one per sample.
+        schedule ([`SamplingSchedule`]): how.
+        generator (`torch.Generator` or list of them, one per sample, *optional*): source of the noise.
+        keep_steps (`Sequence[int]`, *optional*): steps of an SDE to keep, with their densities.
+        keep_states (`Sequence[int]`, *optional*): grid indices whose states to keep, of an SDE or Euler's ODE.
+    """
     with torch.no_grad():
         cond = policy.encode(conditions)
         x = policy.noise(conditions, generator)
@@ -111,7 +123,7 @@ def sample(
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return policy.velocity(model, x, t, cond)
 
-    if schedule.sampler == "ode":
+    if schedule.sampler == "ode" and not keep_states:
         times = schedule.times
         final = solve_ode(velocity, x, times, solver=schedule.solver)
         return Trajectory(final, times, (), {}, x.new_zeros(len(x), 0))
@@ -122,8 +134,9 @@ def sample(
         noise_schedule=schedule.noise_schedule,
         noise_level=schedule.noise_level,
         keep_steps=keep_steps,
+        keep_states=keep_states,
         final_step=schedule.final_step,
-        sde_steps=schedule.sde_steps,
+        sde_steps=() if schedule.sampler == "ode" else schedule.sde_steps,
         generator=generator,
     )
 

@@ -7,7 +7,7 @@ No model, policy or trainer is known here: a velocity is any callable `velocity(
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -245,6 +245,7 @@ def rollout(
     noise_schedule: str,
     noise_level: float,
     keep_steps: Iterable[int] = (),
+    keep_states: Iterable[int] = (),
     final_step: str = "sample",
     sde_steps: Iterable[int] | None = None,
     generator: Generators = None,
@@ -257,6 +258,7 @@ def rollout(
         times (`Sequence[float]`): decreasing grid, e.g. from [`time_grid`].
         noise_schedule, noise_level: as in [`transition`].
         keep_steps (`Iterable[int]`, *optional*): indices of the steps to keep.
+        keep_states (`Iterable[int]`, *optional*): grid indices whose states are kept besides the ends of those steps.
         final_step (`str`, *optional*, defaults to `"sample"`):
             `"mean"` leaves the noise of the last step out, as SiT's SDE sampler does.
         sde_steps (`Iterable[int]`, *optional*):
@@ -282,7 +284,7 @@ def rollout(
         wrong = sorted(set(keep) - set(trainable))
         raise ValueError(f"steps {wrong} have no noise and so no density: keep only steps among {trainable}.")
 
-    ends = {i for step in keep for i in (step, step + 1)}
+    ends = {i for step in keep for i in (step, step + 1)} | set(keep_states)
     states = {0: x} if 0 in ends else {}
     log_probs = []
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -297,6 +299,43 @@ def rollout(
             states[i + 1] = x
     kept = torch.stack(log_probs, dim=1) if log_probs else x.new_zeros(x.shape[0], 0)
     return Trajectory(sample=x, times=list(times), steps=keep, states=states, log_probs=kept)
+
+
+def replay(
+    velocity: Velocity,
+    states: Mapping[int, Tensor],
+    times: Sequence[float],
+    first: int,
+    *,
+    noise_schedule: str,
+    noise_level: float,
+    sde_steps: Iterable[int] | None = None,
+) -> Tensor:
+    """
+    The steps from grid index `first` to the end once more, with gradients.
+
+    The noise of a step that was taken is what it ended at minus its mean: a constant. So the values are those of the
+    rollout bit for bit, and gradients run through the means, from step to step.
+
+    Args:
+        velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
+        states (`Mapping[int, torch.Tensor]` of shapes `(B, ...)`): where the rollout was, at `first` and after.
+        times, noise_schedule, noise_level, sde_steps: as in [`rollout`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`: the sample at the end.
+    """
+    noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
+    x = states[first]
+    for i in range(first, len(times) - 1):
+        v = velocity(x, torch.full((x.shape[0],), times[i], device=x.device, dtype=x.dtype))
+        level = noise_level if i in noisy else 0.0
+        taken = states[i + 1]
+        mean = transition(
+            x, v, times[i], times[i + 1], noise_schedule=noise_schedule, noise_level=level, prev_sample=taken
+        ).mean
+        x = taken + (mean - mean.detach()).to(taken.dtype)
+    return x
 
 
 @torch.no_grad()

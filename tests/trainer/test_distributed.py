@@ -46,6 +46,7 @@ def values(log, key):
     [
         {"max_steps": 3, "reference_refresh_steps": 2, "num_eval_images": 17},
         {"max_steps": 3, "reference_update": "rolling", "replace_size": 1, "top_advantage_quantile": 0.2},
+        {"max_steps": 3, "reference_update": "rolling", "loss_type": "backprop", "backprop_steps": 2},
     ],
 )
 def test_many_processes_train_as_one(tmp_path, settings):

@@ -76,7 +76,6 @@ class ImageMetric(Protocol):
     def compute(self) -> float: ...
 
 
-@torch.no_grad()
 def extract_features(
     extractor: FeatureExtractor,
     images: Tensor,
@@ -85,12 +84,14 @@ def extract_features(
     name: str = "features",
     check_finite: bool = True,
     batch_size: int = 256,
+    gradient: bool = False,
 ) -> Tensor:
     """
     Features `(M, d)` in float32 of uint8 images `(M, C, H, W)`.
 
     An extractor with a true attribute `needs_conditions` is called with the images' conditions as well. At most
-    `batch_size` images go through it at a time.
+    `batch_size` images go through it at a time. With `gradient` the images are float32, in the same range, and
+    features carry gradients to them.
 
     Raises:
         ValueError: the extractor changed the batch size, gave another dimension than `dimension`, or NaN or infinite
@@ -100,7 +101,8 @@ def extract_features(
     chunks = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        values = extractor(part, conditions[start : start + batch_size]) if needs_conditions else extractor(part)
+        with torch.set_grad_enabled(gradient):
+            values = extractor(part, conditions[start : start + batch_size]) if needs_conditions else extractor(part)
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(part):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(

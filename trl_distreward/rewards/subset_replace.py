@@ -183,10 +183,13 @@ class SubsetReplaceReward:
                 module.to(device)
         return self
 
-    def extract(self, images: Tensor, conditions: Any = None, check_finite: bool = True) -> dict[str, Tensor]:
+    def extract(
+        self, images: Tensor, conditions: Any = None, check_finite: bool = True, gradient: bool = False
+    ) -> dict[str, Tensor]:
         """
         Features of uint8 images `(M, C, H, W)` in each space, `(M, d)` float32; conditions go to the extractors that
-        need them, such as [`JointFeatures`].
+        need them, such as [`JointFeatures`]. With `gradient` images are float32 in the same range, and features carry
+        gradients to them.
 
         Raises:
             ValueError: an extractor changed the batch size, gave another dimension than the statistics have, or
@@ -200,6 +203,7 @@ class SubsetReplaceReward:
                 dimension=getattr(self.distances[name], "dimension", None),
                 name=name,
                 check_finite=check_finite,
+                gradient=gradient,
             )
             for name, extractor in self.extractors.items()
         }
@@ -321,6 +325,22 @@ class SubsetReplaceReward:
             # what the absence of these slots' images does by itself, lower on average by as much: the mean stays
             rewards = rewards + (effects[slots.to(effects.device)] - effects.mean()).sum(dim=1)
         return rewards
+
+    def gradient(self, slots: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Gradient of the weighted distance of the set in which all of `slots` are replaced, by the new features.
+
+        Args:
+            slots (`torch.LongTensor` of shape `(M,)`): distinct places.
+            features (`dict` of `torch.Tensor` of shape `(M, d)`): of the new images.
+
+        Returns:
+            `dict` of `torch.Tensor` of shape `(M, d)`, float64.
+        """
+        return {
+            name: self._weight(name) * distance.gradient(slots[None], features[name][None])[0]
+            for name, distance in self.distances.items()
+        }
 
     def _total(self, method: str, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         if not self.features:

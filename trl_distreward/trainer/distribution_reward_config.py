@@ -7,7 +7,7 @@ from ..generation import SamplingSchedule
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 
 REFERENCE_UPDATES = ("refresh", "rolling")
-LOSS_TYPES = ("grpo", "rft")
+LOSS_TYPES = ("grpo", "rft", "backprop")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 # Fields with a fixed set of values
 _CHOICES = {
@@ -59,7 +59,8 @@ class DiffusionDistributionConfig(_BaseConfig):
         > Parameters that control generation
 
         sampler (`str`, *optional*, defaults to `"sde"`):
-            Sampler of the rollouts. A policy gradient needs `"sde"`: the ODE's steps have no density.
+            Sampler of the rollouts. A policy gradient needs `"sde"`: the ODE's steps have no density. `"ode"`, by
+            Euler's method, is for `loss_type="backprop"`.
         num_inference_steps (`int`, *optional*, defaults to `50`):
             Steps of the rollouts and of the reference set.
         noise_schedule (`str`, *optional*, defaults to `"sit"`):
@@ -89,7 +90,16 @@ class DiffusionDistributionConfig(_BaseConfig):
             (Image, step) pairs in one forward-backward pass. It changes memory and speed, not the update.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
             `"grpo"`: the clipped policy gradient (Eq. 6). `"rft"`: rejection sampling, the flow-matching loss (Eq. 2)
-            on the selected images, whatever their advantages.
+            on the selected images, whatever their advantages. `"backprop"`: the gradient of the distance itself,
+            through the last `backprop_steps` of sampling; all images of an update replace their slots at once.
+        backprop_steps (`int` or `str`, *optional*, defaults to `1`):
+            Last steps that gradients go back through, under the SDE or the ODE. `"random"`: drawn anew at each update
+            from 1 to all (AlignProp, arXiv 2310.03739). Memory grows with it, unless `checkpoint_steps`.
+        backprop_draws (`int`, *optional*, defaults to `1`):
+            With `backprop_steps=1`, gradients of so many last steps from fresh noise are averaged (DRaFT-LV,
+            arXiv 2309.17400).
+        checkpoint_steps (`bool`, *optional*, defaults to `False`):
+            Recomputes each step's activations in the backward pass of `"backprop"`.
         advantage_normalization (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: mean and standard deviation over all subsets of all processes (Eq. 5); `"group"`: over the
             `num_generations` subsets that replace the same slots; `"none"`: about the mean, not divided.
@@ -111,7 +121,8 @@ class DiffusionDistributionConfig(_BaseConfig):
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Clip range of the probability ratio, with log-probabilities averaged over dimensions.
         beta (`float`, *optional*, defaults to `0.0`):
-            Weight of the KL divergence from the initial model; 0 loads no reference model.
+            Weight of the KL divergence from the initial model; 0 loads no reference model. Under `"backprop"`, of the
+            mean squared difference of the two velocities instead.
         num_iterations (`int`, *optional*, defaults to `1`):
             Updates made from each generation. 1 is strictly on-policy: the ratio is then exactly 1.
         ema_decay (`float`, *optional*, defaults to `0.0`):
@@ -214,6 +225,15 @@ class DiffusionDistributionConfig(_BaseConfig):
         default="grpo",
         metadata={"help": "Policy gradient or rejection sampling.", "choices": list(LOSS_TYPES)},
     )
+    backprop_steps: int | str = field(
+        default=1, metadata={"help": "Last steps that gradients go back through, or 'random'."}
+    )
+    backprop_draws: int = field(
+        default=1, metadata={"help": "Draws of the last step that gradients are averaged over."}
+    )
+    checkpoint_steps: bool = field(
+        default=False, metadata={"help": "Recomputes activations of back-propagated steps."}
+    )
     advantage_normalization: str = field(
         default="batch",
         metadata={"help": "Over what advantages are normalized.", "choices": list(ADVANTAGE_NORMALIZATIONS)},
@@ -269,12 +289,12 @@ class DiffusionDistributionConfig(_BaseConfig):
         self._check_update()
         self.rollout_schedule, self.eval_schedules = self._schedules()
         steps = len(self.rollout_schedule.trainable_steps)
-        if not steps:
+        if not steps and self.sampler == "sde":
             raise ValueError(
                 f"noise_level={self.noise_level} with num_inference_steps={self.num_inference_steps} leaves no step "
                 "with noise, so nothing can be trained: raise either."
             )
-        if self.sde_window_size is not None and not 1 <= self.sde_window_size <= steps:
+        if self.sampler == "sde" and self.sde_window_size is not None and not 1 <= self.sde_window_size <= steps:
             raise ValueError(
                 f"sde_window_size={self.sde_window_size} must lie in 1 to {steps}, the number of steps with noise."
             )
@@ -330,14 +350,56 @@ class DiffusionDistributionConfig(_BaseConfig):
                 "loss_type='rft' has no probability ratio and no KL: leave num_iterations=1, "
                 "ratio_normalization=False and beta=0.0."
             )
+        if self.loss_type == "backprop":
+            self._check_backprop()
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: every update already "
                 "accumulates over all kept (image, step) pairs, per_device_train_batch_size at a time."
             )
 
+    def _check_backprop(self) -> None:
+        if self.sampler == "ode" and self.sde_window_size is not None:
+            raise ValueError(
+                f"sde_window_size={self.sde_window_size}: sampler='ode' has no steps with noise; leave it."
+            )
+        if self.backprop_steps != "random":
+            try:
+                self.backprop_steps = int(self.backprop_steps)
+            except ValueError:
+                raise ValueError(
+                    f"backprop_steps={self.backprop_steps!r} must be a number of steps or 'random'."
+                ) from None
+            if not 1 <= self.backprop_steps <= self.num_inference_steps:
+                raise ValueError(
+                    f"backprop_steps={self.backprop_steps} must lie in 1 to num_inference_steps="
+                    f"{self.num_inference_steps}."
+                )
+        if self.backprop_draws < 1 or (self.backprop_draws > 1 and self.backprop_steps != 1):
+            raise ValueError(
+                f"backprop_draws={self.backprop_draws} takes the last step several times: set backprop_steps=1, or "
+                "backprop_draws=1."
+            )
+        images = self.num_subsets * self.replace_size
+        if images >= self.reference_set_size:
+            raise ValueError(
+                f"num_subsets * replace_size = {images} images are not fewer than reference_set_size="
+                f"{self.reference_set_size}: under loss_type='backprop' they replace their slots all at once; lower "
+                "num_subsets or raise reference_set_size."
+            )
+        if self.num_iterations > 1 or self.best_of_n > 1 or self.num_generations > 1:
+            raise ValueError(
+                "loss_type='backprop' needs the gradient of new images and has no subsets to choose from: leave "
+                "num_iterations, best_of_n and num_generations at 1."
+            )
+        if self.reference_refresh_steps == "auto" and self.reference_update == "refresh":
+            raise ValueError(
+                "reference_refresh_steps='auto' measures drift in the spread over subsets, which loss_type='backprop' "
+                "has not: use reference_update='rolling' or a number of steps."
+            )
+
     def _schedules(self) -> tuple[SamplingSchedule, dict[str, SamplingSchedule]]:
-        if self.sampler == "ode":
+        if self.sampler == "ode" and self.loss_type != "backprop":
             raise ValueError(
                 "sampler='ode': a policy gradient needs the density of each step, which the ODE has not; use "
                 "sampler='sde'. Evaluation runs the ODE besides, see eval_samplers."
@@ -349,7 +411,8 @@ class DiffusionDistributionConfig(_BaseConfig):
             "solver": self.eval_solver,
             "time_shift": self.time_shift,
         }
-        rollout = SamplingSchedule(self.num_inference_steps, self.sampler, **shared)  # type: ignore[arg-type]
+        # the steps of a rollout are Euler's, also of its ODE
+        rollout = SamplingSchedule(self.num_inference_steps, self.sampler, **{**shared, "solver": "euler"})  # type: ignore[arg-type]
         evaluation = {
             name: SamplingSchedule(self.num_inference_steps_eval, name, **shared)  # type: ignore[arg-type]
             for name in self.eval_samplers

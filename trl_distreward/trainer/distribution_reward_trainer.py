@@ -3,6 +3,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..policies import as_policy, to_uint8
 from ..rewards.diagnostics import reward_diagnostics
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
 from ..sampling import Transition, transition
+from .backprop import TailLoss, TailRollouts, straight_through_uint8
 from .base import DiffusionTrainer
 from .callbacks import print_rewards
 from .distribution_reward_config import DiffusionDistributionConfig
@@ -157,7 +159,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._buffer: RolloutBatch | None = None
         self._last_rewards: tuple[Tensor, Tensor] | None = None
         self.reference_set = ReferenceSet(self.distribution_rewards, args, self.accelerator)
-        self.rollouts = Rollouts(policy, args, self.conditions, self.accelerator, self.autocast)
+        kind = TailRollouts if args.loss_type == "backprop" else Rollouts
+        self.rollouts = kind(policy, args, self.conditions, self.accelerator, self.autocast)
         self._check_processes()
         for reward in self.distribution_rewards:
             reward.to(self.accelerator.device)
@@ -186,6 +189,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         images = to_uint8(self.policy.decode(self.policy.noise(conditions, image_generators(0, "check", 0, [0, 1]))))
         for reward in self.distribution_rewards:
             reward.extract(images, conditions)
+        if self.args.loss_type == "backprop":
+            self._check_gradients(images, conditions)
         for name, metric in self.eval_metrics.items():
             metric.reset()
             try:
@@ -194,6 +199,33 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 error.add_note(f"raised by eval metric {name!r} on two test images {tuple(images.shape)}.")
                 raise
             metric.reset()
+
+    def _check_gradients(self, images: Tensor, conditions: Any) -> None:
+        """That every reward can be back-propagated."""
+        remedy = "use a policy gradient, loss_type='grpo', which needs no gradient of the reward"
+        for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
+            if not isinstance(function, SubsetReplaceReward):
+                if not getattr(function, "differentiable", False):
+                    raise ValueError(
+                        f"reward function {name!r} does not say that it is differentiable: if it returns a tensor "
+                        f"with gradients to float32 images in [0, 255], set its attribute differentiable=True; else "
+                        f"{remedy}."
+                    )
+                continue
+            if function.credit != "shared" or function.control_variate:
+                raise ValueError(
+                    "loss_type='backprop' takes the gradient of the distance itself: leave credit='shared' and "
+                    "control_variate=False."
+                )
+            lacking = [space for space, d in function.distances.items() if not hasattr(d, "gradient")]
+            if lacking:
+                raise ValueError(f"the distances of {lacking} have no gradient: {remedy}.")
+            with torch.enable_grad():
+                tracked = images.float().requires_grad_()
+                features = function.extract(straight_through_uint8(tracked / 255), conditions, gradient=True)
+            for space, values in features.items():
+                if not values.requires_grad:
+                    raise ValueError(f"feature extractor {space!r} passes no gradient to its images: {remedy}.")
 
     def _check_best_metric(self) -> None:
         name, known = self.args.metric_for_best_model, []
@@ -212,6 +244,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         images, schedule = args.num_subsets * args.replace_size, args.rollout_schedule
         steps = len(schedule.trainable_steps) if args.sde_window_size is None else args.sde_window_size
         steps = 1 if args.loss_type == "rft" else max(1, round(args.timestep_fraction * steps))
+        if args.loss_type == "backprop":
+            self._announce_backprop(images, schedule.num_evaluations)
+            return
         share = {"all": 1.0, "top": args.top_advantage_quantile, "top_bottom": min(1, 2 * args.top_advantage_quantile)}
         kept = round(args.num_subsets * share[args.selection]) * args.replace_size
         micro_batches = math.ceil(math.ceil(kept / processes) * steps / args.per_device_train_batch_size)
@@ -221,6 +256,16 @@ class DistributionRewardTrainer(DiffusionTrainer):
             f"({images // processes} per process), {evaluations} network evaluations. One update: about {kept} images "
             f"x {steps} steps = {kept * steps} pairs, {micro_batches} micro-batches of at most "
             f"{args.per_device_train_batch_size} per process, forward and backward."
+        )
+
+    def _announce_backprop(self, images: int, evaluations: int) -> None:
+        args, processes = self.args, self.accelerator.num_processes
+        steps = "a random number of" if args.backprop_steps == "random" else f"the last {args.backprop_steps}"
+        draws = f", {args.backprop_draws} times" if args.backprop_draws > 1 else ""
+        logger.info(
+            f"One update: {images} images ({images // processes} per process), {images * evaluations} network "
+            f"evaluations, then forward and backward through {steps} steps of each{draws}, "
+            f"{args.per_device_train_batch_size} images at a time."
         )
 
     # ---- one step ----
@@ -233,14 +278,13 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One update: generates if none is buffered, then runs all its micro-batches, gradients synced at the last."""
         model.train()
+        if self.args.loss_type == "backprop":
+            return self._backprop_step(model)
         if self.state.global_step % self.args.num_iterations == 0 or self._buffer is None:
             self._buffer = self._generate(model)
         batch, total = self._buffer, torch.zeros((), device=self.accelerator.device)
         if batch.num_images == 0:
-            if self.accelerator.scaler is not None:  # float16's scaler wants gradients to look at
-                nothing = sum(p.sum() * 0.0 for p in self.network.parameters() if p.requires_grad)
-                self.accelerator.backward(nothing)
-            return total
+            return self._no_update()
         statistics = UpdateStatistics()
         with self._timed("training"):
             for micro, is_last in self._micro_batches(batch):
@@ -253,6 +297,82 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 total += loss.detach()
         self._record_update(statistics)
         return total
+
+    def _no_update(self) -> Tensor:
+        if self.accelerator.scaler is not None:  # float16's scaler wants gradients to look at
+            nothing = sum(p.sum() * 0.0 for p in self.network.parameters() if p.requires_grad)
+            self.accelerator.backward(nothing)
+        return torch.zeros((), device=self.accelerator.device)
+
+    def _backprop_step(self, model: nn.Module) -> Tensor:
+        """One update along the gradient of the distance of the set in which all new images are."""
+        args, step = self.args, self.state.global_step
+        assert isinstance(self.rollouts, TailRollouts)
+        with torch.no_grad():
+            self._prepare_reference(model)
+            slots = self.slot_sampler.draw(args.num_subsets, args.replace_size, distinct=True)
+            slots = slots.to(self.accelerator.device)
+            with self._timed("rollout"):
+                tails = self.rollouts.tails(model, slots.flatten(), step)
+            with self._timed("reward"):
+                features = [self._features(tail.images, slots, tail.finite) for tail in tails]
+                if any(spaces is None for spaces in features):
+                    self.skip_update("an image or its features are not finite", slots=slots)
+                    return self._no_update()
+                gradients = [self._feature_gradients(slots.flatten(), spaces or []) for spaces in features]
+        if args.reference_update == "rolling":
+            self.reference_set.roll(slots, features[0] or [], self.slot_sampler.generator)
+        objective = TailLoss(self.policy, args, self.rollouts, self.reward_funcs, self.reward_weights)
+        # A checkpointed or repeated forward pass confuses DDP: gradients are summed without it, and sent at the end
+        shared = self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        network, scale = (self.network if shared else model), self.accelerator.num_processes / len(tails)
+        statistics, total = UpdateStatistics(), torch.zeros((), device=self.accelerator.device)
+        with self._timed("training"), self.accelerator.no_sync(model) if shared else nullcontext():
+            for tail, gradient in zip(tails, gradients, strict=True):
+                for batch in tail.micro_batches(args.per_device_train_batch_size, self.accelerator.device):
+                    loss, values = objective(
+                        partial(self._velocity, network),
+                        self._initial_velocity,
+                        batch,
+                        gradient,
+                        tail.first,
+                        step,
+                        self.state,
+                    )
+                    self.accelerator.backward(loss * scale)
+                    statistics.add(torch.full_like(batch[0], 1 / slots.numel(), dtype=torch.float32), **values)
+        if shared:
+            x, cond = tail.states[tail.first][:1].to(total.device), {k: v[:1] for k, v in tail.cond.items()}
+            nothing = self._velocity(model, x, torch.ones(1, device=total.device), cond).sum() * 0.0
+            self.accelerator.backward(nothing)
+        self._record_update(statistics)
+        return total - self._metrics["reward"][-1]
+
+    def _initial_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """Of the network before training: the frozen copy, or the trained one with its adapter off."""
+        network = self.network
+        with network.disable_adapter() if isinstance(network, PeftModel) else nullcontext():
+            return self._velocity(network if self.reference_model is None else self.reference_model, x, t, cond)
+
+    def _feature_gradients(self, slots: Tensor, features: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """
+        Of the weighted distances, for this process's images, per distribution reward and space.
+
+        Divided by the share of the set that is replaced: as if all of it were.
+        """
+        share = len(slots) / self.args.reference_set_size
+        known, gradients, total = iter(features), [], 0.0
+        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            if not isinstance(function, SubsetReplaceReward):
+                continue
+            spaces = {space: self.accelerator.gather(values) for space, values in next(known).items()}
+            total += weight * function.subset_rewards(slots[None], spaces).item()
+            whole = function.gradient(slots, spaces)
+            rows = slice(self.accelerator.process_index * (len(slots) // self.accelerator.num_processes), None)
+            count = len(slots) // self.accelerator.num_processes
+            gradients.append({space: values[rows][:count] * (weight / share) for space, values in whole.items()})
+        self.record("reward", total)
+        return gradients
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -358,10 +478,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def _generate(self, model: nn.Module) -> RolloutBatch:
         """Slots, rollouts, rewards, advantages and selection: everything up to the update."""
         args = self.args
-        if self.reference_set.is_due(self.state.global_step):
-            self._refresh_reference(model)
-        for name, distance in self.reference_set.distances.items():
-            self.record(f"reference_distance/{name}", distance)
+        self._prepare_reference(model)
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
             local, images = self.rollouts.generate(model, slots, self.state.global_step, self.distribution_rewards)
@@ -477,6 +594,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if self.args.ratio_normalization:
             means = torch.cat([step.mean for step in scored])[: shape.numel()]
             batch.old_means = means.view(*shape, *means.shape[1:])
+
+    def _prepare_reference(self, model: nn.Module) -> None:
+        if self.reference_set.is_due(self.state.global_step):
+            self._refresh_reference(model)
+        for name, distance in self.reference_set.distances.items():
+            self.record(f"reference_distance/{name}", distance)
 
     def _refresh_reference(self, model: nn.Module) -> None:
         """Generates the reference set anew, each process a share of it."""

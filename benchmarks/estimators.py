@@ -1,0 +1,109 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""
+Which estimator: policy gradients, rejection sampling and back-propagation, on digits at equal images generated.
+
+    OMP_NUM_THREADS=1 python benchmarks/estimators.py
+
+Each arm generates as many images, reference sets counted. Evaluations are the network's, one image each, forward;
+memory is what autograd holds for the backward pass at its peak, of one update in micro-batches of 64.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from digits_runs import IMAGES_PER_UPDATE, add_arguments, prepare, run, table, write
+
+from trl_distreward import DiffusionDistributionConfig, DistributionRewardTrainer
+
+PAPER = {"replace_size": 8, "reference_refresh_steps": 10, "top_advantage_quantile": 0.25, "ema_decay": 0.0}
+ROLLING = {"reference_update": "rolling", "lr_scheduler_type": "linear"}
+ARMS: dict[str, dict] = {
+    "GRPO, paper's recipe": PAPER,
+    "GRPO, one image a subset": ROLLING,
+    "rejection sampling": {**ROLLING, "loss_type": "rft", "top_advantage_quantile": 0.25},
+} | {
+    f"backprop, {'all' if steps == 10 else f'last {steps}'}, {sampler.upper()}": {
+        **ROLLING,
+        "loss_type": "backprop",
+        "backprop_steps": steps,
+        "sampler": sampler,
+    }
+    for sampler in ("sde", "ode")
+    for steps in (1, 3, 10)
+}
+COLUMNS = ["images", "evaluations", "seconds", "held MiB"]
+COLUMNS += ["fd_heldout ode", "fd_heldout sde", "fd_reward ode", "fd_pixel ode", "accuracy ode"]
+
+
+class Held:
+    """Bytes that autograd keeps for the backward pass; those of the weights are not counted."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: torch.Tensor):
+        owner = self
+
+        class Kept:
+            def __init__(self) -> None:
+                self.tensor, self.size = tensor, 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
+                owner.now += self.size
+                owner.most = max(owner.most, owner.now)
+
+            def __del__(self) -> None:
+                owner.now -= self.size
+
+        return Kept()
+
+
+def held_mib(cache: Path, settings: dict) -> float:
+    digits, held = prepare(cache, 0, 600), Held()
+    defaults = {"num_subsets": IMAGES_PER_UPDATE // settings.get("replace_size", 1), "replace_size": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        config = DiffusionDistributionConfig(
+            **{
+                **defaults,
+                "output_dir": folder,
+                "max_steps": 1,
+                "reference_set_size": 1000,
+                "top_advantage_quantile": 1.0,
+                "num_inference_steps": 10,
+                "noise_level": 0.7,
+                "last_step_size": None,
+                "per_device_train_batch_size": 64,
+                "save_strategy": "no",
+                "report_to": "none",
+                "use_cpu": True,
+                "disable_tqdm": True,
+                **settings,
+            }
+        )
+        trainer = DistributionRewardTrainer(str(digits.base_path), digits.reward(1.5), config)
+        with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda kept: kept.tensor):
+            trainer.train()
+    return held.most / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=11_240, output=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    updates = (args.budget - 1000) // IMAGES_PER_UPDATE
+    memory = {name: held_mib(args.cache, settings) for name, settings in ARMS.items()}
+    runs: dict[str, list[dict[str, float]]] = {"base": [], **{name: [] for name in ARMS}}
+    for seed in args.seeds:
+        runs["base"].append(run(args.cache, seed, 0) | {"held MiB": 0.0})
+        for name, settings in ARMS.items():
+            steps = {} if settings is PAPER else {"max_steps": updates}
+            result = run(args.cache, seed, args.budget, **{**steps, **settings})
+            runs[name].append(result | {"held MiB": memory[name]})
+            print(seed, name, json.dumps({key: round(value, 3) for key, value in runs[name][-1].items()}), flush=True)
+        write(args.output, args, runs=runs)
+    print(table(runs, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

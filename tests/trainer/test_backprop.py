@@ -1,0 +1,239 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback
+
+from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_reward, tiny_trainer
+from trl_distreward import FeatureStatistics, SubsetReplaceReward
+from trl_distreward.generation import image_generators
+from trl_distreward.sampling import replay, rollout
+
+BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3}
+
+
+def backprop_trainer(folder, **kwargs):
+    return tiny_trainer(folder, **{**BACKPROP, **kwargs})
+
+
+def gradients_of_first_update(trainer):
+    seen = {}
+    norm = trainer._get_grad_norm
+
+    def spy(model, grad_norm=None):
+        seen.update({name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None})
+        return norm(model, grad_norm)
+
+    trainer._get_grad_norm = spy
+    trainer.train()
+    return seen
+
+
+def distance(rows, real):
+    """Fréchet distance in float64, with autograd through everything."""
+
+    def moments(x):
+        x = x.double()
+        return x.mean(0), torch.cov(x.T)
+
+    (mean, covariance), (real_mean, real_covariance) = moments(rows), moments(real)
+    values, vectors = torch.linalg.eigh(real_covariance)
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    traces = covariance.trace() + real_covariance.trace()
+    product = root @ covariance @ root
+    return (
+        (mean - real_mean).square().sum() + traces - 2 * torch.linalg.eigvalsh((product + product.T) / 2).sqrt().sum()
+    )
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+@pytest.mark.parametrize(("steps", "checkpointed"), [(1, False), (3, True), (4, False)])
+def test_update_is_the_gradient_of_the_whole_sets_distance(tmp_path, sampler, steps, checkpointed):
+    """By plain autograd through sampling, features of all images at once, and the distance of the updated set."""
+    settings = {"backprop_steps": steps, "sampler": sampler, "checkpoint_steps": checkpointed}
+    trainer = backprop_trainer(tmp_path, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **settings)
+    kept = {}
+    roll = trainer.reference_set.roll
+
+    def spy(slots, new, generator):
+        kept["slots"] = slots.flatten()
+        kept["old"] = trainer.reward_funcs[0].features["features"].clone()
+        roll(slots, new, generator)
+
+    trainer.reference_set.roll = spy
+    found = gradients_of_first_update(trainer)
+
+    policy, network, args = trainer.policy, trainer.network, trainer.args
+    network.zero_grad()
+    labels = trainer.conditions[kept["slots"]]
+    x = policy.noise(labels, generators := image_generators(args.seed, "rollout", 0, range(12)))
+    cond, times = policy.encode(labels), args.rollout_schedule.times
+    for i in range(args.num_inference_steps):
+        with torch.set_grad_enabled(i >= args.num_inference_steps - steps):
+            v = policy.velocity(network, x, torch.full((12,), times[i]), cond)
+            dt, level = times[i + 1] - times[i], args.noise_level if sampler == "sde" else 0.0
+            x = x + (v + level**2 * (x + (1 - times[i]) * v)) * dt  # the `sit` schedule
+            if level and i < args.num_inference_steps - 1:  # the last step is the mean
+                noise = torch.stack([torch.randn(1, 4, 4, generator=g) for g in generators])
+                x = x + level * (2 * times[i] * -dt) ** 0.5 * noise
+    images = policy.decode(x) * 255
+    images = images + (images.round() - images).detach()
+    rows = kept["old"].double().index_copy(0, kept["slots"], features(images).double())
+    (distance(rows, features(real_images())) * 24 / 12).backward()
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                found[name], parameter.grad, rtol=2e-3, atol=2e-5 * max(1, parameter.grad.abs().max())
+            )
+    assert max(value.abs().max() for value in found.values()) > 1e-3
+
+
+def test_replayed_steps_have_the_values_of_the_rollout():
+    weight = torch.tensor(0.7, requires_grad=True)
+
+    def velocity(x, t):
+        return weight * x * t.view(-1, 1)
+
+    times, noise = [1.0, 0.8, 0.5, 0.2, 0.0], {"noise_schedule": "flow_grpo", "noise_level": 0.6}
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    taken = rollout(velocity, x, times, keep_states=range(1, 5), generator=torch.Generator().manual_seed(1), **noise)
+    assert set(taken.states) == {1, 2, 3, 4}
+    again = replay(velocity, taken.states, times, 1, **noise)
+    assert torch.equal(again, taken.sample)
+    (gradient,) = torch.autograd.grad(again.sum(), weight)
+    assert gradient != 0
+
+
+def held_for_backward(folder, **kwargs):
+    """Numbers autograd keeps, at most, over an update."""
+    trainer = backprop_trainer(folder, max_steps=1, per_device_train_batch_size=12, **kwargs)
+    held = {"now": 0, "most": 0}
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            held["now"] += tensor.numel()
+            held["most"] = max(held["most"], held["now"])
+
+        def __del__(self):
+            held["now"] -= self.tensor.numel()
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        trainer.train()
+    return held["most"]
+
+
+def test_memory_grows_with_the_steps_gone_back_not_with_all_of_them(tmp_path):
+    few = held_for_backward(tmp_path / "few", num_inference_steps=6, backprop_steps=2)
+    assert held_for_backward(tmp_path / "many", num_inference_steps=24, backprop_steps=2) <= 1.05 * few
+    deep = held_for_backward(tmp_path / "deep", num_inference_steps=6, backprop_steps=6)
+    assert deep > 2 * few
+    assert (
+        held_for_backward(tmp_path / "again", num_inference_steps=6, backprop_steps=6, checkpoint_steps=True)
+        < 0.6 * deep
+    )
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    sizes = [
+        gradients_of_first_update(backprop_trainer(tmp_path / str(n), max_steps=1, per_device_train_batch_size=n))
+        for n in (3, 12)
+    ]
+    for name, value in sizes[0].items():
+        torch.testing.assert_close(sizes[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_distances_fall(tmp_path):
+    trainer = backprop_trainer(
+        tmp_path, max_steps=40, learning_rate=1e-2, sampler="ode", backprop_steps=4, num_eval_images=200
+    )
+    before = trainer.evaluate()["eval_ode_distance_features"]
+    trainer.train()
+    assert trainer.evaluate()["eval_ode_distance_features"] < 0.7 * before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reference_update": "refresh", "reference_refresh_steps": 2},
+        {"ema_decay": 0.5, "sampler": "ode"},
+        {"backprop_steps": "random"},
+        {"backprop_steps": 1, "backprop_draws": 3},
+        {"beta": 0.1, "checkpoint_steps": True},
+        {"bf16": True},
+        {"lora": True, "beta": 0.1},
+    ],
+)
+def test_modes_train_and_resume_exactly(tmp_path, settings):
+    lora = {"peft_config": LoraConfig(r=2)} if settings.get("lora") else {}
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1} | {
+        k: v for k, v in settings.items() if k != "lora"
+    }
+    whole = backprop_trainer(tmp_path / "whole", **settings, **lora)
+    start = {name: p.detach().clone() for name, p in whole.network.named_parameters()}
+    whole.train()
+    assert any(not torch.equal(p, start[name]) for name, p in whole.network.named_parameters())
+    resumed = backprop_trainer(tmp_path / "resumed", **settings, **lora)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, p), q in zip(whole.network.named_parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    rewards = [[e["reward"] for e in t.state.log_history if "reward" in e] for t in (whole, resumed)]
+    assert rewards[0][-1] == rewards[1][-1]
+    if "beta" in settings:
+        kl = [e["kl"] for e in whole.state.log_history if "kl" in e]
+        assert kl[0] == pytest.approx(0, abs=1e-12) and kl[-1] > 0
+
+
+def test_differentiable_sample_rewards_add_their_gradient(tmp_path):
+    def brightness(images, **kwargs):
+        assert images.dtype == torch.float32 and images.max() > 1
+        return images.flatten(1).mean(1) / 255
+
+    brightness.differentiable = True
+    trainer = backprop_trainer(tmp_path, reward_funcs=[brightness], max_steps=20, learning_rate=3e-3)
+    trainer.train()
+    values = [e["sample_reward"] for e in trainer.state.log_history if "sample_reward" in e]
+    assert values[-1] > values[0] + 0.05
+    mixed = backprop_trainer(tmp_path / "mixed", reward_funcs=[tiny_reward(), brightness], reward_weights=[0.1, 1.0])
+    mixed.train()
+
+
+def test_training_ends_early_on_a_held_out_distance(tmp_path):
+    trainer = backprop_trainer(
+        tmp_path, max_steps=30, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="ode_distance_features",
+    )  # fmt: skip
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    trainer.train()
+    assert trainer.state.global_step < 30
+    best = load_file(f"{trainer.state.best_model_checkpoint}/transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(best[name], p) for name, p in trainer.network.named_parameters())
+
+
+def test_what_cannot_be_back_propagated_is_refused(tmp_path):
+    real = FeatureStatistics.from_features(features(real_images()))
+    rounded = SubsetReplaceReward(lambda images: features(images.to(torch.uint8)), real)
+    with pytest.raises(ValueError, match="'features' passes no gradient.*loss_type='grpo'"):
+        backprop_trainer(tmp_path, reward_funcs=rounded)
+    with pytest.raises(ValueError, match="'<lambda>' does not say that it is differentiable"):
+        backprop_trainer(tmp_path, reward_funcs=lambda images, **kwargs: [0.0] * len(images))
+    with pytest.raises(ValueError, match="leave credit='shared'"):
+        backprop_trainer(tmp_path, reward_funcs=tiny_reward(credit="leave_one_in"))
+    for settings, message in (
+        ({"backprop_steps": 9}, "must lie in 1 to num_inference_steps=4"),
+        ({"backprop_steps": "all"}, "must be a number of steps or 'random'"),
+        ({"backprop_draws": 2}, "set backprop_steps=1"),
+        ({"num_subsets": 12}, "24 images are not fewer than reference_set_size=24"),
+        ({"num_iterations": 2}, "num_iterations, best_of_n and num_generations at 1"),
+        ({"reference_update": "refresh", "reference_refresh_steps": "auto"}, "use reference_update='rolling'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(tmp_path, **{**BACKPROP, **settings})
+    with pytest.raises(ValueError, match="sampler='ode'"):
+        tiny_config(tmp_path, sampler="ode")
+
+
+def test_guidance_goes_through_the_last_steps(tmp_path):
+    pipeline = tiny_pipeline(class_dropout_prob=0.1)
+    backprop_trainer(tmp_path, model=pipeline, guidance_scale=2.0, max_steps=1).train()
