@@ -16,7 +16,9 @@ SETTINGS: dict[str, dict] = {
     "refresh 5": {"reference_refresh_steps": 5},
     "refresh 10": {"reference_refresh_steps": 10},
     "refresh 20": {"reference_refresh_steps": 20},
-    "auto": {"reference_refresh_steps": "auto"},
+    "auto, drift 0.5": {"reference_refresh_steps": "auto", "refresh_drift": 0.5},
+    "auto, drift 1": {"reference_refresh_steps": "auto", "refresh_drift": 1.0},
+    "auto, drift 2": {"reference_refresh_steps": "auto", "refresh_drift": 2.0},
     "rolling": {"reference_update": "rolling"},
 }
 COLUMNS = ["updates", "refreshes", "images", "fd_heldout ode", "fd_heldout sde", "fd_reward ode", "fd_pixel ode"]
@@ -26,10 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, seeds=[0, 10, 20], budget=16_000, output=Path(__file__).with_suffix(".json"))
     parser.add_argument("--replace-size", type=int, default=8, help="images of a subset; 256 are generated per update")
+    parser.add_argument("--arms", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     args = parser.parse_args()
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.arms}
     for seed in args.seeds:
-        for name, settings in SETTINGS.items():
+        for name in args.arms:
+            settings = SETTINGS[name]
             runs[name].append(run(args.cache, seed, args.budget, replace_size=args.replace_size, **settings))
             print(seed, name, {key: round(value, 3) for key, value in runs[name][-1].items()}, flush=True)
     print(table(runs, COLUMNS))

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -182,7 +183,12 @@ def test_update_raises_the_density_of_rewarded_trajectories(tmp_path):
     trainer.train()
     with torch.no_grad():
         micros = [m for m, _ in trainer._micro_batches(trainer._buffer)]
-        gains = torch.cat([trainer._score(trainer.network, m).log_prob - m["drawn_log_probs"] for m in micros])
+        gains = torch.cat(
+            [
+                trainer.pair_loss.score(partial(trainer._velocity, trainer.network), m).log_prob - m["drawn_log_probs"]
+                for m in micros
+            ]
+        )
         advantages = torch.cat([m["advantages"] for m in micros])
     assert (gains * advantages).mean() > 0
 

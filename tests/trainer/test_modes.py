@@ -108,7 +108,9 @@ def test_share_of_steps_is_drawn_anew(tmp_path):
 def test_noise_weighted_steps(tmp_path):
     trainer = trained(tmp_path, step_weighting="noise")
     batch, times = trainer._buffer, trainer.args.rollout_schedule.times
-    micro, _ = next(batch.micro_batches(times, 1000, 1, trainer._step_weights(batch.steps)))
+    micro, _ = next(
+        batch.micro_batches(times, 1000, 1, trainer.pair_loss.step_weights(batch.steps, batch.advantages.device))
+    )
     assert micro["weights"].sum().item() == pytest.approx(1.0)
     std = {i: (2 * times[i] * (times[i] - times[i + 1])) ** 0.5 for i in batch.steps}  # sit noise, level 1
     for i in batch.steps:

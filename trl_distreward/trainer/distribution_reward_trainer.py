@@ -2,7 +2,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,12 @@ from ..metrics.report import ImageMetric
 from ..policies import as_policy, to_uint8
 from ..rewards.diagnostics import reward_diagnostics
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
-from ..sampling import Transition, transition
 from .backprop import TailLoss, TailRollouts, straight_through_uint8
 from .base import DiffusionTrainer
 from .callbacks import print_rewards
 from .distribution_reward_config import DiffusionDistributionConfig
-from .objective import clipped_policy_loss, gaussian_kl, normalize_advantages, normalize_ratio, select
+from .objective import normalize_advantages, select
+from .pair_loss import PairLoss, UpdateStatistics
 from .reference_set import ReferenceSet
 from .rollout_batch import RolloutBatch
 from .rollouts import Rollouts
@@ -30,24 +30,6 @@ from .rollouts import Rollouts
 logger = get_logger(__name__)
 
 RewardFunction = Callable[..., Any]
-
-
-@dataclass
-class UpdateStatistics:
-    """Weighted sums and extremes over an update's micro-batches, reduced over processes when they are logged."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    ratios: list[Tensor] = field(default_factory=list)
-    delta_by_step: Tensor | None = None  # (2, steps of the grid): sums of weighted |Δ log p| and of weights
-
-    def add_delta(self, delta: Tensor, weights: Tensor, step: Tensor, num_steps: int) -> None:
-        rows = torch.stack([delta * weights, weights]).double()
-        empty = rows.new_zeros(2, num_steps)
-        self.delta_by_step = (empty if self.delta_by_step is None else self.delta_by_step).index_add(1, step, rows)
-
-    def add(self, weights: Tensor, **values: Tensor) -> None:
-        for name, value in {"weight": torch.ones_like(weights), **values}.items():
-            self.sums[name] = self.sums.get(name, 0) + (value.detach().double() * weights).sum()
 
 
 class DistributionRewardTrainer(DiffusionTrainer):
@@ -159,6 +141,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._buffer: RolloutBatch | None = None
         self._last_rewards: tuple[Tensor, Tensor] | None = None
         self.reference_set = ReferenceSet(self.distribution_rewards, args, self.accelerator)
+        self.pair_loss = PairLoss(args, self._velocity, self._initial_velocity)
         kind = TailRollouts if args.loss_type == "backprop" else Rollouts
         self.rollouts = kind(policy, args, self.conditions, self.accelerator, self.autocast)
         self._check_processes()
@@ -384,10 +367,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
             inputs (`dict`): `cond`, `x`, `next_x` `(P, ...)`, `t`, `t_next`, `advantages`, `weights`,
                 `drawn_log_probs` `(P,)`, and `old_log_probs` `(P,)` off-policy.
         """
-        if self.args.loss_type == "rft":
-            loss, values = self._flow_matching_loss(model, inputs)
-        else:
-            loss, values = self._policy_loss(model, inputs)
+        loss, values = self.pair_loss(model, inputs)
         if "statistics" in inputs:
             inputs["statistics"].add(inputs["weights"], **values)
             if "ratio" in values:
@@ -400,77 +380,15 @@ class DistributionRewardTrainer(DiffusionTrainer):
         loss = (loss * inputs["weights"]).sum() * self.accelerator.num_processes
         return (loss, values) if return_outputs else loss
 
-    def _policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Clipped policy gradient with KL (Eq. 6), `(P,)`, and what is logged of it."""
-        step = self._score(model, inputs)
-        # On-policy the anchor is the log-probability itself: the ratio is exactly 1, whatever the kernels' noise.
-        old = inputs.get("old_log_probs", step.log_prob.detach())
-        log_prob = step.log_prob
-        if self.args.ratio_normalization:
-            old_mean = inputs.get("old_means", step.mean.detach())
-            log_prob, old = normalize_ratio(log_prob - old, step.mean, old_mean, step.std), torch.zeros_like(old)
-        policy = clipped_policy_loss(log_prob, old, inputs["advantages"], self.args.epsilon)
-        values = {
-            "ratio": policy.ratio,
-            "clip_ratio": policy.clipped,
-            "delta_log_prob": (step.log_prob.detach() - inputs["drawn_log_probs"]).abs(),
-        }
-        loss = policy.loss
-        if self.args.beta > 0:
-            values["kl"] = self._kl(model, inputs, step)
-            loss = loss + self.args.beta * values["kl"]
-        return loss, values
-
-    def _flow_matching_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`|v(x_t, t) - (x_1 - x_0)|²` on selected images `x_0` (Eq. 2), mean over dimensions, `(P,)`."""
-        noise, data, t = inputs["x"], inputs["next_x"], inputs["t"].to(inputs["x"].dtype)
-        wide = t.view(-1, *[1] * (data.ndim - 1))
-        velocity = self._velocity(model, (1 - wide) * data + wide * noise, t, inputs["cond"])
-        loss = (velocity - (noise - data)).square().flatten(1).mean(1)
-        return loss, {"flow_matching_loss": loss}
-
     def _velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         with self.autocast():
             return self.policy.velocity(model, x, t.to(x.dtype), cond)
 
-    def _score(self, model: nn.Module, pairs: dict[str, Any]) -> Transition:
-        """Density of the taken steps under `model`."""
-        velocity = self._velocity(model, pairs["x"], pairs["t"], pairs["cond"])
-        return transition(
-            pairs["x"],
-            velocity,
-            pairs["t"],
-            pairs["t_next"],
-            noise_schedule=self.args.noise_schedule,
-            noise_level=self.args.noise_level,
-            prev_sample=pairs["next_x"],
-        )
-
-    def _kl(self, model: nn.Module, pairs: dict[str, Any], step: Transition) -> Tensor:
-        network = self.network
-        with torch.no_grad(), network.disable_adapter() if isinstance(network, PeftModel) else nullcontext():
-            reference = self._score(model if self.reference_model is None else self.reference_model, pairs)
-        return gaussian_kl(step.mean, reference.mean, step.std)
-
     def _micro_batches(self, batch: RolloutBatch) -> Iterator[tuple[dict[str, Any], bool]]:
         times, size = self.args.rollout_schedule.times, self.args.per_device_train_batch_size
-        weights = self._step_weights(batch.steps) if self.args.step_weighting == "noise" else None
+        noisy = self.args.step_weighting == "noise"
+        weights = self.pair_loss.step_weights(batch.steps, self.accelerator.device) if noisy else None
         return batch.micro_batches(times, size, self.accelerator.num_processes, weights)
-
-    def _step_weights(self, steps: tuple[int, ...]) -> Tensor:
-        """Weights proportional to the steps' noise, of mean 1."""
-        times = torch.tensor(self.args.rollout_schedule.times, dtype=torch.float64)
-        index, nothing = torch.tensor(steps), torch.zeros(len(steps), 1, dtype=torch.float64)
-        step = transition(
-            nothing,
-            nothing,
-            times[index],
-            times[index + 1],
-            noise_schedule=self.args.noise_schedule,
-            noise_level=self.args.noise_level,
-            prev_sample=nothing,
-        )
-        return (step.std / step.std.mean()).float().to(self.accelerator.device)
 
     # ---- generation ----
 
@@ -588,7 +506,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def _anchor(self, model: nn.Module, batch: RolloutBatch) -> None:
         """Old log-probabilities from the very micro-batches of the update, so that the first ratio is 1."""
-        scored = [self._score(model, micro) for micro, _ in self._micro_batches(batch)]
+        scored = [
+            self.pair_loss.score(partial(self._velocity, model), micro) for micro, _ in self._micro_batches(batch)
+        ]
         shape = batch.drawn_log_probs.shape  # (K, steps); micro-batches may end with repeated pairs
         batch.old_log_probs = torch.cat([step.log_prob for step in scored])[: shape.numel()].view(shape)
         if self.args.ratio_normalization:
@@ -619,24 +539,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
             self._last_rewards = None
 
     def _record_update(self, statistics: UpdateStatistics) -> None:
-        """Means over all pairs of all processes."""
-        names = list(statistics.sums)
-        sums = self.accelerator.reduce(torch.stack([statistics.sums[name] for name in names]), reduction="sum")
-        values = dict(zip(names, sums.tolist(), strict=True))
-        weight = values.pop("weight")
-        for name, value in values.items():
-            self.record("ratio/mean" if name == "ratio" else name, value / weight)
-        if statistics.delta_by_step is not None:
-            delta, weights = self.accelerator.reduce(statistics.delta_by_step, reduction="sum").tolist()
-            for step, (value, weight) in enumerate(zip(delta, weights, strict=True)):
-                if weight > 0:
-                    self.record(f"delta_log_prob/step_{step}", value / weight)
-        if statistics.ratios:
-            ratios = torch.cat(statistics.ratios)
-            extremes = self.accelerator.gather(torch.stack([ratios.min(), -ratios.max()])[None])
-            low, negative_high = extremes.amin(dim=0).tolist()
-            self.record("ratio/min", low)
-            self.record("ratio/max", -negative_high)
+        for name, value in statistics.reduced(self.accelerator).items():
+            self.record(name, value)
 
     # ---- checkpoints ----
 
