@@ -47,6 +47,7 @@ def test_sum_is_the_weighted_sum_of_every_method():
     for method, arguments in [
         ("replaced", (indices, NEW)),
         ("leave_one_in", (indices, NEW)),
+        ("gradient", (indices, NEW)),
         ("delete_one", (torch.arange(N),)),
         ("add_one", (NEW[0],)),
     ]:

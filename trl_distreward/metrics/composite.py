@@ -109,6 +109,10 @@ class SumDistance:
         """Credits `(B, n)` of new rows: the updated set's distance minus its distance without the row."""
         return self._sum("leave_one_in", indices, features)
 
+    def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
+        """Gradient `(B, n, d)` of `replaced` with respect to the new rows: the members', weighted as they are."""
+        return self._sum("gradient", indices, features)
+
     def delete_one(self, indices: Tensor) -> Tensor:
         """Distances without each row of `indices` `(M,)` minus the distance as it is, `(M,)`."""
         return self._sum("delete_one", indices)
@@ -271,6 +275,31 @@ class DebiasedDistance:
                 here = self._half[indices] == half  # (B, n)
                 credits = member.leave_one_in(*padded[:2]).gather(1, padded[2])
                 total = total - 0.5 * credits * here
+        return total
+
+    def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
+        """
+        Gradient of [`~DebiasedDistance.replaced`] with respect to the new rows, each subset apart.
+
+        It is 2 · gradient of the whole - ½ · gradient of the row's half (nothing for a row in neither).
+
+        Args:
+            indices, features: as in [`~DebiasedDistance.replaced`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, n, d)`, float64, without a graph.
+
+        Raises:
+            ValueError: as [`~DebiasedDistance.replaced`].
+        """
+        indices, features = self._checked("gradient", indices, features)
+        total = 2 * self.whole.gradient(indices, features)
+        for half, member in enumerate(self.halves):
+            padded = self._in_half(half, indices, features)
+            if padded is not None:
+                here = self._half[indices] == half  # (B, n)
+                columns = padded[2][:, :, None].expand_as(features)
+                total = total - 0.5 * member.gradient(*padded[:2]).gather(1, columns) * here[:, :, None]
         return total
 
     def delete_one(self, indices: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ class Distance(Protocol):
     """
     Distance of a generated set, the reference set, from real data, and its exact change when the set changes.
 
-    Rewards need `fit`, `value` and `replaced`; credit by image needs `leave_one_in`, the control variate `delete_one`.
-    Results are float64.
+    Rewards need `fit`, `value` and `replaced`; credit by image needs `leave_one_in`, the control variate `delete_one`,
+    rewards that are back-propagated `gradient`. Results are float64.
     """
 
     @property
@@ -37,6 +37,11 @@ class Distance(Protocol):
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
         """`(B, n)`: of each set so updated, minus the distance it has without the new row j."""
+        ...
+
+    def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
+        """`(B, n, d)`: of `replaced` with respect to the new features, each subset apart; needed by back-propagated
+        rewards. Without a graph."""
         ...
 
     def delete_one(self, indices: Tensor) -> Tensor:

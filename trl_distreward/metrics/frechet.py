@@ -256,6 +256,42 @@ class FrechetDistance:
         """
         return self._changed(indices, features, "leave_one_in", leave_one_in=True)
 
+    @torch.no_grad()
+    def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
+        """
+        Gradient of [`~FrechetDistance.replaced`] with respect to the new rows, each subset apart; for rewards that are
+        back-propagated.
+
+        With `G = I - R A'^-½ R`, `A' = R S' R`, row x of the updated set has the gradient
+
+            2/(N - 1) · G (x - m') + 2/N · (m' - m_r)
+
+        from `d Tr A^½ = ½ Tr(A^-½ dA)`; the mean's part of `dS'` cancels as rows about their mean sum to 0. It costs
+        one eigendecomposition per subset whatever `method` is, and nothing grows with n but products of `(n, d)`:
+        `A'^-½` is a function of the whole matrix, so that repeated eigenvalues do no harm.
+
+        `A'^-½` is the pseudo-inverse's: eigenvalues that are 0 by the rank of the sets (N ≤ d, few real rows) or up to
+        rounding, `d · ε` of the largest, contribute nothing. Zeros that all sets of these sizes have cost no
+        exactness: `Tr A'^½` is the nuclear norm of the rows times R, smooth while its rank is the greatest possible.
+        Where the set itself has collapsed (copies of a row in a set of N ≤ d, a feature that no longer varies) the
+        distance has a kink, falling at one rate either way out of the collapse; what is returned is the mean of the
+        one-sided derivatives, in every direction.
+
+        Args:
+            indices, features: as in [`~FrechetDistance.replaced`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, n, d)`, float64, on the reference set's device, without a graph.
+
+        Raises:
+            ValueError: as in [`~FrechetDistance.replaced`].
+        """
+        check_replacement(indices, features, self._require_rows("gradient", 2), self.dimension)
+        indices, features = indices.to(self._mean.device), features.to(self._mean.device)
+        chunk = max(1, self.memory_budget // (8 * self.dimension * (6 * self.dimension + 7 * indices.shape[1])))
+        pieces = zip(indices.split(chunk), features.split(chunk), strict=True)
+        return torch.cat([self._gradient_chunk(idx, new) for idx, new in pieces])
+
     def delete_one(self, indices: Tensor) -> Tensor:
         """
         `D(G without row i) - D(G)` for rows `indices` of shape `(M,)`, exactly; `(M,)`, float64.
@@ -480,11 +516,9 @@ class FrechetDistance:
 
     def _direct_chunk(self, indices: Tensor, features: Tensor, leave_one_in: bool) -> Tensor:
         count = self._count
-        added, removed = features.double() - self._mean, self.features[indices].double()  # type: ignore[index]
-        shift = (added.sum(dim=1) - removed.sum(dim=1)) / count  # (B, d)
-        added_r, removed_r, shift_r = added @ self._root, removed @ self._root, shift @ self._root
-        change = added_r.mT @ added_r - removed_r.mT @ removed_r - count * shift_r[:, :, None] * shift_r[:, None, :]
-        product = self._product + change / (count - 1)  # (B, d, d)
+        added, removed, shift = self._moved(indices, features)
+        added_r, shift_r = added @ self._root, shift @ self._root
+        product = self._updated_product(added_r.mT @ added_r, removed, shift_r)
         squares = added.square().sum((1, 2)) - removed.square().sum((1, 2)) - count * shift.square().sum(1)
         mean, trace = self._mean + shift - self._real_mean, self._trace + squares / (count - 1)
         distance = self._distance(mean, trace, self._root_trace(product))
@@ -498,6 +532,35 @@ class FrechetDistance:
             rest = growth * (trace - ratio * z.square().sum(1))
             credits.append(distance - self._distance(mean - z / (count - 1), rest, roots))
         return torch.stack(credits, dim=1)
+
+    def _gradient_chunk(self, indices: Tensor, features: Tensor) -> Tensor:
+        count = self._count
+        added, removed, shift = self._moved(indices, features)
+        added_r = added @ self._root
+        gain = added_r.mT @ added_r
+        # A' ≤ A + gain / (N - 1): their rounding is what a zero eigenvalue of A' comes back as. Its rows hold rounding
+        # too, and one divided by the root of the other would cost half of the digits, or all of them by bad luck.
+        largest = torch.linalg.matrix_norm(self._product) + torch.linalg.matrix_norm(gain) / (count - 1)  # (B,)
+        product = self._updated_product(gain, removed, shift @ self._root)
+        eigenvalues, vectors = torch.linalg.eigh(product)
+        eigenvalues = _clean(eigenvalues, self._rank)
+        zero = eigenvalues <= self.dimension * torch.finfo(torch.float64).eps * largest[:, None]
+        scales = eigenvalues.masked_fill(zero, torch.inf) ** -0.25  # (B, d), 0 for eigenvalues 0
+        half = scales[:, :, None] * (vectors.mT @ self._root)  # G = I - halfᵀ half
+        rows = added - shift[:, None]
+        mean = self._mean + shift - self._real_mean
+        return 2 / (count - 1) * (rows - rows @ half.mT @ half) + 2 / count * mean[:, None]
+
+    def _moved(self, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Added and removed rows about the old mean, (B, n, d), and how far the mean moves, (B, d); float64."""
+        added, removed = features.double() - self._mean, self.features[indices].double()  # type: ignore[index]
+        return added, removed, (added.sum(dim=1) - removed.sum(dim=1)) / self._count
+
+    def _updated_product(self, gain: Tensor, removed: Tensor, shift_r: Tensor) -> Tensor:
+        """A' (B, d, d), from the added rows' scatter times R on both sides, removed rows, and the mean's shift · R."""
+        removed_r = removed @ self._root
+        change = gain - removed_r.mT @ removed_r - self._count * shift_r[:, :, None] * shift_r[:, None, :]
+        return self._product + change / (self._count - 1)
 
     def _root_trace(self, product: Tensor, rank: int | None = None) -> Tensor:
         return _clean(torch.linalg.eigvalsh(product), self._rank if rank is None else rank).sqrt().sum(-1)

@@ -9,6 +9,7 @@ Between N sorted numbers `x_(i)` and a real distribution with quantile function 
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,6 +150,40 @@ class SlicedWassersteinDistance:
         """
         return self._over_chunks("leave_one_in", indices, features)
 
+    @torch.no_grad()
+    def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
+        """
+        Gradient of [`~SlicedWassersteinDistance.replaced`] with respect to the new rows, each subset apart; for
+        rewards that are back-propagated.
+
+        A row x that is the p-th of the updated set along direction θ is pulled to the mean of the p-th bin there:
+
+            2/(N L) · Σ_θ (θ·x - q_p) θ
+
+        Equal numbers have kinks: the order of any permutation that sorts them gives a subgradient, along which a small
+        step down lowers the distance. Here new rows come before equal rows of the reference set and among themselves
+        in the order given, so that copies of one row are pulled apart.
+
+        Args:
+            indices, features: as in [`~SlicedWassersteinDistance.replaced`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, n, d)`, float64, without a graph.
+
+        Raises:
+            ValueError: as [`~SlicedWassersteinDistance.replaced`].
+        """
+        self._check_fitted("gradient")
+        features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
+        indices = indices.to(self._centre.device)
+        gradient = torch.zeros_like(features)
+        for part, subsets in self._pieces(indices):
+            ordered, new, _ = self._updated(part, indices[subsets], features[subsets])
+            means = self._bins[part].means.expand(len(new), -1, -1)  # (b, l, N)
+            pulls = new - means.gather(2, _distinct_places(ordered, new))  # (b, l, n)
+            gradient[subsets] += pulls.mT @ self.projections[:, part].T
+        return gradient.mul_(2 / (self._count * len(self._costs)))
+
     def delete_one(self, indices: Tensor) -> Tensor:
         """
         Distance without row `indices[i]` minus the distance with it, for each i apart.
@@ -192,29 +227,32 @@ class SlicedWassersteinDistance:
         indices = indices.to(self._centre.device)
         shape = indices.shape if method == "leave_one_in" else indices.shape[:1]
         total = torch.zeros(shape, dtype=torch.float64, device=features.device)
-        size = indices.shape[1]
-        for part in self._parts(self._count):
-            work = 8 * len(self._costs[part]) * (4 * self._count + 6 * size)  # bytes of one subset
-            chunk = max(1, self.memory_budget // work)
-            for start in range(0, len(indices), chunk):
-                subsets = slice(start, start + chunk)
-                ordered, places = self._updated(part, indices[subsets], features[subsets])
-                costs = self._bins[part].costs(ordered)  # (b, l)
-                if method == "leave_one_in":
-                    without = _without_each(ordered, self._fewer[part]).gather(2, places)  # (b, l, n)
-                    total[subsets] += (costs[:, :, None] - without).sum(dim=1)
-                else:
-                    total[subsets] += costs.sum(dim=1)
+        for part, subsets in self._pieces(indices):
+            ordered, _, places = self._updated(part, indices[subsets], features[subsets])
+            costs = self._bins[part].costs(ordered)  # (b, l)
+            if method == "leave_one_in":
+                without = _without_each(ordered, self._fewer[part]).gather(2, places)  # (b, l, n)
+                total[subsets] += (costs[:, :, None] - without).sum(dim=1)
+            else:
+                total[subsets] += costs.sum(dim=1)
         return total / len(self._costs)
 
-    def _updated(self, part: slice, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Sorted projections of the updated sets, (b, l, N), and the new rows' places in them, (b, l, n)."""
-        new = self._project(features.flatten(0, 1), part).view(-1, *indices.shape).transpose(0, 1)  # (b, l, n)
+    def _pieces(self, indices: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Parts of the projections and of the subsets `indices` (B, n) whose work space fits into the budget."""
+        for part in self._parts(self._count):
+            work = 8 * len(self._costs[part]) * (4 * self._count + 10 * indices.shape[1])  # bytes of one subset
+            chunk = max(1, self.memory_budget // work)
+            for start in range(0, len(indices), chunk):
+                yield part, slice(start, start + chunk)
+
+    def _updated(self, part: slice, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sorted projections of the updated sets, (b, l, N), new rows' projections and places in them, (b, l, n)."""
+        new = self._project(features.flatten(0, 1), part).view(-1, *indices.shape).transpose(0, 1).contiguous()
         old = self._ranks[part][:, indices].long().transpose(0, 1)
         ordered = self._sorted[part].repeat(len(indices), 1, 1).scatter_(2, old, new)
         ordered = _sort(ordered)
         # of several equal numbers it does not matter which one is left out
-        return ordered, torch.searchsorted(ordered, new.contiguous())
+        return ordered, new, torch.searchsorted(ordered, new)
 
     # ---- projections and bins ----
 
@@ -265,6 +303,13 @@ def _sort(values: Tensor) -> Tensor:
 def _prefix(values: Tensor) -> Tensor:
     """Sums of the first 0, 1, …, K values along the last dimension: (..., K) -> (..., K + 1)."""
     return F.pad(values.cumsum(dim=-1), (1, 0))
+
+
+def _distinct_places(ordered: Tensor, new: Tensor) -> Tensor:
+    """Places of the numbers `new` (..., n) in `ordered` (..., N), no two the same: equal ones follow one another."""
+    new, order = new.sort(dim=-1, stable=True)
+    number = torch.arange(new.shape[-1], device=new.device) - torch.searchsorted(new, new)  # of a number in its run
+    return torch.empty_like(order).scatter_(-1, order, torch.searchsorted(ordered, new) + number)
 
 
 def _without_each(ordered: Tensor, bins: _Bins) -> Tensor:
