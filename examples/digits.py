@@ -8,7 +8,8 @@ distribution-wise reward.
 
 Two estimators of the update are compared: policy gradients, one image a subset, and the distance back-propagated
 through the last three steps of the ODE. Two different networks judge the images: the reward sees the first one's
-features, pixels, and the first one's class probabilities beside the labels that were asked for; the second is held out.
+features, pixels, and the first one's class probabilities beside the labels that were asked for; the second is held
+out.
 Written to the output folder: report.json and report.md, before.png, and for each estimator its pipeline, after_*.png
 and curve_*.png.
 """

@@ -40,13 +40,16 @@ def values(log, key):
     return [entry[key] for entry in log["history"] if key in entry]
 
 
+BACKPROP = {"reference_update": "rolling", "loss_type": "backprop", "backprop_steps": 2, "checkpoint_steps": True}
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "settings",
     [
         {"max_steps": 3, "reference_refresh_steps": 2, "num_eval_images": 17},
         {"max_steps": 3, "reference_update": "rolling", "replace_size": 1, "top_advantage_quantile": 0.2},
-        {"max_steps": 3, "reference_update": "rolling", "loss_type": "backprop", "backprop_steps": 2},
+        {"max_steps": 3, **BACKPROP},
     ],
 )
 def test_many_processes_train_as_one(tmp_path, settings):
@@ -56,7 +59,8 @@ def test_many_processes_train_as_one(tmp_path, settings):
         weights, other = run(tmp_path / str(processes), processes, settings)
         for key in ("reward", "reward_std", "advantage_kept", "reference_distance/features"):
             assert values(other, key) == pytest.approx(values(log, key), rel=1e-9), key
-        assert values(other, "ratio/min") == values(other, "ratio/max") == [1.0] * 3
+        if settings.get("loss_type") != "backprop":
+            assert values(other, "ratio/min") == values(other, "ratio/max") == [1.0] * 3
         for name, value in expected.items():  # gradients add up in another order
             torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
         for name in ("eval_sde_distance_features", "eval_ode_distance_features"):
@@ -90,6 +94,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
     ("launch", "settings"),
     [
         ("fsdp2", {"ema_decay": 0.5}),
+        pytest.param("fsdp2", BACKPROP, marks=pytest.mark.slow),
         pytest.param("fsdp2", {"lora": True}, marks=pytest.mark.slow),
         pytest.param("zero2", {}, marks=needs_deepspeed),
         pytest.param("zero3", {}, marks=needs_deepspeed),
