@@ -46,7 +46,7 @@ class DiffusionDistributionConfig(_BaseConfig):
         reference_refresh_steps (`int` or `str`, *optional*, defaults to `10`):
             Optimizer steps between two generations of the reference set under `"refresh"`. `"auto"`: it is generated
             anew once the mean reward has drifted from what the unchanged set would get by more than `refresh_drift`.
-        refresh_drift (`float`, *optional*, defaults to `2.0`):
+        refresh_drift (`float`, *optional*, defaults to `0.5`):
             Drift under `"auto"`, in standard deviations of the rewards of one update.
         best_of_n (`int`, *optional*, defaults to `1`):
             Candidates generated for every slot, of which the one with the best replaced distance by itself is kept
@@ -187,7 +187,7 @@ class DiffusionDistributionConfig(_BaseConfig):
         default=10, metadata={"help": "Optimizer steps between two generations of the reference set, or 'auto'."}
     )
     refresh_drift: float = field(
-        default=2.0, metadata={"help": "Drift that brings a refresh under 'auto', in standard deviations."}
+        default=0.5, metadata={"help": "Drift that brings a refresh under 'auto', in standard deviations."}
     )
     best_of_n: int = field(default=1, metadata={"help": "Candidates generated for every slot; the best is kept."})
     reward_weights: list[float] | None = field(
