@@ -23,7 +23,7 @@ IMAGES_PER_UPDATE = 256
 
 
 class StopAtBudget(TrainerCallback):
-    """Ends training once so many images have been generated, for rollouts and for reference sets."""
+    """Ends training before an update that would take more images, for rollouts and for reference sets."""
 
     def __init__(self, budget: int):
         self.budget = budget
@@ -39,7 +39,8 @@ class StopAtBudget(TrainerCallback):
         return IMAGES_PER_UPDATE * steps + self.refreshes * self.trainer.args.reference_set_size
 
     def on_log(self, args, state, control, **kwargs):
-        if self.images >= self.budget:
+        due = self.trainer.reference_set.is_due(state.global_step)
+        if self.images + IMAGES_PER_UPDATE + due * args.reference_set_size > self.budget:
             control.should_training_stop = True
 
 

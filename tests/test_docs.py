@@ -31,3 +31,8 @@ def test_documented_names_exist():
         for part in name.split("."):
             value = getattr(value, part)
         assert value.__doc__, name
+
+
+def test_no_page_has_a_place_left_to_fill():
+    for path in [ROOT / "README.md", *(ROOT / "docs" / "source").glob("*.md")]:
+        assert not re.findall(r"^[A-Z]+_(?:TABLE|TEXT)$|TODO|TBD", path.read_text(), flags=re.MULTILINE), path

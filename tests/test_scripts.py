@@ -81,3 +81,13 @@ def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
     assert result.returncode == 0, result.stderr
     for option in ("--model", "--num_subsets", "--reference_update", "--learning_rate", "--lora_r"):
         assert option in result.stdout
+
+
+def test_fields_that_take_a_number_or_a_word_take_both_from_the_command_line(tmp_path):
+    shared = ["--model", "m", "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    _, config = train.make_parser().parse_args_and_config([*shared, "--reference_refresh_steps", "auto"])
+    assert config.reference_refresh_steps == "auto"
+    words = ["--loss_type", "backprop", "--num_subsets", "10", "--backprop_steps"]
+    for given, expected in (("random", "random"), ("3", 3)):
+        _, config = train.make_parser().parse_args_and_config([*shared, *words, given])
+        assert config.backprop_steps == expected and config.reference_refresh_steps == 10

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from trl_distreward import (
     DebiasedDistance,
@@ -150,8 +151,44 @@ def test_other_distances_and_sums_serve_and_come_back_with_their_scales():
     assert kernel.score(slots, new).shape == (2, 2)
 
 
+def test_a_sum_is_debiased_as_if_made_anew():
+    real, reference = draw(80, 0).float(), draw(40, 1, spread=0.8).float()
+
+    def both(features):
+        statistics = FeatureStatistics.from_features(features)
+        return SumDistance({"fd": FrechetDistance(statistics), "mmd": KernelDistance(features, unbiased=False)})
+
+    reward = SubsetReplaceReward(identity, real, both, debias=True)
+    reward.set_reference({"features": reference})
+    fresh = DebiasedDistance(lambda: both(real)).fit(reference)
+    slots, new = torch.tensor([[0, 1], [22, 39]]), draw(4, 3)
+    torch.testing.assert_close(-reward.score(slots, {"features": new}), fresh.replaced(slots, new.view(2, 2, 6)))
+    assert reward.baseline == pytest.approx(-fresh.value)
+
+
+def test_metrics_of_a_normalized_sum_compare_from_set_to_set(tmp_path):
+    real = draw(80, 0).float()
+    save_file({"features": real}, tmp_path / "real.safetensors")
+
+    def both(features):
+        statistics = FeatureStatistics.from_features(features)
+        parts = {"fd": FrechetDistance(statistics), "mmd": KernelDistance(features, unbiased=False)}
+        return SumDistance(parts, normalize=True)
+
+    metric = SubsetReplaceReward(identity, str(tmp_path / "real.safetensors"), both).metrics()["features"]
+    values = []
+    for spread in (0.8, 0.3, 0.8):
+        metric.reset()
+        metric.update(draw(60, 1, spread=spread).view(60, 6, 1, 1))
+        values.append(metric.compute())
+    assert values[0] == values[2] != pytest.approx(2.0)
+    assert values[1] > 2 * values[0]
+
+
 def test_what_does_not_fit_is_refused():
     class Plain:
+        dimension = 6
+
         def __init__(self, real):
             pass
 
@@ -160,8 +197,9 @@ def test_what_does_not_fit_is_refused():
         SubsetReplaceReward(identity, real, credit="each")
     with pytest.raises(ValueError, match="control_variate=True has nothing to take"):
         SubsetReplaceReward(identity, real, credit="leave_one_in", control_variate=True)
-    with pytest.raises(TypeError, match="a Plain, has no delete_one"):
-        SubsetReplaceReward(identity, real, Plain, control_variate=True)
+    for distance in (Plain, lambda real: SumDistance([Plain(real)])):
+        with pytest.raises(TypeError, match="has no delete_one"):
+            SubsetReplaceReward(identity, real, distance, control_variate=True)
     two = {"a": identity, "b": identity}
     reward = SubsetReplaceReward(two, {"a": real, "b": FeatureStatistics.from_features(REFERENCE)})
     with pytest.raises(ValueError, match="cannot be divided by"):

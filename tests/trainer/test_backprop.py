@@ -10,7 +10,7 @@ from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
 from trl_distreward.sampling import replay, rollout
 
-BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3}
+BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3, "top_advantage_quantile": 1.0}
 
 
 def backprop_trainer(folder, **kwargs):
@@ -193,7 +193,7 @@ def test_differentiable_sample_rewards_add_their_gradient(tmp_path):
     brightness.differentiable = True
     trainer = backprop_trainer(tmp_path, reward_funcs=[brightness], max_steps=20, learning_rate=3e-3)
     trainer.train()
-    values = [e["sample_reward"] for e in trainer.state.log_history if "sample_reward" in e]
+    values = [e["rewards/brightness/mean"] for e in trainer.state.log_history if "loss" in e]
     assert values[-1] > values[0] + 0.05
     mixed = backprop_trainer(tmp_path / "mixed", reward_funcs=[tiny_reward(), brightness], reward_weights=[0.1, 1.0])
     mixed.train()
@@ -213,9 +213,19 @@ def test_training_ends_early_on_a_held_out_distance(tmp_path):
 
 def test_what_cannot_be_back_propagated_is_refused(tmp_path):
     real = FeatureStatistics.from_features(features(real_images()))
-    rounded = SubsetReplaceReward(lambda images: features(images.to(torch.uint8)), real)
-    with pytest.raises(ValueError, match="'features' passes no gradient.*loss_type='grpo'"):
-        backprop_trainer(tmp_path, reward_funcs=rounded)
+    for rounding in (lambda images: images.to(torch.uint8), torch.round, lambda images: images.detach()):
+        blind = SubsetReplaceReward(lambda images, r=rounding: features(r(images.float())), real)
+        with pytest.raises(ValueError, match="'features' passes no gradient.*loss_type='grpo'"):
+            backprop_trainer(tmp_path, reward_funcs=blind)
+
+    def listed(images, **kwargs):
+        return [0.0] * len(images)
+
+    listed.differentiable = True
+    with pytest.raises(ValueError, match=r"'listed' returned \[0.0, 0.0\].*shape \(2,\)"):
+        backprop_trainer(tmp_path, reward_funcs=listed)
+    with pytest.raises(ValueError, match="12 images are replaced at once, not fewer than half"):
+        backprop_trainer(tmp_path, reward_funcs=tiny_reward(debias=True))
     with pytest.raises(ValueError, match="'<lambda>' does not say that it is differentiable"):
         backprop_trainer(tmp_path, reward_funcs=lambda images, **kwargs: [0.0] * len(images))
     with pytest.raises(ValueError, match="leave credit='shared'"):
@@ -225,7 +235,10 @@ def test_what_cannot_be_back_propagated_is_refused(tmp_path):
         ({"backprop_steps": "all"}, "must be a number of steps or 'random'"),
         ({"backprop_draws": 2}, "set backprop_steps=1"),
         ({"num_subsets": 12}, "24 images are not fewer than reference_set_size=24"),
-        ({"num_iterations": 2}, "num_iterations, best_of_n and num_generations at 1"),
+        ({"num_iterations": 2}, "num_iterations=2 does nothing under loss_type='backprop'"),
+        ({"selection": "all"}, "selection='all' does nothing"),
+        ({"loss_type": "rft", "backprop_steps": 1, "step_weighting": "noise"}, "step_weighting='noise' does nothing"),
+        ({"loss_type": "grpo"}, "backprop_steps=3 does nothing under loss_type='grpo'"),
         ({"reference_update": "refresh", "reference_refresh_steps": "auto"}, "use reference_update='rolling'"),
     ):
         with pytest.raises(ValueError, match=message):

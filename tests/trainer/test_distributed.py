@@ -40,7 +40,13 @@ def values(log, key):
     return [entry[key] for entry in log["history"] if key in entry]
 
 
-BACKPROP = {"reference_update": "rolling", "loss_type": "backprop", "backprop_steps": 2, "checkpoint_steps": True}
+BACKPROP = {
+    "top_advantage_quantile": 1.0,
+    "reference_update": "rolling",
+    "loss_type": "backprop",
+    "backprop_steps": 2,
+    "checkpoint_steps": True,
+}
 
 
 @pytest.mark.distributed

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Distances made of distances: a weighted sum, and an extrapolation to an infinite generated set."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,23 @@ class SumDistance:
         if self.features is not None:
             self.value = self._sum_values()
 
+    def __copy__(self) -> "SumDistance":
+        """A sum that can be fitted apart: its members are copies, which share the real side."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        other.distances = {name: copy.copy(distance) for name, distance in self.distances.items()}
+        return other
+
+    def supports(self, method: str) -> bool:
+        """Whether every member has `method`."""
+        return all(supports(distance, method) for distance in self.distances.values())
+
+    def without_scales(self) -> "SumDistance":
+        """A copy that is not normalized: its values compare from set to set and from run to run."""
+        other = copy.copy(self)
+        other.normalize, other._scales = False, {}
+        return other
+
     def fit(self, features: Tensor) -> "SumDistance":
         """
         Fits every member to the reference set `features` `(N, d)`.
@@ -132,6 +150,12 @@ class SumDistance:
             raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
         parts = [self._factor(name) * getattr(d, method)(*arguments) for name, d in self.distances.items()]
         return torch.stack(parts).sum(dim=0)
+
+
+def supports(distance: Any, method: str) -> bool:
+    """Whether a distance has a method, and so have all that it is made of."""
+    asked = getattr(distance, "supports", None)
+    return hasattr(distance, method) and (asked is None or asked(method))
 
 
 def _named(items: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
@@ -208,6 +232,17 @@ class DebiasedDistance:
     @property
     def dimension(self) -> int:
         return self.whole.dimension
+
+    def __copy__(self) -> "DebiasedDistance":
+        """A distance that can be fitted apart: its members are copies, which share the real side."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        other.whole, other.halves = copy.copy(self.whole), [copy.copy(half) for half in self.halves]
+        return other
+
+    def supports(self, method: str) -> bool:
+        """Whether its members have `method`."""
+        return supports(self.whole, method)
 
     def fit(self, features: Tensor) -> "DebiasedDistance":
         """

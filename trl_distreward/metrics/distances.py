@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .checks import load_real_features
 from .frechet import FrechetDistance
 from .kernel import KernelDistance
 from .sliced import SlicedWassersteinDistance
@@ -62,7 +64,8 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any) -> Any:
     A distance by name, class or function, to real data.
 
     `real` is [`FeatureStatistics`] or the path of a statistics file; for distances that compare with the real features
-    themselves, those features or the path of a file of them.
+    themselves, those features or the path of a `.safetensors` file that holds them as `"features"`. A function gets
+    what the file holds.
     """
     if isinstance(distance, str):
         if distance not in DISTANCES:
@@ -70,5 +73,15 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any) -> Any:
         distance = DISTANCES[distance]
     built = distance.func if isinstance(distance, partial) else distance
     if isinstance(real, str | os.PathLike) and built not in _COMPARE_FEATURES:
-        real = FeatureStatistics.load(real)
+        real = load_real_features(real, "this distance") if _holds_features(real) else FeatureStatistics.load(real)
     return distance(real)
+
+
+def _holds_features(path: str | os.PathLike) -> bool:
+    if not str(path).endswith(".safetensors") or not os.path.isfile(path):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "features" in file.keys()
+    except SafetensorError:
+        return False  # damaged: reading the statistics says so

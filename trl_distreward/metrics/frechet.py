@@ -304,8 +304,9 @@ class FrechetDistance:
         count = self._require_rows("delete_one", 3)
         if indices.ndim != 1 or (len(indices) and not 0 <= indices.min() <= indices.max() < count):
             raise ValueError(f"indices of shape {tuple(indices.shape)} must be (M,), from 0 to {count - 1}.")
-        indices = indices.to(self._mean.device)
-        return self._one_image(self.features[indices], self._eigenbasis().rows[indices], -1)  # type: ignore[index]
+        rows, chunks = self._eigenbasis().rows, indices.to(self._mean.device).split(4096)  # of what may be gigabytes
+        assert self.features is not None
+        return torch.cat([self._one_image(self.features[chunk], rows[chunk], -1) for chunk in chunks])
 
     def add_one(self, features: Tensor) -> Tensor:
         """
@@ -344,7 +345,9 @@ class FrechetDistance:
         if not len(squares):
             return squares
         # One row may fill or empty a direction: rules down to rounding, affordable as a node costs one column here.
-        rule, _ = self._quadrature(squares.max().item() * self._real_largest * ratio, full_range=True)
+        # A removed row raises nothing.
+        rise = squares.max().item() * self._real_largest * ratio if sign > 0 else 0.0
+        rule, _ = self._quadrature(rise, full_range=True)
         scales = whitened_resolvents(eigenvalues, rule.nodes.to(eigenvalues.device) ** 2)
         forms = torch.cat([part.double().square() @ scales.T for part in projected.split(4096)])  # (M, J)
         logs = torch.log1p((sign * ratio * forms).clamp(min=-1 + 1e-15))

@@ -151,6 +151,11 @@ class FeatureDistance:
         self.distance = build_distance(distance, real)
         self._features: list[Tensor] = []
 
+    @classmethod
+    def of(cls, feature_extractor: FeatureExtractor, distance: Any) -> "FeatureDistance":
+        """The metric of a distance that is already built; it is fitted at every `compute`."""
+        return cls(feature_extractor, None, lambda _: distance)
+
     def to(self, device: torch.device) -> None:
         module = module_of(self.extractor)
         if module is not None:

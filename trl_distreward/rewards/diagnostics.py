@@ -37,7 +37,8 @@ def reward_diagnostics(
         - `signal_to_noise`: the remaining variance over the placements' variance.
         - `removed_share`: share of the variance that the control variate takes out, where the distance can tell.
         - `drift`: mean reward minus the unchanged set's, in standard deviations over subsets. Of a policy that has
-          not changed since it made the reference set (a placebo) it is 0 on average, with deviation about `1/√B`.
+          not changed since it made the reference set (a placebo) it is 0 on average, with deviation about
+          `√(1/B + n/(2N))`: of the subsets, and of the set they all replace parts of.
     """
     count, size = slots.shape
     if count < 2:

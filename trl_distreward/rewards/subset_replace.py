@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metrics.composite import DebiasedDistance
+from ..metrics.composite import DebiasedDistance, SumDistance, supports
 from ..metrics.distances import build_distance
 from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features, freeze, module_of
 
@@ -154,14 +154,14 @@ class SubsetReplaceReward:
             if not callable(extractor):
                 raise TypeError(f"feature extractor {name!r} is a {type(extractor).__name__}: it must be callable.")
             freeze(extractor)
-        self._distance = distance
-        self._real = dict(real_statistics)
-        self.distances = {name: build_distance(distance, self._real[name]) for name in self.extractors}
+        self.distances = {name: build_distance(distance, real_statistics[name]) for name in self.extractors}
+        self._plain = {name: copy.copy(d) for name, d in self.distances.items()}  # share the real side
+        self.debias = debias
         if debias:
             self.distances = {name: DebiasedDistance(partial(copy.copy, d)) for name, d in self.distances.items()}
         needed = ["leave_one_in", "delete_one"] if credit == "leave_one_in" else ["delete_one"] * control_variate
         for name, built in self.distances.items():
-            lacking = [method for method in needed if not hasattr(built, method)]
+            lacking = [method for method in needed if not supports(built, method)]
             if lacking:
                 raise TypeError(
                     f"the distance of {name!r}, a {type(built).__name__}, has no {' and no '.join(lacking)}: use "
@@ -209,11 +209,11 @@ class SubsetReplaceReward:
         }
 
     def metrics(self) -> dict[str, FeatureDistance]:
-        """The same distances as evaluation metrics of whole sets, one per feature space."""
-        return {
-            name: FeatureDistance(extractor, self._real[name], self._distance)
-            for name, extractor in self.extractors.items()
+        """The same distances as evaluation metrics of whole sets, one per space; neither debiased nor normalized."""
+        plain = {
+            name: d.without_scales() if isinstance(d, SumDistance) else copy.copy(d) for name, d in self._plain.items()
         }
+        return {name: FeatureDistance.of(extractor, plain[name]) for name, extractor in self.extractors.items()}
 
     # ---- reference set ----
 
@@ -237,7 +237,7 @@ class SubsetReplaceReward:
     @property
     def knows_removal(self) -> bool:
         """Whether the distances can tell what taking an image away does."""
-        return all(hasattr(distance, "delete_one") for distance in self.distances.values())
+        return all(supports(distance, "delete_one") for distance in self.distances.values())
 
     @property
     def removal_effects(self) -> Tensor:

@@ -67,8 +67,8 @@ class TailRollouts(Rollouts):
     @torch.no_grad()
     def tails(self, model: nn.Module, slots: Tensor, step: int) -> list[Tail]:
         """
-        New images for `slots` `(M,)`, each process a share: one [`Tail`], or with `backprop_draws` as many (DRaFT-LV),
-        which take the last step from fresh noise onto the same images.
+        New images for `slots` `(M,)`, each process a share: the first [`Tail`] is the sampler's. With several
+        `backprop_draws` (DRaFT-LV) as many follow, whose last step starts from the same images noised again.
         """
         args, schedule, mine = self.args, self.schedule(step), self.local(slots)
         last = len(schedule.times) - 1
@@ -85,10 +85,9 @@ class TailRollouts(Rollouts):
         conditions = take(self.conditions, mine.cpu())
         cond = {name: torch.cat([c[name] for _, c, _ in parts]) for name in parts[0][1]}
         data = torch.cat([final for _, _, final in parts])
-        if args.backprop_draws == 1:
-            states = [{i: torch.cat([s[i] for s, _, _ in parts]) for i in parts[0][0]}]
-        else:
-            states = [
+        states = [{i: torch.cat([s[i] for s, _, _ in parts]) for i in parts[0][0]}]
+        if args.backprop_draws > 1:
+            states += [
                 self._noised_again(model, data, cond, conditions, schedule, ("draw", step, i * slots.numel() + offset))
                 for i in range(args.backprop_draws)
             ]
@@ -139,15 +138,14 @@ class TailLoss:
         policy ([`DiffusionPolicy`]): generator.
         args ([`DiffusionDistributionConfig`]): schedule and weights.
         rollouts ([`TailRollouts`]): tells the schedule.
-        reward_funcs (`list`): all rewards; those that are no [`SubsetReplaceReward`] are called with float images.
-        reward_weights (`list[float]`): theirs.
+        rewards (`list`): names, functions and weights; functions that are no [`SubsetReplaceReward`] are called with
+            float images.
     """
 
     def __init__(
-        self, policy: DiffusionPolicy, args: Any, rollouts: TailRollouts, reward_funcs: list, reward_weights: list
+        self, policy: DiffusionPolicy, args: Any, rollouts: TailRollouts, rewards: list[tuple[str, Any, float]]
     ):
-        self.policy, self.args, self.rollouts = policy, args, rollouts
-        self.rewards = list(zip(reward_funcs, reward_weights, strict=True))
+        self.policy, self.args, self.rollouts, self.rewards = policy, args, rollouts, rewards
 
     def __call__(
         self,
@@ -155,6 +153,7 @@ class TailLoss:
         initial_velocity: Any,
         batch: tuple[Tensor, dict[str, Tensor], Any, dict[int, Tensor]],
         gradients: list[dict[str, Tensor]],
+        slots: Tensor,
         first: int,
         step: int,
         state: Any,
@@ -165,6 +164,7 @@ class TailLoss:
             batch: of [`Tail.micro_batches`], P images.
             gradients (`list[dict[str, torch.Tensor]]` of shapes `(K, d)`): of the loss by features, per distribution
                 reward and space.
+            slots (`torch.LongTensor` of shape `(P,)`): places of the images.
             first, step (`int`): where gradients begin, and the optimizer step.
             state: the trainer's, for reward functions.
 
@@ -198,15 +198,15 @@ class TailLoss:
         )
         images = straight_through_uint8(self.policy.decode(x))
         loss, known, values = x.new_zeros(()), iter(gradients), {}
-        for function, weight in self.rewards:
+        for name, function, weight in self.rewards:
             if isinstance(function, SubsetReplaceReward):
                 features = function.extract(images, conditions, check_finite=False, gradient=True)
                 for space, gradient in next(known).items():
                     loss = loss + (features[space] * gradient[rows].to(features[space].dtype)).sum()
             else:
-                scores = function(images=images, conditions=conditions, trainer_state=state)
+                scores = function(images=images, conditions=conditions, slots=slots, trainer_state=state)
                 loss = loss - weight * scores.sum() / self.args.num_subsets / self.args.replace_size
-                values["sample_reward"] = scores.detach()
+                values[f"rewards/{name}/mean"] = scores.detach()
         if penalties:
             penalty = torch.stack(penalties).mean(0)
             values["kl"] = penalty.detach()

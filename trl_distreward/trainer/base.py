@@ -114,6 +114,7 @@ class DiffusionTrainer(CheckpointingTrainer):
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._uploads: list[Future] = []
         self._skipped_in_a_row = 0
+        self._without_update = False
         network = self._prepare_network(policy.model, args, peft_config)
         self._skeleton = without_weights(network)
         self._stop_on_sigterm = StopOnSIGTERM()
@@ -275,9 +276,12 @@ class DiffusionTrainer(CheckpointingTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Drops gradients that are not finite before the optimizer sees them; they are so on every process."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if torch.isfinite(torch.as_tensor(norm)):
-            if any(p.grad is not None for p in model.parameters()):
-                self._skipped_in_a_row = 0
+        if self._without_update:  # nothing to step along: zero gradients would move weights by momentum
+            self._without_update = False
+            model.zero_grad(set_to_none=True)
+            return 0.0 if norm is None else norm
+        if norm is None or torch.isfinite(torch.as_tensor(norm)):
+            self._skipped_in_a_row = 0
         elif self.is_deepspeed_enabled:  # whose step is already made; in float16 it skips it
             if not self.args.fp16:
                 last = self._last_checkpoint()
@@ -355,6 +359,8 @@ class DiffusionTrainer(CheckpointingTrainer):
             number = self.args.num_eval_images or len(eval_dataset)
             conditions = conditions_of_slots(self.policy, eval_dataset, number, self.args.eval_seed)
         seed = self.args.eval_seed if seed is None else seed
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model is self.model_wrapped:
+            self.model.to(self.accelerator.device)  # before training they leave it where it was loaded
         training, model = self.model.training, self.model_wrapped
         model.eval()
         metrics: dict[str, float] = {}
@@ -386,7 +392,10 @@ class DiffusionTrainer(CheckpointingTrainer):
             labels = self._gather_conditions(batch)[:valid]
             for metric in self.eval_metrics.values():
                 metric.update(gathered, labels)
-        return {name: float(metric.compute()) for name, metric in self.eval_metrics.items()}
+        values = {name: float(metric.compute()) for name, metric in self.eval_metrics.items()}
+        for metric in self.eval_metrics.values():
+            metric.reset()  # frees the features
+        return values
 
     def _gather_conditions(self, conditions: Any) -> Any:
         if isinstance(conditions, Tensor):

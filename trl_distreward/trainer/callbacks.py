@@ -4,6 +4,7 @@
 import math
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..generation import generate_images
+from .sharding import is_split
 
 logger = get_logger(__name__)
 
@@ -127,10 +129,11 @@ class LogSamplesCallback(TrainerCallback):
             self._log(args, state)
 
     def _log(self, args: Any, state: Any) -> None:
-        if not state.is_world_process_zero:
-            return
         trainer, size = self.trainer, args.per_device_eval_batch_size
-        with trainer.evaluation_weights():
+        split = is_split(trainer.network)  # then a forward pass takes all processes
+        if not (split or state.is_world_process_zero):
+            return
+        with trainer.evaluation_weights(), trainer.autocast() if split else nullcontext():
             batches = generate_images(
                 trainer.policy,
                 self.conditions,
@@ -141,6 +144,8 @@ class LogSamplesCallback(TrainerCallback):
                 stream="samples",
             )
             images = torch.cat([images for images, _ in batches])
+        if not state.is_world_process_zero:
+            return
         grid, step = image_grid(images), state.global_step
         path = Path(args.output_dir) / "samples" / f"step-{step}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ class CheckpointingTrainer(_BaseTrainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         with self.evaluation_weights():
             network = self._whole_network()
-            if not self.args.should_save:
+            if network is None or not self.args.should_save:
                 return
             os.makedirs(output_dir, exist_ok=True)
             if isinstance(network, PeftModel):
@@ -112,11 +112,13 @@ class CheckpointingTrainer(_BaseTrainer):
         # not transformers' training_args.bin: a pickle, with the Hub token in plain text
         Path(output_dir, "training_args.json").write_text(self.args.to_json_string() + "\n")
 
-    def _whole_network(self) -> nn.Module:
-        """The network as it was before processes shared it out, with its weights of now."""
+    def _whole_network(self) -> nn.Module | None:
+        """The network as it was before processes shared it out, with its weights of now, where it is to be saved."""
         if not is_split(self.network):
             return self.network
-        weights = whole_state_dict(self.network)
+        weights = whole_state_dict(self.network, keep=self.args.should_save)
+        if not self.args.should_save:
+            return None
         network = copy.deepcopy(self._skeleton)
         if self.is_deepspeed_enabled:  # which rounds buffers to half precision with the weights
             weights |= {name: value for name, value in network.state_dict().items() if not value.is_meta}
@@ -197,7 +199,7 @@ class CheckpointingTrainer(_BaseTrainer):
 
     def training_state(self) -> dict[str, Any]:
         """State of this trainer beyond what transformers saves; subclasses add theirs. Called on all processes."""
-        return {"ema": self.ema.state_dict() if self.ema is not None else None}
+        return {"ema": self.ema.state_dict(keep=self.args.should_save) if self.ema is not None else None}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Takes back what subclasses added; the average comes back with the weights it belongs to."""
@@ -215,7 +217,8 @@ class CheckpointingTrainer(_BaseTrainer):
         if self.ema is not None:  # the pipeline holds the average: keep what the optimizer belongs to
             reshard(self.network)
             parameters = ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
-            raw = {name: whole(p).detach().contiguous().cpu() for name, p in parameters}
+            wholes = ((name, whole(p)) for name, p in parameters)
+            raw = {name: p.detach().contiguous().cpu() for name, p in wholes if self.args.should_save}
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, TRAINING_STATE))
             if raw:

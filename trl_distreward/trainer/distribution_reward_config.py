@@ -20,6 +20,26 @@ _CHOICES = {
     "sde_window": ("sliding", "random"),
     "step_weighting": ("uniform", "noise"),
 }
+# Fields of other loss types
+_BACKPROP_ONLY = ("backprop_steps", "backprop_draws", "checkpoint_steps")
+_RATIO_ONLY = ("timestep_fraction", "step_weighting", "ratio_normalization", "epsilon", "log_steps")
+_SUBSETS_ONLY = (
+    "advantage_normalization",
+    "selection",
+    "selection_scope",
+    "top_advantage_quantile",
+    "multi_objective_aggregation",
+    "num_generations",
+    "num_iterations",
+    "best_of_n",
+    "log_rewards",
+    "log_reward_diagnostics",
+)
+_UNUSED = {
+    "grpo": _BACKPROP_ONLY,
+    "rft": (*_BACKPROP_ONLY, *_RATIO_ONLY),
+    "backprop": (*_RATIO_ONLY, *_SUBSETS_ONLY),
+}
 
 
 @dataclass
@@ -183,8 +203,8 @@ class DiffusionDistributionConfig(_BaseConfig):
         default="refresh",
         metadata={"help": "How the reference set follows the policy.", "choices": list(REFERENCE_UPDATES)},
     )
-    reference_refresh_steps: int | str = field(
-        default=10, metadata={"help": "Optimizer steps between two generations of the reference set, or 'auto'."}
+    reference_refresh_steps: str = field(  # a number after __post_init__; the command line knows one type
+        default="10", metadata={"help": "Optimizer steps between two generations of the reference set, or 'auto'."}
     )
     refresh_drift: float = field(
         default=0.5, metadata={"help": "Drift that brings a refresh under 'auto', in standard deviations."}
@@ -223,10 +243,10 @@ class DiffusionDistributionConfig(_BaseConfig):
     # Parameters that control the update
     loss_type: str = field(
         default="grpo",
-        metadata={"help": "Policy gradient or rejection sampling.", "choices": list(LOSS_TYPES)},
+        metadata={"help": "Policy gradient, rejection sampling or back-propagation.", "choices": list(LOSS_TYPES)},
     )
-    backprop_steps: int | str = field(
-        default=1, metadata={"help": "Last steps that gradients go back through, or 'random'."}
+    backprop_steps: str = field(  # likewise
+        default="1", metadata={"help": "Last steps that gradients go back through, or 'random'."}
     )
     backprop_draws: int = field(
         default=1, metadata={"help": "Draws of the last step that gradients are averaged over."}
@@ -305,7 +325,7 @@ class DiffusionDistributionConfig(_BaseConfig):
     def _check_reward(self) -> None:
         if self.reference_refresh_steps != "auto":
             try:
-                self.reference_refresh_steps = int(self.reference_refresh_steps)
+                setattr(self, "reference_refresh_steps", int(self.reference_refresh_steps))  # noqa: B010
             except ValueError:
                 raise ValueError(
                     f"reference_refresh_steps={self.reference_refresh_steps!r} must be a number of steps or 'auto'."
@@ -350,35 +370,40 @@ class DiffusionDistributionConfig(_BaseConfig):
                 "loss_type='rft' has no probability ratio and no KL: leave num_iterations=1, "
                 "ratio_normalization=False and beta=0.0."
             )
+        self._check_backprop_steps()
         if self.loss_type == "backprop":
             self._check_backprop()
+        self._refuse_ignored()
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: every update already "
                 "accumulates over all kept (image, step) pairs, per_device_train_batch_size at a time."
             )
 
-    def _check_backprop(self) -> None:
-        if self.sampler == "ode" and self.sde_window_size is not None:
-            raise ValueError(
-                f"sde_window_size={self.sde_window_size}: sampler='ode' has no steps with noise; leave it."
-            )
+    def _check_backprop_steps(self) -> None:
         if self.backprop_steps != "random":
             try:
-                self.backprop_steps = int(self.backprop_steps)
+                steps = int(self.backprop_steps)
+                setattr(self, "backprop_steps", steps)  # noqa: B010
             except ValueError:
                 raise ValueError(
                     f"backprop_steps={self.backprop_steps!r} must be a number of steps or 'random'."
                 ) from None
-            if not 1 <= self.backprop_steps <= self.num_inference_steps:
+            if not 1 <= steps <= self.num_inference_steps:
                 raise ValueError(
                     f"backprop_steps={self.backprop_steps} must lie in 1 to num_inference_steps="
                     f"{self.num_inference_steps}."
                 )
-        if self.backprop_draws < 1 or (self.backprop_draws > 1 and self.backprop_steps != 1):
+        if self.backprop_draws < 1 or (self.backprop_draws > 1 and str(self.backprop_steps) != "1"):
             raise ValueError(
                 f"backprop_draws={self.backprop_draws} takes the last step several times: set backprop_steps=1, or "
                 "backprop_draws=1."
+            )
+
+    def _check_backprop(self) -> None:
+        if self.sampler == "ode" and self.sde_window_size is not None:
+            raise ValueError(
+                f"sde_window_size={self.sde_window_size}: sampler='ode' has no steps with noise; leave it None."
             )
         images = self.num_subsets * self.replace_size
         if images >= self.reference_set_size:
@@ -387,16 +412,22 @@ class DiffusionDistributionConfig(_BaseConfig):
                 f"{self.reference_set_size}: under loss_type='backprop' they replace their slots all at once; lower "
                 "num_subsets or raise reference_set_size."
             )
-        if self.num_iterations > 1 or self.best_of_n > 1 or self.num_generations > 1:
-            raise ValueError(
-                "loss_type='backprop' needs the gradient of new images and has no subsets to choose from: leave "
-                "num_iterations, best_of_n and num_generations at 1."
-            )
         if self.reference_refresh_steps == "auto" and self.reference_update == "refresh":
             raise ValueError(
                 "reference_refresh_steps='auto' measures drift in the spread over subsets, which loss_type='backprop' "
                 "has not: use reference_update='rolling' or a number of steps."
             )
+
+    def _refuse_ignored(self) -> None:
+        """What the loss type has no use for must be at its default, so that nobody believes it does something."""
+        for name in _UNUSED[self.loss_type]:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            # a share of 1.0 says what is done anyway
+            if str(value) != str(default) and not (name == "top_advantage_quantile" and value == 1.0):
+                raise ValueError(
+                    f"{name}={value!r} does nothing under loss_type={self.loss_type!r}: leave it at {default!r}, or "
+                    "choose another loss_type."
+                )
 
     def _schedules(self) -> tuple[SamplingSchedule, dict[str, SamplingSchedule]]:
         if self.sampler == "ode" and self.loss_type != "backprop":

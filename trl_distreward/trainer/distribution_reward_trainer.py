@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..generation import conditions_of_slots, image_generators, take
+from ..metrics.composite import supports
 from ..metrics.report import ImageMetric
 from ..policies import as_policy, to_uint8
 from ..rewards.diagnostics import reward_diagnostics
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
-from .backprop import TailLoss, TailRollouts, straight_through_uint8
+from .backprop import TailLoss, TailRollouts
 from .base import DiffusionTrainer
 from .callbacks import print_rewards
 from .distribution_reward_config import DiffusionDistributionConfig
@@ -147,6 +148,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._check_processes()
         for reward in self.distribution_rewards:
             reward.to(self.accelerator.device)
+        self._check_halves()
         self._check_rewards()
         self._check_best_metric()
         self._announce()
@@ -169,7 +171,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def _check_rewards(self) -> None:
         """Runs every extractor once on two images of noise, so that a misfit shows before any training."""
         conditions = take(self.conditions, [0, 1])
-        images = to_uint8(self.policy.decode(self.policy.noise(conditions, image_generators(0, "check", 0, [0, 1]))))
+        noise = self.policy.noise(conditions, image_generators(0, "check", 0, [0, 1]))
+        # the network may not be on the device yet, unlike what decodes and judges
+        images = to_uint8(self.policy.decode(noise.to(self.accelerator.device)))
         for reward in self.distribution_rewards:
             reward.extract(images, conditions)
         if self.args.loss_type == "backprop":
@@ -186,29 +190,57 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def _check_gradients(self, images: Tensor, conditions: Any) -> None:
         """That every reward can be back-propagated."""
         remedy = "use a policy gradient, loss_type='grpo', which needs no gradient of the reward"
+        grey = 64 + images.float() / 2  # a rounded or clamped image would tell nothing at its ends
+
+        def blind(values: Tensor) -> bool:
+            if not values.requires_grad:
+                return True
+            (gradient,) = torch.autograd.grad(values.square().sum(), tracked, allow_unused=True)
+            return gradient is None or not bool((gradient != 0).any())
+
         for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
-            if not isinstance(function, SubsetReplaceReward):
-                if not getattr(function, "differentiable", False):
-                    raise ValueError(
-                        f"reward function {name!r} does not say that it is differentiable: if it returns a tensor "
-                        f"with gradients to float32 images in [0, 255], set its attribute differentiable=True; else "
-                        f"{remedy}."
-                    )
-                continue
-            if function.credit != "shared" or function.control_variate:
-                raise ValueError(
-                    "loss_type='backprop' takes the gradient of the distance itself: leave credit='shared' and "
-                    "control_variate=False."
-                )
-            lacking = [space for space, d in function.distances.items() if not hasattr(d, "gradient")]
-            if lacking:
-                raise ValueError(f"the distances of {lacking} have no gradient: {remedy}.")
             with torch.enable_grad():
-                tracked = images.float().requires_grad_()
-                features = function.extract(straight_through_uint8(tracked / 255), conditions, gradient=True)
-            for space, values in features.items():
-                if not values.requires_grad:
-                    raise ValueError(f"feature extractor {space!r} passes no gradient to its images: {remedy}.")
+                tracked = grey.clone().requires_grad_()
+                if not isinstance(function, SubsetReplaceReward):
+                    if not getattr(function, "differentiable", False):
+                        raise ValueError(
+                            f"reward function {name!r} does not say that it is differentiable: if it returns a tensor "
+                            "with gradients to float32 images in [0, 255], set its attribute differentiable=True; "
+                            f"else {remedy}."
+                        )
+                    slots = torch.arange(2, device=images.device)
+                    scores = function(images=tracked, conditions=conditions, slots=slots, trainer_state=self.state)
+                    if not isinstance(scores, Tensor) or scores.shape != (2,) or blind(scores):
+                        raise ValueError(
+                            f"reward function {name!r} returned {scores!r} for 2 images: it must return a tensor of "
+                            f"shape (2,) with a gradient to them; else {remedy}."
+                        )
+                    continue
+                self._check_differentiable(function, remedy)
+                for space, values in function.extract(tracked, conditions, gradient=True).items():
+                    if blind(values):
+                        raise ValueError(f"feature extractor {space!r} passes no gradient to its images: {remedy}.")
+
+    def _check_differentiable(self, function: SubsetReplaceReward, remedy: str) -> None:
+        if function.credit != "shared" or function.control_variate:
+            raise ValueError(
+                "loss_type='backprop' takes the gradient of the distance itself: leave credit='shared' and "
+                "control_variate=False."
+            )
+        lacking = [space for space, distance in function.distances.items() if not supports(distance, "gradient")]
+        if lacking:
+            raise ValueError(f"the distances of {lacking} have no gradient: {remedy}.")
+
+    def _check_halves(self) -> None:
+        """A debiased distance needs members of both halves to stay."""
+        args, together = self.args, self.args.loss_type == "backprop"
+        replaced = args.replace_size * (args.num_subsets if together else 1)
+        if replaced >= args.reference_set_size // 2 and any(r.debias for r in self.distribution_rewards):
+            raise ValueError(
+                f"{replaced} images are replaced at once, not fewer than half of reference_set_size="
+                f"{args.reference_set_size}, which debias=True compares with the other half: lower "
+                f"{'num_subsets' if together else 'replace_size'} or raise reference_set_size."
+            )
 
     def _check_best_metric(self) -> None:
         name, known = self.args.metric_for_best_model, []
@@ -282,6 +314,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         return total
 
     def _no_update(self) -> Tensor:
+        self._without_update = True
         if self.accelerator.scaler is not None:  # float16's scaler wants gradients to look at
             nothing = sum(p.sum() * 0.0 for p in self.network.parameters() if p.requires_grad)
             self.accelerator.backward(nothing)
@@ -302,34 +335,56 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 if any(spaces is None for spaces in features):
                     self.skip_update("an image or its features are not finite", slots=slots)
                     return self._no_update()
-                gradients = [self._feature_gradients(slots.flatten(), spaces or []) for spaces in features]
+                self._record_reward(slots.flatten(), features[0] or [])
+                # of several draws, the sampler's own images are what is rolled, the draws what is trained on
+                trained = list(zip(tails, features, strict=True))[1 if len(tails) > 1 else 0 :]
+                gradients = [self._feature_gradients(slots.flatten(), spaces or []) for _, spaces in trained]
         if args.reference_update == "rolling":
             self.reference_set.roll(slots, features[0] or [], self.slot_sampler.generator)
-        objective = TailLoss(self.policy, args, self.rollouts, self.reward_funcs, self.reward_weights)
+        rewards = list(zip(self.reward_names, self.reward_funcs, self.reward_weights, strict=True))
+        objective = TailLoss(self.policy, args, self.rollouts, rewards)
         # A checkpointed or repeated forward pass confuses DDP: gradients are summed without it, and sent at the end
         shared = self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        network, scale = (self.network if shared else model), self.accelerator.num_processes / len(tails)
-        statistics, total = UpdateStatistics(), torch.zeros((), device=self.accelerator.device)
+        network, scale = (self.network if shared else model), self.accelerator.num_processes / len(trained)
+        device, mine = self.accelerator.device, self.rollouts.local(slots)
+        batches = [
+            (tail, gradient, batch)
+            for (tail, _), gradient in zip(trained, gradients, strict=True)
+            for batch in tail.micro_batches(args.per_device_train_batch_size, device)
+        ]
+        statistics, total = UpdateStatistics(), torch.zeros((), device=device)
         with self._timed("training"), self.accelerator.no_sync(model) if shared else nullcontext():
-            for tail, gradient in zip(tails, gradients, strict=True):
-                for batch in tail.micro_batches(args.per_device_train_batch_size, self.accelerator.device):
-                    loss, values = objective(
-                        partial(self._velocity, network),
-                        self._initial_velocity,
-                        batch,
-                        gradient,
-                        tail.first,
-                        step,
-                        self.state,
-                    )
-                    self.accelerator.backward(loss * scale)
-                    statistics.add(torch.full_like(batch[0], 1 / slots.numel(), dtype=torch.float32), **values)
+            for number, (tail, gradient, batch) in enumerate(batches, start=1):
+                self.accelerator.gradient_state._set_sync_gradients(number == len(batches))  # DeepSpeed steps by it
+                loss, values = objective(
+                    partial(self._velocity, network),
+                    self._initial_velocity,
+                    batch,
+                    gradient,
+                    mine[batch[0]],
+                    tail.first,
+                    step,
+                    self.state,
+                )
+                self.accelerator.backward(loss * scale)
+                weights = torch.full_like(batch[0], 1 / slots.numel() / len(trained), dtype=torch.float32)
+                statistics.add(weights, **values)
         if shared:
-            x, cond = tail.states[tail.first][:1].to(total.device), {k: v[:1] for k, v in tail.cond.items()}
-            nothing = self._velocity(model, x, torch.ones(1, device=total.device), cond).sum() * 0.0
+            tail = tails[0]
+            x, cond = tail.states[tail.first][:1].to(device), {k: v[:1] for k, v in tail.cond.items()}
+            nothing = self._velocity(model, x, torch.ones(1, device=device), cond).sum() * 0.0
             self.accelerator.backward(nothing)
         self._record_update(statistics)
         return total - self._metrics["reward"][-1]
+
+    def _record_reward(self, slots: Tensor, features: list[dict[str, Tensor]]) -> None:
+        """Weighted sum of the distribution rewards of the set in which all new images are."""
+        known, total = iter(features), 0.0
+        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            if isinstance(function, SubsetReplaceReward):
+                spaces = {space: self.accelerator.gather(values) for space, values in next(known).items()}
+                total += weight * function.subset_rewards(slots[None], spaces).item()
+        self.record("reward", total)
 
     def _initial_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Of the network before training: the frozen copy, or the trained one with its adapter off."""
@@ -344,17 +399,15 @@ class DistributionRewardTrainer(DiffusionTrainer):
         Divided by the share of the set that is replaced: as if all of it were.
         """
         share = len(slots) / self.args.reference_set_size
-        known, gradients, total = iter(features), [], 0.0
+        known, gradients = iter(features), []
         for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
             if not isinstance(function, SubsetReplaceReward):
                 continue
             spaces = {space: self.accelerator.gather(values) for space, values in next(known).items()}
-            total += weight * function.subset_rewards(slots[None], spaces).item()
             whole = function.gradient(slots, spaces)
             rows = slice(self.accelerator.process_index * (len(slots) // self.accelerator.num_processes), None)
             count = len(slots) // self.accelerator.num_processes
             gradients.append({space: values[rows][:count] * (weight / share) for space, values in whole.items()})
-        self.record("reward", total)
         return gradients
 
     def compute_loss(
@@ -399,7 +452,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._prepare_reference(model)
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
-            local, images = self.rollouts.generate(model, slots, self.state.global_step, self.distribution_rewards)
+            weighted = zip(self.reward_funcs, self.reward_weights, strict=True)
+            judges = [(f, weight) for f, weight in weighted if isinstance(f, SubsetReplaceReward)]
+            local, images = self.rollouts.generate(model, slots, self.state.global_step, judges)
         with self._timed("reward"):
             features = self._features(images, slots, local.finite)
             if features is None:
@@ -485,7 +540,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.record("reward", total.mean().item())
         self.record("reward_std", total.std().item())
         functions = zip(self.reward_funcs, rewards, strict=True)
-        drift = self.reference_set.watch_drift([r for f, r in functions if isinstance(f, SubsetReplaceReward)])
+        drift = None
+        if args.reference_update == "refresh":
+            drift = self.reference_set.watch_drift([r for f, r in functions if isinstance(f, SubsetReplaceReward)])
         if drift is not None:
             self.record("reference_drift", drift)
         advantages = normalize(total)

@@ -45,9 +45,10 @@ class PolicyEMA:
         finally:
             _assign(model, originals)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole averages; processes that share out the weights all call it."""
-        return {name: whole(average) for name, average in self.averages.items()}
+    def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
+        """Whole averages in CPU memory; processes that share out the weights all call it, and some `keep` nothing."""
+        wholes = ((name, whole(average)) for name, average in self.averages.items())
+        return {name: average.cpu() for name, average in wholes if keep}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if set(state) != set(self.averages):

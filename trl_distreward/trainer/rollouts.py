@@ -67,14 +67,14 @@ class Rollouts:
         return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
 
     def generate(
-        self, model: nn.Module, slots: Tensor, step: int, judges: Sequence[SubsetReplaceReward] = ()
+        self, model: nn.Module, slots: Tensor, step: int, judges: Sequence[tuple[SubsetReplaceReward, float]] = ()
     ) -> tuple[RolloutBatch, Tensor]:
         """
         Args:
             model (`nn.Module`): the network as it trains, wrapped.
             slots (`torch.LongTensor` of shape `(B, n)`): places to generate for, the same on every process.
             step (`int`): optimizer step, which noise, windows and shares of steps follow from.
-            judges (`Sequence[SubsetReplaceReward]`, *optional*): choose among `best_of_n` candidates.
+            judges (`Sequence`, *optional*): rewards and their weights, which choose among `best_of_n` candidates.
 
         Returns:
             this process's trajectories, and its uint8 images `(B n / processes, C, H, W)`.
@@ -90,11 +90,11 @@ class Rollouts:
         conditions = take(self.conditions, local_slots.flatten().cpu())
         for _, images in candidates:
             score = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-            for reward in judges:
+            for reward, weight in judges:
                 features = reward.extract(images, conditions, check_finite=False)
                 finite = torch.stack([values.isfinite().all(dim=1) for values in features.values()]).all(dim=0)
                 known = {space: torch.where(finite[:, None], values, 0.0) for space, values in features.items()}
-                score += torch.where(finite, reward.subset_rewards(local_slots, known), -torch.inf)
+                score += torch.where(finite, weight * reward.subset_rewards(local_slots, known), -torch.inf)
             scores.append(score)
         best = torch.stack(scores).argmax(dim=0)
         batches, images = [batch for batch, _ in candidates], torch.stack([images for _, images in candidates])

@@ -46,11 +46,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors, in CPU memory."""
+def whole_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict with whole tensors, in CPU memory; all processes take part, and some `keep` nothing."""
     reshard(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {name: whole(parameters.get(name, value)).detach().cpu() for name, value in module.state_dict().items()}
+    wholes = ((name, whole(parameters.get(name, value))) for name, value in module.state_dict().items())
+    return {name: value.detach().cpu() for name, value in wholes if keep}
 
 
 @torch.no_grad()
