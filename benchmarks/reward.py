@@ -244,20 +244,20 @@ def main() -> None:
     if args.quick:
         args.dimensions, args.counts, args.batches, args.real, args.per_image = [64, 256], [1000], [16], 4000, 256
     sizes = [(n, b) for n in args.sizes for b in args.batches]
-    rows = []
-    for d in args.dimensions:
-        for count in args.counts:
-            for n, b in sizes + ([(1, args.per_image)] if args.per_image else []):
-                rows += measure(d, count, n, b, device, args)
-                show(rows[-len(args.methods) :])
+    rows: list[dict[str, Any]] = []
     result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": rows,
     }
+    for d in args.dimensions:
+        for count in args.counts:
+            for n, b in sizes + ([(1, args.per_image)] if args.per_image else []):
+                rows += measure(d, count, n, b, device, args)
+                show(rows[-len(args.methods) :])
+                args.output.write_text(json.dumps(result, indent=2) + "\n")
     show(rows)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def processor() -> str:

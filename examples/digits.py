@@ -341,7 +341,7 @@ def build_trainer(digits: Digits, args: argparse.Namespace, name: str, settings:
             per_device_train_batch_size=256,
             per_device_eval_batch_size=500,
             eval_strategy="steps",
-            eval_steps=30,
+            eval_steps=args.num_updates // 2 + 1,  # once in between; the end is evaluated apart
             save_strategy="no",
             report_to="none",
             use_cpu=True,
