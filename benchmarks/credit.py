@@ -30,8 +30,8 @@ TUNED_BY = "fd_heldout ode"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=5_000, output=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="to choose from")
+    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=5_100, output=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-5, 1e-4], help="to choose from")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     args = parser.parse_args()
     base = [run(args.cache, seed, 0) | {"learning_rate": 0.0} for seed in args.seeds]

@@ -26,7 +26,7 @@ COLUMNS = ["updates", "refreshes", "images", "fd_heldout ode", "fd_heldout sde",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, seeds=[0, 10, 20], budget=16_000, output=Path(__file__).with_suffix(".json"))
+    add_arguments(parser, seeds=[0, 10, 20], budget=16_300, output=Path(__file__).with_suffix(".json"))
     parser.add_argument("--replace-size", type=int, default=8, help="images of a subset; 256 are generated per update")
     parser.add_argument("--arms", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     args = parser.parse_args()
