@@ -159,6 +159,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def distribution_rewards(self) -> list[SubsetReplaceReward]:
         return [reward for reward in self.reward_funcs if isinstance(reward, SubsetReplaceReward)]
 
+    @property
+    def _judges(self) -> list[tuple[SubsetReplaceReward, float]]:
+        """The distribution rewards and their weights."""
+        weighted = zip(self.reward_funcs, self.reward_weights, strict=True)
+        return [(function, weight) for function, weight in weighted if isinstance(function, SubsetReplaceReward)]
+
     def _check_processes(self) -> None:
         processes = self.accelerator.num_processes
         if self.args.num_subsets % processes:
@@ -331,16 +337,19 @@ class DistributionRewardTrainer(DiffusionTrainer):
             with self._timed("rollout"):
                 tails = self.rollouts.tails(model, slots.flatten(), step)
             with self._timed("reward"):
-                features = [self._features(tail.images, slots, tail.finite) for tail in tails]
-                if any(spaces is None for spaces in features):
-                    self.skip_update("an image or its features are not finite", slots=slots)
-                    return self._no_update()
-                self._record_reward(slots.flatten(), features[0] or [])
+                features = []
+                for tail in tails:
+                    own = self._features(tail.images, slots, tail.finite)
+                    if own is None:
+                        self.skip_update("an image or its features are not finite", slots=slots)
+                        return self._no_update()
+                    features.append(self._gather_features(own))
+                self._record_reward(slots.flatten(), features[0])
                 # of several draws, the sampler's own images are what is rolled, the draws what is trained on
                 trained = list(zip(tails, features, strict=True))[1 if len(tails) > 1 else 0 :]
-                gradients = [self._feature_gradients(slots.flatten(), spaces or []) for _, spaces in trained]
+                gradients = [self._feature_gradients(slots.flatten(), spaces) for _, spaces in trained]
         if args.reference_update == "rolling":
-            self.reference_set.roll(slots, features[0] or [], self.slot_sampler.generator)
+            self.reference_set.roll(slots, features[0], self.slot_sampler.generator)
         rewards = list(zip(self.reward_names, self.reward_funcs, self.reward_weights, strict=True))
         objective = TailLoss(self.policy, args, self.rollouts, rewards)
         # A checkpointed or repeated forward pass confuses DDP: gradients are summed without it, and sent at the end
@@ -379,11 +388,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def _record_reward(self, slots: Tensor, features: list[dict[str, Tensor]]) -> None:
         """Weighted sum of the distribution rewards of the set in which all new images are."""
-        known, total = iter(features), 0.0
-        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
-            if isinstance(function, SubsetReplaceReward):
-                spaces = {space: self.accelerator.gather(values) for space, values in next(known).items()}
-                total += weight * function.subset_rewards(slots[None], spaces).item()
+        judged = zip(self._judges, features, strict=True)
+        total = sum(weight * reward.subset_rewards(slots[None], spaces).item() for (reward, weight), spaces in judged)
         self.record("reward", total)
 
     def _initial_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -394,20 +400,15 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def _feature_gradients(self, slots: Tensor, features: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """
-        Of the weighted distances, for this process's images, per distribution reward and space.
+        Of the weighted distances by all images' features: this process's rows, per distribution reward and space.
 
         Divided by the share of the set that is replaced: as if all of it were.
         """
         share = len(slots) / self.args.reference_set_size
-        known, gradients = iter(features), []
-        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
-            if not isinstance(function, SubsetReplaceReward):
-                continue
-            spaces = {space: self.accelerator.gather(values) for space, values in next(known).items()}
-            whole = function.gradient(slots, spaces)
-            rows = slice(self.accelerator.process_index * (len(slots) // self.accelerator.num_processes), None)
-            count = len(slots) // self.accelerator.num_processes
-            gradients.append({space: values[rows][:count] * (weight / share) for space, values in whole.items()})
+        mine, gradients = self.rollouts.local(torch.arange(len(slots), device=slots.device)), []
+        for (reward, weight), spaces in zip(self._judges, features, strict=True):
+            whole = reward.gradient(slots, spaces)
+            gradients.append({space: values[mine] * (weight / share) for space, values in whole.items()})
         return gradients
 
     def compute_loss(
@@ -452,9 +453,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._prepare_reference(model)
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
-            weighted = zip(self.reward_funcs, self.reward_weights, strict=True)
-            judges = [(f, weight) for f, weight in weighted if isinstance(f, SubsetReplaceReward)]
-            local, images = self.rollouts.generate(model, slots, self.state.global_step, judges)
+            local, images = self.rollouts.generate(model, slots, self.state.global_step, self._judges)
         with self._timed("reward"):
             features = self._features(images, slots, local.finite)
             if features is None:
@@ -463,10 +462,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if not all(bool(values.isfinite().all()) for values in rewards):
             return self._skip(local, "a reward is not finite", slots=slots, rewards=rewards)
         advantages = self._advantages(rewards)
-        if args.log_reward_diagnostics:
-            self._diagnose(slots, features)
-        if args.reference_update == "rolling":
-            self.reference_set.roll(slots, features, self.slot_sampler.generator)
+        if args.log_reward_diagnostics or args.reference_update == "rolling":
+            everyone = self._gather_features(features)
+            if args.log_reward_diagnostics:
+                self._diagnose(slots, everyone)
+            if args.reference_update == "rolling":
+                self.reference_set.roll(slots, everyone, self.slot_sampler.generator)
         if not (advantages != 0).any():
             logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
             self.record("skipped_updates", 1.0)
@@ -494,6 +495,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
         flags = self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device))
         return features if bool(flags.all()) else None
 
+    def _gather_features(self, features: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Of all processes' images."""
+        return [{space: self.accelerator.gather(rows) for space, rows in spaces.items()} for spaces in features]
+
     def _rewards(self, images: Tensor, slots: Tensor, features: list[dict[str, Tensor]]) -> list[Tensor]:
         """Of every reward function: `(B, 1)` if a subset's images share their reward, else `(B, n)`."""
         local_slots, known = self.rollouts.local(slots).view(-1, slots.shape[1]), iter(features)
@@ -520,9 +525,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def _diagnose(self, slots: Tensor, features: list[dict[str, Tensor]]) -> None:
         (generator,) = image_generators(self.args.seed, "diagnostics", self.state.global_step, [0])
         for reward, spaces in zip(self.distribution_rewards, features, strict=True):
-            gathered = {space: self.accelerator.gather(values) for space, values in spaces.items()}
             if self.accelerator.is_main_process and len(slots) > 1:
-                found = reward_diagnostics(reward, slots, gathered, self.conditions, generator)
+                found = reward_diagnostics(reward, slots, spaces, self.conditions, generator)
                 kind = "placebo" if self.reference_set.last_refresh == self.state.global_step else "diagnostics"
                 for name, value in found.items():
                     self.record(f"reward_{kind}/{name}", value)

@@ -81,10 +81,9 @@ class ReferenceSet:
         self.last_refresh, self.drifted = step, False
 
     def roll(self, slots: Tensor, features: Sequence[dict[str, Tensor]], generator: torch.Generator) -> None:
-        """Leaves new images where they were judged; `features` are this process's, per reward and space."""
+        """Leaves new images where they were judged; `features` are of all processes' images, per reward and space."""
         for reward, spaces in zip(self.rewards, features, strict=True):
-            gathered = {space: self.accelerator.gather(values) for space, values in spaces.items()}
-            reward.update_reference(slots, gathered, generator)
+            reward.update_reference(slots, spaces, generator)
 
     def watch_drift(self, rewards: Sequence[Tensor]) -> float | None:
         """
