@@ -37,6 +37,13 @@ def check_shape_and_values(features: Tensor, name: str, dimension: int | None = 
     return features
 
 
+def check_fitted(features: Tensor | None, method: str) -> Tensor:
+    """The reference set's features, or a `ValueError` that says what `method` waits for."""
+    if features is None:
+        raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
+    return features
+
+
 def check_rows(indices: Tensor, count: int) -> Tensor:
     """Row numbers `(M,)` of a set of `count` rows, or a `ValueError`."""
     if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_replacement, check_rows, check_shape_and_values
+from .checks import check_fitted, check_replacement, check_rows, check_shape_and_values
 
 
 class SumDistance:
@@ -146,8 +146,7 @@ class SumDistance:
         return sum(self._factor(name) * distance.value for name, distance in self.distances.items())
 
     def _sum(self, method: str, *arguments: Tensor) -> Tensor:
-        if self.features is None:
-            raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
+        check_fitted(self.features, method)
         parts = [self._factor(name) * getattr(d, method)(*arguments) for name, d in self.distances.items()]
         return torch.stack(parts).sum(dim=0)
 
@@ -347,9 +346,8 @@ class DebiasedDistance:
         Returns:
             `torch.Tensor` of shape `(M,)`, float64.
         """
-        if self.features is None:
-            raise ValueError("delete_one() needs a reference set: call fit(features) first.")
-        rows = check_rows(indices, len(self.features)).to(self.features.device)
+        fitted = check_fitted(self.features, "delete_one")
+        rows = check_rows(indices, len(fitted)).to(fitted.device)
         total = 2 * self.whole.delete_one(rows)
         for half, member in enumerate(self.halves):
             here = self._half[rows] == half
@@ -358,10 +356,9 @@ class DebiasedDistance:
         return total
 
     def _checked(self, method: str, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        if self.features is None:
-            raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
-        features = check_replacement(indices, features, len(self.features), self.dimension)
-        return indices.to(self.features.device), features.to(self.features.device)
+        fitted = check_fitted(self.features, method)
+        features = check_replacement(indices, features, len(fitted), self.dimension)
+        return indices.to(fitted.device), features.to(fitted.device)
 
     def _in_half(self, half: int, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """

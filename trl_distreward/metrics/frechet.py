@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_replacement
+from .checks import check_features, check_fitted, check_replacement
 from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, whitened_resolvents
 from .precision import full_precision
 from .quadrature import Quadrature, elliptic_quadrature
@@ -328,11 +328,10 @@ class FrechetDistance:
             return self._one_image(features, features.to(self._dtype) @ projection.mT, 1)
 
     def _require_rows(self, name: str, least: int) -> int:
-        if self.features is None:
-            raise ValueError(f"{name}() needs a reference set: call fit(features) first.")
-        if len(self.features) < least:
-            raise ValueError(f"{name}() on a reference set of {len(self.features)} rows: it needs at least {least}.")
-        return len(self.features)
+        count = len(check_fitted(self.features, name))
+        if count < least:
+            raise ValueError(f"{name}() on a reference set of {count} rows: it needs at least {least}.")
+        return count
 
     def _one_image(self, centred: Tensor, projected: Tensor, sign: int) -> Tensor:
         """Change of the distance for rows z and y = Pz `(M, d)`, each added (`sign` 1) or removed (-1) alone."""

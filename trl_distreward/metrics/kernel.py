@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_replacement, check_rows, check_shape_and_values, load_real_features
+from .checks import (
+    check_features,
+    check_fitted,
+    check_replacement,
+    check_rows,
+    check_shape_and_values,
+    load_real_features,
+)
 from .precision import full_precision, mean_of_rows
 
 HEURISTIC_ROWS = 2_000  # real rows that the median heuristic looks at
@@ -251,7 +258,7 @@ class KernelDistance:
         Raises:
             ValueError: as [`~KernelDistance.replaced`].
         """
-        self._check_fitted("gradient")
+        check_fitted(self.features, "gradient")
         features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
         pairs = zip(indices.to(self._centre.device), features, strict=True)
         return torch.stack([self._gradient_of_subset(rows, new) for rows, new in pairs])
@@ -266,7 +273,7 @@ class KernelDistance:
         Returns:
             `torch.Tensor` of shape `(M,)`, float64.
         """
-        self._check_fitted("delete_one")
+        check_fitted(self.features, "delete_one")
         self._check_one_less()
         rows = check_rows(indices, self._count).to(self._centre.device)
         without = self._total.without(_Sums(*(part[rows] for part in self._each)))
@@ -284,7 +291,7 @@ class KernelDistance:
         Returns:
             `torch.Tensor` of shape `(M,)`, float64.
         """
-        self._check_fitted("add_one")
+        check_fitted(self.features, "add_one")
         new = self._rows(check_features(features, "new features", self.dimension).to(self._centre.device))
         pairs, cross = self._sums_over(new, self._generated), self._sums_over(new, self._real)
         total = _Sums(
@@ -305,7 +312,7 @@ class KernelDistance:
 
     def _replacement(self, indices: Tensor, features: Tensor, method: str) -> tuple[_Sums, _Sums]:
         """Sums of each updated set, (B,), and of each new row in its updated set, (B, n)."""
-        self._check_fitted(method)
+        check_fitted(self.features, method)
         features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
         indices = indices.to(self._centre.device)
         size = indices.shape[1]
@@ -477,10 +484,6 @@ class KernelDistance:
     @property
     def _count(self) -> int:
         return len(self._generated)
-
-    def _check_fitted(self, method: str) -> None:
-        if self.features is None:
-            raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
 
     def _check_one_less(self) -> None:
         least = 3 if self.unbiased else 2

@@ -17,9 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_replacement, check_rows, check_shape_and_values, load_real_features
+from .checks import (
+    check_features,
+    check_fitted,
+    check_replacement,
+    check_rows,
+    check_shape_and_values,
+    load_real_features,
+)
 from .precision import mean_of_rows
-from .statistics import check_features
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ class SlicedWassersteinDistance:
         Raises:
             ValueError: as [`~SlicedWassersteinDistance.replaced`].
         """
-        self._check_fitted("gradient")
+        check_fitted(self.features, "gradient")
         features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
         indices = indices.to(self._centre.device)
         gradient = torch.zeros_like(features)
@@ -194,7 +200,7 @@ class SlicedWassersteinDistance:
         Returns:
             `torch.Tensor` of shape `(M,)`, float64.
         """
-        self._check_fitted("delete_one")
+        check_fitted(self.features, "delete_one")
         rows = check_rows(indices, self._count).to(self._centre.device)
         total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         for part in self._parts(self._count + len(rows)):
@@ -214,7 +220,7 @@ class SlicedWassersteinDistance:
         Returns:
             `torch.Tensor` of shape `(M,)`, float64.
         """
-        self._check_fitted("add_one")
+        check_fitted(self.features, "add_one")
         new = self._project(check_features(features, "new features", self.dimension).to(self._centre.device))  # (L, M)
         total = torch.zeros(new.shape[1], dtype=torch.float64, device=new.device)
         for part in self._parts(self._count + new.shape[1]):
@@ -222,7 +228,7 @@ class SlicedWassersteinDistance:
         return (total - self._costs.sum()) / len(self._costs)
 
     def _over_chunks(self, method: str, indices: Tensor, features: Tensor) -> Tensor:
-        self._check_fitted(method)
+        check_fitted(self.features, method)
         features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
         indices = indices.to(self._centre.device)
         shape = indices.shape if method == "leave_one_in" else indices.shape[:1]
@@ -287,10 +293,6 @@ class SlicedWassersteinDistance:
     @property
     def _count(self) -> int:
         return self._sorted.shape[1]
-
-    def _check_fitted(self, method: str) -> None:
-        if self.features is None:
-            raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
 
 
 def _sort(values: Tensor) -> Tensor:
