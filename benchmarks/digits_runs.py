@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl_distreward import DiffusionDistributionConfig, DistributionRewardTrainer, SubsetReplaceReward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from digits import METRICS, prepare  # noqa: E402
+from digits import METRICS, Digits, prepare  # noqa: E402
 
 IMAGES_PER_UPDATE = 256
 
@@ -44,11 +44,50 @@ class StopAtBudget(TrainerCallback):
             control.should_training_stop = True
 
 
+def build_trainer(
+    digits: Digits,
+    folder: str,
+    reward: dict[str, Any] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **settings: Any,
+) -> DistributionRewardTrainer:
+    """A trainer of the digits example's generator, at a constant rate; `reward` and `settings` override arguments."""
+    size = settings.get("replace_size", 1)
+    defaults = {
+        "output_dir": folder,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 5e-5,
+        "reference_set_size": 1000,
+        "replace_size": size,
+        "num_subsets": IMAGES_PER_UPDATE // size,
+        "top_advantage_quantile": 1.0,
+        "ema_decay": 0.9,
+        "num_inference_steps": 10,
+        "noise_level": 0.7,
+        "last_step_size": None,
+        "num_inference_steps_eval": 20,
+        "num_eval_images": 2000,
+        "per_device_train_batch_size": 256,
+        "per_device_eval_batch_size": 500,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return DistributionRewardTrainer(
+        model=str(digits.base_path),
+        reward_funcs=SubsetReplaceReward(digits.spaces, digits.real, space_weights={"asked": 1.5}, **(reward or {})),
+        args=DiffusionDistributionConfig(**{**defaults, **settings}),
+        eval_metrics=digits.eval_metrics(),
+        callbacks=callbacks,
+    )
+
+
 def run(
     cache: Path, seed: int, budget: int, reward: dict[str, Any] | None = None, **settings: Any
 ) -> dict[str, float]:
     """
-    Trains the digits example's generator on `budget` images, at a constant rate, and evaluates it.
+    Trains the digits example's generator on `budget` images and evaluates it.
 
     Args:
         cache (`Path`): where pretraining is kept.
@@ -57,42 +96,10 @@ def run(
         reward (`dict`, *optional*): further arguments of the reward.
         settings: further fields of the configuration.
     """
-    digits = prepare(cache, seed, 600)
     stop = StopAtBudget(budget)
     with tempfile.TemporaryDirectory() as folder:
-        defaults = {
-            "output_dir": folder,
-            "seed": seed,
-            "max_steps": 10_000,
-            "lr_scheduler_type": "constant",
-            "learning_rate": 5e-5,
-            "reference_set_size": 1000,
-            "top_advantage_quantile": 1.0,
-            "ema_decay": 0.9,
-            "num_inference_steps": 10,
-            "noise_level": 0.7,
-            "last_step_size": None,
-            "num_inference_steps_eval": 20,
-            "num_eval_images": 2000,
-            "per_device_train_batch_size": 256,
-            "per_device_eval_batch_size": 500,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        size = settings.get("replace_size", 1)
-        trainer = DistributionRewardTrainer(
-            model=str(digits.base_path),
-            reward_funcs=SubsetReplaceReward(
-                digits.spaces, digits.real, space_weights={"asked": 1.5}, **(reward or {})
-            ),
-            args=DiffusionDistributionConfig(
-                **{**defaults, "replace_size": size, "num_subsets": IMAGES_PER_UPDATE // size, **settings}
-            ),
-            eval_metrics=digits.eval_metrics(),
-            callbacks=[stop],
-        )
+        settings = {"max_steps": 10_000, **settings, "seed": seed}
+        trainer = build_trainer(prepare(cache, seed, 600), folder, reward, [stop], **settings)
         stop.trainer = trainer
         evaluations, started = [0], time.perf_counter()
         hook = trainer.network.register_forward_hook(lambda _, inputs, output: evaluations.append(len(output[0])))

@@ -14,10 +14,8 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
-from digits_runs import IMAGES_PER_UPDATE, add_arguments, prepare, run, table, write
-
-from trl_distreward import DiffusionDistributionConfig, DistributionRewardTrainer
+from digits_runs import IMAGES_PER_UPDATE, add_arguments, build_trainer, prepare, run, table, write
+from held import held_for_backward
 
 PAPER = {
     "learning_rate": 5e-5,
@@ -45,51 +43,11 @@ COLUMNS = ["images", "evaluations", "seconds", "held MiB"]
 COLUMNS += ["fd_heldout ode", "fd_heldout sde", "fd_reward ode", "fd_pixel ode", "accuracy ode"]
 
 
-class Held:
-    """Bytes that autograd keeps for the backward pass; those of the weights are not counted."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def pack(self, tensor: torch.Tensor):
-        owner = self
-
-        class Kept:
-            def __init__(self) -> None:
-                self.tensor, self.size = tensor, 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
-                owner.now += self.size
-                owner.most = max(owner.most, owner.now)
-
-            def __del__(self) -> None:
-                owner.now -= self.size
-
-        return Kept()
-
-
 def held_mib(cache: Path, settings: dict) -> float:
-    digits, held = prepare(cache, 0, 600), Held()
-    defaults = {"num_subsets": IMAGES_PER_UPDATE // settings.get("replace_size", 1), "replace_size": 1}
     with tempfile.TemporaryDirectory() as folder:
-        config = DiffusionDistributionConfig(
-            **{
-                **defaults,
-                "output_dir": folder,
-                "max_steps": 1,
-                "reference_set_size": 1000,
-                "top_advantage_quantile": 1.0,
-                "num_inference_steps": 10,
-                "noise_level": 0.7,
-                "last_step_size": None,
-                "per_device_train_batch_size": 64,
-                "save_strategy": "no",
-                "report_to": "none",
-                "use_cpu": True,
-                "disable_tqdm": True,
-                **settings,
-            }
-        )
-        trainer = DistributionRewardTrainer(str(digits.base_path), digits.reward(1.5), config)
-        with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda kept: kept.tensor):
+        one_update = {**settings, "max_steps": 1, "per_device_train_batch_size": 64}
+        trainer = build_trainer(prepare(cache, 0, 600), folder, **one_update)
+        with held_for_backward(weights=False) as held:
             trainer.train()
     return held.most / 2**20
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from held import held_for_backward
 from torch import nn
 
 from trl_distreward import (
@@ -129,22 +130,11 @@ def measure_overhead(updates: int) -> dict[str, float]:
 
 
 def measure_memory(num_inference_steps: int) -> int:
-    held = {"now": 0, "peak": 0}
-
-    class Held:
-        def __init__(self, tensor: torch.Tensor):
-            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-            held["now"] += self.size
-            held["peak"] = max(held["peak"], held["now"])
-
-        def __del__(self) -> None:
-            held["now"] -= self.size
-
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(num_inference_steps, 1, folder, num_subsets=32)
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
+        with held_for_backward() as held:
             trainer.train()
-    return held["peak"]
+    return held.most
 
 
 def main() -> None:
