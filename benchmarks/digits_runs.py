@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl_distreward import DiffusionDistributionConfig, DistributionRewardTrainer, SubsetReplaceReward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from digits import METRICS, Digits, prepare  # noqa: E402
+from digits import METRICS, Digits, new_sit, prepare  # noqa: E402, F401
 
 IMAGES_PER_UPDATE = 256
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from digits_runs import new_sit
 from held import held_for_backward
 from torch import nn
 
@@ -24,7 +25,6 @@ from trl_distreward import (
     DistributionRewardTrainer,
     FeatureStatistics,
     SiTPipeline,
-    SiTTransformer2DModel,
     SubsetReplaceReward,
 )
 
@@ -66,15 +66,7 @@ class Clock:
 
 def build(num_inference_steps: int, updates: int, output_dir: str, **kwargs) -> DistributionRewardTrainer:
     torch.manual_seed(0)
-    model = SiTTransformer2DModel(
-        sample_size=8,
-        in_channels=1,
-        hidden_size=64,
-        num_layers=4,
-        num_attention_heads=4,
-        num_classes=10,
-        learn_sigma=False,
-    )
+    model = new_sit()
     nn.init.normal_(model.final_layer.linear.weight, std=0.02)
     extractor = Extractor()
     real = torch.randint(0, 256, (1200, 1, 8, 8)).to(torch.uint8)

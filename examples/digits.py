@@ -128,10 +128,9 @@ def train_classifier(model: DigitClassifier, images: Tensor, labels: Tensor, see
     model.eval()
 
 
-def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTransformer2DModel:
-    """Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise."""
-    torch.manual_seed(seed)
-    model = SiTTransformer2DModel(
+def new_sit() -> SiTTransformer2DModel:
+    """The generator, untrained."""
+    return SiTTransformer2DModel(
         sample_size=8,
         in_channels=1,
         hidden_size=64,
@@ -140,6 +139,12 @@ def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTrans
         num_classes=10,
         learn_sigma=False,
     )
+
+
+def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTransformer2DModel:
+    """Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise."""
+    torch.manual_seed(seed)
+    model = new_sit()
     data = images.float() / 127.5 - 1
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
     model.train()
