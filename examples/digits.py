@@ -141,16 +141,18 @@ def new_sit() -> SiTTransformer2DModel:
     )
 
 
-def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTransformer2DModel:
+def train_sit(
+    new_model: Callable[[], SiTTransformer2DModel], images: Tensor, labels: Tensor, seed: int, steps: int
+) -> SiTTransformer2DModel:
     """Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise."""
     torch.manual_seed(seed)
-    model = new_sit()
-    data = images.float() / 127.5 - 1
+    model = new_model()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
     model.train()
     for _ in trange(steps, desc="Pretraining", leave=False):
-        index = torch.randint(0, len(data), (128,))
-        x, noise = data[index], torch.randn(128, 1, 8, 8)
+        index = torch.randint(0, len(images), (128,))
+        x = images[index].float() / 127.5 - 1
+        noise = torch.randn_like(x)
         t = torch.sigmoid(torch.randn(128))
         wide = t.view(-1, 1, 1, 1)
         predicted = model(wide * x + (1 - wide) * noise, t, labels[index]).sample
@@ -241,7 +243,7 @@ class Digits:
     base_path: Path
     spaces: dict[str, Callable[..., Tensor]]
     real: dict[str, FeatureStatistics]
-    heldout: DigitClassifier
+    heldout: nn.Module  # with `last_features`
     real_heldout: FeatureStatistics
     floor: dict[str, dict[str, float]]
 
@@ -271,7 +273,9 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
         )
     base_path = cache / f"base-{seed}-{pretraining_steps}"
     if not base_path.is_dir():
-        SiTPipeline(train_sit(train_images, train_labels, 3 + seed, pretraining_steps)).save_pretrained(base_path)
+        SiTPipeline(train_sit(new_sit, train_images, train_labels, 3 + seed, pretraining_steps)).save_pretrained(
+            base_path
+        )
     # images alone do not tell whether they are the digits that were asked for: class probabilities beside labels do
     asked = JointFeatures(judge.probabilities, num_classes=10)
     spaces = {"last": judge.last_features, "middle": judge.middle_features, "pixels": pixel_features, "asked": asked}
