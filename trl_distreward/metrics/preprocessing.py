@@ -1,0 +1,96 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""From images as they are generated to what feature networks take: range, colour, size and precision."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """
+    Images as `(B, 3, H, W)` of `dtype` in [0, 255]; gradients pass.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`):
+            uint8, or floating-point numbers in the same range [0, 255]; one channel is repeated to three.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the network, float32 or float64.
+
+    Raises:
+        ValueError: another shape, another data type, images in [0, 1], or a network in half precision.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
+        raise ValueError(f"images have shape {tuple(images.shape)}: they must be (B, 3, H, W), or (B, 1, H, W) grey.")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the feature network's weights are {dtype}: features are computed in float32 or float64.")
+    if images.is_floating_point():
+        values = images.detach()
+        # the commonest mistake gives features of a black image, and a distance that looks like a number
+        if values.numel() and values.max() <= 1 and (values != values.round()).any():
+            raise ValueError(
+                f"floating-point images end at {values.max().item():.4g}: they must lie in [0, 255]; multiply by 255."
+            )
+    elif images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: they must be uint8, or floating-point numbers in [0, 255].")
+    return images.to(dtype).expand(-1, 3, -1, -1)
+
+
+def resize_tensorflow(images: Tensor, size: int) -> Tensor:
+    """
+    `tf.image.resize_bilinear` of TensorFlow 1, which the FID network's graph begins with: output pixel i is read at
+    `i * in / out`, without half-pixel centres, and the border is repeated. Coordinates are float32 as they are there.
+    """
+    for dim in (3, 2):
+        length = images.shape[dim]
+        position = torch.arange(size, dtype=torch.float32, device=images.device)
+        position = position * torch.tensor(length / size, dtype=torch.float32)
+        low = position.long()
+        fraction = (position - low).to(images.dtype)
+        fraction = fraction.view(-1, 1) if dim == 2 else fraction
+        first, second = (images.index_select(dim, i) for i in (low, (low + 1).clamp(max=length - 1)))
+        images = first + (second - first) * fraction
+    return images
+
+
+def resize_antialiased(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Whole images to `(size, size)` with the filter widened when shrinking; bicubic may leave [0, 255]."""
+    return F.interpolate(images, size=(size, size), mode=mode, antialias=True, align_corners=False)
+
+
+def resize_pillow(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """
+    `PIL.Image.resize` of 8-bit images: `resize_antialiased`, rounded and clamped to whole numbers after the
+    horizontal pass and after the vertical one. The gradient is that of the unrounded result, where it was not clamped.
+    """
+    for shape in ((images.shape[2], size), (size, size)):
+        images = F.interpolate(images, size=shape, mode=mode, antialias=True, align_corners=False).clamp(0, 255)
+        images = images + (images.round() - images).detach()
+    return images
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """What lets float32 products run in TF32 or bfloat16, and the value that forbids it."""
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    if hasattr(backends, "fp32_precision"):  # since torch 2.9, where reading the older names may raise
+        return [(b, "fp32_precision", "ieee") for b in (cuda, cudnn.conv, mkldnn.matmul, mkldnn.conv)]
+    return [(cuda, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """
+    Neither autocast nor TF32 nor bfloat16 products, whatever the training around it has chosen: features are compared
+    with others to the last digits. Convolutions on CUDA use TF32 unless they are told not to.
+
+    The settings of TF32 are the process's own and are put back at the end; a backward pass outside runs with those.
+    """
+    with ExitStack() as stack:
+        for backend, name, exact in _precision_switches():
+            stack.callback(setattr, backend, name, getattr(backend, name))
+            setattr(backend, name, exact)
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
