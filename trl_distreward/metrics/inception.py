@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .preprocessing import full_precision, resize_antialiased, resize_tensorflow, to_rgb
+from .preprocessing import full_precision, resize_pillow, resize_tensorflow, to_rgb
 from .weights import find_weights, read_tensors
 
 FID_WEIGHTS_URL = (
@@ -181,7 +181,7 @@ class InceptionV3(nn.Module):
             how images come to 299x299, and with it how they are scaled. Each is one of the literature's:
             `"tensorflow"`: the graph's own resize, then `(x - 128) / 128`; the original FID, ADM's evaluator,
             torch-fidelity and NVIDIA's networks. `"pytorch"`: `F.interpolate` of `x / 255` with half-pixel centres,
-            then `2 x - 1`; pytorch-fid. `"clean"`: antialiased bicubic, then `(x - 128) / 128`; clean-fid. Distances
+            then `2 x - 1`; pytorch-fid. `"clean"`: Pillow's bicubic, then `(x - 128) / 128`; clean-fid. Distances
             with different resizes are not comparable.
         output (`str`, *optional*, defaults to `"pool3"`):
             what a call returns: `"pool3"`, 2048 features, of FID, KID, precision and recall; `"spatial"`, 2023
@@ -228,7 +228,7 @@ class InceptionV3(nn.Module):
             size = (INPUT_SIZE, INPUT_SIZE)
             return 2 * F.interpolate(images / 255, size=size, mode="bilinear", align_corners=False) - 1
         if self.resize == "clean":
-            return (resize_antialiased(images, INPUT_SIZE).clamp(0, 255) - 128) / 128
+            return (resize_pillow(images, INPUT_SIZE, eight_bit=False).clamp(0, 255) - 128) / 128
         return (resize_tensorflow(images, INPUT_SIZE) - 128) / 128
 
     def activations(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:

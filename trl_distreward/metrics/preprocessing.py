@@ -60,15 +60,45 @@ def resize_antialiased(images: Tensor, size: int, mode: str = "bicubic") -> Tens
     return F.interpolate(images, size=(size, size), mode=mode, antialias=True, align_corners=False)
 
 
-def resize_pillow(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: bool = True) -> Tensor:
     """
-    `PIL.Image.resize` of 8-bit images: `resize_antialiased`, rounded and clamped to whole numbers after the
-    horizontal pass and after the vertical one. The gradient is that of the unrounded result, where it was not clamped.
+    `PIL.Image.resize` to `(size, size)`, antialiased, bit for bit with `eight_bit`: then weights are Pillow's 22-bit
+    fixed-point numbers, and values are rounded and clamped after the horizontal pass and after the vertical one; the
+    gradient is that of the unrounded result where it is not clamped. Otherwise as Pillow treats an image of mode "F".
     """
-    for shape in ((images.shape[2], size), (size, size)):
-        images = F.interpolate(images, size=shape, mode=mode, antialias=True, align_corners=False).clamp(0, 255)
-        images = images + (images.round() - images).detach()
-    return images
+    result = images.double()
+    for dim in (3, 2):
+        weights = pillow_weights(images.shape[dim], size, mode)
+        if eight_bit:
+            weights = (weights * 2**22).round() / 2**22
+        weights = weights.to(images.device)
+        result = result @ weights.T if dim == 3 else weights @ result
+        if eight_bit:  # sums of such products are exact in float64, ties included, which go up
+            result = result.clamp(0, 255)
+            result = result + ((result + 0.5).floor() - result).detach()
+        else:
+            result = result.float().double()
+    return result.to(images.dtype)
+
+
+def pillow_weights(length: int, size: int, mode: str) -> Tensor:
+    """
+    What each of `size` output pixels takes from each of `length` input pixels, `(size, length)`, float64: the filter
+    around the output's centre, widened by the shrinkage, normalized.
+    """
+    scale = length / size
+    width = max(scale, 1.0)
+    support = {"bicubic": 2.0, "bilinear": 1.0}[mode] * width
+    centre = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
+    pixel = torch.arange(length, dtype=torch.float64)
+    inside = (pixel >= (centre - support + 0.5).floor()) & (pixel < (centre + support + 0.5).floor())
+    x = ((pixel + 0.5 - centre) / width).abs()
+    if mode == "bilinear":
+        weights = (1 - x).clamp(min=0)
+    else:  # Keys's cubic convolution with a = -1/2
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+    weights = weights * inside
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _precision_switches() -> list[tuple[Any, str, Any]]:
