@@ -105,6 +105,8 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
         pytest.param("zero2", {}, marks=needs_deepspeed),
         pytest.param("zero3", {}, marks=needs_deepspeed),
         pytest.param("zero3", {"lora": True}, marks=needs_deepspeed),
+        pytest.param("zero2", BACKPROP, marks=needs_deepspeed),
+        pytest.param("zero3", BACKPROP, marks=needs_deepspeed),
     ],
 )
 def test_shared_out_weights_train_save_and_resume_as_whole_ones(tmp_path, launch, settings):
