@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from .pipelines.edm2 import EDM2Pipeline
 from .pipelines.sit import SiTPipeline
 from .sampling import Generators, gaussian_noise
 
@@ -67,39 +68,44 @@ class DiffusionPolicy(Protocol):
 
 class ClassConditionalPolicy:
     """
-    Policy of a class-conditional [`SiTPipeline`]; conditions are integer labels.
+    Policy of a class-conditional pipeline; conditions are integer labels. A subclass serves another than SiT's.
+
+    The pipeline predicts the velocity, decodes, and checks guidance; its network's config tells classes and shape.
 
     Args:
-        pipeline ([`SiTPipeline`]): generator; its transformer is trained, its VAE frozen.
-        guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance, in training as in sampling.
+        pipeline ([`SiTPipeline`]): generator; its network is trained, all else, such as a VAE, frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling.
     """
 
-    def __init__(self, pipeline: SiTPipeline, guidance_scale: float = 1.0):
-        config = pipeline.transformer.config
-        if guidance_scale != 1.0 and config.class_dropout_prob == 0:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
-                "use guidance_scale=1.0."
-            )
+    component = "transformer"  # the pipeline's name for the network that is trained
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+        pipeline.check_guidance(guidance_scale)
+        network = getattr(pipeline, self.component)
+        config = network.config
         self.pipeline = pipeline
         self.guidance_scale = guidance_scale
-        self.model: nn.Module = pipeline.transformer
-        self._network_class = type(pipeline.transformer)  # FSDP puts its own in place
-        self.num_conditions: int | None = config.num_classes
+        self.model: nn.Module = network
+        self._network_class = type(network)  # FSDP puts its own in place
+        self.num_conditions: int | None = max(config.num_classes, 1)  # all one class without classes
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        if pipeline.vae is not None:
-            pipeline.vae.requires_grad_(False).eval()
+        for part in self._frozen_parts():
+            part.requires_grad_(False).eval()
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name != self.component and isinstance(part, nn.Module)]
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device) -> None:
-        if self.pipeline.vae is not None:
-            self.pipeline.vae.to(device)
+        for part in self._frozen_parts():
+            part.to(device)
 
     def check_conditions(self, conditions: Any) -> None:
-        labels, count = torch.as_tensor(conditions), self.pipeline.transformer.config.num_classes
+        labels, count = torch.as_tensor(conditions), self.num_conditions or 1
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(
                 f"class labels have shape {tuple(labels.shape)}, {labels.dtype}: pass a list of integers."
@@ -118,28 +124,32 @@ class ClassConditionalPolicy:
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         labels = cond["class_labels"]
-        return self.pipeline.predict_velocity(
-            model, x.to(self.pipeline.transformer.dtype), t, labels, self.guidance_scale
-        ).float()
+        return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)
 
     def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
-        trained = self.pipeline.transformer
+        trained = getattr(self.pipeline, self.component)
         try:
-            self.pipeline.transformer = trained if model is None else model
+            setattr(self.pipeline, self.component, trained if model is None else model)
             self.pipeline.save_pretrained(path)
         finally:
-            self.pipeline.transformer = trained
+            setattr(self.pipeline, self.component, trained)
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
-        return self._network_class.from_pretrained(path, subfolder="transformer").state_dict()
+        return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
+
+
+class EDM2Policy(ClassConditionalPolicy):
+    """Policy of an [`EDM2Pipeline`]; its guider stays as it is."""
+
+    component = "unet"
 
 
 # Pipelines that diffusers' own from_pretrained cannot find by name.
-_PIPELINES = {"SiTPipeline": SiTPipeline}
-_POLICIES = {SiTPipeline: ClassConditionalPolicy}
+_PIPELINES = {"SiTPipeline": SiTPipeline, "EDM2Pipeline": EDM2Pipeline}
+_POLICIES = {SiTPipeline: ClassConditionalPolicy, EDM2Pipeline: EDM2Policy}
 
 
 def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any) -> DiffusionPipeline:
