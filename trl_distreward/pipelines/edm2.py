@@ -12,8 +12,8 @@ from torch import Tensor, nn
 # Mean and standard deviation of each latent channel of stabilityai/sd-vae-ft-mse, for images in [0, 1]; the networks
 # were trained on latents brought to mean 0 and standard deviation 0.5.
 _RAW_MEAN, _RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
-LATENTS_SCALE = tuple(0.5 / std for std in _RAW_STD)
-LATENTS_BIAS = tuple(-0.5 * mean / std for mean, std in zip(_RAW_MEAN, _RAW_STD, strict=True))
+LATENTS_SCALE = [0.5 / std for std in _RAW_STD]
+LATENTS_BIAS = [-0.5 * mean / std for mean, std in zip(_RAW_MEAN, _RAW_STD, strict=True)]
 SIGMA_MAX = 80.0
 
 
@@ -41,8 +41,8 @@ class EDM2Pipeline(DiffusionPipeline):
         unet: ModelMixin,
         guider: ModelMixin | None = None,
         vae: AutoencoderKL | None = None,
-        latents_scale: Sequence[float] = LATENTS_SCALE,
-        latents_bias: Sequence[float] = LATENTS_BIAS,
+        latents_scale: list[float] = LATENTS_SCALE,
+        latents_bias: list[float] = LATENTS_BIAS,
     ):
         super().__init__()
         self.register_modules(unet=unet, guider=guider, vae=vae)
