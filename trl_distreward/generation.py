@@ -36,10 +36,10 @@ class SamplingSchedule:
         noise_schedule, noise_level: of the SDE, as in [`~sampling.transition`].
         last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
         solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
-        time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"` from 1 to 0, or `"karras"`, EDM's noise levels from 80 to 0.002 as times.
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
         sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"` from 1 to 0, or `"karras"`, EDM's noise levels from 80 to 0.002 as times.
     """
 
     num_steps: int

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-# Table 6 of arXiv 2312.02696: channels of the first level, and dropout
+# Channels of the first level, and dropout in training
 EDM2_SIZES: dict[str, dict[str, Any]] = {
     "XXS": {"model_channels": 64},
     "XS": {"model_channels": 128},
@@ -29,7 +29,7 @@ EDM2_SIZES: dict[str, dict[str, Any]] = {
 
 
 def normalize(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
-    """`x` over its root mean square along `dim`, or along all dimensions but the first (Eq. 66 and Algorithm 1)."""
+    """`x` over its root mean square along `dim`, or along all dimensions but the first (Eq. 66)."""
     dims = list(range(1, x.ndim)) if dim is None else [dim]
     count = math.prod(x.shape[d] for d in dims)
     rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32) / math.sqrt(count)

@@ -52,7 +52,7 @@ class EDM2Pipeline(DiffusionPipeline):
     def denoise(
         self, model: nn.Module, z: Tensor, sigma: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
     ) -> Tensor:
-        """Denoised samples, led away from the guider's when `guidance_scale != 1` (Eq. 3 of arXiv 2406.02507).
+        """Denoised samples, led away from the guider's when `guidance_scale != 1` (arXiv 2406.02507).
 
         Args:
             model (`nn.Module`): the network, possibly wrapped for distributed training.
