@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CheckpointPool": "merging.checkpoints",
     "ClassConditionalPolicy": "policies",
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
@@ -26,9 +27,22 @@ _PUBLIC = {
     "frechet_distance": "metrics.frechet",
     "load_pipeline": "policies",
 }
-_SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "scripts", "trainer"}
+_SUBMODULES = {
+    "generation",
+    "hub",
+    "merging",
+    "metrics",
+    "models",
+    "pipelines",
+    "policies",
+    "rewards",
+    "sampling",
+    "scripts",
+    "trainer",
+}
 
 __all__ = [
+    "CheckpointPool",
     "ClassConditionalPolicy",
     "DebiasedDistance",
     "DiffusionDistributionConfig",
@@ -50,6 +64,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .merging.checkpoints import CheckpointPool
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.frechet import FrechetDistance, frechet_distance
     from .metrics.kernel import KernelDistance
