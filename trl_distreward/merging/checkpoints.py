@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import CONFIG, check_configs, concatenated, concatenated_axis, widened_config
-from .files import TensorSpec, check_alike, read_header
+from .files import TensorSpec, check_alike, read_header, replace_file
 from .hub_source import HUB_NAME, HubSource
 from .sources import LocalSource, PoolMember, Source, read_layout
 from .sums import sum_dtype, weighted_sum
@@ -345,8 +345,8 @@ class CheckpointPool:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._adapter_config is not None:
             text = json.dumps(self._adapter_config, indent=2, default=str) + "\n"
-            _replace(path.with_name(CONFIG), lambda partial: partial.write_text(text))
-        _replace(path, lambda partial: save_file(tensors, partial, metadata=header))
+            replace_file(path.with_name(CONFIG), lambda partial: partial.write_text(text))
+        replace_file(path, lambda partial: save_file(tensors, partial, metadata=header))
 
     def describe(self) -> dict[str, Any]:
         """
@@ -398,12 +398,3 @@ def _mapped(
             )
     opened = {file: safe_open(path, framework="pt", device="cpu") for file, path in paths.items()}
     return {key: opened[layout[key]].get_tensor(key) for key in specs}
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
