@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -137,6 +137,10 @@ class CheckpointPool:
     def adapter_config(self) -> LoraConfig | None:
         """For [`~peft.get_peft_model`], the adapter that a merge is; `None` for a pool of whole models."""
         return None if self._adapter_config is None else LoraConfig.from_peft_type(**self._adapter_config)
+
+    def tensor(self, index: int, key: str) -> Tensor:
+        """A tensor of one checkpoint, as it lies in its file or on the device; not to be changed."""
+        return self._tensors[index][key]
 
     def _shape(self, key: str) -> tuple[int, ...]:
         shape, axis = list(self._specs[key].shape), concatenated_axis(key) if self._concatenates else None
@@ -270,13 +274,14 @@ class CheckpointPool:
                 f"a pool of adapters merges into a PeftModel, not {type(network).__name__}: pass "
                 "peft.get_peft_model(network, pool.adapter_config)."
             )
-        merged = dict(self.merged(weights, groups))
-        outcome = set_peft_model_state_dict(network, merged)
-        if outcome.unexpected_keys:
+        shapes, state = self.shapes, get_peft_model_state_dict(network, save_embedding_layers=False)
+        differ = sorted(key for key in {*state, *shapes} if key not in state or shapes.get(key) != state[key].shape)
+        if differ:
             raise ValueError(
-                f"the pool's adapters have {outcome.unexpected_keys[0]}, which the network has not: make it with "
-                "peft.get_peft_model(network, pool.adapter_config)."
+                f"the network's adapter is not like the pool's, e.g. in {differ[0]} ({len(differ)} tensors differ): "
+                "make it with peft.get_peft_model(network, pool.adapter_config)."
             )
+        set_peft_model_state_dict(network, dict(self.merged(weights, groups)))
 
     def load_resident(self, device: str | torch.device) -> None:
         """
