@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CheckpointPool": "merging.checkpoints",
     "ClassConditionalPolicy": "policies",
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
@@ -34,6 +35,9 @@ _PUBLIC = {
 _SUBMODULES = {
     "conversion",
     "generation",
+    "generation",
+    "hub",
+    "merging",
     "metrics",
     "models",
     "pipelines",
@@ -45,6 +49,7 @@ _SUBMODULES = {
 }
 
 __all__ = [
+    "CheckpointPool",
     "ClassConditionalPolicy",
     "DebiasedDistance",
     "DiffusionDistributionConfig",
@@ -71,6 +76,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .merging.checkpoints import CheckpointPool
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
