@@ -35,7 +35,6 @@ _PUBLIC = {
 _SUBMODULES = {
     "conversion",
     "generation",
-    "generation",
     "hub",
     "merging",
     "metrics",
