@@ -141,14 +141,24 @@ def new_sit() -> SiTTransformer2DModel:
     )
 
 
-def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTransformer2DModel:
-    """Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise."""
+def train_sit(
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    steps: int,
+    on_step: Callable[[int, SiTTransformer2DModel], None] | None = None,
+) -> SiTTransformer2DModel:
+    """
+    Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise.
+
+    `on_step` is called with the number of steps done and the model.
+    """
     torch.manual_seed(seed)
     model = new_sit()
     data = images.float() / 127.5 - 1
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
     model.train()
-    for _ in trange(steps, desc="Pretraining", leave=False):
+    for step in trange(steps, desc="Pretraining", leave=False):
         index = torch.randint(0, len(data), (128,))
         x, noise = data[index], torch.randn(128, 1, 8, 8)
         t = torch.sigmoid(torch.randn(128))
@@ -158,6 +168,8 @@ def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTrans
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if on_step is not None:
+            on_step(step + 1, model)
     return model.eval()
 
 

@@ -13,12 +13,15 @@ _PUBLIC = {
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
+    "EMANet": "merging.coefficients",
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
     "JointFeatures": "metrics.report",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
+    "MergeCoefficientConfig": "trainer.merge_coefficient_config",
+    "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SlicedWassersteinDistance": "metrics.sliced",
@@ -48,12 +51,15 @@ __all__ = [
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
     "DistributionRewardTrainer",
+    "EMANet",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
     "JointFeatures",
     "KernelDistance",
     "LogSamplesCallback",
+    "MergeCoefficientConfig",
+    "MergeCoefficientTrainer",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SlicedWassersteinDistance",
@@ -65,6 +71,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .merging.checkpoints import CheckpointPool
+    from .merging.coefficients import EMANet
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.frechet import FrechetDistance, frechet_distance
     from .metrics.kernel import KernelDistance
@@ -78,6 +85,8 @@ if TYPE_CHECKING:
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
+    from .trainer.merge_coefficient_config import MergeCoefficientConfig
+    from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 
 
 def __getattr__(name: str) -> Any:

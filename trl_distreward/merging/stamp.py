@@ -1,0 +1,33 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Metadata of safetensors files that are already written."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from .files import header_length
+
+
+def add_metadata(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """
+    Adds to the metadata of a safetensors file; its tensors are copied byte by byte, never loaded.
+
+    Args:
+        path (`str`): file, replaced when its successor is whole.
+        metadata (`dict[str, str]`): entries to add or replace.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(path, "rb") as file, open(partial, "wb") as written:
+            header = json.loads(file.read(header_length(file.read(8), str(path))))
+            header["__metadata__"] = {**header.get("__metadata__", {}), **metadata}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
+            written.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(file, written, 1 << 24)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
