@@ -16,12 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import CONFIG, check_configs, concatenated, concatenated_axis, widened_config
-from .files import TensorSpec, read_header
+from .files import TensorSpec, check_alike, read_header
 from .hub_source import HUB_NAME, HubSource
 from .sources import LocalSource, PoolMember, Source, read_layout
-
-# Elements summed at a time on the CPU: all members' blocks and the sum's stay in a core's cache together
-BLOCK = 1 << 15
+from .sums import sum_dtype, weighted_sum
 
 
 def open_source(source: str | os.PathLike, **hub: Any) -> Source:
@@ -40,58 +38,6 @@ def open_source(source: str | os.PathLike, **hub: Any) -> Source:
             f"there is no file or folder {name}: pass a folder, a .safetensors file, or 'org/repo@revision:subfolder'."
         )
     return HubSource(name, **hub)
-
-
-def check_alike(specs: Sequence[Mapping[str, TensorSpec]], names: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: a checkpoint differs from most of the others, or from the first where there is no majority.
-    """
-    kinds = [frozenset(spec.items()) for spec in specs]
-    usual = max(kinds, key=lambda kind: (kinds.count(kind), kind == kinds[0]))
-    odd = next((i for i, kind in enumerate(kinds) if kind != usual), None)
-    if odd is None:
-        return
-    reference = kinds.index(usual)
-    ours, theirs = specs[odd], specs[reference]
-    keys = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    key = keys[0]
-    raise ValueError(
-        f"{names[odd]} is not like the other checkpoints: {key} is {ours.get(key, 'absent')} in it, but "
-        f"{theirs.get(key, 'absent')} in {names[reference]} ({len(keys)} tensors differ): leave it out, or save it as "
-        "the others were."
-    )
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which sums of this dtype are made."""
-    return dtype if dtype in (torch.float64, torch.complex64) else torch.float32
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    """
-    `sum_i weights[i] * tensors[i]`, in the dtype of `out`.
-
-    A member of weight 0 is not read, so that one checkpoint alone comes out bit by bit.
-
-    Args:
-        tensors (`list[torch.Tensor]`): contiguous, of one shape, on the device of `out`.
-        weights (`list[float]`): one each.
-        out (`torch.Tensor`): contiguous, of that shape; overwritten.
-
-    Returns:
-        `torch.Tensor`: `out`.
-    """
-    used = [(tensor.view(-1), weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
-    if not used:
-        return out.zero_()
-    size = BLOCK if out.device.type == "cpu" else max(1, out.numel())
-    scales = [weight for _, weight in used]
-    for block, *parts in zip(out.view(-1).split(size), *(tensor.split(size) for tensor, _ in used), strict=True):
-        torch.mul(parts[0].to(block.dtype), scales[0], out=block)
-        for part, weight in zip(parts[1:], scales[1:], strict=True):
-            block.add_(part.to(block.dtype), alpha=weight)
-    return out
 
 
 class CheckpointPool:

@@ -3,7 +3,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -175,3 +175,24 @@ def shards_of(index: str, text: str, names: Collection[str], source: str) -> dic
     if missing:
         raise FileNotFoundError(f"{source} lacks {len(missing)} of {len(shards)} shards, e.g. {missing[0]}.")
     return paths
+
+
+def check_alike(specs: Sequence[Mapping[str, TensorSpec]], names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a checkpoint differs from most of the others, or from the first where there is no majority.
+    """
+    kinds = [frozenset(spec.items()) for spec in specs]
+    usual = max(kinds, key=lambda kind: (kinds.count(kind), kind == kinds[0]))
+    odd = next((i for i, kind in enumerate(kinds) if kind != usual), None)
+    if odd is None:
+        return
+    reference = kinds.index(usual)
+    ours, theirs = specs[odd], specs[reference]
+    keys = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    key = keys[0]
+    raise ValueError(
+        f"{names[odd]} is not like the other checkpoints: {key} is {ours.get(key, 'absent')} in it, but "
+        f"{theirs.get(key, 'absent')} in {names[reference]} ({len(keys)} tensors differ): leave it out, or save it as "
+        "the others were."
+    )
