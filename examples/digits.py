@@ -267,6 +267,27 @@ class Digits:
         }
 
 
+def prepare_pool(cache: Path, seed: int, pretraining_steps: int) -> tuple[list[Path], list[float]]:
+    """
+    Eight checkpoints of the generator's training, evenly spaced over its last seven twelfths, and their times.
+
+    Trains it, and leaves the last one where `prepare` looks for it, or reads them from `cache`.
+    """
+    times = [pretraining_steps * k // 12 for k in range(5, 13)]
+    paths = {time: cache / f"pool-{seed}-{pretraining_steps}" / f"step-{time:04d}.safetensors" for time in times}
+    if not paths[times[-1]].is_file():
+        paths[times[-1]].parent.mkdir(parents=True, exist_ok=True)
+
+        def keep(step: int, model: SiTTransformer2DModel) -> None:
+            if step in paths:
+                save_file(model.state_dict(), paths[step])
+
+        images, labels = load_digits()
+        model = train_sit(images[:NUM_TRAIN], labels[:NUM_TRAIN], 3 + seed, pretraining_steps, keep)
+        SiTPipeline(model).save_pretrained(cache / f"base-{seed}-{pretraining_steps}")
+    return list(paths.values()), [float(time) for time in times]
+
+
 def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
     """Trains the two classifiers and the generator, or reads them from `cache`."""
     images, labels = load_digits()

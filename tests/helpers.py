@@ -100,7 +100,7 @@ def tiny_merge_trainer(output_dir, checkpoints=None, reward_funcs=None, eval_met
         "num_generations": 5,
         "reference_set_size": 20,
         "num_inference_steps": 3,
-        "per_device_eval_batch_size": 8,
+        "per_device_eval_batch_size": 16,
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,

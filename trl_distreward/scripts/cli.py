@@ -4,6 +4,7 @@ usage: trl-distreward COMMAND [OPTIONS]
 
 Commands:
   train     fine-tune a pipeline on distribution-wise rewards
+  merge     learn with which coefficients to merge checkpoints
 
 trl-distreward COMMAND --help shows a command's options.
 """
@@ -11,7 +12,7 @@ trl-distreward COMMAND --help shows a command's options.
 import sys
 from importlib import import_module
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "merge")
 
 
 def main() -> None:

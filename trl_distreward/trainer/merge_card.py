@@ -63,10 +63,10 @@ def coefficient_section(
     return "\n".join(lines)
 
 
-def comparison_section(comparison: Mapping[str, Mapping[str, float]]) -> str:
+def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> str:
     """A row for each merge, the same noise for all; a column for each metric."""
     metrics = list(next(iter(comparison.values())))
-    lines = ["## Comparison", "", f"| merge | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
+    lines = [f"| merge | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
     for name, values in comparison.items():
         lines.append(f"| {name} | {' | '.join(f'{values[metric]:.4g}' for metric in metrics)} |")
     return "\n".join(lines)

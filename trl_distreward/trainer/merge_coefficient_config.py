@@ -18,7 +18,7 @@ _CHOICES = {
 _EMANET_ONLY = (
     "policy_num_layers",
     "policy_hidden_size",
-    "final_sampling_std",
+    "sampling_std_decay",
     "antithetic_sampling",
     "advantage_normalization",
 )
@@ -57,10 +57,10 @@ class MergeCoefficientConfig(_BaseConfig):
             Training times of the checkpoints, in any unit; 1, 2, … by default, evenly spaced from 0.
         checkpoint_stds (`list[float]`, *optional*):
             Relative widths of checkpoints that are averages themselves, as EDM2's are; raw weights by default.
-        sampling_std (`float`, *optional*, defaults to `0.1`):
+        sampling_std (`float`, *optional*, defaults to `0.15`):
             Standard deviation of the draws; the first one under `"cma"`. The paper's 1 is for `"softmax"`.
-        final_sampling_std (`float`, *optional*):
-            What it has fallen to, linearly, at the last step; constant by default.
+        sampling_std_decay (`float`, *optional*, defaults to `0.3`):
+            Share of it that is left at the last step, after a linear fall; 1 is constant, as in the paper.
         antithetic_sampling (`bool`, *optional*, defaults to `True`):
             Draws in pairs with opposite deviations from the mean.
         advantage_normalization (`str`, *optional*, defaults to `"batch"`):
@@ -150,9 +150,9 @@ class MergeCoefficientConfig(_BaseConfig):
     checkpoint_stds: list[float] | None = field(
         default=None, metadata={"help": "Relative widths of checkpoints that are averages themselves."}
     )
-    sampling_std: float = field(default=0.1, metadata={"help": "Standard deviation of the draws."})
-    final_sampling_std: float | None = field(
-        default=None, metadata={"help": "What it has fallen to at the last step; None: constant."}
+    sampling_std: float = field(default=0.15, metadata={"help": "Standard deviation of the draws."})
+    sampling_std_decay: float = field(
+        default=0.3, metadata={"help": "Share of it that is left at the last step; 1: constant."}
     )
     antithetic_sampling: bool = field(default=True, metadata={"help": "Draws in pairs with opposite deviations."})
     advantage_normalization: str = field(
@@ -244,9 +244,10 @@ class MergeCoefficientConfig(_BaseConfig):
         for name in ("num_generations", "reference_set_size"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 2.")
-        for name in ("sampling_std", "final_sampling_std"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if not self.sampling_std > 0:
+            raise ValueError(f"sampling_std={self.sampling_std} must be positive.")
+        if not 0 < self.sampling_std_decay <= 1:
+            raise ValueError(f"sampling_std_decay={self.sampling_std_decay} must lie in (0, 1]; 1 is constant.")
         if self.num_replacements and self.replace_size >= self.reference_set_size:
             raise ValueError(
                 f"replace_size={self.replace_size} is not smaller than reference_set_size={self.reference_set_size}: "
@@ -278,7 +279,5 @@ class MergeCoefficientConfig(_BaseConfig):
 
     def sampling_std_at(self, step: int) -> float:
         """Standard deviation of the draws at a step."""
-        if self.final_sampling_std is None:
-            return self.sampling_std
         share = min(1.0, step / max(1, self.max_steps - 1))
-        return self.sampling_std + share * (self.final_sampling_std - self.sampling_std)
+        return self.sampling_std * (1 - share * (1 - self.sampling_std_decay))

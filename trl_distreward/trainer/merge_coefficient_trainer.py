@@ -32,7 +32,7 @@ from ..policies import as_policy
 from .base import DiffusionTrainer, disable_dropout
 from .candidates import CandidateJudge
 from .checkpoints import ADAPTER_FOLDER, TRAINING_STATE
-from .merge_card import PLOT, coefficient_section, comparison_section, plot_coefficients
+from .merge_card import PLOT, coefficient_section, comparison_table, plot_coefficients
 from .merge_coefficient_config import MergeCoefficientConfig
 from .model_card import recipe_of
 from .objective import normalize_advantages
@@ -473,4 +473,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     def _card_sections(self) -> list[str]:
         drawn = plot_coefficients(self.coefficients, self.group_names, Path(self.args.output_dir, PLOT))
         sections = [coefficient_section(self.coefficients, self.group_names, self.pool_description, drawn)]
-        return sections + ([comparison_section(self.comparison)] if self.comparison else [])
+        if self.comparison:
+            sections.append(f"## Comparison\n\n{comparison_table(self.comparison)}")
+        return sections
