@@ -34,9 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # twelve steps of ten candidates, and the start
+    # twelve steps of ten candidates of 100 images, and 1,000 images of the start
     output = Path(__file__).with_suffix(".json")
-    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=12_100, output=output)
+    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=13_000, output=output)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -44,7 +44,7 @@ def main() -> None:
         pool, times = prepare_pool(args.cache, seed, 600)
         digits = prepare(args.cache, seed, 600)
         methods = {name: METHODS[name] for name in args.methods}
-        steps = (args.budget - 100) // 1000
+        steps = args.budget // 1000 - 1
         with tempfile.TemporaryDirectory() as folder:
             rows = run_methods(digits, pool, times, Path(folder), methods, seed=seed, max_steps=steps)
         for name, row in rows.items():

@@ -130,10 +130,16 @@ def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts(tmp_path,
         return images.float().mean((1, 2, 3)).tolist()
 
     trainer = tiny_merge_trainer(
-        tmp_path, pool, reward_funcs=[two_spaces(), brightness], reward_weights=[1.0, 0.01], max_steps=1
+        tmp_path,
+        pool,
+        reward_funcs=[two_spaces(), brightness],
+        reward_weights=[1.0, 0.01],
+        max_steps=1,
+        scale_set_size=30,
     )
     trainer.train()
-    (start,) = [trainer.judge.judge_one(trainer.initial_coefficients, step=0)]
+    assert trainer.num_images == 30 + 5 * 20
+    start = trainer.judge.judge_set(trainer.initial_coefficients, balanced_labels(30, 3), "start", step=0)
     assert start[0].item() == pytest.approx(-2)  # each space's distance, divided by itself
     assert 0 < start[1] < 255
     distributional, bright = (logged(trainer, f"rewards/{name}/mean")[0] for name in trainer.rewards.names)

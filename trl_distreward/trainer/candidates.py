@@ -72,14 +72,20 @@ class CandidateJudge:
     @torch.no_grad()
     def judge_one(self, coefficients: Tensor, step: int) -> Tensor:
         """Rewards `(functions,)` of coefficients `(G, N_c)`, on this process alone."""
+        values = self.judge_set(coefficients, self.conditions, "candidate", step)
+        if self.args.num_replacements and bool(values.isfinite().all()):
+            return self._judge_replaced(values, step)
+        return values
+
+    @torch.no_grad()
+    def judge_set(self, coefficients: Tensor, conditions: Any, stream: str, step: int) -> Tensor:
+        """Rewards `(functions,)` of one image per condition: minus the set's distance, or means over its images."""
         self.merge(coefficients)
-        own, values = self._generate(self.conditions, "candidate", step)
+        own, values = self._generate(conditions, stream, step)
         if own is None:
             return values
         for reward, features in zip(self.rewards.distributional, own, strict=True):
             reward.set_reference(features)
-        if self.args.num_replacements:
-            return self._judge_replaced(values, step)
         for index, function in enumerate(self.rewards.functions):
             if isinstance(function, SubsetReplaceReward):
                 values[index] = function.baseline

@@ -75,6 +75,10 @@ class MergeCoefficientConfig(_BaseConfig):
 
         reference_set_size (`int`, *optional*, defaults to `5000`):
             Images N of a candidate's own set.
+        scale_set_size (`int`, *optional*):
+            Images of the start's set, by whose distances those of several feature spaces are divided;
+            `reference_set_size` by default. Small sets overstate distances, in some spaces more than in others: give
+            at least 1,000 where candidates have fewer.
         num_replacements (`int`, *optional*, defaults to `0`):
             New images N_r for each replaced subset (Eq. 10). 0: the reward is minus the distance of the candidate's
             set as it is.
@@ -164,6 +168,9 @@ class MergeCoefficientConfig(_BaseConfig):
 
     # Parameters that control the reward
     reference_set_size: int = field(default=5000, metadata={"help": "Images of a candidate's own set."})
+    scale_set_size: int | None = field(
+        default=None, metadata={"help": "Images of the set that tells the feature spaces' units."}
+    )
     num_replacements: int = field(
         default=0, metadata={"help": "New images for each replaced subset; 0: the set's own distance."}
     )
@@ -241,8 +248,8 @@ class MergeCoefficientConfig(_BaseConfig):
         for name in ("num_replacements", "policy_num_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
-        for name in ("num_generations", "reference_set_size"):
-            if getattr(self, name) < 2:
+        for name in ("num_generations", "reference_set_size", "scale_set_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 2.")
         if not self.sampling_std > 0:
             raise ValueError(f"sampling_std={self.sampling_std} must be positive.")

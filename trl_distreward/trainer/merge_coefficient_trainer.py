@@ -269,8 +269,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     def _judge_start(self) -> None:
         """The first set is the start's, by whose distances those of several feature spaces are divided."""
-        values = self.judge.judge_one(self.initial_coefficients, step=0)
-        self.num_images += self.args.images_per_candidate
+        size = self.args.scale_set_size or self.args.reference_set_size
+        conditions = conditions_of_slots(self.policy, self.train_dataset, size, self.args.seed)
+        values = self.judge.judge_set(self.initial_coefficients, conditions, "start", step=0)
+        self.num_images += size
         if not bool(values.isfinite().all()):
             raise ValueError(
                 "the images of the initial coefficients, or their features, are not finite: choose other "
