@@ -4,10 +4,12 @@
 Messages are written from the status of an answer alone: what a server or a client library says may repeat a token.
 """
 
+import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -20,7 +22,7 @@ from huggingface_hub.errors import (
 
 T = TypeVar("T")
 
-ATTEMPTS = 5
+ATTEMPTS = 4
 BACKOFF = 1.0  # seconds before the second attempt; doubled before each further one
 
 REMEDY_FOR_ACCESS = "log in with `hf auth login`, or pass a token that may read it"
@@ -73,8 +75,8 @@ def explained(error: BaseException, what: str, repo_id: str) -> OSError:
     if is_transient(error):
         reason = f"HTTP {status}" if status is not None else type(error).__name__
         return ConnectionError(
-            f"{what}: the Hub did not answer as it should in {ATTEMPTS} attempts, the last time with {reason}: try "
-            "again later; whole files that were already downloaded are kept."
+            f"{what}: the Hub did not answer as it should after several attempts, the last time with {reason}: try "
+            "again later; files that came whole are kept."
         )
     return OSError(f"{what}: {f'HTTP {status}' if status is not None else type(error).__name__} from the Hub.")
 
@@ -100,7 +102,28 @@ def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
             error = _origin(raised)
             if not isinstance(error, HTTPError | EntryNotFoundError) and not is_transient(error):
                 raise  # of this machine: a full disk, a folder that may not be written
-            if not is_transient(error) or attempt == ATTEMPTS:
+            tried = isinstance(raised, LocalEntryNotFoundError)  # by huggingface_hub, again and again
+            if not is_transient(error) or tried or attempt == ATTEMPTS:
                 raise explained(error, what, repo_id) from None
         time.sleep(BACKOFF * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
+
+
+def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> CommitInfo:
+    """
+    Uploads a folder as one commit, again after failures that may pass.
+
+    A commit is on the Hub as a whole or not at all. One that was made although its answer was lost is found by the
+    next attempt, which then has nothing to change.
+
+    Args:
+        folder (`str`): folder to upload.
+        repo_id (`str`): repository, which must exist.
+        kwargs: as in [`~huggingface_hub.HfApi.upload_folder`].
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see `with_retries`; nothing was committed.
+    """
+    return with_retries(
+        lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **kwargs), f"pushing to {repo_id}", repo_id
+    )

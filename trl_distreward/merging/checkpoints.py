@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import CONFIG, check_configs, concatenated, concatenated_axis, widened_config
-from .files import TensorSpec, check_alike, read_header
+from .files import TensorSpec, check_alike, read_header, replace_file
 from .hub_source import HUB_NAME, HubSource
 from .sources import LocalSource, PoolMember, Source, read_layout
 from .sums import sum_dtype, weighted_sum
@@ -137,6 +137,10 @@ class CheckpointPool:
     def adapter_config(self) -> LoraConfig | None:
         """For [`~peft.get_peft_model`], the adapter that a merge is; `None` for a pool of whole models."""
         return None if self._adapter_config is None else LoraConfig.from_peft_type(**self._adapter_config)
+
+    def tensor(self, index: int, key: str) -> Tensor:
+        """A tensor of one checkpoint, as it lies in its file or on the device; not to be changed."""
+        return self._tensors[index][key]
 
     def _shape(self, key: str) -> tuple[int, ...]:
         shape, axis = list(self._specs[key].shape), concatenated_axis(key) if self._concatenates else None
@@ -270,13 +274,14 @@ class CheckpointPool:
                 f"a pool of adapters merges into a PeftModel, not {type(network).__name__}: pass "
                 "peft.get_peft_model(network, pool.adapter_config)."
             )
-        merged = dict(self.merged(weights, groups))
-        outcome = set_peft_model_state_dict(network, merged)
-        if outcome.unexpected_keys:
+        shapes, state = self.shapes, get_peft_model_state_dict(network, save_embedding_layers=False)
+        differ = sorted(key for key in {*state, *shapes} if key not in state or shapes.get(key) != state[key].shape)
+        if differ:
             raise ValueError(
-                f"the pool's adapters have {outcome.unexpected_keys[0]}, which the network has not: make it with "
-                "peft.get_peft_model(network, pool.adapter_config)."
+                f"the network's adapter is not like the pool's, e.g. in {differ[0]} ({len(differ)} tensors differ): "
+                "make it with peft.get_peft_model(network, pool.adapter_config)."
             )
+        set_peft_model_state_dict(network, dict(self.merged(weights, groups)))
 
     def load_resident(self, device: str | torch.device) -> None:
         """
@@ -345,8 +350,8 @@ class CheckpointPool:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._adapter_config is not None:
             text = json.dumps(self._adapter_config, indent=2, default=str) + "\n"
-            _replace(path.with_name(CONFIG), lambda partial: partial.write_text(text))
-        _replace(path, lambda partial: save_file(tensors, partial, metadata=header))
+            replace_file(path.with_name(CONFIG), lambda partial: partial.write_text(text))
+        replace_file(path, lambda partial: save_file(tensors, partial, metadata=header))
 
     def describe(self) -> dict[str, Any]:
         """
@@ -398,12 +403,3 @@ def _mapped(
             )
     opened = {file: safe_open(path, framework="pt", device="cpu") for file, path in paths.items()}
     return {key: opened[layout[key]].get_tensor(key) for key in specs}
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

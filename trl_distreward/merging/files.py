@@ -2,8 +2,9 @@
 """What the headers of safetensors files say, and which files of a folder hold a checkpoint's weights."""
 
 import json
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -196,3 +197,13 @@ def check_alike(specs: Sequence[Mapping[str, TensorSpec]], names: Sequence[str])
         f"{theirs.get(key, 'absent')} in {names[reference]} ({len(keys)} tensors differ): leave it out, or save it as "
         "the others were."
     )
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file under another name beside it, and gives it its name when it is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

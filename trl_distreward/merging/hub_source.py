@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, is_of
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from ..hub import with_retries
-from .files import PICKLES, WEIGHTS, TensorSpec, header_length, no_pickle, parse_header, read_header
+from .files import PICKLES, WEIGHTS, TensorSpec, header_length, no_pickle, parse_header, read_header, replace_file
 from .sources import PoolFile, PoolMember
 
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<subfolder>\S*))?")
@@ -46,8 +46,10 @@ class HubSource:
         self.offline = local_files_only or is_offline_mode()
         asked = match["revision"] or constants.DEFAULT_REVISION
         below = (match["subfolder"] or "").strip("/")
-        if ".." in PurePosixPath(below).parts or "\\" in below:
-            raise ValueError(f"{source} leaves the repository: name a subfolder of it.")
+        if ".." in PurePosixPath(below).parts or ".." in asked or "\\" in below + asked:
+            raise ValueError(f"{source} leaves the repository: name a revision and a subfolder of it.")
+        self._repo = self.cache_dir / f"models--{self.repo_id.replace('/', '--')}"
+        self._reference = self._repo / "refs" / asked
         files = self._cached(asked) if self.offline else self._listed(asked)
         self.file: str | None = None
         if below.endswith(PICKLES) and below in files:
@@ -69,8 +71,9 @@ class HubSource:
 
     def _listed(self, asked: str) -> dict[str, str | None]:
         """Files of the repository, with the SHA-256 of those that are stored as large ones."""
+        api, timeout = HfApi(token=self._token), constants.HF_HUB_DOWNLOAD_TIMEOUT  # by default it waits for ever
         info = with_retries(
-            lambda: HfApi(token=self._token).model_info(self.repo_id, revision=asked, files_metadata=True),
+            lambda: api.model_info(self.repo_id, revision=asked, files_metadata=True, timeout=timeout),
             f"reading {self.name}",
             self.repo_id,
         )
@@ -79,10 +82,8 @@ class HubSource:
 
     def _cached(self, asked: str) -> dict[str, str | None]:
         """The same of what the cache holds (its layout is documented by huggingface_hub)."""
-        repo = self.cache_dir / f"models--{self.repo_id.replace('/', '--')}"
-        reference = repo / "refs" / asked
-        self.revision = asked if _COMMIT.fullmatch(asked) else reference.read_text() if reference.is_file() else asked
-        snapshot = repo / "snapshots" / self.revision
+        self.revision = self._reference.read_text() if self._reference.is_file() else asked
+        snapshot = self._repo / "snapshots" / self.revision
         if not _COMMIT.fullmatch(self.revision) or not snapshot.is_dir():
             raise FileNotFoundError(
                 f"{self.name} is not in the cache at {self.cache_dir}: make the pool once with the network."
@@ -100,6 +101,7 @@ class HubSource:
                 self._in_repo(name),
                 revision=self.revision,
                 cache_dir=self.cache_dir,
+                etag_timeout=constants.HF_HUB_ETAG_TIMEOUT,
                 token=self._token,
                 local_files_only=self.offline,
             ),
@@ -149,5 +151,9 @@ class HubSource:
         raise ValueError(f"{name} of {self.name} ends within its header: it was cut short; upload it again.")
 
     def member(self, paths: Mapping[str, Path]) -> PoolMember:
+        if not self.offline and self._reference.name != self.revision:
+            # so that the cache also knows the branch or tag: only commits were asked for by name
+            self._reference.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._reference, lambda partial: partial.write_text(self.revision))
         files = tuple(PoolFile(name, path, self.hashes[name]) for name, path in paths.items())
         return PoolMember(self.name, files, repo_id=self.repo_id, revision=self.revision, subfolder=self.subfolder)
