@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from .files import header_length
+from .files import header_length, replace_file
 
 
 def add_metadata(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
@@ -19,8 +19,8 @@ def add_metadata(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
         metadata (`dict[str, str]`): entries to add or replace.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+
+    def write(partial: Path) -> None:
         with open(path, "rb") as file, open(partial, "wb") as written:
             header = json.loads(file.read(header_length(file.read(8), str(path))))
             header["__metadata__"] = {**header.get("__metadata__", {}), **metadata}
@@ -28,6 +28,5 @@ def add_metadata(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
             text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
             written.write(len(text).to_bytes(8, "little") + text)
             shutil.copyfileobj(file, written, 1 << 24)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    replace_file(path, write)
