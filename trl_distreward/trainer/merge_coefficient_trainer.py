@@ -26,7 +26,7 @@ from ..merging.coefficients import (
     samples_of,
 )
 from ..merging.search import CMASearch, GridSearch, RandomSearch, Search, power_profile_grid
-from ..merging.stamp import add_metadata
+from ..merging.stamp import stamp_pipeline
 from ..metrics.report import ImageMetric
 from ..policies import as_policy
 from .base import DiffusionTrainer, disable_dropout
@@ -412,21 +412,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             self.pool.save_merged(adapter, coefficients, {"recipe": recipe}, self.groups)
             network = copy.deepcopy(network).merge_and_unload()
         self.policy.save_pretrained(folder, model=network)
-        self._stamp(folder, about)
+        stamp_pipeline(folder, type(self.policy.model).__name__, about)
         (folder / "coefficients.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
         # not transformers' training_args.bin: a pickle, with the Hub token in plain text
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
-
-    def _stamp(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """Every file of the network says how it was made; those of a VAE or a text encoder are none of it."""
-        metadata = {name: json.dumps(value, default=str) for name, value in about.items()}
-        index = (
-            json.loads((folder / "model_index.json").read_text()) if (folder / "model_index.json").is_file() else {}
-        )
-        name = type(self.policy.model).__name__
-        parts = [part for part, found in index.items() if isinstance(found, list) and found[1] == name]
-        for path in sorted(file for part in parts for file in (folder / part).glob("*.safetensors")):
-            add_metadata(path, metadata)
 
     def training_state(self) -> dict[str, Any]:
         states = [reward.state_dict() for reward in self.rewards.distributional]
