@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Pushing to and loading from the Hub, against a stand-in on loopback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -136,3 +137,26 @@ def test_failed_last_push_is_not_passed_off_as_done(hub, tmp_path):
     hub.fail_commits = 100
     result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'end'}")
     assert result.returncode != 0 and "500" in result.stderr and TOKEN not in result.stderr
+
+
+MERGE = """
+import sys
+from pathlib import Path
+from tests.helpers import tiny_merge_trainer
+trainer = tiny_merge_trainer(Path(sys.argv[1]), max_steps=1, push_to_hub=True, hub_model_id="org/merged",
+                             hub_token=sys.argv[2], method="random")
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+def test_merged_model_is_pushed_with_its_coefficients(hub, tmp_path):
+    result = run(hub, tmp_path, MERGE, tmp_path / "run", TOKEN)
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = hub.repos["org/merged"][-1][1]
+    data = files["transformer/diffusion_pytorch_model.safetensors"]
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    coefficients = json.loads(header["coefficients"])["all"]
+    assert coefficients == json.loads(files["coefficients.json"])["coefficients"]["all"] and len(coefficients) == 4
+    assert f"{coefficients[3]:.4f}" in files["README.md"].decode() and "coefficients.png" in files
+    assert all(TOKEN.encode() not in content for content in files.values())

@@ -15,6 +15,7 @@ _PUBLIC = {
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
     "EDM2Pipeline": "pipelines.edm2",
     "EDM2UNet2DModel": "models.edm2",
+    "EMANet": "merging.coefficients",
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
@@ -22,6 +23,8 @@ _PUBLIC = {
     "JointFeatures": "metrics.report",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
+    "MergeCoefficientConfig": "trainer.merge_coefficient_config",
+    "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SlicedWassersteinDistance": "metrics.sliced",
@@ -58,6 +61,7 @@ __all__ = [
     "DistributionRewardTrainer",
     "EDM2Pipeline",
     "EDM2UNet2DModel",
+    "EMANet",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
@@ -65,6 +69,8 @@ __all__ = [
     "JointFeatures",
     "KernelDistance",
     "LogSamplesCallback",
+    "MergeCoefficientConfig",
+    "MergeCoefficientTrainer",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SlicedWassersteinDistance",
@@ -80,6 +86,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .merging.checkpoints import CheckpointPool
+    from .merging.coefficients import EMANet
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
@@ -99,6 +106,8 @@ if TYPE_CHECKING:
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
+    from .trainer.merge_coefficient_config import MergeCoefficientConfig
+    from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 
 
 def __getattr__(name: str) -> Any:

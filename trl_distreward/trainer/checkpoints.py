@@ -394,6 +394,7 @@ class CheckpointingTrainer(_BaseTrainer):
         source = getattr(getattr(self.policy, "pipeline", None), "config", {}).get("_name_or_path")
         base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
         name = model_name or self._hub_name()
+        metadata: dict[str, Any] = {"base_model": base_model, **self._card_metadata()}
         card = build_model_card(
             name,
             trainer_name=type(self).__name__,
@@ -401,13 +402,22 @@ class CheckpointingTrainer(_BaseTrainer):
             log_history=self.state.log_history,
             recipe=recipe_of(self.args),
             num_eval_images=len(self.eval_conditions),
-            base_model=base_model,
+            sections=self._card_sections(),
             license=kwargs.get("license"),
             library_name="diffusers",
             pipeline_tag=self._pipeline_tag,
             datasets=dataset_name,
             tags=sorted({*given, *self._tag_names, "generated_from_trainer"}),
+            **metadata,
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _card_metadata(self) -> dict[str, Any]:
+        """Further metadata of the model card, by the names of [`~huggingface_hub.ModelCardData`]."""
+        return {}
+
+    def _card_sections(self) -> list[str]:
+        """Further sections of the model card, in Markdown."""
+        return []
 
     _pipeline_tag = "unconditional-image-generation"
