@@ -23,8 +23,10 @@ _PUBLIC = {
     "SlicedWassersteinDistance": "metrics.sliced",
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
+    "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
     "load_pipeline": "policies",
+    "precision_recall_density_coverage": "metrics.manifold",
 }
 _SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "scripts", "trainer"}
 
@@ -45,15 +47,19 @@ __all__ = [
     "SlicedWassersteinDistance",
     "SubsetReplaceReward",
     "SumDistance",
+    "feature_metrics",
     "frechet_distance",
     "load_pipeline",
+    "precision_recall_density_coverage",
 ]
 
 if TYPE_CHECKING:
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.frechet import FrechetDistance, frechet_distance
     from .metrics.kernel import KernelDistance
+    from .metrics.manifold import precision_recall_density_coverage
     from .metrics.report import FeatureDistance, JointFeatures
+    from .metrics.scores import feature_metrics
     from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics
     from .models.sit import SiTTransformer2DModel

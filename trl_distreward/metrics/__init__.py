@@ -5,8 +5,11 @@ from .composite import DebiasedDistance, SumDistance
 from .distances import Distance
 from .frechet import FrechetDistance, frechet_distance
 from .kernel import KernelDistance
+from .manifold import precision_recall_density_coverage
 from .report import FeatureDistance, JointFeatures, extract_features
+from .scores import cmmd, feature_metrics, frechet_infinity, inception_score, kernel_inception_distance
 from .sliced import SlicedWassersteinDistance
+from .spread import half_sample_spread
 from .statistics import FeatureStatistics
 
 __all__ = [
@@ -19,6 +22,13 @@ __all__ = [
     "KernelDistance",
     "SlicedWassersteinDistance",
     "SumDistance",
+    "cmmd",
     "extract_features",
+    "feature_metrics",
     "frechet_distance",
+    "frechet_infinity",
+    "half_sample_spread",
+    "inception_score",
+    "kernel_inception_distance",
+    "precision_recall_density_coverage",
 ]
