@@ -3,7 +3,8 @@
 usage: trl-distreward COMMAND [OPTIONS]
 
 Commands:
-  train     fine-tune a pipeline on distribution-wise rewards
+  train       fine-tune a pipeline on distribution-wise rewards
+  statistics  compute the statistics of a set of real images
 
 trl-distreward COMMAND --help shows a command's options.
 """
@@ -11,7 +12,7 @@ trl-distreward COMMAND --help shows a command's options.
 import sys
 from importlib import import_module
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "statistics")
 
 
 def main() -> None:
