@@ -5,6 +5,7 @@ usage: trl-distreward COMMAND [OPTIONS]
 Commands:
   train       fine-tune a pipeline on distribution-wise rewards
   statistics  compute the statistics of a set of real images
+  evaluate    measure how far generated images are from real ones
 
 trl-distreward COMMAND --help shows a command's options.
 """
@@ -12,7 +13,7 @@ trl-distreward COMMAND --help shows a command's options.
 import sys
 from importlib import import_module
 
-COMMANDS = ("train", "statistics")
+COMMANDS = ("train", "statistics", "evaluate")
 
 
 def main() -> None:
