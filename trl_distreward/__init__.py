@@ -15,6 +15,7 @@ _PUBLIC = {
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
+    "InceptionV3": "metrics.inception",
     "JointFeatures": "metrics.report",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
@@ -25,6 +26,8 @@ _PUBLIC = {
     "SumDistance": "metrics.composite",
     "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
+    "load_feature_extractor": "metrics.features",
+    "load_inception": "metrics.inception",
     "load_pipeline": "policies",
     "precision_recall_density_coverage": "metrics.manifold",
 }
@@ -39,6 +42,7 @@ __all__ = [
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
+    "InceptionV3",
     "JointFeatures",
     "KernelDistance",
     "LogSamplesCallback",
@@ -49,13 +53,17 @@ __all__ = [
     "SumDistance",
     "feature_metrics",
     "frechet_distance",
+    "load_feature_extractor",
+    "load_inception",
     "load_pipeline",
     "precision_recall_density_coverage",
 ]
 
 if TYPE_CHECKING:
     from .metrics.composite import DebiasedDistance, SumDistance
+    from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
+    from .metrics.inception import InceptionV3, load_inception
     from .metrics.kernel import KernelDistance
     from .metrics.manifold import precision_recall_density_coverage
     from .metrics.report import FeatureDistance, JointFeatures

@@ -3,7 +3,9 @@
 
 from .composite import DebiasedDistance, SumDistance
 from .distances import Distance
+from .features import BackboneFeatures, load_feature_extractor
 from .frechet import FrechetDistance, frechet_distance
+from .inception import InceptionV3, load_inception
 from .kernel import KernelDistance
 from .manifold import precision_recall_density_coverage
 from .report import FeatureDistance, JointFeatures, extract_features
@@ -11,13 +13,16 @@ from .scores import cmmd, feature_metrics, frechet_infinity, inception_score, ke
 from .sliced import SlicedWassersteinDistance
 from .spread import half_sample_spread
 from .statistics import FeatureStatistics
+from .weights import find_weights
 
 __all__ = [
+    "BackboneFeatures",
     "DebiasedDistance",
     "Distance",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
+    "InceptionV3",
     "JointFeatures",
     "KernelDistance",
     "SlicedWassersteinDistance",
@@ -25,10 +30,13 @@ __all__ = [
     "cmmd",
     "extract_features",
     "feature_metrics",
+    "find_weights",
     "frechet_distance",
     "frechet_infinity",
     "half_sample_spread",
     "inception_score",
     "kernel_inception_distance",
+    "load_feature_extractor",
+    "load_inception",
     "precision_recall_density_coverage",
 ]

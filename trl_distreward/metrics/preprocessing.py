@@ -65,6 +65,7 @@ def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: b
     `PIL.Image.resize` to `(size, size)`, antialiased, bit for bit with `eight_bit`: then weights are Pillow's 22-bit
     fixed-point numbers, and values are rounded and clamped after the horizontal pass and after the vertical one; the
     gradient is that of the unrounded result where it is not clamped. Otherwise as Pillow treats an image of mode "F".
+    (Of images taller than wide, Pillow 13 may take the vertical pass first, which rounds otherwise.)
     """
     result = images.double()
     for dim in (3, 2):
@@ -92,13 +93,15 @@ def pillow_weights(length: int, size: int, mode: str) -> Tensor:
     centre = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
     pixel = torch.arange(length, dtype=torch.float64)
     inside = (pixel >= (centre - support + 0.5).floor()) & (pixel < (centre + support + 0.5).floor())
-    x = ((pixel + 0.5 - centre) / width).abs()
+    # in Pillow's order of operations: the last bit decides which way ties go, and 8/7 and 4/3 have many
+    x = ((pixel - centre + 0.5) * (1 / width)).abs()
     if mode == "bilinear":
         weights = (1 - x).clamp(min=0)
     else:  # Keys's cubic convolution with a = -1/2
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+        far = (((x - 5) * x + 8) * x - 4) * -0.5
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far) * (x < 2)
     weights = weights * inside
-    return weights / weights.sum(dim=1, keepdim=True)
+    return weights / weights.cumsum(dim=1)[:, -1:]
 
 
 def _precision_switches() -> list[tuple[Any, str, Any]]:
