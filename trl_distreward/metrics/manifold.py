@@ -26,7 +26,7 @@ from .precision import full_precision, mean_of_rows
 
 BLOCK = 2_048  # rows of a block of distances, 16 MiB in float32
 SPARE = 8  # neighbours kept beyond the k-th, among which rounding may have confused it
-PAIR_NUMBERS = 2**23  # float64 numbers of a chunk of pairs
+PAIR_NUMBERS = 2**21  # float64 numbers of a chunk of pairs
 TINY = 1e-30  # covers float32's underflow, where the largest coordinate is 1
 
 
