@@ -31,7 +31,18 @@ _PUBLIC = {
     "load_pipeline": "policies",
     "precision_recall_density_coverage": "metrics.manifold",
 }
-_SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "scripts", "trainer"}
+_SUBMODULES = {
+    "evaluation",
+    "generation",
+    "metrics",
+    "models",
+    "pipelines",
+    "policies",
+    "rewards",
+    "sampling",
+    "scripts",
+    "trainer",
+}
 
 __all__ = [
     "ClassConditionalPolicy",
