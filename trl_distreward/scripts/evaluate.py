@@ -19,7 +19,7 @@ import argparse
 import gc
 import platform
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def feature_spaces(arguments: argparse.Namespace) -> list[FeatureSpace]:
     spaces = []
     for name, real in zip(names, reals * len(names) if len(reals) == 1 else reals, strict=True):
         extractor = find_extractor(name)
-        open_real = partial(open_images, real, **dataset_options(arguments))
+        open_real = cache(partial(open_images, real, **dataset_options(arguments)))
         space = FeatureSpace(extractor, RealPath.look_at(real, extractor.name), arguments.metrics, open_real)
         space.check()
         spaces.append(space)
