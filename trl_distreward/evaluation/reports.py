@@ -32,7 +32,9 @@ _LITERATURE = {
     ("inception", "kid"): "KID",
     ("inception", "inception_score"): "Inception Score",
     ("inception-spatial", "frechet"): "sFID",
+    ("inception-spatial", "fid"): "sFID",
     ("dinov2", "frechet"): "FD-DINOv2",
+    ("dinov2", "fid"): "FD-DINOv2",
     ("clip", "cmmd"): "CMMD",
 }
 _CARD_SETTINGS = ("sampler", "num_steps", "guidance_scale", "labels", "seed", "weights")

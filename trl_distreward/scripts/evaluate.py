@@ -230,6 +230,8 @@ def evaluate(arguments: argparse.Namespace, model: str, work_dir: Path) -> dict[
 
 def compare(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     """Both reports and what changed, in the main process; all call it."""
+    if arguments.save_npz or arguments.update_card:
+        raise ValueError("--save-npz and --update-card are for one --model: leave them out of --compare.")
     before, after = (
         reports.read_report(given) if given.endswith(".json") else evaluate(arguments, given, work_dir / name)
         for given, name in zip(arguments.compare, ("before", "after"), strict=True)
