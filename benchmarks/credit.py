@@ -10,9 +10,8 @@ rate is kept, and the other seeds follow at that rate.
 """
 
 import argparse
-from pathlib import Path
 
-from digits_runs import add_arguments, run, table, write
+from runs import parse_args, run, table, write
 
 ARMS: dict[str, tuple[int, dict]] = {
     "shared, n = 1": (1, {}),
@@ -30,11 +29,10 @@ TUNED_BY = "fd_heldout ode"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=5_100, output=Path(__file__).with_suffix(".json"))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-5, 1e-4], help="to choose from")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    args = parser.parse_args()
-    base = [run(args.cache, seed, 0) | {"learning_rate": 0.0} for seed in args.seeds]
+    args = parse_args(parser, __file__, seeds=[0, 10, 20, 30, 40], budget=5_100)
+    base = [run(args.prepare(seed), seed, 0) | {"learning_rate": 0.0} for seed in args.seeds]
     runs: dict[str, list[dict[str, float]]] = {"base": base}
     tuning: dict[str, list[dict[str, float]]] = {}
     for name in args.arms:
@@ -42,7 +40,7 @@ def main() -> None:
 
         def train(seed: int, rate: float, size: int = size, reward: dict = reward) -> dict[str, float]:
             settings = {"replace_size": size, "learning_rate": rate, "reference_update": "rolling"}
-            return run(args.cache, seed, args.budget, reward, **settings) | {"learning_rate": rate}
+            return run(args.prepare(seed), seed, args.budget, reward, **settings) | {"learning_rate": rate}
 
         tuning[name] = [train(args.seeds[0], rate) for rate in args.learning_rates]
         best = min(tuning[name], key=lambda result: result[TUNED_BY])

@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Which estimator: policy gradients, rejection sampling and back-propagation, on digits at equal images generated.
+Which estimator: policy gradients, rejection sampling and back-propagation, on digits or MNIST at equal images
+generated.
 
     OMP_NUM_THREADS=1 python benchmarks/estimators.py
+    OMP_NUM_THREADS=1 python benchmarks/estimators.py --data mnist
 
 Each arm generates as many images, reference sets counted; the paper's recipe at a constant rate of 5e-5, the others at
 1e-4 falling to 0. Evaluations are the network's, one image each, forward;
@@ -12,10 +14,9 @@ memory is what autograd holds for the backward pass at its peak, of one update i
 import argparse
 import json
 import tempfile
-from pathlib import Path
 
-from digits_runs import IMAGES_PER_UPDATE, add_arguments, build_trainer, prepare, run, table, write
 from held import held_for_backward
+from runs import IMAGES_PER_UPDATE, Digits, build_trainer, parse_args, run, table, write
 
 PAPER = {
     "learning_rate": 5e-5,
@@ -43,10 +44,10 @@ COLUMNS = ["images", "evaluations", "seconds", "held MiB"]
 COLUMNS += ["fd_heldout ode", "fd_heldout sde", "fd_reward ode", "fd_pixel ode", "accuracy ode"]
 
 
-def held_mib(cache: Path, settings: dict) -> float:
+def held_mib(prepared: Digits, settings: dict) -> float:
     with tempfile.TemporaryDirectory() as folder:
         one_update = {**settings, "max_steps": 1, "per_device_train_batch_size": 64}
-        trainer = build_trainer(prepare(cache, 0, 600), folder, **one_update)
+        trainer = build_trainer(prepared, folder, **one_update)
         with held_for_backward(weights=False) as held:
             trainer.train()
     return held.most / 2**20
@@ -54,16 +55,17 @@ def held_mib(cache: Path, settings: dict) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=7_140, output=Path(__file__).with_suffix(".json"))
-    args = parser.parse_args()
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    args = parse_args(parser, __file__, seeds=[0, 10, 20, 30, 40], budget=7_140)
+    arms = {name: ARMS[name] for name in args.arms}
     updates = (args.budget - 1000) // IMAGES_PER_UPDATE
-    memory = {name: held_mib(args.cache, settings) for name, settings in ARMS.items()}
-    runs: dict[str, list[dict[str, float]]] = {"base": [], **{name: [] for name in ARMS}}
+    memory = {name: held_mib(args.prepare(args.seeds[0]), settings) for name, settings in arms.items()}
+    runs: dict[str, list[dict[str, float]]] = {"base": [], **{name: [] for name in arms}}
     for seed in args.seeds:
-        runs["base"].append(run(args.cache, seed, 0) | {"held MiB": 0.0})
-        for name, settings in ARMS.items():
+        runs["base"].append(run(args.prepare(seed), seed, 0) | {"held MiB": 0.0})
+        for name, settings in arms.items():
             steps = {} if settings is PAPER else {"max_steps": updates}
-            result = run(args.cache, seed, args.budget, **{**steps, **settings})
+            result = run(args.prepare(seed), seed, args.budget, **{**steps, **settings})
             runs[name].append(result | {"held MiB": memory[name]})
             print(seed, name, json.dumps({key: round(value, 3) for key, value in runs[name][-1].items()}), flush=True)
         write(args.output, args, runs=runs)

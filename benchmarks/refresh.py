@@ -8,9 +8,8 @@ Fixed intervals of 5, 10 and 20 updates (the paper's Fig. 5), "auto", and the ro
 """
 
 import argparse
-from pathlib import Path
 
-from digits_runs import add_arguments, run, table, write
+from runs import parse_args, run, table, write
 
 SETTINGS: dict[str, dict] = {
     "refresh 5": {"reference_refresh_steps": 5},
@@ -26,15 +25,14 @@ COLUMNS = ["updates", "refreshes", "images", "fd_heldout ode", "fd_heldout sde",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, seeds=[0, 10, 20], budget=16_300, output=Path(__file__).with_suffix(".json"))
     parser.add_argument("--replace-size", type=int, default=8, help="images of a subset; 256 are generated per update")
     parser.add_argument("--arms", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    args = parser.parse_args()
+    args = parse_args(parser, __file__, seeds=[0, 10, 20], budget=16_300)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.arms}
     for seed in args.seeds:
         for name in args.arms:
             settings = SETTINGS[name]
-            runs[name].append(run(args.cache, seed, args.budget, replace_size=args.replace_size, **settings))
+            runs[name].append(run(args.prepare(seed), seed, args.budget, replace_size=args.replace_size, **settings))
             print(seed, name, {key: round(value, 3) for key, value in runs[name][-1].items()}, flush=True)
     print(table(runs, COLUMNS))
     write(args.output, args, runs=runs)

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from digits_runs import new_sit
 from held import held_for_backward
+from runs import new_sit
 from torch import nn
 
 from trl_distreward import (

@@ -141,16 +141,27 @@ def new_sit() -> SiTTransformer2DModel:
     )
 
 
-def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTransformer2DModel:
-    """Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise."""
+def train_sit(
+    new_model: Callable[[], SiTTransformer2DModel],
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    steps: int,
+    on_step: Callable[[int, SiTTransformer2DModel], None] | None = None,
+) -> SiTTransformer2DModel:
+    """
+    Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise.
+
+    `on_step` is called with the number of steps done and the model.
+    """
     torch.manual_seed(seed)
-    model = new_sit()
-    data = images.float() / 127.5 - 1
+    model = new_model()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
     model.train()
-    for _ in trange(steps, desc="Pretraining", leave=False):
-        index = torch.randint(0, len(data), (128,))
-        x, noise = data[index], torch.randn(128, 1, 8, 8)
+    for step in trange(steps, desc="Pretraining", leave=False):
+        index = torch.randint(0, len(images), (128,))
+        x = images[index].float() / 127.5 - 1
+        noise = torch.randn_like(x)
         t = torch.sigmoid(torch.randn(128))
         wide = t.view(-1, 1, 1, 1)
         predicted = model(wide * x + (1 - wide) * noise, t, labels[index]).sample
@@ -158,6 +169,8 @@ def train_sit(images: Tensor, labels: Tensor, seed: int, steps: int) -> SiTTrans
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if on_step is not None:
+            on_step(step + 1, model)
     return model.eval()
 
 
@@ -241,7 +254,7 @@ class Digits:
     base_path: Path
     spaces: dict[str, Callable[..., Tensor]]
     real: dict[str, FeatureStatistics]
-    heldout: DigitClassifier
+    heldout: nn.Module  # with `last_features`
     real_heldout: FeatureStatistics
     floor: dict[str, dict[str, float]]
 
@@ -253,6 +266,27 @@ class Digits:
             "heldout": FeatureDistance(self.heldout.last_features, self.real_heldout),
             "accuracy": Accuracy(self.heldout),
         }
+
+
+def prepare_pool(cache: Path, seed: int, pretraining_steps: int) -> tuple[list[Path], list[float]]:
+    """
+    Eight checkpoints of the generator's training, evenly spaced over its last seven twelfths, and their times.
+
+    Trains it, and leaves the last one where `prepare` looks for it, or reads them from `cache`.
+    """
+    times = [pretraining_steps * k // 12 for k in range(5, 13)]
+    paths = {time: cache / f"pool-{seed}-{pretraining_steps}" / f"step-{time:04d}.safetensors" for time in times}
+    if not paths[times[-1]].is_file():
+        paths[times[-1]].parent.mkdir(parents=True, exist_ok=True)
+
+        def keep(step: int, model: SiTTransformer2DModel) -> None:
+            if step in paths:
+                save_file(model.state_dict(), paths[step])
+
+        images, labels = load_digits()
+        model = train_sit(new_sit, images[:NUM_TRAIN], labels[:NUM_TRAIN], 3 + seed, pretraining_steps, keep)
+        SiTPipeline(model).save_pretrained(cache / f"base-{seed}-{pretraining_steps}")
+    return list(paths.values()), [float(time) for time in times]
 
 
 def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
@@ -271,7 +305,9 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
         )
     base_path = cache / f"base-{seed}-{pretraining_steps}"
     if not base_path.is_dir():
-        SiTPipeline(train_sit(train_images, train_labels, 3 + seed, pretraining_steps)).save_pretrained(base_path)
+        SiTPipeline(train_sit(new_sit, train_images, train_labels, 3 + seed, pretraining_steps)).save_pretrained(
+            base_path
+        )
     # images alone do not tell whether they are the digits that were asked for: class probabilities beside labels do
     asked = JointFeatures(judge.probabilities, num_classes=10)
     spaces = {"last": judge.last_features, "middle": judge.middle_features, "pixels": pixel_features, "asked": asked}

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CheckpointPool": "merging.checkpoints",
     "ClassConditionalPolicy": "policies",
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
+    "EDM2Pipeline": "pipelines.edm2",
+    "EDM2UNet2DModel": "models.edm2",
+    "EMANet": "merging.coefficients",
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
@@ -19,6 +23,8 @@ _PUBLIC = {
     "JointFeatures": "metrics.report",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
+    "MergeCoefficientConfig": "trainer.merge_coefficient_config",
+    "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SlicedWassersteinDistance": "metrics.sliced",
@@ -32,8 +38,11 @@ _PUBLIC = {
     "precision_recall_density_coverage": "metrics.manifold",
 }
 _SUBMODULES = {
+    "conversion",
     "evaluation",
     "generation",
+    "hub",
+    "merging",
     "metrics",
     "models",
     "pipelines",
@@ -45,11 +54,15 @@ _SUBMODULES = {
 }
 
 __all__ = [
+    "CheckpointPool",
     "ClassConditionalPolicy",
     "DebiasedDistance",
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
     "DistributionRewardTrainer",
+    "EDM2Pipeline",
+    "EDM2UNet2DModel",
+    "EMANet",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
@@ -57,6 +70,8 @@ __all__ = [
     "JointFeatures",
     "KernelDistance",
     "LogSamplesCallback",
+    "MergeCoefficientConfig",
+    "MergeCoefficientTrainer",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SlicedWassersteinDistance",
@@ -71,6 +86,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .merging.checkpoints import CheckpointPool
+    from .merging.coefficients import EMANet
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
@@ -81,13 +98,17 @@ if TYPE_CHECKING:
     from .metrics.scores import feature_metrics
     from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics
+    from .models.edm2 import EDM2UNet2DModel
     from .models.sit import SiTTransformer2DModel
+    from .pipelines.edm2 import EDM2Pipeline
     from .pipelines.sit import SiTPipeline
     from .policies import ClassConditionalPolicy, DiffusionPolicy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
+    from .trainer.merge_coefficient_config import MergeCoefficientConfig
+    from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 
 
 def __getattr__(name: str) -> Any:

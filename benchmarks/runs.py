@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Training runs of the digits example for benchmarks: one function, a table, and a file of results."""
+"""Training runs of small generators, of digits or MNIST, for benchmarks: one function, a table, a file of results."""
 
 import argparse
 import json
@@ -7,9 +7,12 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import mnist
 import numpy as np
 import torch
 from transformers import TrainerCallback
@@ -18,6 +21,8 @@ from trl_distreward import DiffusionDistributionConfig, DistributionRewardTraine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from digits import METRICS, Digits, new_sit, prepare  # noqa: E402, F401
+
+Prepare = Callable[[int], Digits]  # of a seed
 
 IMAGES_PER_UPDATE = 256
 
@@ -51,7 +56,7 @@ def build_trainer(
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
 ) -> DistributionRewardTrainer:
-    """A trainer of the digits example's generator, at a constant rate; `reward` and `settings` override arguments."""
+    """A trainer of a prepared generator, at a constant rate; `reward` and `settings` override arguments."""
     size = settings.get("replace_size", 1)
     defaults = {
         "output_dir": folder,
@@ -84,14 +89,14 @@ def build_trainer(
 
 
 def run(
-    cache: Path, seed: int, budget: int, reward: dict[str, Any] | None = None, **settings: Any
+    prepared: Digits, seed: int, budget: int, reward: dict[str, Any] | None = None, **settings: Any
 ) -> dict[str, float]:
     """
-    Trains the digits example's generator on `budget` images and evaluates it.
+    Trains a generator on `budget` images and evaluates it.
 
     Args:
-        cache (`Path`): where pretraining is kept.
-        seed (`int`): of all training, pretraining included.
+        prepared (`Digits`): the generator, what judges it, and the real images' statistics.
+        seed (`int`): of the training.
         budget (`int`): images generated, reference sets counted.
         reward (`dict`, *optional*): further arguments of the reward.
         settings: further fields of the configuration.
@@ -99,7 +104,7 @@ def run(
     stop = StopAtBudget(budget)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": 10_000, **settings, "seed": seed}
-        trainer = build_trainer(prepare(cache, seed, 600), folder, reward, [stop], **settings)
+        trainer = build_trainer(prepared, folder, reward, [stop], **settings)
         stop.trainer = trainer
         evaluations, started = [0], time.process_time()
         hook = trainer.network.register_forward_hook(lambda _, inputs, output: evaluations.append(len(output[0])))
@@ -134,15 +139,27 @@ def table(runs: dict[str, list[dict[str, float]]], columns: list[str]) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser, seeds: list[int], budget: int, output: Path) -> None:
+def parse_args(parser: argparse.ArgumentParser, script: str, seeds: list[int], budget: int) -> argparse.Namespace:
+    """Adds the arguments that all benchmarks share; `args.prepare` makes a seed's generator of the data asked for."""
+    parser.add_argument("--data", default="digits", choices=["digits", "mnist"], help="what is generated")
+    parser.add_argument("--mnist", type=Path, default=Path("../shared/data"), help="where MNIST and its judges are")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="training seeds")
     parser.add_argument("--budget", type=int, default=budget, help="images of a run, reference sets counted")
     parser.add_argument("--cache", type=Path, default=Path("outputs/digits/cache"), help="where pretraining is kept")
-    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--output", type=Path, help="by default beside the script")
+    args = parser.parse_args()
+    if args.output is None:
+        suffix = "" if args.data == "digits" else f"_{args.data}"
+        args.output = Path(script).with_name(f"{Path(script).stem}{suffix}.json")
+    if args.data == "mnist":
+        args.prepare = cache(partial(mnist.prepare, args.cache, args.mnist))
+    else:
+        args.prepare = cache(lambda seed: prepare(args.cache, seed, 600))
+    return args
 
 
 def write(path: Path, args: argparse.Namespace, **results: Any) -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings = {key: value for key, value in settings.items() if key not in ("cache", "output")}
+    settings = {key: value for key, value in settings.items() if key not in ("cache", "output", "mnist", "prepare")}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     path.write_text(json.dumps({"settings": settings, "versions": versions, **results}, indent=2) + "\n")

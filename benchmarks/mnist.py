@@ -1,0 +1,187 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""MNIST for benchmarks, judged by networks that others trained: LeNet-5 for the reward, MobileNet held out.
+
+Files are read from a folder that is no part of this project: `mnist_70k.npz`, `lenet_mnist.pth` and
+`mobilenet_v1_1.0_224_trunc_pw12.npz`. Distances are FD-LeNet and FD-MobileNet, never FID.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trl_distreward import FeatureStatistics, JointFeatures, SiTPipeline, SiTTransformer2DModel, frechet_distance
+from trl_distreward.metrics import extract_features
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from digits import Digits, train_sit  # noqa: E402
+
+PRETRAINING_STEPS = 800
+NUM_HELDOUT = 10_000  # real images that the held-out network sees: it is the slowest part
+MOBILENET_SIZE = 64
+STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2)
+
+
+class LeNet(nn.Module):
+    """LeNet-5 on uint8 images `(B, 1, 28, 28)`."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__()
+        self.c1, self.c3, self.c5 = nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5), nn.Conv2d(16, 120, 5)
+        self.f6, self.f7 = nn.Linear(120, 84), nn.Linear(84, 10)
+        self.load_state_dict({name.split(".", 1)[1]: value for name, value in weights.items()})
+        self.requires_grad_(False).eval()
+
+    def convolved(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images.float() / 255, size=32, mode="bilinear", align_corners=False)
+        x = F.max_pool2d(torch.tanh(self.c1(x)), 2)
+        return F.max_pool2d(torch.tanh(self.c3(x)), 2)  # (B, 16, 5, 5)
+
+    def middle_features(self, images: Tensor) -> Tensor:
+        return self.convolved(images).mean((2, 3))
+
+    def last_features(self, images: Tensor) -> Tensor:
+        x = torch.tanh(self.c5(self.convolved(images))).flatten(1)
+        return torch.tanh(self.f6(x))  # (B, 84)
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        return self.f7(self.last_features(images)).softmax(1)
+
+
+class MobileNet(nn.Module):
+    """
+    MobileNet-v1 with ImageNet weights, up to `conv_pw_12`, on uint8 images, and a linear classifier on top.
+
+    Batch normalizations are folded into the convolutions before them.
+    """
+
+    def __init__(self, weights: dict[str, np.ndarray]):
+        super().__init__()
+        self.kernels, self.biases = nn.ParameterList(), nn.ParameterList()
+        for name in self.layer_names():
+            depthwise = name.startswith("conv_dw")
+            kernel = torch.from_numpy(weights[f"{name}/{'depthwise_kernel' if depthwise else 'kernel'}"])
+            kernel = kernel.permute(2, 3, 0, 1) if depthwise else kernel.permute(3, 2, 0, 1)
+            moments = (weights[f"{name}_bn/{key}"] for key in ("gamma", "beta", "moving_mean", "moving_variance"))
+            gamma, beta, mean, variance = (torch.from_numpy(value) for value in moments)
+            scale = gamma / (variance + 1e-3).sqrt()
+            self.kernels.append(kernel * scale.view(-1, 1, 1, 1))
+            self.biases.append(beta - mean * scale)
+        self.register_buffer("probe", torch.zeros(1025, 10))
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def layer_names() -> Iterator[str]:
+        yield "conv1"
+        for i in range(1, 13):
+            yield f"conv_dw_{i}"
+            yield f"conv_pw_{i}"
+
+    def last_features(self, images: Tensor) -> Tensor:
+        x = images.float().expand(-1, 3, -1, -1) / 127.5 - 1
+        x = F.interpolate(x, size=MOBILENET_SIZE, mode="bilinear", align_corners=False)
+        strides = [2, *(stride for block in STRIDES for stride in (block, 1))]
+        for kernel, bias, stride in zip(self.kernels, self.biases, strides, strict=True):
+            if kernel.shape[-1] == 3:  # TensorFlow's "same" padding
+                x = F.pad(x, (0, 1, 0, 1) if stride == 2 else (1, 1, 1, 1))
+            groups = len(kernel) if kernel.shape[1] == 1 else 1
+            x = F.relu6(F.conv2d(x, kernel, bias, stride, groups=groups))
+        return x.mean((2, 3))  # (B, 1024)
+
+    def fit_probe(self, features: Tensor, labels: Tensor) -> None:
+        """Ridge regression of one-hot labels on features."""
+        design = F.pad(features.double(), (0, 1), value=1.0)
+        normal = design.T @ design + 1e-2 * len(design) * torch.eye(design.shape[1], dtype=torch.float64)
+        self.probe = torch.linalg.solve(normal, design.T @ F.one_hot(labels, 10).double()).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.pad(self.last_features(images), (0, 1), value=1.0) @ self.probe
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """(B, 196): pixels at half the resolution."""
+    return F.avg_pool2d(images.float() / 127.5 - 1, 2).flatten(1)
+
+
+def new_sit() -> SiTTransformer2DModel:
+    return SiTTransformer2DModel(
+        sample_size=28,
+        patch_size=4,
+        in_channels=1,
+        hidden_size=64,
+        num_layers=4,
+        num_attention_heads=4,
+        num_classes=10,
+        learn_sigma=False,
+    )
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], LeNet, MobileNet]:
+    """
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    missing = [
+        name
+        for name in ("mnist_70k.npz", "lenet_mnist.pth", "mobilenet_v1_1.0_224_trunc_pw12.npz")
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: name the folder that has them with --mnist.")
+    data = {name: torch.from_numpy(values) for name, values in np.load(folder / "mnist_70k.npz").items()}
+    for name, values in data.items():
+        data[name] = values[:, None] if name.endswith("images") else values.long()
+    lenet = LeNet(torch.load(folder / "lenet_mnist.pth", weights_only=True))
+    mobilenet = MobileNet(dict(np.load(folder / "mobilenet_v1_1.0_224_trunc_pw12.npz")))
+    return data, lenet, mobilenet
+
+
+@cache
+@torch.no_grad()
+def judge(folder: Path) -> tuple[dict[str, Tensor], Digits]:
+    """MNIST and, without a generator yet, what judges it: the same for all seeds."""
+    data, lenet, mobilenet = load(folder)
+    images, labels = data["train_images"], data["train_labels"]
+    test_images, test_labels = data["test_images"][:2000], data["test_labels"][:2000]
+    spaces: dict[str, Callable[..., Tensor]] = {
+        "last": lenet.last_features,
+        "middle": lenet.middle_features,
+        "pixels": pixel_features,
+        "asked": JointFeatures(lenet.probabilities, num_classes=10),
+    }
+    real = {
+        name: FeatureStatistics.from_features(extract_features(extract, images, labels))
+        for name, extract in spaces.items()
+    }
+    features = extract_features(mobilenet.last_features, images[:NUM_HELDOUT])
+    real_heldout = FeatureStatistics.from_features(features)
+    mobilenet.fit_probe(features, labels[:NUM_HELDOUT])
+    judged = {
+        "fd_reward": (lenet.last_features, real["last"]),
+        "fd_heldout": (mobilenet.last_features, real_heldout),
+        "fd_pixel": (pixel_features, real["pixels"]),
+    }
+    floor = {
+        name: frechet_distance(FeatureStatistics.from_features(extract_features(f, test_images)), statistics)
+        for name, (f, statistics) in judged.items()
+    }
+    answers = torch.cat([mobilenet(part).argmax(1) for part in test_images.split(256)])
+    floor["accuracy"] = (answers == test_labels).double().mean().item()
+    floors = {name: {"mean": value, "std": 0.0} for name, value in floor.items()}
+    return data, Digits(Path(), spaces, real, mobilenet, real_heldout, floors)
+
+
+def prepare(cache_folder: Path, folder: Path, seed: int) -> Digits:
+    """Trains a seed's generator, or finds it in `cache_folder`, and has it judged."""
+    data, digits = judge(folder)
+    base_path = cache_folder / f"mnist-{seed}-{PRETRAINING_STEPS}"
+    if not base_path.is_dir():
+        model = train_sit(new_sit, data["train_images"], data["train_labels"], seed, PRETRAINING_STEPS)
+        SiTPipeline(model).save_pretrained(base_path)
+    return replace(digits, base_path=base_path)
