@@ -39,6 +39,7 @@ _PUBLIC = {
 }
 _SUBMODULES = {
     "conversion",
+    "evaluation",
     "generation",
     "hub",
     "merging",
