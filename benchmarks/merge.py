@@ -16,6 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Event, Thread
 
@@ -39,14 +40,11 @@ def shapes(parameters: int) -> list[int]:
     return sizes
 
 
-def make_files(folder: Path, members: int, parameters: int) -> list[Path]:
-    paths = []
+def make_files(folder: Path, members: int, parameters: int) -> None:
     for member in range(members):
         generator = torch.Generator().manual_seed(member)
         tensors = {f"{i:04d}": torch.rand(n, generator=generator) for i, n in enumerate(shapes(parameters))}
-        paths.append(folder / f"{member}.safetensors")
-        save_file(tensors, paths[-1])
-    return paths
+        save_file(tensors, folder / f"{member}.safetensors")
 
 
 def read(paths: list[Path]) -> None:
@@ -88,7 +86,11 @@ def most_memory(call: Callable[[], None]) -> int:
 
 
 def measure(members: int, parameters: int, rounds: int, folder: Path) -> dict:
-    paths = make_files(folder, members, parameters)
+    # in another process, whose memory is gone when it ends
+    maker = get_context("spawn").Process(target=make_files, args=(folder, members, parameters))
+    maker.start()
+    maker.join()
+    paths = [folder / f"{member}.safetensors" for member in range(members)]
     weights = torch.rand(members, dtype=torch.float64)
     weights /= weights.sum()
     pool = CheckpointPool(paths)
