@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from digits_runs import add_arguments, table, write
+from runs import parse_args, table, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from digits import prepare, prepare_pool  # noqa: E402
@@ -34,11 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # twelve steps of ten candidates of 100 images, and 1,000 images of the start
-    output = Path(__file__).with_suffix(".json")
-    add_arguments(parser, seeds=[0, 10, 20, 30, 40], budget=13_000, output=output)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    args = parser.parse_args()
+    # twelve steps of ten candidates of 100 images, and 1,000 images of the start
+    args = parse_args(parser, __file__, seeds=[0, 10, 20, 30, 40], budget=13_000, data=["digits"])
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
         pool, times = prepare_pool(args.cache, seed, 600)

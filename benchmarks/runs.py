@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,15 @@ def table(runs: dict[str, list[dict[str, float]]], columns: list[str]) -> str:
     return "\n".join(lines)
 
 
-def parse_args(parser: argparse.ArgumentParser, script: str, seeds: list[int], budget: int) -> argparse.Namespace:
+def parse_args(
+    parser: argparse.ArgumentParser,
+    script: str,
+    seeds: list[int],
+    budget: int,
+    data: Sequence[str] = ("digits", "mnist"),
+) -> argparse.Namespace:
     """Adds the arguments that all benchmarks share; `args.prepare` makes a seed's generator of the data asked for."""
-    parser.add_argument("--data", default="digits", choices=["digits", "mnist"], help="what is generated")
+    parser.add_argument("--data", default="digits", choices=data, help="what is generated")
     parser.add_argument("--mnist", type=Path, default=Path("../shared/data"), help="where MNIST and its judges are")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="training seeds")
     parser.add_argument("--budget", type=int, default=budget, help="images of a run, reference sets counted")

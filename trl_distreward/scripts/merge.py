@@ -12,6 +12,7 @@ the command line wins.
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import TrlParser
 
@@ -40,13 +41,18 @@ def make_parser() -> TrlParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments, config = make_parser().parse_args_and_config(argv)
+    run(arguments, config, arguments.model, arguments.checkpoints)
+
+
+def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, checkpoints: list[str]) -> None:
+    """Merges `checkpoints` as the options say, and writes what came of it."""
     logging.getLogger("trl_distreward").setLevel(logging.INFO)
     logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
-    if not arguments.checkpoints:
+    if not checkpoints:
         raise ValueError("there is nothing to merge: give checkpoints.")
     trainer = MergeCoefficientTrainer(
-        model=arguments.model,
-        checkpoints=arguments.checkpoints,
+        model=model,
+        checkpoints=checkpoints,
         reward_funcs=build_rewards(arguments),
         args=config,
         train_dataset=load_conditions(arguments),

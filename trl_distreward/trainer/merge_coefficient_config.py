@@ -5,6 +5,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..generation import SamplingSchedule
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
+from ..sampling import ODE_SOLVERS, TIME_GRIDS
 
 METHODS = ("emanet", "cma", "grid", "random")
 STARTS = ("post_hoc", "uniform", "last")
@@ -97,7 +98,10 @@ class MergeCoefficientConfig(_BaseConfig):
         num_inference_steps (`int`, *optional*, defaults to `32`):
             Steps of the ODE that makes a candidate's images.
         solver (`str`, *optional*, defaults to `"euler"`):
-            `"euler"` or `"heun"`.
+            `"euler"`, `"heun"`, or `"heun_sigma"`, Heun's steps in the noise level as EDM takes them.
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`, or `"karras"`: EDM's noise levels, which EDM2 is sampled with. Evaluating the SDE on it needs
+            `last_step_size=None`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -183,7 +187,10 @@ class MergeCoefficientConfig(_BaseConfig):
 
     # Parameters that control generation
     num_inference_steps: int = field(default=32, metadata={"help": "Steps of the ODE."})
-    solver: str = field(default="euler", metadata={"help": "Solver of the ODE.", "choices": ["euler", "heun"]})
+    solver: str = field(default="euler", metadata={"help": "Solver of the ODE.", "choices": list(ODE_SOLVERS)})
+    time_grid: str = field(
+        default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
+    )
     time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
     max_skipped_updates: int = field(default=5, metadata={"help": "Steps in a row that may be skipped."})
@@ -216,6 +223,7 @@ class MergeCoefficientConfig(_BaseConfig):
             "noise_level": self.noise_level,
             "last_step_size": self.last_step_size,
             "solver": self.solver,
+            "time_grid": self.time_grid,
             "time_shift": self.time_shift,
         }
         self.rollout_schedule = SamplingSchedule(self.num_inference_steps, "ode", **shared)  # type: ignore[arg-type]
