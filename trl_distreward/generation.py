@@ -4,7 +4,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .policies import DiffusionPolicy, to_uint8
 from .sampling import (
     NOISE_SCHEDULES,
     ODE_SOLVERS,
+    TIME_GRIDS,
     Generators,
     Trajectory,
     rollout,
@@ -34,8 +35,12 @@ class SamplingSchedule:
         noise_schedule, noise_level: of the SDE, as in [`~sampling.transition`].
         last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
         solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"` from 1 to 0, or `"scheduler"`, that of the policy's pipeline, see [`SamplingSchedule.on`].
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
         sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
+        grid (`tuple[float, ...]`, *optional*): the policy's times, once they are known.
+        noise_scale (`float`, *optional*, defaults to 1.0): of the starting noise.
     """
 
     num_steps: int
@@ -46,18 +51,52 @@ class SamplingSchedule:
     solver: str = "euler"
     time_shift: float = 1.0
     sde_steps: tuple[int, ...] | None = None
+    time_grid: str = "uniform"
+    grid: tuple[float, ...] | None = None
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS)):
+        for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS), ("time_grid", TIME_GRIDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         if self.noise_schedule not in NOISE_SCHEDULES:
             raise ValueError(
                 f"noise_schedule={self.noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}."
             )
+        last = self.last_step_size if self.sampler == "sde" else None
+        if self.time_grid == "scheduler" and (self.time_shift != 1.0 or last is not None):
+            raise ValueError(
+                f"time_grid='scheduler' fixes all steps, but time_shift={self.time_shift} and last_step_size="
+                f"{self.last_step_size}: set time_shift=1.0 and last_step_size=None."
+            )
+
+    def on(self, policy: DiffusionPolicy) -> "SamplingSchedule":
+        """
+        The schedule with the times of `policy` where `time_grid="scheduler"`, else as it is.
+
+        Raises:
+            ValueError: the policy has no times of its own, or another number of them.
+        """
+        if self.time_grid != "scheduler":
+            return self
+        if not hasattr(policy, "grid"):
+            raise ValueError(
+                f"{type(policy).__name__} has no grid(num_steps) of its own: set time_grid='uniform', or give it one."
+            )
+        times, noise_scale = policy.grid(self.num_steps)
+        if len(times) != self.num_steps + 1:
+            raise ValueError(
+                f"the scheduler takes {len(times) - 1} steps for num_steps={self.num_steps}: ask for another number, "
+                "or set time_grid='uniform'."
+            )
+        return replace(self, grid=tuple(times), noise_scale=noise_scale)
 
     @property
     def times(self) -> list[float]:
+        if self.time_grid == "scheduler":
+            if self.grid is None:
+                raise ValueError("the times of time_grid='scheduler' are the policy's: use schedule.on(policy).")
+            return list(self.grid)
         last = self.last_step_size if self.sampler == "sde" else None
         return time_grid(self.num_steps, shift=self.time_shift, last_step_size=last)
 
@@ -116,9 +155,10 @@ def sample(
         keep_steps (`Sequence[int]`, *optional*): steps of an SDE to keep, with their densities.
         keep_states (`Sequence[int]`, *optional*): grid indices whose states to keep, of an SDE or Euler's ODE.
     """
+    schedule = schedule.on(policy)
     with torch.no_grad():
         cond = policy.encode(conditions)
-        x = policy.noise(conditions, generator)
+        x = policy.noise(conditions, generator) * schedule.noise_scale
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return policy.velocity(model, x, t, cond)
@@ -188,21 +228,24 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
 
 def conditions_of_slots(policy: DiffusionPolicy, dataset: Any, count: int, seed: int) -> Any:
     """
-    Conditions of `count` slots: the dataset's `class_labels` in shuffled rounds, or all classes in balance.
+    Conditions of `count` slots: the dataset's rows in shuffled rounds, or all classes in balance.
+
+    They are in its column `class_labels`, or `prompt` for a policy without classes.
 
     Raises:
-        ValueError: no such column, labels the model does not know, or a policy without classes and no dataset.
+        ValueError: no such column, conditions the model does not know, or a policy without classes and no dataset.
     """
     if dataset is None:
         if policy.num_conditions is None:
-            raise ValueError("this policy has no classes to balance: pass a train_dataset with its conditions.")
+            raise ValueError("this policy has no classes to balance: pass a train_dataset with a column of prompts.")
         return balanced_labels(count, policy.num_conditions)
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    if "class_labels" not in columns:
-        raise ValueError(f"the dataset has columns {columns}: conditions must be in a column 'class_labels'.")
-    rows = dataset["class_labels"] if hasattr(dataset, "column_names") else [row["class_labels"] for row in dataset]
-    labels = torch.as_tensor(list(rows))
-    policy.check_conditions(labels)
+    column = "prompt" if policy.num_conditions is None else "class_labels"
+    if column not in columns:
+        raise ValueError(f"the dataset has columns {columns}: conditions must be in a column {column!r}.")
+    rows = list(dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset])
+    conditions = rows if policy.num_conditions is None else torch.as_tensor(rows)
+    policy.check_conditions(conditions)
     generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(len(labels), generator=generator) for _ in range(math.ceil(count / len(labels)))]
-    return labels[torch.cat(rounds)[:count]]
+    rounds = [torch.randperm(len(rows), generator=generator) for _ in range(math.ceil(count / len(rows)))]
+    return take(conditions, torch.cat(rounds)[:count])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 NOISE_SCHEDULES = ("sit", "flow_grpo", "dance", "cps")
 ODE_SOLVERS = ("euler", "heun")
+TIME_GRIDS = ("uniform", "scheduler")
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None

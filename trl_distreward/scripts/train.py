@@ -63,7 +63,7 @@ class TrainArguments:
     )
     heldout_statistics: str | None = field(default=None, metadata={"help": "Statistics file for it."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels'."}
+        default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels' or 'prompt'."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter in place of all weights."})

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from trl.trainer.base_config import _BaseConfig
 
 from ..generation import SamplingSchedule
+from ..policies import DiffusionPolicy
+from ..sampling import TIME_GRIDS
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 
 REFERENCE_UPDATES = ("refresh", "rolling")
@@ -18,6 +20,7 @@ _CHOICES = {
     "selection_scope": ("global", "local"),
     "multi_objective_aggregation": AGGREGATIONS,
     "sde_window": ("sliding", "random"),
+    "time_grid": TIME_GRIDS,
     "step_weighting": ("uniform", "noise"),
 }
 # Fields of other loss types
@@ -97,6 +100,9 @@ class DiffusionDistributionConfig(_BaseConfig):
             starts again (MixGRPO, arXiv 2507.21802). `"random"`: drawn anew at each generation.
         sde_window_interval (`int`, *optional*, defaults to `25`):
             Generations between two moves of the sliding window.
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`, or `"scheduler"`: the times of the pipeline's own scheduler, in training as in evaluation. It
+            needs `last_step_size=None`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -234,6 +240,9 @@ class DiffusionDistributionConfig(_BaseConfig):
         default="sliding", metadata={"help": "How the window of noise moves.", "choices": ["sliding", "random"]}
     )
     sde_window_interval: int = field(default=25, metadata={"help": "Generations between two moves of the window."})
+    time_grid: str = field(
+        default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
+    )
     time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
     rollout_batch_size: int | None = field(
@@ -308,6 +317,19 @@ class DiffusionDistributionConfig(_BaseConfig):
         self._check_reward()
         self._check_update()
         self.rollout_schedule, self.eval_schedules = self._schedules()
+        if self.time_grid != "scheduler":
+            self._check_steps()
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better: bool | None = False
+        super().__post_init__()
+
+    def bind(self, policy: DiffusionPolicy) -> None:
+        """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
+        self.rollout_schedule = self.rollout_schedule.on(policy)
+        self.eval_schedules = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
+        self._check_steps()
+
+    def _check_steps(self) -> None:
         steps = len(self.rollout_schedule.trainable_steps)
         if not steps and self.sampler == "sde":
             raise ValueError(
@@ -318,9 +340,6 @@ class DiffusionDistributionConfig(_BaseConfig):
             raise ValueError(
                 f"sde_window_size={self.sde_window_size} must lie in 1 to {steps}, the number of steps with noise."
             )
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better: bool | None = False
-        super().__post_init__()
 
     def _check_reward(self) -> None:
         if self.reference_refresh_steps != "auto":
@@ -440,6 +459,7 @@ class DiffusionDistributionConfig(_BaseConfig):
             "noise_level": self.noise_level,
             "last_step_size": self.last_step_size,
             "solver": self.eval_solver,
+            "time_grid": self.time_grid,
             "time_shift": self.time_shift,
         }
         # the steps of a rollout are Euler's, also of its ODE

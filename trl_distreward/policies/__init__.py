@@ -1,0 +1,15 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Diffusers pipelines seen as velocities: what the trainers know of a generator."""
+
+from .base import DiffusionPolicy as DiffusionPolicy
+from .base import PipelinePolicy as PipelinePolicy
+from .base import to_uint8 as to_uint8
+from .class_conditional import ClassConditionalPolicy as ClassConditionalPolicy
+from .class_conditional import ClassLabelPolicy as ClassLabelPolicy
+from .class_conditional import DiTPolicy as DiTPolicy
+from .class_conditional import UNetPolicy as UNetPolicy
+from .loading import as_policy as as_policy
+from .loading import load_pipeline as load_pipeline
+from .paths import DiscreteTimePolicy as DiscreteTimePolicy
+from .paths import FlowPolicy as FlowPolicy
+from .text_to_image import TextToImagePolicy as TextToImagePolicy
