@@ -127,7 +127,7 @@ def flow(**kwargs: Any) -> diffusers.FlowMatchEulerDiscreteScheduler:
 # ---- class labels ----
 
 
-def dit() -> diffusers.DiTPipeline:
+def dit(num_classes: int = 1000) -> diffusers.DiTPipeline:
     network = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=4,
@@ -135,7 +135,7 @@ def dit() -> diffusers.DiTPipeline:
         out_channels=8,
         num_layers=2,
         sample_size=4,
-        num_embeds_ada_norm=1000,  # DiTPipeline knows no other null class
+        num_embeds_ada_norm=num_classes,  # DiTPipeline knows no other null class than 1000
         norm_elementwise_affine=False,
     )
     scheduler = diffusers.DDIMScheduler(clip_sample=False)

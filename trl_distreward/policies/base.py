@@ -91,17 +91,20 @@ class PipelinePolicy:
         parts = self.pipeline.components.items()
         return [part for name, part in parts if name != self.component and isinstance(part, nn.Module)]
 
+    def _moved_parts(self) -> list[nn.Module]:
+        return self._frozen_parts()
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in; parameters may change it after the policy is made."""
+        """Of the network's weights, which training changes where it is half precision."""
         return getattr(self.pipeline, self.component).dtype
 
     def to(self, device: torch.device) -> None:
-        for part in self._frozen_parts():
+        for part in self._moved_parts():
             part.to(device)
 
     def noise(self, conditions: Any, generator: Generators = None) -> Tensor:

@@ -38,6 +38,7 @@ class DiscreteTimePolicy(PipelinePolicy):
         # a last level without any signal would be t = 1, where σ is infinite
         alphas = pipeline.scheduler.alphas_cumprod.double().clamp(min=2**-30)
         self.sigmas = ((1 - alphas) / alphas).sqrt()  # (T,), ascending
+        self.largest_sigma = self.sigmas[-1].item()
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -49,7 +50,7 @@ class DiscreteTimePolicy(PipelinePolicy):
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Steps `(B,)` of noise levels `(B,)`, interpolated linearly."""
-        table = self.sigmas.to(sigma.device)
+        table = self.sigmas.to(sigma.device)  # where the policy is used without a trainer
         upper = torch.searchsorted(table, sigma).clamp(1, len(table) - 1)
         low, high = table[upper - 1], table[upper]
         step = (upper - 1 + (sigma - low) / (high - low)).clamp(0, len(table) - 1)
@@ -58,7 +59,7 @@ class DiscreteTimePolicy(PipelinePolicy):
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         t = t.double()
-        sigma = (t / (1 - t)).clamp(max=self.sigmas[-1].item())
+        sigma = (t / (1 - t)).clamp(max=self.largest_sigma)
         alpha = (1 + sigma.square()).rsqrt()
         s = sigma * alpha
         if self.prediction_type == "epsilon":  # x_0 = z/α - σ output
@@ -86,7 +87,7 @@ class DiscreteTimePolicy(PipelinePolicy):
         else:
             sigmas = self.sigmas.cpu()[torch.as_tensor(scheduler.timesteps).long().cpu()]
         # schedulers of several evaluations a step, such as PNDM and Heun, list steps twice
-        sigma = sigmas.unique().flip(0)
+        sigma = sigmas[sigmas > 0].unique().flip(0)
         start = float(scheduler.init_noise_sigma)
         first = sigma[0].item()
         # noise stands for z, or, `start` times, for x_0 + σ ε: of either, x is (1 + σ)-th, times sqrt(1 + σ²) for z
@@ -116,7 +117,7 @@ class FlowPolicy(PipelinePolicy):
             # the shift grows linearly in the number of tokens (arXiv 2403.03206, Section 5.3.2)
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             options["mu"] = config.base_shift + slope * (self.sequence_length - config.base_image_seq_len)
-        if self.even_sigmas:
+        if self.even_sigmas and not config.get("use_flow_sigmas", False):
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), **options)
         else:
             scheduler.set_timesteps(num_steps, **options)

@@ -84,11 +84,10 @@ class TextToImagePolicy(PipelinePolicy):
         parts = self.pipeline.components.items()
         return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
 
-    def to(self, device: torch.device) -> None:
-        stay = self._text_encoders() if self.offload_text_encoders else []
-        for part in self._frozen_parts():
-            if not any(part is encoder for encoder in stay):
-                part.to(device)
+    def _moved_parts(self) -> list[nn.Module]:
+        # a safety checker, for example, plays no part
+        codes = [self.pipeline.vae] if self.pipeline.vae is not None else []
+        return codes if self.offload_text_encoders else [*codes, *self._text_encoders()]
 
     # ---- prompts ----
 
