@@ -23,6 +23,7 @@ _PUBLIC = {
     "SlicedWassersteinDistance": "metrics.sliced",
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
+    "as_policy": "policies",
     "frechet_distance": "metrics.frechet",
     "load_pipeline": "policies",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "SlicedWassersteinDistance",
     "SubsetReplaceReward",
     "SumDistance",
+    "as_policy",
     "frechet_distance",
     "load_pipeline",
 ]
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from .metrics.statistics import FeatureStatistics
     from .models.sit import SiTTransformer2DModel
     from .pipelines.sit import SiTPipeline
-    from .policies import ClassConditionalPolicy, DiffusionPolicy, load_pipeline
+    from .policies import ClassConditionalPolicy, DiffusionPolicy, as_policy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
