@@ -295,7 +295,7 @@ def sd3() -> diffusers.StableDiffusion3Pipeline:
     )
     return diffusers.StableDiffusion3Pipeline(
         transformer=randomized(network),
-        scheduler=flow(shift=3.0),
+        scheduler=flow(use_dynamic_shifting=True),
         vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=clip(projection=True),
         tokenizer=tokenizer(),
@@ -420,8 +420,9 @@ def qwen_image() -> diffusers.QwenImagePipeline:
         vision_end_token_id=13,
     )
     encoder = randomized(transformers.Qwen2_5_VLForConditionalGeneration(config))
+    scheduler = flow(use_dynamic_shifting=True, shift_terminal=0.02)
     return diffusers.QwenImagePipeline(
-        flow(), randomized(codes, 0.3), encoder, tokenizer(256), randomized(network, 0.4)
+        scheduler, randomized(codes, 0.3), encoder, tokenizer(256), randomized(network, 0.4)
     )
 
 
@@ -481,7 +482,7 @@ def lumina2() -> diffusers.Lumina2Pipeline:
         up_block_types=["UpDecoderBlock2D"] * 4,
         shift_factor=0.1,
     )
-    return diffusers.Lumina2Pipeline(randomized(network), flow(shift=6.0), codes, gemma(), tokenizer())
+    return diffusers.Lumina2Pipeline(randomized(network), flow(use_dynamic_shifting=True), codes, gemma(), tokenizer())
 
 
 SIDE = 8  # pixels, of a latent of 4 by 4

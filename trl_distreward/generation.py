@@ -40,7 +40,7 @@ class SamplingSchedule:
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
         sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
         grid (`tuple[float, ...]`, *optional*): the policy's times, once they are known.
-        noise_scale (`float`, *optional*, defaults to 1.0): of the starting noise.
+        noise_scale (`float`, *optional*): of the starting noise; the first time by default.
     """
 
     num_steps: int
@@ -53,7 +53,7 @@ class SamplingSchedule:
     sde_steps: tuple[int, ...] | None = None
     time_grid: str = "uniform"
     grid: tuple[float, ...] | None = None
-    noise_scale: float = 1.0
+    noise_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS), ("time_grid", TIME_GRIDS)):
@@ -158,7 +158,8 @@ def sample(
     schedule = schedule.on(policy)
     with torch.no_grad():
         cond = policy.encode(conditions)
-        x = policy.noise(conditions, generator) * schedule.noise_scale
+        # a grid that starts below 1 starts from t x_1, or as the policy's own sampler does
+        x = policy.noise(conditions, generator) * (schedule.noise_scale or schedule.times[0])
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return policy.velocity(model, x, t, cond)

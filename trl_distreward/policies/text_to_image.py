@@ -66,6 +66,8 @@ class TextToImagePolicy(PipelinePolicy):
         self.cache_size = cache_size
         self.offload_text_encoders = offload_text_encoders
         self._cache: OrderedDict[str | None, dict[str, Tensor]] = OrderedDict()
+        # the batch asked for last, on the device: all steps of a rollout are of one batch
+        self._last: tuple[Any, dict[str, Tensor]] = (None, {})
         vae = pipeline.vae
         if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
             vae.float()  # it overflows otherwise
@@ -110,13 +112,16 @@ class TextToImagePolicy(PipelinePolicy):
         return {"prompt": texts.to(self.device)}
 
     def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
-        prompts = [bytes(row.tolist()).rstrip(b"\0").decode() for row in cond["prompt"].cpu()]
+        prompts = [row.tobytes().rstrip(b"\0").decode() for row in cond["prompt"].cpu().numpy()]
         return self.embedded([*[None] * len(prompts), *prompts] if guided else prompts)
 
     # ---- embeddings ----
 
     def embedded(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
         """Embeddings of prompts, `None` being the null prompt: name -> `(B, ...)` on the network's device."""
+        key = (self.device, self.dtype, *prompts)
+        if key == self._last[0]:
+            return self._last[1]
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         if missing:
             self._encode_missing(missing)
@@ -126,10 +131,12 @@ class TextToImagePolicy(PipelinePolicy):
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
         batch = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
-        return {
+        moved = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in batch.items()
         }
+        self._last = (key, moved)
+        return moved
 
     @torch.no_grad()
     def _encode_missing(self, prompts: Sequence[str | None]) -> None:
@@ -150,26 +157,23 @@ class TextToImagePolicy(PipelinePolicy):
     def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """Embeddings of each prompt, in CPU memory, without the batch's dimension."""
         returned = self.encode_prompt(prompts, do_classifier_free_guidance=False)
-        return [
-            {name: returned[place][i].cpu() for name, place in self.embeddings.items()} for i in range(len(prompts))
-        ]
+        places = self.embeddings.items()
+        # copies: a view would keep the whole batch
+        return [{name: returned[at][i].to("cpu", copy=True) for name, at in places} for i in range(len(prompts))]
 
     def embed_null(self) -> dict[str, Tensor]:
         """Embeddings of no prompt, likewise."""
         if self.null_embeddings is None:
             return self.embed([self.null_prompt])[0]
         returned = self.encode_prompt([""], do_classifier_free_guidance=True)
-        return {name: returned[place][0].cpu() for name, place in self.null_embeddings.items()}
+        return {name: returned[at][0].to("cpu", copy=True) for name, at in self.null_embeddings.items()}
 
     def encode_prompt(self, prompts: list[str], **options: Any) -> tuple:
         """The pipeline's `encode_prompt`, with what the pipeline itself would call it with."""
         called = signature(type(self.pipeline).__call__).parameters
         known = signature(self.pipeline.encode_prompt).parameters
-        for name in ("max_sequence_length", "clean_caption", "complex_human_instruction"):
-            if name in called and name in known:
-                options[name] = called[name].default
-        for name in ("prompt_2", "prompt_3", "num_images_per_prompt"):
-            if name in known:
-                options[name] = 1 if name == "num_images_per_prompt" else None
+        shared = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+        options |= {name: called[name].default for name in shared if name in called}
+        options |= {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "device": self.device}
         options = {name: value for name, value in options.items() if name in known}
-        return self.pipeline.encode_prompt(prompt=list(prompts), device=self.device, **options)
+        return self.pipeline.encode_prompt(prompt=list(prompts), **options)
