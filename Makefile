@@ -16,8 +16,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## the main job on real digits, written to outputs/digits
 	$(BIN)/python examples/digits.py
 
-test: $(INSTALLED)  ## the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(INSTALLED)  ## the default test suite, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 quality: $(INSTALLED)  ## linter, formatter and type checker, changing nothing
 	$(BIN)/ruff check .

@@ -2,12 +2,16 @@
 """Small parts the tests share."""
 
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from torch import nn
 
 from trl_distreward import (
     DiffusionDistributionConfig,
     DistributionRewardTrainer,
     FeatureStatistics,
+    MergeCoefficientConfig,
+    MergeCoefficientTrainer,
     SiTPipeline,
     SiTTransformer2DModel,
     SubsetReplaceReward,
@@ -29,6 +33,21 @@ def tiny_pipeline(seed=0, **kwargs):
     pipeline = SiTPipeline(tiny_sit(seed, **kwargs))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_vae():
+    """Latents of 4 channels to images of twice their sides."""
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=8,
+    )
+    vae.register_to_config(scaling_factor=0.18215)
+    return vae
 
 
 def features(images):
@@ -74,4 +93,68 @@ def tiny_trainer(output_dir, model=None, reward_funcs=None, peft_config=None, ev
         args=tiny_config(output_dir, **kwargs),
         peft_config=peft_config,
         eval_metrics=eval_metrics,
+    )
+
+
+def fill_by_pattern(module):
+    """
+    Weights and statistics from integer arithmetic alone, the same for every release and machine: uniform numbers that
+    keep activations of order one through ReLU layers.
+    """
+    with torch.no_grad():
+        for number, (name, tensor) in enumerate(sorted(module.state_dict().items())):
+            index = torch.arange(tensor.numel()) + number * 1_000_003
+            index = ((index ^ (index >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+            index = ((index ^ (index >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+            uniform = ((index ^ (index >> 16)).double() / 2**31 - 1).view_as(tensor)  # in [-1, 1)
+            if name.endswith("running_var") or name.endswith("bn.weight"):
+                uniform = 1 + uniform / 4
+            elif tensor.ndim > 1:
+                uniform = uniform * (6 / tensor[0].numel()) ** 0.5
+            else:
+                uniform = uniform / 4
+            tensor.copy_(uniform)
+    return module
+
+
+def pattern_images(*shape):
+    """Smooth uint8 images by arithmetic alone."""
+    index = torch.arange(shape[0] * shape[1]).view(*shape[:2], 1, 1)
+    row, column = torch.arange(shape[2]).view(-1, 1), torch.arange(shape[3])
+    return ((row * (index + 2) + column * (5 - index) + row * column // 7 + 40 * index) % 256).to(torch.uint8)
+
+
+def tiny_pool(folder, count=4):
+    """Files of checkpoints that drift away from one another, as those of a training run do."""
+    paths, weights = [], {name: value.clone() for name, value in tiny_sit(0).state_dict().items()}
+    for index in range(count):
+        torch.manual_seed(100 + index)
+        weights = {n: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for n, v in weights.items()}
+        paths.append(str(folder / f"step-{index}.safetensors"))
+        save_file(weights, paths[-1])
+    return paths
+
+
+def tiny_merge_trainer(output_dir, checkpoints=None, reward_funcs=None, eval_metrics=None, callbacks=None, **kwargs):
+    if checkpoints is None:
+        (output_dir / "pool").mkdir(parents=True, exist_ok=True)
+        checkpoints = tiny_pool(output_dir / "pool")
+    defaults = {
+        "max_steps": 3,
+        "num_generations": 5,
+        "reference_set_size": 20,
+        "num_inference_steps": 3,
+        "per_device_eval_batch_size": 16,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return MergeCoefficientTrainer(
+        model=tiny_pipeline(),
+        checkpoints=checkpoints,
+        reward_funcs=tiny_reward() if reward_funcs is None else reward_funcs,
+        args=MergeCoefficientConfig(output_dir=str(output_dir), **{**defaults, **kwargs}),
+        eval_metrics=eval_metrics,
+        callbacks=callbacks,
     )

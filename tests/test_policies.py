@@ -11,7 +11,8 @@ from datasets import Dataset
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, PNDMScheduler, UNet2DModel
 
 from tests.helpers import tiny_pipeline
-from tests.policies_tiny import ddim, dit, stable_diffusion
+from tests.policies_parts import ddim
+from tests.policies_tiny import dit, stable_diffusion
 from trl_distreward import DiffusionPolicy
 from trl_distreward.generation import SamplingSchedule, conditions_of_slots, generate_images, image_generators
 from trl_distreward.policies import ClassConditionalPolicy, DiscreteTimePolicy, as_policy, to_uint8

@@ -7,64 +7,109 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CheckpointPool": "merging.checkpoints",
     "ClassConditionalPolicy": "policies",
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
+    "EDM2Pipeline": "pipelines.edm2",
+    "EDM2UNet2DModel": "models.edm2",
+    "EMANet": "merging.coefficients",
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
+    "InceptionV3": "metrics.inception",
     "JointFeatures": "metrics.report",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
+    "MergeCoefficientConfig": "trainer.merge_coefficient_config",
+    "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SlicedWassersteinDistance": "metrics.sliced",
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
     "as_policy": "policies",
+    "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
+    "load_feature_extractor": "metrics.features",
+    "load_inception": "metrics.inception",
     "load_pipeline": "policies",
+    "precision_recall_density_coverage": "metrics.manifold",
 }
-_SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "scripts", "trainer"}
+_SUBMODULES = {
+    "conversion",
+    "generation",
+    "hub",
+    "merging",
+    "metrics",
+    "models",
+    "pipelines",
+    "policies",
+    "rewards",
+    "sampling",
+    "scripts",
+    "trainer",
+}
 
 __all__ = [
+    "CheckpointPool",
     "ClassConditionalPolicy",
     "DebiasedDistance",
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
     "DistributionRewardTrainer",
+    "EDM2Pipeline",
+    "EDM2UNet2DModel",
+    "EMANet",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
+    "InceptionV3",
     "JointFeatures",
     "KernelDistance",
     "LogSamplesCallback",
+    "MergeCoefficientConfig",
+    "MergeCoefficientTrainer",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SlicedWassersteinDistance",
     "SubsetReplaceReward",
     "SumDistance",
     "as_policy",
+    "feature_metrics",
     "frechet_distance",
+    "load_feature_extractor",
+    "load_inception",
     "load_pipeline",
+    "precision_recall_density_coverage",
 ]
 
 if TYPE_CHECKING:
+    from .merging.checkpoints import CheckpointPool
+    from .merging.coefficients import EMANet
     from .metrics.composite import DebiasedDistance, SumDistance
+    from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
+    from .metrics.inception import InceptionV3, load_inception
     from .metrics.kernel import KernelDistance
+    from .metrics.manifold import precision_recall_density_coverage
     from .metrics.report import FeatureDistance, JointFeatures
+    from .metrics.scores import feature_metrics
     from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics
+    from .models.edm2 import EDM2UNet2DModel
     from .models.sit import SiTTransformer2DModel
+    from .pipelines.edm2 import EDM2Pipeline
     from .pipelines.sit import SiTPipeline
     from .policies import ClassConditionalPolicy, DiffusionPolicy, as_policy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
+    from .trainer.merge_coefficient_config import MergeCoefficientConfig
+    from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 
 
 def __getattr__(name: str) -> Any:

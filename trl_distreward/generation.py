@@ -17,6 +17,7 @@ from .sampling import (
     TIME_GRIDS,
     Generators,
     Trajectory,
+    karras_grid,
     rollout,
     solve_ode,
     stochastic_steps,
@@ -36,7 +37,8 @@ class SamplingSchedule:
         last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
         solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"` from 1 to 0, or `"scheduler"`, that of the policy's pipeline, see [`SamplingSchedule.on`].
+            `"uniform"` from 1 to 0; `"karras"`, EDM's noise levels from 80 to 0.002 as times; or `"scheduler"`, that
+            of the policy's pipeline, see [`SamplingSchedule.on`].
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
         sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
         grid (`tuple[float, ...]`, *optional*): the policy's times, once they are known.
@@ -63,12 +65,13 @@ class SamplingSchedule:
             raise ValueError(
                 f"noise_schedule={self.noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}."
             )
-        last = self.last_step_size if self.sampler == "sde" else None
-        if self.time_grid == "scheduler" and (self.time_shift != 1.0 or last is not None):
+        if self.time_grid != "uniform" and (self.time_shift != 1.0 or self._last_step_size is not None):
             raise ValueError(
-                f"time_grid='scheduler' fixes all steps, but time_shift={self.time_shift} and last_step_size="
+                f"time_grid={self.time_grid!r} fixes all steps, but time_shift={self.time_shift} and last_step_size="
                 f"{self.last_step_size}: set time_shift=1.0 and last_step_size=None."
             )
+        if self.time_grid == "uniform" and self.solver == "heun_sigma" and self.sampler == "ode":
+            raise ValueError("solver='heun_sigma' has no first step from t = 1: set time_grid='karras'.")
 
     def on(self, policy: DiffusionPolicy) -> "SamplingSchedule":
         """
@@ -81,7 +84,7 @@ class SamplingSchedule:
             return self
         if not hasattr(policy, "grid"):
             raise ValueError(
-                f"{type(policy).__name__} has no grid(num_steps) of its own: set time_grid='uniform', or give it one."
+                f"{type(policy).__name__} has no grid(num_steps) of its own: set another time_grid, or give it one."
             )
         times, noise_scale = policy.grid(self.num_steps)
         if len(times) != self.num_steps + 1:
@@ -92,13 +95,18 @@ class SamplingSchedule:
         return replace(self, grid=tuple(times), noise_scale=noise_scale)
 
     @property
+    def _last_step_size(self) -> float | None:
+        return self.last_step_size if self.sampler == "sde" else None
+
+    @property
     def times(self) -> list[float]:
         if self.time_grid == "scheduler":
             if self.grid is None:
                 raise ValueError("the times of time_grid='scheduler' are the policy's: use schedule.on(policy).")
             return list(self.grid)
-        last = self.last_step_size if self.sampler == "sde" else None
-        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=last)
+        if self.time_grid == "karras":
+            return karras_grid(self.num_steps)
+        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=self._last_step_size)
 
     @property
     def final_step(self) -> str:
@@ -120,7 +128,7 @@ class SamplingSchedule:
     @property
     def num_evaluations(self) -> int:
         """Network evaluations per image."""
-        heun = self.sampler == "ode" and self.solver == "heun"
+        heun = self.sampler == "ode" and self.solver != "euler"
         return 2 * self.num_steps - 1 if heun else self.num_steps
 
 
@@ -158,7 +166,7 @@ def sample(
     schedule = schedule.on(policy)
     with torch.no_grad():
         cond = policy.encode(conditions)
-        # a grid that starts below 1 starts from t x_1, or as the policy's own sampler does
+        # a grid that starts below 1 starts from t x_1, without data's (1 - t) x_0, or as the pipeline's own does
         x = policy.noise(conditions, generator) * (schedule.noise_scale or schedule.times[0])
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from .base import to_uint8 as to_uint8
 from .class_conditional import ClassConditionalPolicy as ClassConditionalPolicy
 from .class_conditional import ClassLabelPolicy as ClassLabelPolicy
 from .class_conditional import DiTPolicy as DiTPolicy
+from .class_conditional import EDM2Policy as EDM2Policy
 from .class_conditional import UNetPolicy as UNetPolicy
 from .discrete_text import PixArtSigmaPolicy as PixArtSigmaPolicy
 from .discrete_text import StableDiffusionPolicy as StableDiffusionPolicy

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pipelines.sit import SiTPipeline
 from .base import PipelinePolicy
 from .paths import DiscreteTimePolicy
 
@@ -41,30 +40,33 @@ class ClassLabelPolicy(PipelinePolicy):
 
 class ClassConditionalPolicy(ClassLabelPolicy):
     """
-    Policy of a class-conditional [`SiTPipeline`]; conditions are integer labels.
+    Policy of a class-conditional pipeline of this library; conditions are integer labels. A subclass serves another
+    than SiT's.
+
+    The pipeline predicts the velocity, decodes, and checks guidance; its network's config tells classes and shape.
 
     Args:
-        pipeline ([`SiTPipeline`]): generator; its transformer is trained, its VAE frozen.
-        guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance, in training as in sampling.
+        pipeline ([`SiTPipeline`]): generator; its network is trained, all else, such as a VAE, frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling.
     """
 
-    def __init__(self, pipeline: SiTPipeline, guidance_scale: float = 1.0):
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+        pipeline.check_guidance(guidance_scale)
         super().__init__(pipeline, guidance_scale)
-        self.num_conditions = self.config.num_classes
-        self.null_class = self.config.num_classes
-        if self.guided and self.config.class_dropout_prob == 0:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
-                "use guidance_scale=1.0."
-            )
+        self.num_conditions = max(self.config.num_classes, 1)  # all one class without classes
         self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        labels = cond["class_labels"]
-        return self.pipeline.predict_velocity(model, x.to(self.dtype), t, labels, self.guidance_scale).float()
+        return self.pipeline.predict_velocity(model, x, t, cond["class_labels"], self.guidance_scale).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)
+
+
+class EDM2Policy(ClassConditionalPolicy):
+    """Policy of an [`EDM2Pipeline`]; its guider stays as it is."""
+
+    component = "unet"
 
 
 class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):

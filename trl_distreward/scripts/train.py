@@ -9,63 +9,29 @@ Every field of DiffusionDistributionConfig and of TrainingArguments is an option
 file; the command line wins.
 """
 
-import importlib
 import logging
-import os
-import sys
 from dataclasses import dataclass, field
-from typing import Any
 
-from datasets import load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
-from ..metrics.distances import DISTANCES
-from ..metrics.report import FeatureDistance
-from ..rewards.subset_replace import CREDITS, SubsetReplaceReward
+from ..rewards.subset_replace import CREDITS
 from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
+from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(RewardArguments):
     """What is trained, on what reward, and what is watched."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of the pipeline."})
-    feature_extractor: str | None = field(
-        default=None,
-        metadata={"help": "Dotted path of the reward's feature extractor, e.g. 'my_package.features.extract'."},
-    )
-    real_statistics: str | None = field(
-        default=None,
-        metadata={
-            "help": "Statistics file of real data in that extractor's features; for other distances than frechet, "
-            "a .safetensors file of the features."
-        },
-    )
-    distance: str = field(
-        default="frechet", metadata={"help": "Distance of the reward.", "choices": sorted(DISTANCES)}
-    )
     credit: str = field(
         default="shared", metadata={"help": "Whether a subset's images share its reward.", "choices": list(CREDITS)}
     )
     control_variate: bool = field(
         default=False, metadata={"help": "Take out of shared rewards what the removed images' absence does."}
     )
-    debias: bool = field(default=False, metadata={"help": "Extrapolate the distance to an infinite generated set."})
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Dotted paths of further reward functions, e.g. 'my_package.aesthetic'."},
-    )
-    heldout_extractor: str | None = field(
-        default=None, metadata={"help": "Dotted path of an extractor that the reward does not see, to evaluate."}
-    )
-    heldout_statistics: str | None = field(default=None, metadata={"help": "Statistics file for it."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels' or 'prompt'."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter in place of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
@@ -73,38 +39,6 @@ class TrainArguments:
         default=None, metadata={"help": "Modules that are adapted; attention and MLP by default."}
     )
     log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
-
-
-def resolve(path: str) -> Any:
-    """The object at a dotted path, looked for in the current folder as well."""
-    module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path!r} cannot be imported ({error}): give a dotted path 'package.module.name'."
-        ) from error
-
-
-def build_rewards(arguments: TrainArguments) -> list[Any]:
-    rewards: list[Any] = [resolve(path) for path in arguments.reward_funcs]
-    if (arguments.feature_extractor is None) != (arguments.real_statistics is None):
-        raise ValueError("feature_extractor and real_statistics go together: give both or neither.")
-    if arguments.feature_extractor is not None:
-        reward = SubsetReplaceReward(
-            resolve(arguments.feature_extractor),
-            arguments.real_statistics,
-            arguments.distance,
-            credit=arguments.credit,
-            control_variate=arguments.control_variate,
-            debias=arguments.debias,
-        )
-        rewards.insert(0, reward)
-    if not rewards:
-        raise ValueError("there is no reward: give feature_extractor and real_statistics, or reward_funcs.")
-    return rewards
 
 
 def make_parser() -> TrlParser:
@@ -115,25 +49,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = make_parser().parse_args_and_config(argv)
     logging.getLogger("trl_distreward").setLevel(logging.INFO)
     logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
-    if (arguments.heldout_extractor is None) != (arguments.heldout_statistics is None):
-        raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
-    metrics = {}
-    if arguments.heldout_extractor is not None:
-        metrics["heldout"] = FeatureDistance(resolve(arguments.heldout_extractor), arguments.heldout_statistics)
     peft_config = None
     if arguments.use_peft:
         peft_config = LoraConfig(
             r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=arguments.lora_target_modules
         )
-    dataset = None
-    if arguments.dataset_name is not None:
-        dataset = load_dataset(arguments.dataset_name, split=arguments.dataset_split)
     trainer = DistributionRewardTrainer(
         model=arguments.model,
-        reward_funcs=build_rewards(arguments),
+        reward_funcs=build_rewards(arguments, credit=arguments.credit, control_variate=arguments.control_variate),
         args=config,
-        train_dataset=dataset,
-        eval_metrics=metrics,
+        train_dataset=load_conditions(arguments),
+        eval_metrics=build_metrics(arguments),
         peft_config=peft_config,
     )
     if arguments.log_samples:

@@ -101,8 +101,8 @@ class DiffusionDistributionConfig(_BaseConfig):
         sde_window_interval (`int`, *optional*, defaults to `25`):
             Generations between two moves of the sliding window.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`, or `"scheduler"`: the times of the pipeline's own scheduler, in training as in evaluation. It
-            needs `last_step_size=None`.
+            `"uniform"`; `"karras"`: EDM's noise levels; or `"scheduler"`: the times of the pipeline's own scheduler,
+            in training as in evaluation. The latter two need `last_step_size=None`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -172,7 +172,7 @@ class DiffusionDistributionConfig(_BaseConfig):
         eval_samplers (`list[str]`, *optional*, defaults to `["sde", "ode"]`):
             Samplers evaluated; the SDE has the noise of training.
         eval_solver (`str`, *optional*, defaults to `"euler"`):
-            `"euler"` or `"heun"`, of the evaluated ODE.
+            `"euler"`, `"heun"`, or on the grid `"karras"` EDM's `"heun_sigma"`, of the evaluated ODE.
         num_eval_images (`int`, *optional*):
             Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
         eval_seed (`int`, *optional*, defaults to `0`):
