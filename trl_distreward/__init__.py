@@ -30,6 +30,7 @@ _PUBLIC = {
     "SlicedWassersteinDistance": "metrics.sliced",
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
+    "as_policy": "policies",
     "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
     "load_feature_extractor": "metrics.features",
@@ -77,6 +78,7 @@ __all__ = [
     "SlicedWassersteinDistance",
     "SubsetReplaceReward",
     "SumDistance",
+    "as_policy",
     "feature_metrics",
     "frechet_distance",
     "load_feature_extractor",
@@ -102,7 +104,7 @@ if TYPE_CHECKING:
     from .models.sit import SiTTransformer2DModel
     from .pipelines.edm2 import EDM2Pipeline
     from .pipelines.sit import SiTPipeline
-    from .policies import ClassConditionalPolicy, DiffusionPolicy, load_pipeline
+    from .policies import ClassConditionalPolicy, DiffusionPolicy, as_policy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig

@@ -4,7 +4,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,10 +36,13 @@ class SamplingSchedule:
         noise_schedule, noise_level: of the SDE, as in [`~sampling.transition`].
         last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
         solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"` from 1 to 0; `"karras"`, EDM's noise levels from 80 to 0.002 as times; or `"scheduler"`, that
+            of the policy's pipeline, see [`SamplingSchedule.on`].
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
         sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
-        time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"` from 1 to 0, or `"karras"`, EDM's noise levels from 80 to 0.002 as times.
+        grid (`tuple[float, ...]`, *optional*): the policy's times, once they are known.
+        noise_scale (`float`, *optional*): of the starting noise; the first time by default.
     """
 
     num_steps: int
@@ -51,6 +54,8 @@ class SamplingSchedule:
     time_shift: float = 1.0
     sde_steps: tuple[int, ...] | None = None
     time_grid: str = "uniform"
+    grid: tuple[float, ...] | None = None
+    noise_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS), ("time_grid", TIME_GRIDS)):
@@ -60,13 +65,34 @@ class SamplingSchedule:
             raise ValueError(
                 f"noise_schedule={self.noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}."
             )
-        if self.time_grid == "karras" and (self.time_shift != 1.0 or self._last_step_size is not None):
+        if self.time_grid != "uniform" and (self.time_shift != 1.0 or self._last_step_size is not None):
             raise ValueError(
-                f"time_grid='karras' fixes all steps, but time_shift={self.time_shift} and last_step_size="
+                f"time_grid={self.time_grid!r} fixes all steps, but time_shift={self.time_shift} and last_step_size="
                 f"{self.last_step_size}: set time_shift=1.0 and last_step_size=None."
             )
         if self.time_grid == "uniform" and self.solver == "heun_sigma" and self.sampler == "ode":
             raise ValueError("solver='heun_sigma' has no first step from t = 1: set time_grid='karras'.")
+
+    def on(self, policy: DiffusionPolicy) -> "SamplingSchedule":
+        """
+        The schedule with the times of `policy` where `time_grid="scheduler"`, else as it is.
+
+        Raises:
+            ValueError: the policy has no times of its own, or another number of them.
+        """
+        if self.time_grid != "scheduler":
+            return self
+        if not hasattr(policy, "grid"):
+            raise ValueError(
+                f"{type(policy).__name__} has no grid(num_steps) of its own: set another time_grid, or give it one."
+            )
+        times, noise_scale = policy.grid(self.num_steps)
+        if len(times) != self.num_steps + 1:
+            raise ValueError(
+                f"the scheduler takes {len(times) - 1} steps for num_steps={self.num_steps}: ask for another number, "
+                "or set time_grid='uniform'."
+            )
+        return replace(self, grid=tuple(times), noise_scale=noise_scale)
 
     @property
     def _last_step_size(self) -> float | None:
@@ -74,6 +100,10 @@ class SamplingSchedule:
 
     @property
     def times(self) -> list[float]:
+        if self.time_grid == "scheduler":
+            if self.grid is None:
+                raise ValueError("the times of time_grid='scheduler' are the policy's: use schedule.on(policy).")
+            return list(self.grid)
         if self.time_grid == "karras":
             return karras_grid(self.num_steps)
         return time_grid(self.num_steps, shift=self.time_shift, last_step_size=self._last_step_size)
@@ -133,10 +163,11 @@ def sample(
         keep_steps (`Sequence[int]`, *optional*): steps of an SDE to keep, with their densities.
         keep_states (`Sequence[int]`, *optional*): grid indices whose states to keep, of an SDE or Euler's ODE.
     """
+    schedule = schedule.on(policy)
     with torch.no_grad():
         cond = policy.encode(conditions)
-        # a grid that starts below 1 starts from t x_1: what data adds there is (1 - t) of it
-        x = policy.noise(conditions, generator) * schedule.times[0]
+        # a grid that starts below 1 starts from t x_1, without data's (1 - t) x_0, or as the pipeline's own does
+        x = policy.noise(conditions, generator) * (schedule.noise_scale or schedule.times[0])
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return policy.velocity(model, x, t, cond)
@@ -209,21 +240,24 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
 
 def conditions_of_slots(policy: DiffusionPolicy, dataset: Any, count: int, seed: int) -> Any:
     """
-    Conditions of `count` slots: the dataset's `class_labels` in shuffled rounds, or all classes in balance.
+    Conditions of `count` slots: the dataset's rows in shuffled rounds, or all classes in balance.
+
+    They are in its column `class_labels`, or `prompt` for a policy without classes.
 
     Raises:
-        ValueError: no such column, labels the model does not know, or a policy without classes and no dataset.
+        ValueError: no such column, conditions the model does not know, or a policy without classes and no dataset.
     """
     if dataset is None:
         if policy.num_conditions is None:
-            raise ValueError("this policy has no classes to balance: pass a train_dataset with its conditions.")
+            raise ValueError("this policy has no classes to balance: pass a train_dataset with a column of prompts.")
         return balanced_labels(count, policy.num_conditions)
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    if "class_labels" not in columns:
-        raise ValueError(f"the dataset has columns {columns}: conditions must be in a column 'class_labels'.")
-    rows = dataset["class_labels"] if hasattr(dataset, "column_names") else [row["class_labels"] for row in dataset]
-    labels = torch.as_tensor(list(rows))
-    policy.check_conditions(labels)
+    column = "prompt" if policy.num_conditions is None else "class_labels"
+    if column not in columns:
+        raise ValueError(f"the dataset has columns {columns}: conditions must be in a column {column!r}.")
+    rows = list(dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset])
+    conditions = rows if policy.num_conditions is None else torch.as_tensor(rows)
+    policy.check_conditions(conditions)
     generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(len(labels), generator=generator) for _ in range(math.ceil(count / len(labels)))]
-    return labels[torch.cat(rounds)[:count]]
+    rounds = [torch.randperm(len(rows), generator=generator) for _ in range(math.ceil(count / len(rows)))]
+    return take(conditions, torch.cat(rounds)[:count])

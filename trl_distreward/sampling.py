@@ -16,7 +16,7 @@ from torch import Tensor
 
 NOISE_SCHEDULES = ("sit", "flow_grpo", "dance", "cps")
 ODE_SOLVERS = ("euler", "heun", "heun_sigma")
-TIME_GRIDS = ("uniform", "karras")
+TIME_GRIDS = ("uniform", "karras", "scheduler")
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None

@@ -45,7 +45,7 @@ class RewardArguments:
     )
     heldout_statistics: str | None = field(default=None, metadata={"help": "Statistics file for it."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels'."}
+        default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels' or 'prompt'."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
 

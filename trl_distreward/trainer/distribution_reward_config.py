@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from trl.trainer.base_config import _BaseConfig
 
 from ..generation import SamplingSchedule
+from ..policies import DiffusionPolicy
 from ..sampling import TIME_GRIDS
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 
@@ -100,8 +101,8 @@ class DiffusionDistributionConfig(_BaseConfig):
         sde_window_interval (`int`, *optional*, defaults to `25`):
             Generations between two moves of the sliding window.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`, or `"karras"`: EDM's noise levels, in training as in evaluation. It needs
-            `last_step_size=None`.
+            `"uniform"`; `"karras"`: EDM's noise levels; or `"scheduler"`: the times of the pipeline's own scheduler,
+            in training as in evaluation. The latter two need `last_step_size=None`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -316,6 +317,19 @@ class DiffusionDistributionConfig(_BaseConfig):
         self._check_reward()
         self._check_update()
         self.rollout_schedule, self.eval_schedules = self._schedules()
+        if self.time_grid != "scheduler":
+            self._check_steps()
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better: bool | None = False
+        super().__post_init__()
+
+    def bind(self, policy: DiffusionPolicy) -> None:
+        """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
+        self.rollout_schedule = self.rollout_schedule.on(policy)
+        self.eval_schedules = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
+        self._check_steps()
+
+    def _check_steps(self) -> None:
         steps = len(self.rollout_schedule.trainable_steps)
         if not steps and self.sampler == "sde":
             raise ValueError(
@@ -326,9 +340,6 @@ class DiffusionDistributionConfig(_BaseConfig):
             raise ValueError(
                 f"sde_window_size={self.sde_window_size} must lie in 1 to {steps}, the number of steps with noise."
             )
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better: bool | None = False
-        super().__post_init__()
 
     def _check_reward(self) -> None:
         if self.reference_refresh_steps != "auto":

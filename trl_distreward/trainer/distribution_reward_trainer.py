@@ -66,8 +66,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
             one float per image: `images` is uint8 `(B, C, H, W)`. Several are weighted by `reward_weights` and summed.
         args ([`DiffusionDistributionConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
-            Conditions of the reference set, in a column `class_labels`. Without one all classes are balanced.
-        eval_dataset (`datasets.Dataset`, *optional*): conditions of the evaluated images, likewise.
+            Conditions of the reference set, in a column `class_labels`, or `prompt` for a text-to-image policy: each
+            slot keeps its own, and new images answer it again. Without a dataset all classes are balanced.
+        eval_dataset (`datasets.Dataset`, *optional*):
+            Conditions of the evaluated images, likewise; prompts are those of `train_dataset` by default.
         eval_metrics (`dict[str, ImageMetric]`, *optional*):
             Metrics of generated sets to evaluate besides the reward's own distances, e.g. a [`FeatureDistance`] in
             a feature space that the reward does not see.
@@ -98,8 +100,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
     ):
         args = args if args is not None else DiffusionDistributionConfig(output_dir="distribution-reward")
         policy = as_policy(model, args.guidance_scale)
+        args.bind(policy)
         self.conditions = conditions_of_slots(policy, train_dataset, args.reference_set_size, args.seed)
         num_eval = args.num_eval_images or args.reference_set_size
+        if policy.num_conditions is None:
+            self._pipeline_tag = "text-to-image"
+            eval_dataset = train_dataset if eval_dataset is None else eval_dataset
 
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         self.reward_funcs, self.reward_names = self.rewards.functions, self.rewards.names

@@ -1,0 +1,106 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Tiny random parts that pipelines of several families share: tokenizer, text encoders, VAE, schedulers."""
+
+from typing import Any
+
+import diffusers
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+
+PROMPTS = ["a red cat", "the blue dog runs", "a cat"]
+
+
+def randomized(module: nn.Module, std: float = 0.15) -> nn.Module:
+    """Weights that zero initializations would leave without effect, and no dropout."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 or "token" in name or "table" in name:
+            nn.init.normal_(parameter, std=std)
+        elif "norm" not in name:
+            nn.init.normal_(parameter, std=0.05)
+    return module.eval()
+
+
+def tokenizer(length: int = 8) -> transformers.PreTrainedTokenizerFast:
+    """Whole words, between `<s>` and `</s>`; unknown ones alike."""
+    words = ["<pad>", "<unk>", "<s>", "</s>", *sorted({word for prompt in PROMPTS for word in prompt.split()})]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=length,
+        padding_side="right",
+    )
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return made
+
+
+def clip(projection: bool = False, hidden: int = 16) -> nn.Module:
+    config = transformers.CLIPTextConfig(
+        vocab_size=16,
+        hidden_size=hidden,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=hidden,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return randomized(kind(config))
+
+
+def t5(hidden: int = 16) -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=16, d_model=hidden, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=3
+    )
+    return randomized(transformers.T5EncoderModel(config))
+
+
+def gemma(hidden: int = 8) -> nn.Module:
+    config = transformers.Gemma2Config(
+        vocab_size=16,
+        hidden_size=hidden,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+        pad_token_id=0,
+    )
+    return randomized(transformers.Gemma2Model(config))
+
+
+def vae(channels: int = 4, **kwargs: Any) -> diffusers.AutoencoderKL:
+    """Halves each side."""
+    config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (4, 4),
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+        "latent_channels": channels,
+        "norm_num_groups": 1,
+        "scaling_factor": 0.5,
+    }
+    return randomized(diffusers.AutoencoderKL(**{**config, **kwargs}))
+
+
+def ddim(**kwargs: Any) -> diffusers.DDIMScheduler:
+    config = {"clip_sample": False, "steps_offset": 1, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
+    return diffusers.DDIMScheduler(**{"beta_start": 0.00085, "beta_end": 0.012, **config, **kwargs})
+
+
+def flow(**kwargs: Any) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**kwargs)

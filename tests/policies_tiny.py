@@ -1,0 +1,421 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""A tiny random pipeline of every family, built without network, and how each is called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from tests.policies_parts import PROMPTS, clip, ddim, flow, gemma, randomized, t5, tokenizer, vae
+
+LABELS = [0, 2, 1]
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    `build()` makes the pipeline and `call(pipeline, conditions, guidance_scale, **kwargs)` its images `(B, C, H, W)`.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    call: Callable[..., torch.Tensor]
+    conditions: list = field(default_factory=lambda: PROMPTS)
+    guidance_scales: tuple[float, ...] = (1.0, 3.0)
+    options: dict[str, Any] = field(default_factory=dict)  # of the policy
+
+
+# ---- class labels ----
+
+
+def dit(num_classes: int = 1000) -> diffusers.DiTPipeline:
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=4,
+        num_embeds_ada_norm=num_classes,  # DiTPipeline knows no other null class than 1000
+        norm_elementwise_affine=False,
+    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return diffusers.DiTPipeline(randomized(network), vae(), scheduler)
+
+
+def call_dit(pipeline, conditions, guidance_scale, **kwargs):
+    return pipeline(conditions, guidance_scale=guidance_scale, output_type="pt", **kwargs).images
+
+
+def unet2d(channels: int = 3, **kwargs: Any) -> diffusers.UNet2DModel:
+    config = {
+        "sample_size": 4,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+        "norm_num_groups": 2,
+    }
+    return randomized(diffusers.UNet2DModel(**{**config, **kwargs}))
+
+
+def ddim_pixels() -> diffusers.DDIMPipeline:
+    return diffusers.DDIMPipeline(unet2d(), diffusers.DDIMScheduler(clip_sample=True))
+
+
+def call_ddim(pipeline, conditions, guidance_scale, **kwargs):
+    images = pipeline(len(conditions), use_clipped_model_output=True, output_type="np", **kwargs).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def ddpm_classes() -> diffusers.DDPMPipeline:
+    # DDIM's scheduler, as DDPM's own draws noise
+    return diffusers.DDPMPipeline(
+        unet2d(num_class_embeds=4), diffusers.DDIMScheduler(clip_sample=False, prediction_type="sample")
+    )
+
+
+def call_ddpm(pipeline, conditions, guidance_scale, generator, num_inference_steps):
+    """DDPMPipeline with labels, which its own call does not take."""
+    x = torch.cat([torch.randn(1, 3, 4, 4, generator=g) for g in generator])
+    labels, null = torch.tensor(conditions), torch.full((len(conditions),), 3)
+    pipeline.scheduler.set_timesteps(num_inference_steps)
+    for t in pipeline.scheduler.timesteps:
+        with torch.no_grad():
+            output, without = pipeline.unet(x, t, labels).sample, pipeline.unet(x, t, null).sample
+        output = without + guidance_scale * (output - without)
+        x = pipeline.scheduler.step(output, t, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def ldm() -> diffusers.LDMPipeline:
+    codes = diffusers.VQModel(
+        block_out_channels=(4, 4),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=3,
+        num_vq_embeddings=8,
+        norm_num_groups=1,
+        scaling_factor=0.5,
+    )
+    return diffusers.LDMPipeline(randomized(codes), unet2d(), ddim(set_alpha_to_one=True))
+
+
+def call_ldm(pipeline, conditions, guidance_scale, **kwargs):
+    images = pipeline(len(conditions), output_type="np", **kwargs).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+# ---- prompts ----
+
+
+def unet_condition(**kwargs: Any) -> diffusers.UNet2DConditionModel:
+    config = {
+        "sample_size": 4,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+        "norm_num_groups": 2,
+    }
+    return randomized(diffusers.UNet2DConditionModel(**{**config, **kwargs}))
+
+
+def stable_diffusion(scheduler: Any) -> diffusers.StableDiffusionPipeline:
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        unet=unet_condition(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def call_text(pipeline, conditions, guidance_scale, **kwargs):
+    return pipeline(conditions, guidance_scale=guidance_scale, output_type="pt", **kwargs).images
+
+
+def sdxl() -> diffusers.StableDiffusionXLPipeline:
+    network = unet_condition(
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 16,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.2, 0.8]),
+        text_encoder=clip(),
+        text_encoder_2=clip(projection=True),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=network,
+        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing"),
+        add_watermarker=False,
+    )
+
+
+def pixart() -> diffusers.PixArtSigmaPipeline:
+    network = diffusers.PixArtTransformer2DModel(
+        sample_size=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        cross_attention_dim=8,
+        caption_channels=16,
+        use_additional_conditions=False,
+    )
+    return diffusers.PixArtSigmaPipeline(
+        tokenizer(), t5(), vae(), randomized(network), diffusers.DDIMScheduler(clip_sample=False)
+    )
+
+
+def sd3() -> diffusers.StableDiffusion3Pipeline:
+    network = diffusers.SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=8,
+        pooled_projection_dim=32,
+        pos_embed_max_size=4,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=randomized(network),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(projection=True),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(projection=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(32),
+        tokenizer_3=tokenizer(),
+    )
+
+
+def sana() -> diffusers.SanaPipeline:
+    network = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=16,
+    )
+    codes = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    )
+    return diffusers.SanaPipeline(tokenizer(), gemma(), randomized(codes), randomized(network), flow(shift=3.0))
+
+
+def call_binned(pipeline, conditions, guidance_scale, **kwargs):
+    """At the size asked for, not at the nearest of a table."""
+    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    size = {"height": side, "width": side, "use_resolution_binning": False}
+    return call_text(pipeline, conditions, guidance_scale, **size, **kwargs)
+
+
+def flux(guidance_embeds: bool) -> diffusers.FluxPipeline:
+    network = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    pipeline = diffusers.FluxPipeline(
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
+        transformer=randomized(network),
+    )
+    pipeline.default_sample_size = 4
+    return pipeline
+
+
+def call_true_guidance(negative):
+    def call(pipeline, conditions, guidance_scale, **kwargs):
+        guidance = {"true_cfg_scale": guidance_scale}
+        if guidance_scale > 1:
+            guidance["negative_prompt"] = [negative] * len(conditions)
+        return pipeline(conditions, output_type="pt", height=SIDE, width=SIDE, **guidance, **kwargs).images
+
+    return call
+
+
+def qwen_image() -> diffusers.QwenImagePipeline:
+    network = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 2, 2),
+    )
+    codes = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 1.2, 0.8, 1.1],
+    )
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        },
+        vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16},
+        image_token_id=14,
+        video_token_id=15,
+        vision_start_token_id=12,
+        vision_end_token_id=13,
+    )
+    encoder = randomized(transformers.Qwen2_5_VLForConditionalGeneration(config))
+    scheduler = flow(use_dynamic_shifting=True, shift_terminal=0.02)
+    return diffusers.QwenImagePipeline(
+        scheduler, randomized(codes, 0.3), encoder, tokenizer(256), randomized(network, 0.4)
+    )
+
+
+def z_image() -> diffusers.ZImagePipeline:
+    network = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[256, 16, 16],
+    )
+    config = transformers.Qwen3Config(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return diffusers.ZImagePipeline(
+        flow(shift=3.0),
+        vae(shift_factor=0.1),
+        randomized(transformers.Qwen3Model(config)),
+        tokenizer(),
+        randomized(network),
+    )
+
+
+def call_z_image(pipeline, conditions, guidance_scale, **kwargs):
+    size = {"height": SIDE, "width": SIDE}
+    return call_text(pipeline, conditions, guidance_scale - 1, **size, **kwargs)
+
+
+def lumina2() -> diffusers.Lumina2Pipeline:
+    network = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 16, 16),
+        cap_feat_dim=8,
+    )
+    codes = vae(  # the pipeline takes for granted that sides are divided by 8
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        shift_factor=0.1,
+    )
+    return diffusers.Lumina2Pipeline(randomized(network), flow(use_dynamic_shifting=True), codes, gemma(), tokenizer())
+
+
+SIDE = 8  # pixels, of a latent of 4 by 4
+
+CLASS_FAMILIES = [
+    Family("dit", dit, call_dit, LABELS),
+    Family("ddim", ddim_pixels, call_ddim, [0, 0, 0], (1.0,)),
+    Family("ddpm-classes", ddpm_classes, call_ddpm, LABELS, (1.0, 3.0), {"null_class": 3}),
+    Family("ldm", ldm, call_ldm, [0, 0, 0], (1.0,)),
+]
+TEXT_FAMILIES = [
+    Family("sd1", lambda: stable_diffusion(ddim(set_alpha_to_one=True)), call_text),
+    Family(
+        "sd2-v",
+        lambda: stable_diffusion(
+            diffusers.EulerDiscreteScheduler(
+                beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="leading"
+            )
+        ),
+        call_text,
+    ),
+    Family("sdxl", sdxl, call_text),
+    Family("pixart-sigma", pixart, call_binned),
+    Family("sd3", sd3, call_text),
+    Family("sana", sana, call_binned),
+    Family("flux-distilled", lambda: flux(True), call_text),
+    Family("flux", lambda: flux(False), call_true_guidance("")),
+    Family("qwen-image", qwen_image, call_true_guidance(" "), options={"height": SIDE, "width": SIDE}),
+    Family("z-image", z_image, call_z_image, options={"height": SIDE, "width": SIDE}),
+    Family("lumina2", lumina2, call_text),
+]
+FAMILIES = CLASS_FAMILIES + TEXT_FAMILIES

@@ -1,0 +1,162 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Every family of pipelines: parity with the pipeline itself, replay, one update, and a pipeline that loads."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from tests.helpers import tiny_config
+from tests.policies_tiny import FAMILIES
+from trl_distreward import DistributionRewardTrainer, FeatureStatistics, SubsetReplaceReward
+from trl_distreward.generation import SamplingSchedule, sample
+from trl_distreward.policies import as_policy
+from trl_distreward.sampling import transition
+
+ODE = SamplingSchedule(4, "ode", time_grid="scheduler")
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def build(family):
+    torch.manual_seed(0)
+    pipeline = family.build()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def called(family, pipeline, guidance_scale=1.0):
+    noise = generators(len(family.conditions))
+    return family.call(pipeline, list(family.conditions), guidance_scale, generator=noise, num_inference_steps=4)
+
+
+@torch.no_grad()
+def generated(policy, conditions, schedule=ODE):
+    return policy.decode(sample(policy, policy.model, conditions, schedule, generators(len(conditions))).sample)
+
+
+@every_family
+def test_the_ode_is_the_pipelines_deterministic_sampler(family):
+    pipeline, images = build(family), {}
+    for scale in family.guidance_scales:
+        images[scale] = generated(as_policy(pipeline, scale, **family.options), family.conditions)
+        torch.testing.assert_close(images[scale], called(family, pipeline, scale), rtol=0, atol=1e-4)
+    policy = as_policy(pipeline, **family.options)
+    if len(set(family.conditions)) > 1:  # parity would tell nothing of what has no effect
+        others = [family.conditions[-1], *family.conditions[:-1]]
+        assert (generated(policy, others) - images[1.0]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    if len(images) > 1:
+        assert (images[3.0] - images[1.0]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+@every_family
+def test_a_stochastic_rollout_replays(family):
+    pipeline, noise = build(family), {"noise_schedule": "sit", "noise_level": 0.7}
+    for scale in family.guidance_scales:
+        policy = as_policy(pipeline, scale, **family.options)
+        schedule = SamplingSchedule(3, time_grid="scheduler", **noise).on(policy)
+        steps, count = schedule.trainable_steps, len(family.conditions)
+        rollout = sample(policy, policy.model, family.conditions, schedule, generators(count), keep_steps=steps)
+        cond = policy.encode(family.conditions)
+
+        def log_prob(step, rows, policy=policy, rollout=rollout, cond=cond):
+            x, times = rollout.states[step][rows], rollout.times
+            part = {name: value[rows] for name, value in cond.items()}
+            v = policy.velocity(policy.model, x, torch.full((len(x),), times[step]), part)
+            taken = rollout.states[step + 1][rows]
+            return transition(x, v, times[step], times[step + 1], prev_sample=taken, **noise).log_prob
+
+        for place, step in enumerate(steps):
+            drawn = rollout.log_probs[:, place]
+            replayed = log_prob(step, torch.arange(count))
+            assert replayed.requires_grad
+            assert torch.equal((replayed - drawn).exp(), torch.ones(count))
+            alone = torch.cat([log_prob(step, torch.tensor([i])) for i in range(count)])
+            torch.testing.assert_close(alone, drawn, rtol=0, atol=1e-5)
+
+
+def projection(images):
+    """Six fixed random features of images of any size."""
+    pixels = images.float().flatten(1) / 127.5 - 1
+    return pixels @ torch.randn(pixels.shape[1], 6, generator=torch.Generator().manual_seed(5))
+
+
+def snapshot(pipeline):
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return {name: copy.deepcopy(part.state_dict()) for name, part in modules.items()}
+
+
+def check_update(family, lora, folder):
+    pipeline = build(family)
+    policy = as_policy(pipeline, family.guidance_scales[-1], **family.options)
+    before = snapshot(pipeline)
+    shape = generated(policy, family.conditions).shape
+    real = torch.randint(0, 256, (30, *shape[1:])).to(torch.uint8)
+    column = "class_labels" if policy.num_conditions else "prompt"
+    trainer = DistributionRewardTrainer(
+        model=policy,
+        reward_funcs=SubsetReplaceReward(projection, FeatureStatistics.from_features(projection(real))),
+        args=tiny_config(
+            folder,
+            max_steps=1,
+            reference_set_size=8,
+            num_subsets=4,
+            replace_size=1,
+            num_inference_steps=2,
+            num_inference_steps_eval=4,
+            time_grid="scheduler",
+            last_step_size=None,
+            learning_rate=1e-2,
+        ),
+        train_dataset=Dataset.from_dict({column: list(family.conditions)}),
+        peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
+    )
+    initial = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["ratio/min"] == logs["ratio/max"] == 1.0
+    assert logs["delta_log_prob"] < 1e-4
+
+    after = snapshot(pipeline)
+    for name, weights in before.items():
+        if name != policy.component:
+            assert all(torch.equal(value, after[name][key]) for key, value in weights.items()), name
+    moved = {name: not torch.equal(value, initial[name]) for name, value in trainer.network.named_parameters()}
+    trainable = {name for name, value in trainer.network.named_parameters() if value.requires_grad}
+    assert not any(is_moved for name, is_moved in moved.items() if name not in trainable)
+    assert all("lora_" in name for name in trainable) == lora
+    assert sum(moved[name] for name in trainable) > 0.7 * len(trainable)
+
+    trained = generated(policy, family.conditions)
+    trainer.save_model(str(folder / "saved"))
+    loaded = type(pipeline).from_pretrained(folder / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "default_sample_size"):
+        loaded.default_sample_size = pipeline.default_sample_size
+    torch.testing.assert_close(called(family, loaded, family.guidance_scales[-1]), trained, rtol=0, atol=1e-4)
+    assert (trained - called(family, build(family), family.guidance_scales[-1])).abs().max() > 1e-2
+
+
+QUICK = [("dit", False), ("ddim", False), ("sd1", True), ("sd3", False)]
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        pytest.param(
+            family,
+            lora,
+            id=f"{family.name}-{'lora' if lora else 'full'}",
+            marks=[] if (family.name, lora) in QUICK else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for lora in (False, True)
+    ],
+)
+def test_one_update_moves_what_is_trained_and_saves_a_pipeline(family, lora, tmp_path):
+    check_update(family, lora, tmp_path)

@@ -1,0 +1,154 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What a trainer needs of a generator, and what all policies of diffusers pipelines share."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..sampling import Generators, gaussian_noise
+
+
+@runtime_checkable
+class DiffusionPolicy(Protocol):
+    """
+    What a trainer needs of a generator. A new pipeline family is one class with these members.
+
+    `model` is also an argument of `velocity`, so that the wrapped, reference, averaged and merged networks share one
+    path. Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, data at `t = 0`.
+
+    A policy may also have `grid(num_steps)`, which `time_grid="scheduler"` asks for: the times of the pipeline's own
+    sampler, from noise to 0, and the factor of the noise at the first of them.
+
+    Attributes:
+        model (`torch.nn.Module`): the network that is trained.
+        num_conditions (`int` or `None`): number of classes, where conditions are class labels; `None` for prompts.
+    """
+
+    model: nn.Module
+    num_conditions: int | None
+
+    def to(self, device: torch.device) -> None:
+        """Moves what is not trained, such as a VAE; the trainer moves the network."""
+        ...
+
+    def check_conditions(self, conditions: Any) -> None:
+        """Raises `ValueError` for conditions the model does not know."""
+        ...
+
+    def encode(self, conditions: Any) -> dict[str, Tensor]:
+        """Conditions as tensors whose first dimension is the batch."""
+        ...
+
+    def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
+        """Starting noise `(B, ...)` at `t = 1`."""
+        ...
+
+    def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """`x_1 - x_0` as `model` predicts it at `x (B, ...)`, `t (B,)`; guidance included; float32."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [0, 1], float32."""
+        ...
+
+    def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
+        """Writes a folder that loads as a pipeline, with `model` in place of the trained network if given."""
+        ...
+
+    def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
+        """The trained network's state dict from such a folder, in CPU memory."""
+        ...
+
+
+class PipelinePolicy:
+    """
+    Base of the policies of diffusers pipelines. A family tells how its network is called, in `inputs` and `predict`.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, all else is frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0):
+            classifier-free guidance, in training as in sampling: `v_∅ + scale (v - v_∅)`; 1.0 is none.
+    """
+
+    component = "transformer"  # the pipeline's name for the network that is trained
+    num_conditions: int | None = None
+    sample_shape: tuple[int, ...]
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+        self.pipeline = pipeline
+        self.guidance_scale = guidance_scale
+        self.model: nn.Module = getattr(pipeline, self.component)
+        self.config = self.model.config
+        self._network_class = type(self.model)  # FSDP puts its own in place
+        self.guided = guidance_scale != 1.0
+        for part in self._frozen_parts():
+            part.requires_grad_(False).eval()
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name != self.component and isinstance(part, nn.Module)]
+
+    def _moved_parts(self) -> list[nn.Module]:
+        return self._frozen_parts()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's weights, which training changes where it is half precision."""
+        return getattr(self.pipeline, self.component).dtype
+
+    def to(self, device: torch.device) -> None:
+        for part in self._moved_parts():
+            part.to(device)
+
+    def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
+        return gaussian_noise((len(conditions), *self.sample_shape), generator, self.device, torch.float32)
+
+    def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
+        """The network's conditional inputs `(B, ...)`; `guided`: as many without a condition before them."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Velocity `(B, ...)` without guidance."""
+        raise NotImplementedError
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Guided velocity, float32."""
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        inputs = self.inputs(cond, self.guided)
+        if not self.guided:
+            return self.predict(model, x, t, inputs).float()
+        # one forward pass of both, as distributed wrappers expect of a step
+        unconditional, conditional = self.predict(model, torch.cat([x, x]), torch.cat([t, t]), inputs).chunk(2)
+        return self.guide(conditional.float(), unconditional.float())
+
+    def decode(self, x: Tensor) -> Tensor:
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is not None:
+            shift = getattr(vae.config, "shift_factor", None) or 0.0
+            x = vae.decode((x / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0]
+        return (x.float() / 2 + 0.5).clamp(0, 1)
+
+    def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
+        trained = getattr(self.pipeline, self.component)
+        try:
+            setattr(self.pipeline, self.component, trained if model is None else model)
+            self.pipeline.save_pretrained(path)
+        finally:
+            setattr(self.pipeline, self.component, trained)
+
+    def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
+        return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] to uint8 in [0, 255], rounding as image files are written."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)

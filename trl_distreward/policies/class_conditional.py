@@ -1,0 +1,125 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Policies of pipelines whose conditions are class labels, or that have none."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import PipelinePolicy
+from .paths import DiscreteTimePolicy
+
+
+class ClassLabelPolicy(PipelinePolicy):
+    """Base of policies whose conditions are integer labels; guidance leads away from the label `null_class`."""
+
+    num_conditions: int
+    null_class: int | None = None
+
+    def check_conditions(self, conditions: Any) -> None:
+        labels, count = torch.as_tensor(conditions), self.num_conditions
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"class labels have shape {tuple(labels.shape)}, {labels.dtype}: pass a list of integers."
+            )
+        if len(labels) and not (labels.min() >= 0 and labels.max() < count):
+            raise ValueError(
+                f"class labels span {labels.min().item()} to {labels.max().item()}, but this model has {count} "
+                f"classes: labels must lie in 0 to {count - 1}."
+            )
+
+    def encode(self, conditions: Any) -> dict[str, Tensor]:
+        return {"class_labels": torch.as_tensor(conditions, device=self.device).long()}
+
+    def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
+        labels = cond["class_labels"]
+        if not guided:
+            return {"class_labels": labels}
+        return {"class_labels": torch.cat([torch.full_like(labels, self.null_class or 0), labels])}
+
+
+class ClassConditionalPolicy(ClassLabelPolicy):
+    """
+    Policy of a class-conditional pipeline of this library; conditions are integer labels. A subclass serves another
+    than SiT's.
+
+    The pipeline predicts the velocity, decodes, and checks guidance; its network's config tells classes and shape.
+
+    Args:
+        pipeline ([`SiTPipeline`]): generator; its network is trained, all else, such as a VAE, frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling.
+    """
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+        pipeline.check_guidance(guidance_scale)
+        super().__init__(pipeline, guidance_scale)
+        self.num_conditions = max(self.config.num_classes, 1)  # all one class without classes
+        self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+
+    def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return self.pipeline.predict_velocity(model, x, t, cond["class_labels"], self.guidance_scale).float()
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.pipeline.decode(x)
+
+
+class EDM2Policy(ClassConditionalPolicy):
+    """Policy of an [`EDM2Pipeline`]; its guider stays as it is."""
+
+    component = "unet"
+
+
+class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
+    """Policy of a [`~diffusers.DiTPipeline`]: noise prediction, of which a learned variance is dropped."""
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+        super().__init__(pipeline, guidance_scale)
+        self.num_conditions = self.config.num_embeds_ada_norm
+        self.null_class = self.num_conditions  # DiTPipeline has 1000 here, whatever the number of classes
+        self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+
+    def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return model(z, timestep=timestep, class_labels=inputs["class_labels"], return_dict=False)[0]
+
+
+class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
+    """
+    Policy of a [`~diffusers.UNet2DModel`], with classes or without, in pixels ([`~diffusers.DDPMPipeline`],
+    [`~diffusers.DDIMPipeline`]) or in the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]).
+
+    The network has classes if its config has `num_class_embeds`. Without, all images are of one class, 0.
+
+    Args:
+        pipeline: generator; its U-Net is trained.
+        guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance.
+        null_class (`int`, *optional*):
+            label that stands for none, the last one of `num_class_embeds`, if the network was trained with one: the
+            pipeline does not tell.
+    """
+
+    component = "unet"
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, null_class: int | None = None):
+        super().__init__(pipeline, guidance_scale)
+        classes = self.config.num_class_embeds
+        if null_class is not None and (classes is None or null_class != classes - 1):
+            raise ValueError(f"null_class={null_class} must be the last of num_class_embeds={classes} labels.")
+        self.has_classes, self.null_class = classes is not None, null_class
+        self.num_conditions = (classes or 1) if null_class is None else null_class
+        if self.guided and null_class is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a null class: use guidance_scale=1.0, or, if the network was "
+                "trained with one, tell it as null_class."
+            )
+        size = self.config.sample_size
+        self.sample_shape = (self.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        labels = inputs["class_labels"] if self.has_classes else None
+        return model(z, timestep, class_labels=labels, return_dict=False)[0]
+
+    def decode(self, x: Tensor) -> Tensor:
+        codes = getattr(self.pipeline, "vqvae", None)
+        if codes is not None:
+            x = codes.decode((x / codes.config.scaling_factor).to(codes.dtype), return_dict=False)[0]
+        return super().decode(x)

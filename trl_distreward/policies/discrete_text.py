@@ -1,0 +1,63 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Policies of text-to-image pipelines of discrete steps: Stable Diffusion 1 and 2, SDXL, PixArt-Σ."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .paths import DiscreteTimePolicy
+from .text_to_image import TextToImagePolicy
+
+
+class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
+    """Policy of a [`~diffusers.StableDiffusionPipeline`] 1.x or 2.x; its safety checker plays no part."""
+
+    component = "unet"
+
+    def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return model(z, timestep, encoder_hidden_states=inputs["prompt_embeds"], return_dict=False)[0]
+
+
+class StableDiffusionXLPolicy(StableDiffusionPolicy):
+    """Policy of a [`~diffusers.StableDiffusionXLPipeline`], at its full size without crops."""
+
+    embeddings = {"prompt_embeds": 0, "pooled": 2}
+    null_embeddings = {"prompt_embeds": 1, "pooled": 3}
+
+    def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        # original size, corner of the crop, target size (arXiv 2307.01952, Section 2.2)
+        sizes = torch.tensor([*self.size, 0, 0, *self.size], device=z.device, dtype=z.dtype)
+        added = {"text_embeds": inputs["pooled"], "time_ids": sizes.expand(len(z), -1)}
+        embeds = inputs["prompt_embeds"]
+        return model(z, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    def decode(self, x: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std))
+            x = x * std + mean * config.scaling_factor
+        return super().decode(x)
+
+
+class PixArtSigmaPolicy(TextToImagePolicy, DiscreteTimePolicy):
+    """Policy of a [`~diffusers.PixArtSigmaPipeline`], of which a learned variance is dropped."""
+
+    embeddings = {"prompt_embeds": 0, "mask": 1}
+    null_embeddings = {"prompt_embeds": 2, "mask": 3}
+
+    @property
+    def patch(self) -> int:  # type: ignore[override]
+        return self.config.patch_size
+
+    def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}  # of PixArt-α alone
+        return model(
+            z,
+            encoder_hidden_states=inputs["prompt_embeds"],
+            encoder_attention_mask=inputs["mask"],
+            timestep=timestep,
+            added_cond_kwargs=sizes,
+            return_dict=False,
+        )[0]

@@ -1,0 +1,212 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Policies of text-to-image pipelines that know the path itself: SD3, Sana, Flux, Qwen-Image, Z-Image, Lumina 2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .paths import FlowPolicy
+from .text_to_image import TextToImagePolicy
+
+
+class StableDiffusion3Policy(TextToImagePolicy, FlowPolicy):
+    """Policy of a [`~diffusers.StableDiffusion3Pipeline`] 3 or 3.5."""
+
+    embeddings = {"prompt_embeds": 0, "pooled": 2}
+    null_embeddings = {"prompt_embeds": 1, "pooled": 3}
+    even_sigmas = False
+
+    @property
+    def patch(self) -> int:  # type: ignore[override]
+        return self.config.patch_size
+
+    @property
+    def sequence_length(self) -> int:
+        height, width = self.sample_shape[-2:]
+        return (height // self.patch) * (width // self.patch)
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return model(
+            hidden_states=x.to(self.dtype),
+            timestep=t * self.pipeline.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=inputs["prompt_embeds"],
+            pooled_projections=inputs["pooled"],
+            return_dict=False,
+        )[0]
+
+
+class SanaPolicy(TextToImagePolicy, FlowPolicy):
+    """Policy of a [`~diffusers.SanaPipeline`]."""
+
+    embeddings = {"prompt_embeds": 0, "mask": 1}
+    null_embeddings = {"prompt_embeds": 2, "mask": 3}
+    even_sigmas = False
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        steps = self.pipeline.scheduler.config.num_train_timesteps
+        output = model(
+            x.to(self.dtype),
+            encoder_hidden_states=inputs["prompt_embeds"],
+            encoder_attention_mask=inputs["mask"],
+            timestep=t * steps * self.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return output[:, : x.shape[1]]  # a learned variance is dropped
+
+
+class PackedPolicy(TextToImagePolicy, FlowPolicy):
+    """Base of policies whose network takes two by two pixels of the latent as a token, and perhaps the guidance."""
+
+    patch = 2
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, **kwargs: Any):
+        super().__init__(pipeline, guidance_scale, **kwargs)
+        self.distilled = bool(self.config.guidance_embeds)
+        self.guided = self.guided and not self.distilled
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        return self.pipeline.default_sample_size, self.pipeline.default_sample_size
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.in_channels // 4
+
+    def guidance(self, x: Tensor) -> Tensor | None:
+        """The network's own guidance input `(B,)`."""
+        return torch.full((len(x),), self.guidance_scale, device=x.device) if self.distilled else None
+
+    @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """(B, C, 2 h, 2 w) to (B, h w, 4 C)."""
+        return nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        height, width = self.sample_shape[-2:]
+        return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+class FluxPolicy(PackedPolicy):
+    """
+    Policy of a [`~diffusers.FluxPipeline`]: `guidance_scale` is the distilled guidance, which the network takes as an
+    input, or classifier-free guidance from the empty prompt where it takes none.
+    """
+
+    embeddings = {"prompt_embeds": 0, "pooled": 1}
+    null_embeddings = None
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        height, width = self.sample_shape[-2] // 2, self.sample_shape[-1] // 2
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
+        embeds = inputs["prompt_embeds"]
+        tokens = model(
+            hidden_states=self.pack(x.to(self.dtype)),
+            timestep=t,
+            guidance=self.guidance(x),
+            pooled_projections=inputs["pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=places.to(x.device, self.dtype),
+            return_dict=False,
+        )[0]
+        return self.unpack(tokens)
+
+
+class QwenImagePolicy(PackedPolicy):
+    """
+    Policy of a [`~diffusers.QwenImagePipeline`]; guided velocities keep, token by token, the norm of the conditional
+    ones. The null prompt is a space.
+    """
+
+    null_embeddings = None
+    null_prompt = " "
+
+    def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
+        embeds, mask = self.encode_prompt(prompts)
+        if mask is None:
+            mask = embeds.new_ones(embeds.shape[:2])
+        rows = [row[kept.bool()].cpu() for row, kept in zip(embeds, mask, strict=True)]
+        return [{"prompt_embeds": row, "mask": torch.ones(len(row), dtype=torch.long)} for row in rows]
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        tokens = model(
+            hidden_states=self.pack(x.to(self.dtype)),
+            timestep=t,
+            guidance=self.guidance(x),
+            encoder_hidden_states_mask=inputs["mask"],
+            encoder_hidden_states=inputs["prompt_embeds"],
+            img_shapes=[[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
+            return_dict=False,
+        )[0]
+        return self.unpack(tokens)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        tokens, guided = self.pack(conditional), self.pack(super().guide(conditional, unconditional))
+        return self.unpack(guided * (tokens.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)))
+
+    def decode(self, x: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        mean, std = (
+            torch.tensor(values, device=x.device).view(1, -1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        frames = vae.decode((x * std + mean).to(vae.dtype)[:, :, None], return_dict=False)[0]
+        return (frames[:, :, 0].float() / 2 + 0.5).clamp(0, 1)
+
+
+class ZImagePolicy(TextToImagePolicy, FlowPolicy):
+    """
+    Policy of a [`~diffusers.ZImagePipeline`]. `guidance_scale` is 1.0 without guidance, as everywhere here: the
+    pipeline's own scale is less by one.
+    """
+
+    patch = 2
+    # encode_prompt returns lists of tensors of different lengths
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        side = 1024 // self.pipeline.vae_scale_factor
+        return side, side
+
+    def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
+        return [row | {"mask": torch.ones(len(row["prompt_embeds"]))} for row in super().embed(prompts)]
+
+    def embed_null(self) -> dict[str, Tensor]:
+        row = super().embed_null()
+        return row | {"mask": torch.ones(len(row["prompt_embeds"]))}
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        kept = inputs["mask"].bool()
+        texts = [row[mask] for row, mask in zip(inputs["prompt_embeds"], kept, strict=True)]
+        images = list(x.to(self.dtype).unsqueeze(2).unbind(0))  # (C, 1, H, W) each
+        return -torch.stack(model(images, 1 - t, texts, return_dict=False)[0]).squeeze(2)
+
+
+class Lumina2Policy(TextToImagePolicy, FlowPolicy):
+    """
+    Policy of a [`~diffusers.Lumina2Pipeline`]; guided velocities keep, row by row, the norm of the conditional ones.
+    """
+
+    embeddings = {"prompt_embeds": 0, "mask": 1}
+    null_embeddings = {"prompt_embeds": 2, "mask": 3}
+    patch = 2
+
+    @property
+    def sequence_length(self) -> int:
+        return self.latent_channels  # what the pipeline takes for it
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        output = model(
+            hidden_states=x.to(self.dtype),
+            timestep=1 - t,
+            encoder_hidden_states=inputs["prompt_embeds"],
+            encoder_attention_mask=inputs["mask"],
+            return_dict=False,
+        )[0]
+        return -output
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        guided = super().guide(conditional, unconditional)
+        return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

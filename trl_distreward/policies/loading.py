@@ -1,0 +1,116 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""From a folder, a Hub id or a pipeline to its policy."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from ..models.edm2 import EDM2UNet2DModel
+from ..models.sit import SiTTransformer2DModel
+from ..pipelines.edm2 import EDM2Pipeline
+from ..pipelines.sit import SiTPipeline
+from . import discrete_text, flow_text
+from .base import DiffusionPolicy
+from .class_conditional import ClassConditionalPolicy, DiTPolicy, EDM2Policy, UNetPolicy
+
+# Pipelines that diffusers' own from_pretrained cannot find by name.
+_PIPELINES: dict[str, Any] = {"SiTPipeline": SiTPipeline, "EDM2Pipeline": EDM2Pipeline}
+_NETWORKS: dict[str, Any] = {cls.__name__: cls for cls in (SiTTransformer2DModel, EDM2UNet2DModel)}
+# By the pipeline's name: diffusers imports a pipeline, and its text encoders, when it is first asked for.
+_POLICIES: dict[str, Any] = {
+    "SiTPipeline": ClassConditionalPolicy,
+    "EDM2Pipeline": EDM2Policy,
+    "DiTPipeline": DiTPolicy,
+    "DDPMPipeline": UNetPolicy,
+    "DDIMPipeline": UNetPolicy,
+    "LDMPipeline": UNetPolicy,
+    "StableDiffusionPipeline": discrete_text.StableDiffusionPolicy,
+    "StableDiffusionXLPipeline": discrete_text.StableDiffusionXLPolicy,
+    "PixArtSigmaPipeline": discrete_text.PixArtSigmaPolicy,
+    "StableDiffusion3Pipeline": flow_text.StableDiffusion3Policy,
+    "SanaPipeline": flow_text.SanaPolicy,
+    "FluxPipeline": flow_text.FluxPolicy,
+    "QwenImagePipeline": flow_text.QwenImagePolicy,
+    "ZImagePipeline": flow_text.ZImagePolicy,
+    "Lumina2Pipeline": flow_text.Lumina2Policy,
+}
+
+
+def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any) -> DiffusionPipeline:
+    """
+    Loads a pipeline from a folder or the Hub, including those defined by this library.
+
+    A Hub repository is downloaded first: diffusers resolves a third-party class only in a local folder. Of one that
+    carries its own code for others to load, the weights are taken and the code is not run.
+
+    Args:
+        name_or_path (`str`): folder, or Hub id.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        kwargs: passed to `from_pretrained`, e.g. `torch_dtype`.
+
+    Raises:
+        FileNotFoundError: the folder has no `model_index.json`.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
+            raise FileNotFoundError(f"no folder {name_or_path}: pass a pipeline's folder or a Hub id 'org/name'.")
+        folder = Path(snapshot_download(str(name_or_path), revision=revision))
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has no model_index.json: it is not a saved diffusers pipeline.")
+    parts = json.loads(index.read_text())
+    class_name = parts["_class_name"]
+    if isinstance(class_name, list) and class_name[-1] in _PIPELINES:
+        pipeline = _without_its_code(folder, parts, **kwargs)
+    else:
+        known = _PIPELINES.get(class_name) if isinstance(class_name, str) else None
+        pipeline = (known or DiffusionPipeline).from_pretrained(str(folder), **kwargs)
+    pipeline.register_to_config(_name_or_path=str(name_or_path))  # not the folder of the Hub's cache
+    return pipeline
+
+
+def _without_its_code(folder: Path, parts: dict[str, Any], **kwargs: Any) -> DiffusionPipeline:
+    """A pipeline of this library from a folder that carries a copy of its code, by the library's own classes."""
+    arguments = {name: kwargs.pop(name) for name in parts if name in kwargs}
+    for name, value in parts.items():
+        if name in arguments or name.startswith("_"):
+            continue
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str | None):
+            if value[1] is not None:
+                part_class = _NETWORKS.get(value[1]) or getattr(diffusers, value[1])
+                arguments[name] = part_class.from_pretrained(str(folder), subfolder=name, **kwargs)
+        else:
+            arguments[name] = value
+    return _PIPELINES[parts["_class_name"][-1]](**arguments)
+
+
+def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> DiffusionPolicy:
+    """
+    The policy of a pipeline, folder or Hub id; a [`DiffusionPolicy`] is returned as it is.
+
+    Args:
+        model: pipeline, folder, Hub id or policy.
+        guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling; 1.0 is none.
+        kwargs: further arguments of the family's policy, such as `height` and `offload_text_encoders`.
+
+    Raises:
+        TypeError: the pipeline's family is not known.
+    """
+    if isinstance(model, str | os.PathLike):
+        model = load_pipeline(model)
+    if isinstance(model, DiffusionPolicy):
+        return model
+    for cls in type(model).__mro__:
+        if cls.__name__ in _POLICIES:
+            return _POLICIES[cls.__name__](model, guidance_scale, **kwargs)
+    known = ", ".join(_POLICIES)
+    raise TypeError(
+        f"{type(model).__name__} is not a pipeline this library knows ({known}): write a class with the members of "
+        "trl_distreward.policies.DiffusionPolicy and pass an instance of it as `model`."
+    )

@@ -1,0 +1,179 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Base of the policies whose conditions are prompts: prompts as tensors, their embeddings, and when they are made."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from .base import PipelinePolicy
+
+# Longest prompt in UTF-8; text encoders read a few hundred tokens.
+MAX_BYTES = 4096
+
+
+class TextToImagePolicy(PipelinePolicy):
+    """
+    Base of policies whose conditions are prompts.
+
+    An encoded prompt is its text, not its embedding, which would be megabytes for every image of a rollout: embeddings
+    are kept once per prompt, in CPU memory, and made by the frozen text encoders where they are missing.
+
+    A family says where `encode_prompt` of its pipeline returns what, in `embeddings` and `null_embeddings`; a prompt's
+    rows may differ in length and are padded with zeros at their end.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, all else is frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0):
+            classifier-free guidance, in training as in sampling; 1.0 is none. A network that takes it as an input
+            (distilled guidance) gets it as such.
+        height, width (`int`, *optional*): of the images, in pixels; what the network was made for by default.
+        cache_size (`int`, *optional*, defaults to 10000): prompts whose embeddings are kept.
+        offload_text_encoders (`bool`, *optional*, defaults to `False`):
+            keeps text encoders in CPU memory but while they encode.
+
+    Raises:
+        ValueError: `height` or `width` is not a multiple of what the network and the VAE divide it into.
+    """
+
+    embeddings: dict[str, int] = {"prompt_embeds": 0}
+    null_embeddings: dict[str, int] | None = {"prompt_embeds": 1}
+    null_prompt = ""  # where `encode_prompt` returns no null embeddings
+    patch = 1  # pixels of the latent that must go together
+
+    def __init__(
+        self,
+        pipeline: Any,
+        guidance_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        cache_size: int = 10000,
+        offload_text_encoders: bool = False,
+    ):
+        super().__init__(pipeline, guidance_scale)
+        factor = pipeline.vae_scale_factor
+        native = tuple(side * factor for side in self.native_size)
+        self.size = (height or native[0], width or native[1])
+        if any(side % (factor * self.patch) for side in self.size):
+            raise ValueError(
+                f"height={self.size[0]} and width={self.size[1]} must be multiples of {factor * self.patch}."
+            )
+        self.sample_shape = (self.latent_channels, *(side // factor for side in self.size))
+        self.cache_size = cache_size
+        self.offload_text_encoders = offload_text_encoders
+        self._cache: OrderedDict[str | None, dict[str, Tensor]] = OrderedDict()
+        # the batch asked for last, on the device: all steps of a rollout are of one batch
+        self._last: tuple[Any, dict[str, Tensor]] = (None, {})
+        vae = pipeline.vae
+        if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
+            vae.float()  # it overflows otherwise
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width of the latent that the network was made for."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.in_channels
+
+    def _text_encoders(self) -> list[nn.Module]:
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
+
+    def _moved_parts(self) -> list[nn.Module]:
+        # a safety checker, for example, plays no part
+        codes = [self.pipeline.vae] if self.pipeline.vae is not None else []
+        return codes if self.offload_text_encoders else [*codes, *self._text_encoders()]
+
+    # ---- prompts ----
+
+    def check_conditions(self, conditions: Any) -> None:
+        for prompt in conditions:
+            if not isinstance(prompt, str):
+                raise ValueError(f"{prompt!r} is not a prompt: pass a list of strings.")
+            if len(prompt.encode()) > MAX_BYTES or "\0" in prompt:
+                raise ValueError(
+                    f"prompt {prompt[:40]!r}… has {len(prompt.encode())} bytes: at most {MAX_BYTES} are kept, none of "
+                    "them zero."
+                )
+
+    def encode(self, conditions: Any) -> dict[str, Tensor]:
+        self.check_conditions(conditions)
+        texts = torch.zeros(len(conditions), MAX_BYTES, dtype=torch.uint8)
+        for row, prompt in zip(texts, conditions, strict=True):
+            text = prompt.encode()
+            row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        return {"prompt": texts.to(self.device)}
+
+    def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
+        prompts = [row.tobytes().rstrip(b"\0").decode() for row in cond["prompt"].cpu().numpy()]
+        return self.embedded([*[None] * len(prompts), *prompts] if guided else prompts)
+
+    # ---- embeddings ----
+
+    def embedded(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        """Embeddings of prompts, `None` being the null prompt: name -> `(B, ...)` on the network's device."""
+        key = (self.device, self.dtype, *prompts)
+        if key == self._last[0]:
+            return self._last[1]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        if missing:
+            self._encode_missing(missing)
+        rows = [self._cache[prompt] for prompt in prompts]
+        for prompt in dict.fromkeys(prompts):
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+        batch = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
+        moved = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+        }
+        self._last = (key, moved)
+        return moved
+
+    @torch.no_grad()
+    def _encode_missing(self, prompts: Sequence[str | None]) -> None:
+        if self.offload_text_encoders:
+            for encoder in self._text_encoders():
+                encoder.to(self.device)
+        # the network's autocast is not the text encoders'
+        with torch.autocast(self.device.type, enabled=False):
+            texts = [prompt for prompt in prompts if prompt is not None]
+            for part in (texts[i : i + 64] for i in range(0, len(texts), 64)):
+                self._cache.update(zip(part, self.embed(part), strict=True))
+            if None in prompts:
+                self._cache[None] = self.embed_null()
+        if self.offload_text_encoders:
+            for encoder in self._text_encoders():
+                encoder.to("cpu")
+
+    def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
+        """Embeddings of each prompt, in CPU memory, without the batch's dimension."""
+        returned = self.encode_prompt(prompts, do_classifier_free_guidance=False)
+        places = self.embeddings.items()
+        # copies: a view would keep the whole batch
+        return [{name: returned[at][i].to("cpu", copy=True) for name, at in places} for i in range(len(prompts))]
+
+    def embed_null(self) -> dict[str, Tensor]:
+        """Embeddings of no prompt, likewise."""
+        if self.null_embeddings is None:
+            return self.embed([self.null_prompt])[0]
+        returned = self.encode_prompt([""], do_classifier_free_guidance=True)
+        return {name: returned[at][0].to("cpu", copy=True) for name, at in self.null_embeddings.items()}
+
+    def encode_prompt(self, prompts: list[str], **options: Any) -> tuple:
+        """The pipeline's `encode_prompt`, with what the pipeline itself would call it with."""
+        called = signature(type(self.pipeline).__call__).parameters
+        known = signature(self.pipeline.encode_prompt).parameters
+        shared = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+        options |= {name: called[name].default for name in shared if name in called}
+        options |= {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "device": self.device}
+        options = {name: value for name, value in options.items() if name in known}
+        return self.pipeline.encode_prompt(prompt=list(prompts), **options)
