@@ -33,7 +33,7 @@ class SamplingSchedule:
         sampler (`str`, *optional*, defaults to `"sde"`): `"sde"` or `"ode"`.
         noise_schedule, noise_level: of the SDE, as in [`~sampling.transition`].
         last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
-        solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
+        solver (`str`, *optional*, defaults to `"euler"`): of the ODE, as in [`~sampling.solve_ode`].
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
         sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
     """
@@ -79,10 +79,15 @@ class SamplingSchedule:
         )
 
     @property
-    def num_evaluations(self) -> int:
-        """Network evaluations per image."""
-        heun = self.sampler == "ode" and self.solver == "heun"
-        return 2 * self.num_steps - 1 if heun else self.num_steps
+    def num_evaluations(self) -> int | None:
+        """Network evaluations per image; `None` where the solver decides."""
+        solver = self.solver if self.sampler == "ode" else "euler"
+        return {
+            "euler": self.num_steps,
+            "heun": 2 * self.num_steps - 1,
+            "heun2": 2 * self.num_steps,
+            "dopri5": None,
+        }[solver]
 
 
 def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) -> list[torch.Generator]:

@@ -72,9 +72,10 @@ class ClassConditionalPolicy:
     Args:
         pipeline ([`SiTPipeline`]): generator; its transformer is trained, its VAE frozen.
         guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance, in training as in sampling.
+        guidance_channels (`int`, *optional*): guide so many of the first channels only; SiT's own code guides 3 of 4.
     """
 
-    def __init__(self, pipeline: SiTPipeline, guidance_scale: float = 1.0):
+    def __init__(self, pipeline: SiTPipeline, guidance_scale: float = 1.0, guidance_channels: int | None = None):
         config = pipeline.transformer.config
         if guidance_scale != 1.0 and config.class_dropout_prob == 0:
             raise ValueError(
@@ -82,7 +83,12 @@ class ClassConditionalPolicy:
                 "use guidance_scale=1.0."
             )
         self.pipeline = pipeline
+        if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+            raise ValueError(
+                f"guidance_channels={guidance_channels} must lie in 1 to {config.in_channels}, the model's channels."
+            )
         self.guidance_scale = guidance_scale
+        self.guidance_channels = guidance_channels
         self.model: nn.Module = pipeline.transformer
         self._network_class = type(pipeline.transformer)  # FSDP puts its own in place
         self.num_conditions: int | None = config.num_classes
@@ -118,9 +124,8 @@ class ClassConditionalPolicy:
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         labels = cond["class_labels"]
-        return self.pipeline.predict_velocity(
-            model, x.to(self.pipeline.transformer.dtype), t, labels, self.guidance_scale
-        ).float()
+        x = x.to(self.pipeline.transformer.dtype)
+        return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale, self.guidance_channels).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)
@@ -170,9 +175,14 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     return pipeline
 
 
-def as_policy(model: Any, guidance_scale: float = 1.0) -> DiffusionPolicy:
+def as_policy(model: Any, guidance_scale: float = 1.0, guidance_channels: int | None = None) -> DiffusionPolicy:
     """
     The policy of a pipeline, folder or Hub id; a [`DiffusionPolicy`] is returned as it is.
+
+    Args:
+        model: what is sampled.
+        guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 is none.
+        guidance_channels (`int`, *optional*): guide so many of the first channels only, where the family can.
 
     Raises:
         TypeError: the pipeline's family is not known.
@@ -183,7 +193,8 @@ def as_policy(model: Any, guidance_scale: float = 1.0) -> DiffusionPolicy:
         return model
     for pipeline_class, policy_class in _POLICIES.items():
         if isinstance(model, pipeline_class):
-            return policy_class(model, guidance_scale)
+            partial = {} if guidance_channels is None else {"guidance_channels": guidance_channels}
+            return policy_class(model, guidance_scale, **partial)
     known = ", ".join(cls.__name__ for cls in _POLICIES)
     raise TypeError(
         f"{type(model).__name__} is not a pipeline this library knows ({known}): write a class with the members of "
