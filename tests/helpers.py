@@ -75,3 +75,31 @@ def tiny_trainer(output_dir, model=None, reward_funcs=None, peft_config=None, ev
         peft_config=peft_config,
         eval_metrics=eval_metrics,
     )
+
+
+def fill_by_pattern(module):
+    """
+    Weights and statistics from integer arithmetic alone, the same for every release and machine: uniform numbers that
+    keep activations of order one through ReLU layers.
+    """
+    with torch.no_grad():
+        for number, (name, tensor) in enumerate(sorted(module.state_dict().items())):
+            index = torch.arange(tensor.numel()) + number * 1_000_003
+            index = ((index ^ (index >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+            index = ((index ^ (index >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+            uniform = ((index ^ (index >> 16)).double() / 2**31 - 1).view_as(tensor)  # in [-1, 1)
+            if name.endswith("running_var") or name.endswith("bn.weight"):
+                uniform = 1 + uniform / 4
+            elif tensor.ndim > 1:
+                uniform = uniform * (6 / tensor[0].numel()) ** 0.5
+            else:
+                uniform = uniform / 4
+            tensor.copy_(uniform)
+    return module
+
+
+def pattern_images(*shape):
+    """Smooth uint8 images by arithmetic alone."""
+    index = torch.arange(shape[0] * shape[1]).view(*shape[:2], 1, 1)
+    row, column = torch.arange(shape[2]).view(-1, 1), torch.arange(shape[3])
+    return ((row * (index + 2) + column * (5 - index) + row * column // 7 + 40 * index) % 256).to(torch.uint8)

@@ -15,6 +15,7 @@ _PUBLIC = {
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
+    "InceptionV3": "metrics.inception",
     "JointFeatures": "metrics.report",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
@@ -24,6 +25,8 @@ _PUBLIC = {
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
     "frechet_distance": "metrics.frechet",
+    "load_feature_extractor": "metrics.features",
+    "load_inception": "metrics.inception",
     "load_pipeline": "policies",
 }
 _SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "scripts", "trainer"}
@@ -37,6 +40,7 @@ __all__ = [
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
+    "InceptionV3",
     "JointFeatures",
     "KernelDistance",
     "LogSamplesCallback",
@@ -46,12 +50,16 @@ __all__ = [
     "SubsetReplaceReward",
     "SumDistance",
     "frechet_distance",
+    "load_feature_extractor",
+    "load_inception",
     "load_pipeline",
 ]
 
 if TYPE_CHECKING:
     from .metrics.composite import DebiasedDistance, SumDistance
+    from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
+    from .metrics.inception import InceptionV3, load_inception
     from .metrics.kernel import KernelDistance
     from .metrics.report import FeatureDistance, JointFeatures
     from .metrics.sliced import SlicedWassersteinDistance

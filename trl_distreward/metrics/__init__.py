@@ -3,22 +3,30 @@
 
 from .composite import DebiasedDistance, SumDistance
 from .distances import Distance
+from .features import BackboneFeatures, load_feature_extractor
 from .frechet import FrechetDistance, frechet_distance
+from .inception import InceptionV3, load_inception
 from .kernel import KernelDistance
 from .report import FeatureDistance, JointFeatures, extract_features
 from .sliced import SlicedWassersteinDistance
 from .statistics import FeatureStatistics
+from .weights import find_weights
 
 __all__ = [
+    "BackboneFeatures",
     "DebiasedDistance",
     "Distance",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
+    "InceptionV3",
     "JointFeatures",
     "KernelDistance",
     "SlicedWassersteinDistance",
     "SumDistance",
     "extract_features",
+    "find_weights",
     "frechet_distance",
+    "load_feature_extractor",
+    "load_inception",
 ]

@@ -9,10 +9,7 @@ Every field of DiffusionDistributionConfig and of TrainingArguments is an option
 file; the command line wins.
 """
 
-import importlib
 import logging
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +17,9 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
+from ..importing import resolve
 from ..metrics.distances import DISTANCES
+from ..metrics.features import load_feature_extractor
 from ..metrics.report import FeatureDistance
 from ..rewards.subset_replace import CREDITS, SubsetReplaceReward
 from ..trainer.callbacks import LogSamplesCallback
@@ -35,7 +34,10 @@ class TrainArguments:
     model: str = field(metadata={"help": "Folder or Hub id of the pipeline."})
     feature_extractor: str | None = field(
         default=None,
-        metadata={"help": "Dotted path of the reward's feature extractor, e.g. 'my_package.features.extract'."},
+        metadata={
+            "help": "The reward's feature extractor: inception, dinov2, clip, a Hub id or a folder of a vision "
+            "backbone, or a dotted path, e.g. 'my_package.features.extract'."
+        },
     )
     real_statistics: str | None = field(
         default=None,
@@ -59,7 +61,7 @@ class TrainArguments:
         metadata={"help": "Dotted paths of further reward functions, e.g. 'my_package.aesthetic'."},
     )
     heldout_extractor: str | None = field(
-        default=None, metadata={"help": "Dotted path of an extractor that the reward does not see, to evaluate."}
+        default=None, metadata={"help": "An extractor that the reward does not see, to evaluate; named likewise."}
     )
     heldout_statistics: str | None = field(default=None, metadata={"help": "Statistics file for it."})
     dataset_name: str | None = field(
@@ -75,26 +77,13 @@ class TrainArguments:
     log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
 
 
-def resolve(path: str) -> Any:
-    """The object at a dotted path, looked for in the current folder as well."""
-    module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path!r} cannot be imported ({error}): give a dotted path 'package.module.name'."
-        ) from error
-
-
 def build_rewards(arguments: TrainArguments) -> list[Any]:
     rewards: list[Any] = [resolve(path) for path in arguments.reward_funcs]
     if (arguments.feature_extractor is None) != (arguments.real_statistics is None):
         raise ValueError("feature_extractor and real_statistics go together: give both or neither.")
     if arguments.feature_extractor is not None:
         reward = SubsetReplaceReward(
-            resolve(arguments.feature_extractor),
+            load_feature_extractor(arguments.feature_extractor),
             arguments.real_statistics,
             arguments.distance,
             credit=arguments.credit,
@@ -119,7 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
     metrics = {}
     if arguments.heldout_extractor is not None:
-        metrics["heldout"] = FeatureDistance(resolve(arguments.heldout_extractor), arguments.heldout_statistics)
+        metrics["heldout"] = FeatureDistance(
+            load_feature_extractor(arguments.heldout_extractor), arguments.heldout_statistics
+        )
     peft_config = None
     if arguments.use_peft:
         peft_config = LoraConfig(

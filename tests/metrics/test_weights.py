@@ -1,0 +1,151 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import hashlib
+import io
+import pickle
+import socket
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from trl_distreward.metrics import weights
+from trl_distreward.metrics.weights import find_weights, read_tensors
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A file behind a URL, its digest, and an empty cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(weights.constants, "HF_HUB_OFFLINE", False)
+    path = tmp_path / "server" / "weights.pth"
+    path.parent.mkdir()
+    torch.save({"a": torch.ones(2)}, path)
+    return path, path.as_uri(), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def cached(tmp_path):
+    return sorted(p.name for p in (tmp_path / "home").rglob("*") if p.is_file() and p.suffix != ".lock")
+
+
+def test_download_is_checked_and_kept(served, tmp_path):
+    path, url, digest = served
+    found = find_weights(url, digest)
+    assert found == tmp_path / "home" / "hub" / "checkpoints" / "weights.pth"
+    assert found.read_bytes() == path.read_bytes()
+    path.unlink()
+    assert find_weights(url, digest[:8]) == found  # from the cache
+
+
+def test_wrong_file_is_neither_used_nor_kept(served, tmp_path):
+    _, url, digest = served
+    with pytest.raises(ValueError, match=f"not the file it should be .*{digest}.*put the file of sha256 00000000"):
+        find_weights(url, "0" * 64)
+    assert cached(tmp_path) == []
+
+
+def test_cached_file_that_changed_is_refused(served, tmp_path):
+    _, url, digest = served
+    found = find_weights(url, digest)
+    found.write_bytes(b"else")
+    with pytest.raises(ValueError, match=f"{found} has sha256 .*, not {digest}: it is damaged"):
+        find_weights(url, digest)
+
+
+def test_offline_message_says_which_file_goes_where(served, tmp_path, monkeypatch):
+    _, url, digest = served
+    place = tmp_path / "home" / "hub" / "checkpoints" / "weights.pth"
+    monkeypatch.setattr(weights.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=f"HF_HUB_OFFLINE is set.*put the file of sha256 {digest} at {place}"):
+        find_weights(url, digest)
+    monkeypatch.setattr(weights.constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/weights.pth"
+        with pytest.raises(ConnectionError, match=f"cannot be downloaded.*put the file of sha256 {digest} at {place}"):
+            find_weights(url, digest)
+    assert cached(tmp_path) == []
+
+
+def test_sources_are_told_apart(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(weights, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path / "hub"))
+    assert find_weights("org/repo.x:sub/weights.pt") == tmp_path / "hub"
+    find_weights("org/repo@v1.0:weights.pt")
+    assert asked == [
+        (("org/repo.x", "sub/weights.pt"), {"revision": None}),
+        (("org/repo", "weights.pt"), {"revision": "v1.0"}),
+    ]
+    with pytest.raises(FileNotFoundError, match="no weights at 'nowhere.pth': give a file"):
+        find_weights("nowhere.pth")
+    with pytest.raises(ValueError, match="needs sha256="):
+        find_weights("https://example.org/weights.pth")
+    with pytest.raises(ValueError, match="sha256='67' must be 8 to 64"):
+        find_weights("nowhere.pth", "67")
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.padding = [0, 3]
+        self.layers = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+        self.register_buffer("beta", torch.arange(3.0).view(1, 3).expand(2, 3))
+
+    def forward(self, x):
+        return self.layers(x) + self.padding[1]
+
+
+def test_torchscript_archive_is_read_by_name_without_its_code(tmp_path):
+    module = Scripted()
+    torch.jit.script(module).save(str(tmp_path / "network.pt"))
+    # the code is not even looked at
+    with zipfile.ZipFile(tmp_path / "network.pt") as whole, zipfile.ZipFile(tmp_path / "bare.pt", "w") as bare:
+        for name in whole.namelist():
+            if "/code/" not in name:
+                bare.writestr(name, whole.read(name))
+    for name in ("network.pt", "bare.pt"):
+        tensors = read_tensors(tmp_path / name)
+        assert tensors.keys() == module.state_dict().keys()
+        assert all(torch.equal(value, module.state_dict()[key]) for key, value in tensors.items())
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_nothing_a_file_carries_is_run(tmp_path, archive):
+    trap, path = tmp_path / "ran", tmp_path / "weights.pt"
+    if archive:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("x/constants.pkl", b"")
+            file.writestr("x/data.pkl", pickle.dumps(Malice(trap)))
+    else:
+        torch.save({"a": Malice(trap)}, path)
+    with pytest.raises(ValueError, match="which no archive of weights needs|holds more than tensors"):
+        read_tensors(path)
+    assert not trap.exists()
+
+
+def test_other_files_are_refused_by_name(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.pth holds more than tensors, or is damaged"):
+        read_tensors(tmp_path / "a.pth")
+    (tmp_path / "a.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+        read_tensors(tmp_path / "a.safetensors")
+    torch.save([torch.ones(2)], tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"b\.pth holds a list, not a dictionary of tensors"):
+        read_tensors(tmp_path / "b.pth")
+    save_file({"a": torch.ones(2)}, tmp_path / "c.safetensors")
+    assert read_tensors(tmp_path / "c.safetensors")["a"].tolist() == [1, 1]
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, buffer)
+    (tmp_path / "d.pt").write_bytes(buffer.getvalue())
+    assert read_tensors(tmp_path / "d.pt")["a"].tolist() == [1, 1]

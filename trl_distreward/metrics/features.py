@@ -1,0 +1,277 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Feature extractors by name: Inception-v3, DINOv2, CLIP, any vision backbone of transformers, one's own callable.
+
+What comes back is an `nn.Module`, frozen, from images `(B, 3 or 1, H, W)` in [0, 255] to features `(B, d)` in float32,
+with gradients to images that are floating-point. Its `name`, `resize` and `dimension` belong into the metadata of
+statistics: distances between features that differ in one of them mean nothing.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..importing import resolve
+from .inception import load_inception
+from .preprocessing import full_precision, resize_antialiased, resize_pillow, to_rgb
+from .report import freeze, module_of
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+POOLINGS = ("cls", "mean", "pooler", "image_embeds")
+RESIZES = {"torch": resize_antialiased, "pillow": resize_pillow}
+# What is the image's vector is known of these families; others must say it.
+POOLING_OF = {
+    "clip": "image_embeds",
+    "convnext": "pooler",
+    "convnextv2": "pooler",
+    "dinov2": "cls",
+    "dinov2_with_registers": "cls",
+    "dinov3_vit": "cls",
+    "ijepa": "mean",
+    "resnet": "pooler",
+    "swin": "pooler",
+    "swinv2": "pooler",
+    "vit": "cls",
+}
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor configurations write them
+
+
+class BackboneFeatures(nn.Module):
+    """
+    Features of a vision backbone of transformers, computed in float32 without autocast or TF32.
+
+    Args:
+        model (`torch.nn.Module`): called with `pixel_values`, answers with one of transformers' outputs.
+        name (`str`): what to call these features in metadata.
+        pooling (`str`):
+            which vector stands for the image: `"cls"`, the first token after the final normalization; `"mean"`, over
+            all tokens or positions; `"pooler"`, the model's `pooler_output`; `"image_embeds"`, CLIP's projection,
+            of length 1.
+        size (`int`): side of the network's input; the whole image is resized to it, nothing is cropped.
+        mean, std (`tuple[float]` of length 3): of each colour, for values in [0, 1].
+        resize (`str`, *optional*, defaults to `"torch"`):
+            `"torch"`: antialiased, unrounded, on the images' device. `"pillow"`: equal to Pillow's resize of 8-bit
+            images, to the bit.
+        mode (`str`, *optional*, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`.
+
+    Attributes:
+        name (`str`), resize (`str`), dimension (`int`): what to record with statistics of these features.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        pooling: str,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resize: str = "torch",
+        mode: str = "bicubic",
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown: choose one of {', '.join(map(repr, POOLINGS))}.")
+        if resize not in RESIZES or mode not in RESAMPLING.values():
+            raise ValueError(
+                f"resize={resize!r} with mode={mode!r} is unknown: resize is 'torch' or 'pillow', mode 'bicubic' or "
+                "'bilinear'."
+            )
+        self.model, self.pooling, self.size, self.mode = model, pooling, size, mode
+        self.name, self.resize = name, f"{resize}-{mode}-{size}"
+        self._resize = RESIZES[resize]
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+        with torch.no_grad():
+            self.dimension = self(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images `(B, 1 or 3, H, W)` in [0, 255] to the network's input `(B, 3, size, size)`."""
+        resized = self._resize(to_rgb(images, next(self.model.parameters()).dtype), self.size, self.mode)
+        return (resized / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        with full_precision(images.device):
+            outputs = self.model(pixel_values=self.prepare(images))
+            return self.pool(outputs).float()
+
+    def pool(self, outputs: Any) -> Tensor:
+        """The vector of each image `(B, d)` in the model's outputs."""
+        if self.pooling == "image_embeds":
+            return F.normalize(outputs.image_embeds, dim=1)
+        if self.pooling == "pooler":
+            return outputs.pooler_output.flatten(1)
+        hidden = outputs.last_hidden_state  # (B, tokens, d) or (B, d, h, w)
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+
+
+class CallableFeatures(nn.Module):
+    """A callable from images to features, its module frozen and moved along; arguments pass through."""
+
+    def __init__(self, extractor: Callable[..., Tensor], name: str):
+        super().__init__()
+        self.extractor = freeze(extractor)
+        self.module = module_of(extractor)
+        self.name = name
+        self.resize = str(getattr(extractor, "resize", name))  # its own business, told by its name
+        self.dimension: int | None = getattr(extractor, "dimension", None)
+        self.needs_conditions = getattr(extractor, "needs_conditions", False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.extractor(*args, **kwargs)
+
+
+def load_feature_extractor(
+    name: str,
+    device: torch.device | str | None = None,
+    *,
+    source: str | os.PathLike | None = None,
+    resize: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """
+    A feature extractor by its name.
+
+    Args:
+        name (`str`):
+            `"inception"`: the FID network, [`load_inception`]. `"dinov2"`: `facebook/dinov2-large` at 224x224, the
+            final class token, 1024-d, as FD-DINOv2 (arXiv 2306.04675) has it. `"clip"`:
+            `openai/clip-vit-large-patch14-336`, the normalized projection, 768-d, as CMMD (arXiv 2401.09603) has it. A
+            Hub id or a folder: a vision backbone of transformers. A dotted path: a callable of one's own, from uint8
+            images to features.
+        device (`torch.device` or `str`, *optional*): where to put it; the trainer moves it by itself.
+        source (`str` or path, *optional*):
+            where the weights of `"inception"`, `"dinov2"` or `"clip"` come from: a file, or a folder or Hub id.
+        resize (`str`, *optional*):
+            `"tensorflow"`, `"pytorch"` or `"clean"` for Inception, `"torch"` or `"pillow"` for the others, as
+            [`InceptionV3`] and [`~metrics.BackboneFeatures`] say. By default `"tensorflow"`, and what the metric's
+            reference does: `"torch"` for DINOv2 (EDM2's), `"pillow"` for CLIP.
+        kwargs: further arguments of [`load_inception`] (`output`, `sha256`), or for backbones `pooling`, `size`,
+            `mean`, `std`, `mode` of [`~metrics.BackboneFeatures`], in place of what the preprocessor's configuration
+            says, and `revision`.
+
+    Raises:
+        ValueError: the name means nothing, or says too little of how to use the backbone.
+        OSError: weights are neither here nor to be had, with what to put where.
+
+    Example:
+
+    ```python
+    >>> dinov2 = load_feature_extractor("dinov2", device="cuda")
+    >>> metadata = {"extractor": dinov2.name, "resize": dinov2.resize}
+    >>> statistics = FeatureStatistics.from_features(dinov2(images), metadata)
+    ```
+    """
+    if name == "inception":
+        return load_inception(source, resize=resize or "tensorflow", device=device, **kwargs)
+    if name == "dinov2":
+        known = {"pooling": "cls", "size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "torch"}
+        source = source or "facebook/dinov2-large"
+    elif name == "clip":
+        known = {"pooling": "image_embeds", "size": 336, "mean": CLIP_MEAN, "std": CLIP_STD, "resize": "pillow"}
+        source = source or "openai/clip-vit-large-patch14-336"
+    elif os.path.isdir(name) or "/" in name:
+        known = {"resize": "torch"}
+        source, name = name, Path(name).name if os.path.isdir(name) else name
+    elif "." in name:
+        if source or resize or kwargs:
+            raise ValueError(f"{name} is a callable of your own: it takes no source, resize or {sorted(kwargs)}.")
+        return _load_callable(name).to(device)
+    else:
+        raise ValueError(
+            f"feature extractor {name!r} is unknown: give 'inception', 'dinov2', 'clip', a Hub id or a folder of a "
+            "vision backbone, or a dotted path 'package.module.name'."
+        )
+    if resize is not None:
+        kwargs["resize"] = resize
+    return _load_backbone(str(source), name, {**known, **kwargs}).to(device)
+
+
+def _load_callable(path: str) -> CallableFeatures:
+    extractor = resolve(path)
+    if not callable(extractor) or isinstance(extractor, type):
+        raise ValueError(
+            f"{path} is a {type(extractor).__name__}: a feature extractor is called with images and returns features."
+        )
+    return CallableFeatures(extractor, path)
+
+
+def _load_backbone(source: str, name: str, settings: dict[str, Any]) -> BackboneFeatures:
+    from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+
+    at = {"revision": settings.pop("revision")} if "revision" in settings else {}
+    try:
+        config = AutoConfig.from_pretrained(source, **at)
+        family = config.model_type.removesuffix("_vision_model")
+        if hasattr(config, "text_config") and family != "clip":
+            raise ValueError(f"{source} is a {family} of images and text: give a dotted path of what to take from it.")
+        loader = CLIPVisionModelWithProjection if family == "clip" else AutoModel
+        model, report = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **at)
+    except OSError as error:
+        raise OSError(
+            f"{source} cannot be loaded ({error}): where there is a network, `hf download {source}` puts it into the "
+            "cache of the Hub; or give a folder."
+        ) from error
+    settings = {**({} if "size" in settings else _preprocessor_settings(source, at)), **settings}
+    settings.setdefault("pooling", POOLING_OF.get(family))
+    lacking = [key for key in ("pooling", "size", "mean", "std") if settings.get(key) is None]
+    if lacking:
+        raise ValueError(
+            f"how to use {source}, a {family}, is not known: give {', '.join(lacking)} (pooling is one of "
+            f"{', '.join(POOLINGS)})."
+        )
+    untrained = [key for key in report["missing_keys"] if "pooler" not in key or settings["pooling"] == "pooler"]
+    if untrained:
+        raise ValueError(f"{source} lacks weights of {config.model_type}, which would stay random: {untrained[:4]}.")
+    if config.model_type == "dinov2":
+        fix_position_embeddings(model, settings["size"])
+    return BackboneFeatures(model, name, **settings)
+
+
+def _preprocessor_settings(source: str, at: dict[str, str]) -> dict[str, Any]:
+    """Size, mean, std and mode of the preprocessor's configuration; empty if there is none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        said, _ = ImageProcessingMixin.get_image_processor_dict(source, **at)
+    except OSError:
+        return {}  # what is then lacking is asked for by name
+    size: Any = said.get("crop_size") if said.get("do_center_crop") else None
+    size = said.get("size") if size is None else size
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    settings = {"size": size, "mean": said.get("image_mean"), "std": said.get("image_std")}
+    if said.get("do_normalize") is False:
+        settings |= {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    if said.get("resample") in RESAMPLING:
+        settings["mode"] = RESAMPLING[said["resample"]]
+    return settings
+
+
+@torch.no_grad()
+def fix_position_embeddings(model: Any, size: int) -> None:
+    """
+    Resamples DINOv2's position embeddings to images of `size` once, as its authors' code does: the bicubic grid is
+    read at multiples of `37 / 16.1` for 16 patches of the 37 it was trained with, where transformers takes `37 / 16`.
+    """
+    embeddings = model.embeddings
+    positions = embeddings.position_embeddings  # (1, 1 + patches, d)
+    trained, wanted = round((positions.shape[1] - 1) ** 0.5), size // embeddings.patch_embeddings.patch_size[0]
+    if trained == wanted:
+        return
+    grid = positions[:, 1:].unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+    factor = (wanted + 0.1) / trained
+    grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
+    resampled = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    embeddings.position_embeddings = nn.Parameter(resampled, requires_grad=False)

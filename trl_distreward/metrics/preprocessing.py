@@ -1,0 +1,129 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""From images as they are generated to what feature networks take: range, colour, size and precision."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """
+    Images as `(B, 3, H, W)` of `dtype` in [0, 255]; gradients pass.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`):
+            uint8, or floating-point numbers in the same range [0, 255]; one channel is repeated to three.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the network, float32 or float64.
+
+    Raises:
+        ValueError: another shape, another data type, images in [0, 1], or a network in half precision.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
+        raise ValueError(f"images have shape {tuple(images.shape)}: they must be (B, 3, H, W), or (B, 1, H, W) grey.")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the feature network's weights are {dtype}: features are computed in float32 or float64.")
+    if images.is_floating_point():
+        values = images.detach()
+        # the commonest mistake gives features of a black image, and a distance that looks like a number
+        if values.numel() and values.max() <= 1 and (values != values.round()).any():
+            raise ValueError(
+                f"floating-point images end at {values.max().item():.4g}: they must lie in [0, 255]; multiply by 255."
+            )
+    elif images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: they must be uint8, or floating-point numbers in [0, 255].")
+    return images.to(dtype).expand(-1, 3, -1, -1)
+
+
+def resize_tensorflow(images: Tensor, size: int) -> Tensor:
+    """
+    `tf.image.resize_bilinear` of TensorFlow 1, which the FID network's graph begins with: output pixel i is read at
+    `i * in / out`, without half-pixel centres, and the border is repeated. Coordinates are float32 as they are there.
+    """
+    for dim in (3, 2):
+        length = images.shape[dim]
+        position = torch.arange(size, dtype=torch.float32, device=images.device)
+        position = position * torch.tensor(length / size, dtype=torch.float32)
+        low = position.long()
+        fraction = (position - low).to(images.dtype)
+        fraction = fraction.view(-1, 1) if dim == 2 else fraction
+        first, second = (images.index_select(dim, i) for i in (low, (low + 1).clamp(max=length - 1)))
+        images = first + (second - first) * fraction
+    return images
+
+
+def resize_antialiased(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Whole images to `(size, size)` with the filter widened when shrinking; bicubic may leave [0, 255]."""
+    return F.interpolate(images, size=(size, size), mode=mode, antialias=True, align_corners=False)
+
+
+def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: bool = True) -> Tensor:
+    """
+    `PIL.Image.resize` to `(size, size)`, antialiased, bit for bit with `eight_bit`: then weights are Pillow's 22-bit
+    fixed-point numbers, and values are rounded and clamped after the horizontal pass and after the vertical one; the
+    gradient is that of the unrounded result where it is not clamped. Otherwise as Pillow treats an image of mode "F".
+    (Of images taller than wide, Pillow 13 may take the vertical pass first, which rounds otherwise.)
+    """
+    result = images.double()
+    for dim in (3, 2):
+        weights = pillow_weights(images.shape[dim], size, mode)
+        if eight_bit:
+            weights = (weights * 2**22).round() / 2**22
+        weights = weights.to(images.device)
+        result = result @ weights.T if dim == 3 else weights @ result
+        if eight_bit:  # sums of such products are exact in float64, ties included, which go up
+            result = result.clamp(0, 255)
+            result = result + ((result + 0.5).floor() - result).detach()
+        else:
+            result = result.float().double()
+    return result.to(images.dtype)
+
+
+def pillow_weights(length: int, size: int, mode: str) -> Tensor:
+    """
+    What each of `size` output pixels takes from each of `length` input pixels, `(size, length)`, float64: the filter
+    around the output's centre, widened by the shrinkage, normalized.
+    """
+    scale = length / size
+    width = max(scale, 1.0)
+    support = {"bicubic": 2.0, "bilinear": 1.0}[mode] * width
+    centre = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
+    pixel = torch.arange(length, dtype=torch.float64)
+    inside = (pixel >= (centre - support + 0.5).floor()) & (pixel < (centre + support + 0.5).floor())
+    # in Pillow's order of operations: the last bit decides which way ties go, and 8/7 and 4/3 have many
+    x = ((pixel - centre + 0.5) * (1 / width)).abs()
+    if mode == "bilinear":
+        weights = (1 - x).clamp(min=0)
+    else:  # Keys's cubic convolution with a = -1/2
+        far = (((x - 5) * x + 8) * x - 4) * -0.5
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far) * (x < 2)
+    weights = weights * inside
+    return weights / weights.cumsum(dim=1)[:, -1:]
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """What lets float32 products run in TF32 or bfloat16, and the value that forbids it."""
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    if hasattr(backends, "fp32_precision"):  # since torch 2.9, where reading the older names may raise
+        return [(b, "fp32_precision", "ieee") for b in (cuda, cudnn.conv, mkldnn.matmul, mkldnn.conv)]
+    return [(cuda, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """
+    Neither autocast nor TF32 nor bfloat16 products, whatever the training around it has chosen: features are compared
+    with others to the last digits. Convolutions on CUDA use TF32 unless they are told not to.
+
+    The settings of TF32 are the process's own and are put back at the end; a backward pass outside runs with those.
+    """
+    with ExitStack() as stack:
+        for backend, name, exact in _precision_switches():
+            stack.callback(setattr, backend, name, getattr(backend, name))
+            setattr(backend, name, exact)
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
