@@ -4,12 +4,17 @@ Fine-tunes a pipeline on distribution-wise rewards.
 
     trl-distreward train --config recipe.yaml
     accelerate launch --multi_gpu -m trl_distreward.scripts.train --config recipe.yaml --learning_rate 2e-5
+    trl-distreward train --config recipe.yaml --dry-run
+
+--dry-run measures one micro-batch and prints what the run would take: memory, seconds, device-hours, disk. A run that
+cannot fit is refused.
 
 Every field of DiffusionDistributionConfig and of TrainingArguments is an option, on the command line or in the YAML
 file; the command line wins.
 """
 
 import logging
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +30,7 @@ from ..rewards.subset_replace import CREDITS, SubsetReplaceReward
 from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
+from ..trainer.dry_run import check_resources, dry_run, format_prediction
 
 
 @dataclass
@@ -75,6 +81,9 @@ class TrainArguments:
         default=None, metadata={"help": "Modules that are adapted; attention and MLP by default."}
     )
     log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print what the run would take, measured on one micro-batch, and stop."}
+    )
 
 
 def build_rewards(arguments: TrainArguments) -> list[Any]:
@@ -102,8 +111,38 @@ def make_parser() -> TrlParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments, config = make_parser().parse_args_and_config(argv)
+    run(arguments, config, arguments.model, build_rewards(arguments))
+
+
+def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any, rewards: list[Any]) -> None:
+    """Trains `model` as the options say, or predicts what that takes."""
     logging.getLogger("trl_distreward").setLevel(logging.INFO)
     logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
+    if arguments.dry_run:  # nothing is to be reported or pushed
+        config.report_to, config.push_to_hub, config.disable_tqdm = [], False, True
+    trainer = build_trainer(arguments, config, model, rewards)
+    if arguments.dry_run:
+        prediction = dry_run(trainer)
+        if trainer.is_world_process_zero():
+            print(format_prediction(prediction))
+        finish(trainer)
+        if not prediction.fits:
+            sys.exit(1)
+        return
+    check_resources(trainer)
+    if arguments.log_samples:
+        trainer.add_callback(LogSamplesCallback(trainer))
+    resume: str | bool | None = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    finish(trainer)
+
+
+def build_trainer(
+    arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any, rewards: list[Any]
+) -> DistributionRewardTrainer:
     if (arguments.heldout_extractor is None) != (arguments.heldout_statistics is None):
         raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
     metrics = {}
@@ -119,21 +158,17 @@ def main(argv: list[str] | None = None) -> None:
     dataset = None
     if arguments.dataset_name is not None:
         dataset = load_dataset(arguments.dataset_name, split=arguments.dataset_split)
-    trainer = DistributionRewardTrainer(
-        model=arguments.model,
-        reward_funcs=build_rewards(arguments),
+    return DistributionRewardTrainer(
+        model=model,
+        reward_funcs=rewards,
         args=config,
         train_dataset=dataset,
         eval_metrics=metrics,
         peft_config=peft_config,
     )
-    if arguments.log_samples:
-        trainer.add_callback(LogSamplesCallback(trainer))
-    resume: str | bool | None = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+
+
+def finish(trainer: DistributionRewardTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
