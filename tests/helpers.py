@@ -2,6 +2,7 @@
 """Small parts the tests share."""
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from trl_distreward import (
@@ -29,6 +30,21 @@ def tiny_pipeline(seed=0, **kwargs):
     pipeline = SiTPipeline(tiny_sit(seed, **kwargs))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_vae():
+    """Latents of 4 channels to images of twice their sides."""
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=8,
+    )
+    vae.register_to_config(scaling_factor=0.18215)
+    return vae
 
 
 def features(images):

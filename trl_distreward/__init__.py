@@ -12,6 +12,8 @@ _PUBLIC = {
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
+    "EDM2Pipeline": "pipelines.edm2",
+    "EDM2UNet2DModel": "models.edm2",
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
@@ -29,7 +31,18 @@ _PUBLIC = {
     "load_inception": "metrics.inception",
     "load_pipeline": "policies",
 }
-_SUBMODULES = {"generation", "metrics", "models", "pipelines", "policies", "rewards", "sampling", "scripts", "trainer"}
+_SUBMODULES = {
+    "conversion",
+    "generation",
+    "metrics",
+    "models",
+    "pipelines",
+    "policies",
+    "rewards",
+    "sampling",
+    "scripts",
+    "trainer",
+}
 
 __all__ = [
     "ClassConditionalPolicy",
@@ -37,6 +50,8 @@ __all__ = [
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
     "DistributionRewardTrainer",
+    "EDM2Pipeline",
+    "EDM2UNet2DModel",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
@@ -64,7 +79,9 @@ if TYPE_CHECKING:
     from .metrics.report import FeatureDistance, JointFeatures
     from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics
+    from .models.edm2 import EDM2UNet2DModel
     from .models.sit import SiTTransformer2DModel
+    from .pipelines.edm2 import EDM2Pipeline
     from .pipelines.sit import SiTPipeline
     from .policies import ClassConditionalPolicy, DiffusionPolicy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward

@@ -14,8 +14,10 @@ from .policies import DiffusionPolicy, to_uint8
 from .sampling import (
     NOISE_SCHEDULES,
     ODE_SOLVERS,
+    TIME_GRIDS,
     Generators,
     Trajectory,
+    karras_grid,
     rollout,
     solve_ode,
     stochastic_steps,
@@ -36,6 +38,8 @@ class SamplingSchedule:
         solver (`str`, *optional*, defaults to `"euler"`): of the ODE, as in [`~sampling.solve_ode`].
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
         sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"` from 1 to 0, or `"karras"`, EDM's noise levels from 80 to 0.002 as times.
     """
 
     num_steps: int
@@ -46,20 +50,33 @@ class SamplingSchedule:
     solver: str = "euler"
     time_shift: float = 1.0
     sde_steps: tuple[int, ...] | None = None
+    time_grid: str = "uniform"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS)):
+        for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS), ("time_grid", TIME_GRIDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         if self.noise_schedule not in NOISE_SCHEDULES:
             raise ValueError(
                 f"noise_schedule={self.noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}."
             )
+        if self.time_grid == "karras" and (self.time_shift != 1.0 or self._last_step_size is not None):
+            raise ValueError(
+                f"time_grid='karras' fixes all steps, but time_shift={self.time_shift} and last_step_size="
+                f"{self.last_step_size}: set time_shift=1.0 and last_step_size=None."
+            )
+        if self.time_grid == "uniform" and self.solver == "heun_sigma" and self.sampler == "ode":
+            raise ValueError("solver='heun_sigma' has no first step from t = 1: set time_grid='karras'.")
+
+    @property
+    def _last_step_size(self) -> float | None:
+        return self.last_step_size if self.sampler == "sde" else None
 
     @property
     def times(self) -> list[float]:
-        last = self.last_step_size if self.sampler == "sde" else None
-        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=last)
+        if self.time_grid == "karras":
+            return karras_grid(self.num_steps)
+        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=self._last_step_size)
 
     @property
     def final_step(self) -> str:
@@ -82,12 +99,9 @@ class SamplingSchedule:
     def num_evaluations(self) -> int | None:
         """Network evaluations per image; `None` where the solver decides."""
         solver = self.solver if self.sampler == "ode" else "euler"
-        return {
-            "euler": self.num_steps,
-            "heun": 2 * self.num_steps - 1,
-            "heun2": 2 * self.num_steps,
-            "dopri5": None,
-        }[solver]
+        if solver == "dopri5":
+            return None
+        return {"euler": self.num_steps, "heun2": 2 * self.num_steps}.get(solver, 2 * self.num_steps - 1)
 
 
 def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) -> list[torch.Generator]:
@@ -123,7 +137,8 @@ def sample(
     """
     with torch.no_grad():
         cond = policy.encode(conditions)
-        x = policy.noise(conditions, generator)
+        # a grid that starts below 1 starts from t x_1: what data adds there is (1 - t) of it
+        x = policy.noise(conditions, generator) * schedule.times[0]
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return policy.velocity(model, x, t, cond)

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from .models.edm2 import EDM2UNet2DModel
+from .models.sit import SiTTransformer2DModel
+from .pipelines.edm2 import EDM2Pipeline
 from .pipelines.sit import SiTPipeline
 from .sampling import Generators, gaussian_noise
 
@@ -67,45 +71,55 @@ class DiffusionPolicy(Protocol):
 
 class ClassConditionalPolicy:
     """
-    Policy of a class-conditional [`SiTPipeline`]; conditions are integer labels.
+    Policy of a class-conditional pipeline; conditions are integer labels. A subclass serves another than SiT's.
+
+    The pipeline predicts the velocity, decodes, and checks guidance; its network's config tells classes and shape.
 
     Args:
-        pipeline ([`SiTPipeline`]): generator; its transformer is trained, its VAE frozen.
-        guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance, in training as in sampling.
+        pipeline ([`SiTPipeline`]): generator; its network is trained, all else, such as a VAE, frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling.
         guidance_channels (`int`, *optional*): guide so many of the first channels only; SiT's own code guides 3 of 4.
     """
 
-    def __init__(self, pipeline: SiTPipeline, guidance_scale: float = 1.0, guidance_channels: int | None = None):
-        config = pipeline.transformer.config
-        if guidance_scale != 1.0 and config.class_dropout_prob == 0:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
-                "use guidance_scale=1.0."
-            )
+    component = "transformer"  # the pipeline's name for the network that is trained
+    guides_channels = True  # whether the pipeline can guide some channels only
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, guidance_channels: int | None = None):
+        pipeline.check_guidance(guidance_scale)
+        network = getattr(pipeline, self.component)
+        config = network.config
         self.pipeline = pipeline
+        if guidance_channels is not None and not self.guides_channels:
+            raise ValueError(
+                f"guidance_channels={guidance_channels}: {type(pipeline).__name__} guides all channels; leave it None."
+            )
         if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
             raise ValueError(
                 f"guidance_channels={guidance_channels} must lie in 1 to {config.in_channels}, the model's channels."
             )
         self.guidance_scale = guidance_scale
         self.guidance_channels = guidance_channels
-        self.model: nn.Module = pipeline.transformer
-        self._network_class = type(pipeline.transformer)  # FSDP puts its own in place
-        self.num_conditions: int | None = config.num_classes
+        self.model: nn.Module = network
+        self._network_class = type(network)  # FSDP puts its own in place
+        self.num_conditions: int | None = max(config.num_classes, 1)  # all one class without classes
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        if pipeline.vae is not None:
-            pipeline.vae.requires_grad_(False).eval()
+        for part in self._frozen_parts():
+            part.requires_grad_(False).eval()
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name != self.component and isinstance(part, nn.Module)]
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device) -> None:
-        if self.pipeline.vae is not None:
-            self.pipeline.vae.to(device)
+        for part in self._frozen_parts():
+            part.to(device)
 
     def check_conditions(self, conditions: Any) -> None:
-        labels, count = torch.as_tensor(conditions), self.pipeline.transformer.config.num_classes
+        labels, count = torch.as_tensor(conditions), self.num_conditions or 1
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(
                 f"class labels have shape {tuple(labels.shape)}, {labels.dtype}: pass a list of integers."
@@ -124,34 +138,43 @@ class ClassConditionalPolicy:
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         labels = cond["class_labels"]
-        x = x.to(self.pipeline.transformer.dtype)
-        return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale, self.guidance_channels).float()
+        partial = (self.guidance_channels,) if self.guides_channels else ()
+        return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale, *partial).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)
 
     def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
-        trained = self.pipeline.transformer
+        trained = getattr(self.pipeline, self.component)
         try:
-            self.pipeline.transformer = trained if model is None else model
+            setattr(self.pipeline, self.component, trained if model is None else model)
             self.pipeline.save_pretrained(path)
         finally:
-            self.pipeline.transformer = trained
+            setattr(self.pipeline, self.component, trained)
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
-        return self._network_class.from_pretrained(path, subfolder="transformer").state_dict()
+        return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
+
+
+class EDM2Policy(ClassConditionalPolicy):
+    """Policy of an [`EDM2Pipeline`]; its guider stays as it is."""
+
+    component = "unet"
+    guides_channels = False
 
 
 # Pipelines that diffusers' own from_pretrained cannot find by name.
-_PIPELINES = {"SiTPipeline": SiTPipeline}
-_POLICIES = {SiTPipeline: ClassConditionalPolicy}
+_PIPELINES: dict[str, Any] = {"SiTPipeline": SiTPipeline, "EDM2Pipeline": EDM2Pipeline}
+_NETWORKS: dict[str, Any] = {cls.__name__: cls for cls in (SiTTransformer2DModel, EDM2UNet2DModel)}
+_POLICIES = {SiTPipeline: ClassConditionalPolicy, EDM2Pipeline: EDM2Policy}
 
 
 def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any) -> DiffusionPipeline:
     """
     Loads a pipeline from a folder or the Hub, including those defined by this library.
 
-    A Hub repository is downloaded first: diffusers resolves a third-party class only in a local folder.
+    A Hub repository is downloaded first: diffusers resolves a third-party class only in a local folder. Of one that
+    carries its own code for others to load, the weights are taken and the code is not run.
 
     Args:
         name_or_path (`str`): folder, or Hub id.
@@ -169,10 +192,30 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has no model_index.json: it is not a saved diffusers pipeline.")
-    class_name = json.loads(index.read_text())["_class_name"]
-    pipeline = _PIPELINES.get(class_name, DiffusionPipeline).from_pretrained(str(folder), **kwargs)
+    parts = json.loads(index.read_text())
+    class_name = parts["_class_name"]
+    if isinstance(class_name, list) and class_name[-1] in _PIPELINES:
+        pipeline = _without_its_code(folder, parts, **kwargs)
+    else:
+        known = _PIPELINES.get(class_name) if isinstance(class_name, str) else None
+        pipeline = (known or DiffusionPipeline).from_pretrained(str(folder), **kwargs)
     pipeline.register_to_config(_name_or_path=str(name_or_path))  # not the folder of the Hub's cache
     return pipeline
+
+
+def _without_its_code(folder: Path, parts: dict[str, Any], **kwargs: Any) -> DiffusionPipeline:
+    """A pipeline of this library from a folder that carries a copy of its code, by the library's own classes."""
+    arguments = {name: kwargs.pop(name) for name in parts if name in kwargs}
+    for name, value in parts.items():
+        if name in arguments or name.startswith("_"):
+            continue
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str | None):
+            if value[1] is not None:
+                part_class = _NETWORKS.get(value[1]) or getattr(diffusers, value[1])
+                arguments[name] = part_class.from_pretrained(str(folder), subfolder=name, **kwargs)
+        else:
+            arguments[name] = value
+    return _PIPELINES[parts["_class_name"][-1]](**arguments)
 
 
 def as_policy(model: Any, guidance_scale: float = 1.0, guidance_channels: int | None = None) -> DiffusionPolicy:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 NOISE_SCHEDULES = ("sit", "flow_grpo", "dance", "cps")
-ODE_SOLVERS = ("euler", "heun", "heun2", "dopri5")
+ODE_SOLVERS = ("euler", "heun", "heun_sigma", "heun2", "dopri5")
+TIME_GRIDS = ("uniform", "karras")
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -85,6 +86,29 @@ def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | Non
         rest = 1 - last_step_size
         uniform = [1 - rest * i / (num_steps - 1) for i in range(num_steps - 1)] + [last_step_size, 0.0]
     return [shift * t / (1 + (shift - 1) * t) for t in uniform]
+
+
+def karras_grid(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+    """EDM's noise levels (arXiv 2206.00364, Eq. 5) as times `t = σ / (1 + σ)`, with 0 at the end.
+
+    A sample `z = x_0 + σ ε` is on the path at `t` as `x_t = z / (1 + σ)`.
+
+    Args:
+        num_steps (`int`): number of steps and of noise levels, at least 2; the grid has one point more.
+        sigma_min, sigma_max, rho (`float`, *optional*, default to 0.002, 80.0 and 7.0): `σ^(1/ρ)` is evenly spaced.
+
+    Returns:
+        `list[float]`: `num_steps + 1` decreasing times, the first a little below 1.
+    """
+    if num_steps < 2:
+        raise ValueError(f"num_steps={num_steps} must be at least 2.")
+    if not 0 < sigma_min < sigma_max or rho <= 0:
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: they must be positive, sigma_min the smaller."
+        )
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    sigmas = [(first + i / (num_steps - 1) * (last - first)) ** rho for i in range(num_steps)]
+    return [sigma / (1 + sigma) for sigma in sigmas] + [0.0]
 
 
 def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -351,9 +375,10 @@ def solve_ode(
     """Integrates `dx/dt = velocity(x, t)` along the grid.
 
     `"euler"`: first order, one evaluation a step. `"heun"`: second order, two evaluations a step, the step onto
-    `t = 0` being Euler's as in EDM (arXiv 2206.00364, Algorithm 1). `"heun2"`: second order in every step,
-    torchdiffeq's method of that name. `"dopri5"`: torchdiffeq's adaptive method of fifth order, the default of SiT's
-    code; only the two ends of the grid matter to it.
+    `t = 0` being Euler's as in EDM (arXiv 2206.00364, Algorithm 1). `"heun_sigma"` takes Heun's steps where EDM does,
+    in the noise level `σ = t/(1-t)` of `z = x_0 + σ x_1`; Euler's are the same on both paths, Heun's are not.
+    `"heun2"`: second order in every step, torchdiffeq's method of that name. `"dopri5"`: torchdiffeq's adaptive method
+    of fifth order, the default of SiT's code; only the two ends of the grid matter to it.
 
     Under `"dopri5"` the samples of a batch share their steps, so that a sample depends on the others, within the
     tolerances.
@@ -369,11 +394,13 @@ def solve_ode(
         `torch.Tensor` of shape `(B, ...)`: the sample at `times[-1]`.
 
     Raises:
-        ValueError: unknown solver.
+        ValueError: unknown solver, or `"heun_sigma"` from `t = 1`, where σ is infinite.
         ImportError: `"dopri5"` without torchdiffeq.
     """
     if solver not in ODE_SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown: choose one of {', '.join(ODE_SOLVERS)}.")
+    if solver == "heun_sigma" and times[0] >= 1:
+        raise ValueError("solver='heun_sigma' needs a grid that starts below 1, such as that of karras_grid.")
 
     def at(t: float) -> Tensor:
         return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
@@ -383,8 +410,11 @@ def solve_ode(
     for t, t_next in pairwise(times):
         v = velocity(x, at(t))
         euler = x + v * (t_next - t)
-        if solver == "heun2" or (solver == "heun" and t_next > 0):
-            x = x + 0.5 * (v + velocity(euler, at(t_next))) * (t_next - t)
+        if solver == "heun2" or (solver != "euler" and t_next > 0):
+            v_next = velocity(euler, at(t_next))
+            if solver == "heun_sigma":  # of the step from x that the noise predicted at its end, x + (1-t) v, makes
+                v_next = (euler + (1 - t_next) * v_next - x) / (1 - t)
+            x = x + 0.5 * (v + v_next) * (t_next - t)
         else:
             x = euler
     return x

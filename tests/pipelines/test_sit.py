@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
-from tests.helpers import tiny_pipeline, tiny_sit
+from tests.helpers import tiny_pipeline, tiny_sit, tiny_vae
 from trl_distreward import SiTPipeline, load_pipeline
 from trl_distreward.generation import SamplingSchedule, sample
 from trl_distreward.policies import ClassConditionalPolicy
@@ -16,20 +15,6 @@ from trl_distreward.policies import ClassConditionalPolicy
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def tiny_vae():
-    torch.manual_seed(3)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=8,
-    )
-    vae.register_to_config(scaling_factor=0.18215)
-    return vae
 
 
 def test_save_and_load_give_the_same_images(tmp_path):

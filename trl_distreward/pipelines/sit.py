@@ -56,6 +56,7 @@ class SiTPipeline(DiffusionPipeline):
             guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 is none.
             guidance_channels (`int`, *optional*): guide so many of the first channels only; 3 is what SiT's code does.
         """
+        x = x.to(self.transformer.dtype)
         if guidance_scale == 1.0:
             return -model(x, 1 - t, class_labels, return_dict=False)[0]
         null = torch.full_like(class_labels, self.transformer.config.num_classes)
@@ -72,9 +73,17 @@ class SiTPipeline(DiffusionPipeline):
             x = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
+    def check_guidance(self, guidance_scale: float) -> None:
+        if guidance_scale != 1.0 and self.transformer.config.class_dropout_prob == 0:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
+                "use guidance_scale=1.0."
+            )
+
     def check_inputs(
         self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int, sampler: str, solver: str
     ) -> None:
+        self.check_guidance(guidance_scale)
         config = self.transformer.config
         if num_inference_steps < (2 if sampler == "sde" else 1):
             raise ValueError(
@@ -85,11 +94,6 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
                 f"of integers from 0 to {config.num_classes - 1}."
-            )
-        if guidance_scale != 1.0 and config.class_dropout_prob == 0:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
-                "use guidance_scale=1.0."
             )
         if sampler not in ("ode", "sde") or solver not in ("euler", "heun", "heun2", "dopri5"):
             raise ValueError(
@@ -138,7 +142,7 @@ class SiTPipeline(DiffusionPipeline):
         Returns:
             [`~diffusers.ImagePipelineOutput`] or a tuple whose first element is the images.
         """
-        device, dtype, config = self._execution_device, self.transformer.dtype, self.transformer.config
+        device, config = self._execution_device, self.transformer.config
         labels = torch.as_tensor(class_labels, device=device)
         self.check_inputs(labels, guidance_scale, num_inference_steps, sampler, solver)
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
@@ -150,9 +154,8 @@ class SiTPipeline(DiffusionPipeline):
 
         def velocity(x: Tensor, t: float) -> Tensor:
             times = torch.full((len(labels),), t, device=device)
-            x = x.to(dtype)
             v = self.predict_velocity(self.transformer, x, times, labels, guidance_scale, guidance_channels)
-            return v.float()
+            return v.to(x.dtype)
 
         if sampler == "sde":
             rest, points = 1 - last_step_size, num_inference_steps - 1

@@ -3,6 +3,7 @@
 usage: trl-distreward COMMAND [OPTIONS]
 
 Commands:
+  convert   make pipelines of original SiT and EDM2 checkpoints
   train     fine-tune a pipeline on distribution-wise rewards
 
 trl-distreward COMMAND --help shows a command's options.
@@ -11,7 +12,7 @@ trl-distreward COMMAND --help shows a command's options.
 import sys
 from importlib import import_module
 
-COMMANDS = ("train",)
+COMMANDS = ("convert", "train")
 
 
 def main() -> None:

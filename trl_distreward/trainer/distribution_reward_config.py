@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from trl.trainer.base_config import _BaseConfig
 
 from ..generation import SamplingSchedule
-from ..sampling import ODE_SOLVERS
+from ..sampling import ODE_SOLVERS, TIME_GRIDS
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 
 REFERENCE_UPDATES = ("refresh", "rolling")
@@ -19,6 +19,7 @@ _CHOICES = {
     "selection_scope": ("global", "local"),
     "multi_objective_aggregation": AGGREGATIONS,
     "sde_window": ("sliding", "random"),
+    "time_grid": TIME_GRIDS,
     "step_weighting": ("uniform", "noise"),
 }
 # Fields of other loss types
@@ -98,6 +99,9 @@ class DiffusionDistributionConfig(_BaseConfig):
             starts again (MixGRPO, arXiv 2507.21802). `"random"`: drawn anew at each generation.
         sde_window_interval (`int`, *optional*, defaults to `25`):
             Generations between two moves of the sliding window.
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`, or `"karras"`: EDM's noise levels, in training as in evaluation. It needs
+            `last_step_size=None`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -170,8 +174,9 @@ class DiffusionDistributionConfig(_BaseConfig):
         eval_samplers (`list[str]`, *optional*, defaults to `["sde", "ode"]`):
             Samplers evaluated; the SDE has the noise of training.
         eval_solver (`str`, *optional*, defaults to `"euler"`):
-            `"euler"`, `"heun"`, `"heun2"` or `"dopri5"`, of the evaluated ODE, see [`~sampling.solve_ode`]. The last
-            chooses its steps itself, so that the ODE is evaluated once, whatever `num_inference_steps_eval`.
+            `"euler"`, `"heun"`, `"heun2"`, `"dopri5"`, or on the grid `"karras"` EDM's `"heun_sigma"`, see
+            [`~sampling.solve_ode`]. `"dopri5"` chooses its steps itself: the ODE is then evaluated once, whatever
+            `num_inference_steps_eval`.
         num_eval_images (`int`, *optional*):
             Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
         eval_seed (`int`, *optional*, defaults to `0`):
@@ -239,6 +244,9 @@ class DiffusionDistributionConfig(_BaseConfig):
         default="sliding", metadata={"help": "How the window of noise moves.", "choices": ["sliding", "random"]}
     )
     sde_window_interval: int = field(default=25, metadata={"help": "Generations between two moves of the window."})
+    time_grid: str = field(
+        default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
+    )
     time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
     guidance_channels: int | None = field(
@@ -452,6 +460,7 @@ class DiffusionDistributionConfig(_BaseConfig):
             "noise_level": self.noise_level,
             "last_step_size": self.last_step_size,
             "solver": self.eval_solver,
+            "time_grid": self.time_grid,
             "time_shift": self.time_shift,
         }
         # the steps of a rollout are Euler's, also of its ODE

@@ -1,0 +1,150 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""From original files to folders and repositories that load, with this library and without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conversion.snapshots import snapshot
+from tests.edm2 import tiny_edm2
+from tests.helpers import tiny_sit, tiny_vae
+from tests.hub_server import HubServer
+from trl_distreward import load_pipeline
+from trl_distreward.conversion.hub import code_of
+from trl_distreward.scripts import convert
+
+# One process for all, as it takes seconds to start: without the library, then with it, then pushing
+LOAD_AND_PUSH = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+
+def images(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    guidance = {"guidance_scale": 1.5} if type(pipeline).__name__ == "EDM2Pipeline" else {}
+    return pipeline([0, 2], num_inference_steps=3, generator=generator, output_type="pt", **guidance).images
+
+sys.modules["trl_distreward"] = None  # as if it were not installed
+remote = []
+for repo in ("org/sit", "org/edm2"):
+    try:
+        DiffusionPipeline.from_pretrained(repo)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise AssertionError("code ran unasked")
+    remote.append(images(DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)))
+
+del sys.modules["trl_distreward"]
+from trl_distreward import EDM2Pipeline, SiTPipeline, load_pipeline
+from trl_distreward.scripts import convert
+for command, known, expected in zip(eval(sys.argv[1]), (SiTPipeline, EDM2Pipeline), remote, strict=True):
+    convert.main(command)
+    repos = "org/" + command[0], command[-1]
+    for pipeline in (known.from_pretrained(command[2]), *map(load_pipeline, repos)):
+        assert type(pipeline) is known and torch.equal(images(pipeline), expected)
+"""
+
+
+@pytest.fixture
+def originals(tmp_path):
+    torch.save(tiny_sit(in_channels=4, learn_sigma=True).state_dict(), tmp_path / "sit.pt")
+    (tmp_path / "edm2.pkl").write_bytes(snapshot(tiny_edm2(in_channels=4)))
+    (tmp_path / "worse.pkl").write_bytes(snapshot(tiny_edm2(1, in_channels=4, num_classes=0)))
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    return tmp_path
+
+
+def convert_both(folder, *extra):
+    sit = ["sit", str(folder / "sit.pt"), str(folder / "sit"), "--num-attention-heads", "2"]
+    edm2 = ["edm2", str(folder / "edm2.pkl"), str(folder / "edm2"), "--guider", str(folder / "worse.pkl")]
+    return [[*command, "--vae", str(folder / "vae"), *extra] for command in (sit, edm2)]
+
+
+def test_folders_load_with_all_that_was_in_the_originals(originals, capsys):
+    for command in convert_both(originals):
+        convert.main(command)
+    assert "EDM2Pipeline of" in capsys.readouterr().out
+    sit, edm2 = load_pipeline(originals / "sit"), load_pipeline(originals / "edm2")
+    expected = tiny_sit(in_channels=4, learn_sigma=True).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in sit.transformer.state_dict().items())
+    assert edm2.config.latents_bias == [0, 1, 2, 3] and edm2.guider.config.num_classes == 0
+    for pipeline in (sit, edm2):
+        assert all(torch.equal(a, b) for a, b in zip(pipeline.vae.parameters(), tiny_vae().parameters(), strict=True))
+    assert "trust_remote_code" not in (originals / "sit" / "README.md").read_text()
+    assert not list(originals.glob("*.partial"))
+
+
+def test_vae_is_named_where_it_is_not_embedded(originals, capsys):
+    for command in convert_both(originals, "--no-embed-vae", "--dtype", "bfloat16"):
+        convert.main(command)
+    printed, vae = capsys.readouterr().out, str(originals / "vae")
+    for name in ("sit", "edm2"):
+        assert not (originals / name / "vae").exists() and printed.count(vae) == 2
+        assert f'vae=AutoencoderKL.from_pretrained("{vae}")' in (originals / name / "README.md").read_text()
+    pipeline = load_pipeline(originals / "edm2", vae=tiny_vae(), torch_dtype=torch.bfloat16)
+    assert pipeline.unet.dtype == torch.bfloat16 and pipeline.unet.unet.out_gain.dtype == torch.float32
+
+
+def test_what_is_there_is_not_overwritten(originals):
+    command = convert_both(originals)[0]
+    (originals / "sit").mkdir()
+    (originals / "sit" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        convert.main(command)
+    assert [path.name for path in (originals / "sit").iterdir()] == ["mine.txt"]
+
+
+def run(hub, home, code, *arguments):
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": "hf_secretsecretsecret",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_pushed_pipelines_load_with_the_library_and_without(originals):
+    hub = HubServer()
+    for command in convert_both(originals):
+        family, folder = command[0], Path(command[2])
+        convert.main(command)
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        hub.repos[f"org/{family}"] = [("0" * 40, {**files, **code_of(load_pipeline(folder))}, "")]
+        shutil.rmtree(folder)
+    try:
+        commands = [[*command, "--push-to-hub", f"org/new-{command[0]}"] for command in convert_both(originals)]
+        result = run(hub, originals / "home", LOAD_AND_PUSH, commands)
+        assert result.returncode == 0, result.stderr[-3000:]
+    finally:
+        hub.shutdown()
+    for name, network in (("sit", "transformer/sit.py"), ("edm2", "unet/edm2.py")):
+        (commit,) = hub.repos[f"org/new-{name}"]  # one, so that a push is whole or absent
+        assert {"pipeline.py", network, "model_index.json", "vae/config.json", "README.md"} <= set(commit[1])
+        assert commit[1]["model_index.json"] == hub.repos[f"org/{name}"][0][1]["model_index.json"]
+        assert str(originals).encode() not in commit[1]["model_index.json"]
+        assert all(b"hf_secret" not in data for data in commit[1].values())
+        assert b"trust_remote_code=True" in commit[1]["README.md"]
+
+
+@pytest.mark.parametrize("family", ["sit", "edm2"])
+def test_refusals_leave_no_folder(originals, family):
+    (originals / "sit.pt").write_bytes(b"nothing")
+    (originals / "edm2.pkl").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is refused as"):
+        convert.main(convert_both(originals)[family == "edm2"])
+    assert not (originals / family).exists()

@@ -1,0 +1,89 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conversion.snapshots import Call, original_modules, snapshot
+from tests.edm2 import tiny_edm2
+from trl_distreward.conversion import load_original_edm2, read_original_edm2
+
+
+def write(tmp_path, data):
+    path = tmp_path / "network.pkl"
+    path.write_bytes(data)
+    return path
+
+
+def test_snapshot_is_read_as_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_edm2(in_channels=4, num_blocks=2, clip_act=None, dropout=0.1)
+    original = read_original_edm2(write(tmp_path, snapshot(model)))
+    published = {name: value.half() for name, value in model.state_dict().items()}
+    assert list(original.state_dict) == list(published)
+    for name, value in original.state_dict.items():
+        assert value.dtype == torch.float16 and torch.equal(value, published[name])
+    assert {name: model.config[name] for name in original.config} == original.config
+    assert original.vae == "stabilityai/sd-vae-ft-mse"
+    assert original.latents_scale == pytest.approx([0.1] * 4) and original.latents_bias == [0, 1, 2, 3]
+    assert not Path("executed").exists()  # the code it carries
+
+
+def test_loaded_network_denoises_like_its_original(tmp_path):
+    model = tiny_edm2()
+    for name, value in model.state_dict().items():
+        value.copy_(value.half())  # what the file can hold
+        assert value.dtype == torch.float32, name
+    path = write(tmp_path, snapshot(model, in_latents=False))
+    loaded = load_original_edm2(path)
+    z, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 3.0]), torch.tensor([0, 4])
+    assert torch.equal(loaded(z, sigma, labels).sample, model(z, sigma, labels).sample)
+    assert loaded.config.sample_size == 8 and not loaded.training
+    trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert read_original_edm2(path).vae is None
+    half = load_original_edm2(path, torch.float16)
+    assert half.dtype == torch.float16 and half.unet.out_gain.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": "UNet"}, "its network is a UNet"),
+        ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter=\[1, 3, 3, 1\]"),
+        ({"channel_mult_emb": 8}, "channel_mult_emb=8"),
+        ({"num_blocks": 10**9}, "1000000000 blocks"),
+        ({"num_blocks": "3"}, "not numbers"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_edm2(write(tmp_path, snapshot(tiny_edm2(in_channels=4), **changes)))
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    for change in ({"model_channels": 16}, {"label_dim": 0}, {"label_dim": 7}):
+        with pytest.raises(ValueError, match="differ, e.g. "):
+            load_original_edm2(write(tmp_path, snapshot(tiny_edm2(in_channels=4), **change)))
+
+
+def test_what_is_no_snapshot_is_refused_and_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = snapshot(tiny_edm2())
+    with original_modules():
+        other = pickle.dumps({"ema": Call(os.system, "touch executed")})
+    cases = {
+        "posix.system|nt.system": other,
+        "damaged": whole[: len(whole) // 2],
+        "laid out": pickle.dumps({"network": 1}),
+        "int": pickle.dumps({"ema": 1}),
+        "none of the known names": whole.replace(b"EasyDict", b"EvilDict"),
+    }
+    for message, data in cases.items():
+        with pytest.raises(ValueError, match=f"network.pkl is refused as an EDM2 snapshot: .*({message})"):
+            load_original_edm2(write(tmp_path, data))
+    assert not Path("executed").exists()
+    with pytest.raises(FileNotFoundError):
+        load_original_edm2(tmp_path / "absent.pkl")

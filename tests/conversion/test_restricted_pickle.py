@@ -1,0 +1,130 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conversion.snapshots import Call, storage_bytes, tensor_call
+from trl_distreward.conversion.restricted_pickle import load_records, read_floats, read_tensor
+
+EVIL = pickle.dumps(Call(os.system, "touch executed"))
+TEN_GIGABYTES = 10 * 2**30
+
+
+def read(data, path):
+    path.write_bytes(data)
+    return load_records(path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool]
+)
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_tensors_come_back_bit_by_bit(tmp_path, dtype, protocol):
+    whole = (torch.randn(4, 6) * 100).to(dtype)
+    tensors = [whole, whole.t(), whole[1:3, 2:], torch.zeros((), dtype=dtype), torch.empty(0, 3, dtype=dtype)]
+    if dtype.is_floating_point:
+        tensors.append(torch.nn.Parameter(whole, requires_grad=False))
+    for record, tensor in zip(read(pickle.dumps(tensors, protocol), tmp_path / "p"), tensors, strict=True):
+        back = read_tensor(record)
+        assert back.dtype == dtype and back.shape == tensor.shape
+        assert torch.equal(back, tensor) and type(back) is torch.Tensor
+
+
+def test_arrays_come_back(tmp_path):
+    array = np.random.default_rng(0).normal(size=4).astype(np.float32)
+    assert read_floats(read(pickle.dumps(array), tmp_path / "p")) == array.tolist()
+    with pytest.raises(pickle.UnpicklingError, match="float32"):
+        read_floats(read(pickle.dumps(array.astype(np.float64)), tmp_path / "p"))
+
+
+def test_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    executed = Path("executed")
+    pickle.loads(EVIL)  # the usual way, it runs
+    executed.unlink()
+    calls = [
+        Call(os.system, "touch executed"),
+        Call(eval, "open('executed', 'w')"),
+        Call(getattr, "text", "upper"),
+        Call(torch.load, "executed"),
+        Call(np.load, "executed"),
+        Call(np.lib.npyio.NpzFile, "executed"),
+    ]
+    for call in calls:
+        for content in (call, {"ema": [call]}):
+            with pytest.raises(pickle.UnpicklingError, match="none of the known names"):
+                read(pickle.dumps(content), tmp_path / "p")
+    assert not executed.exists()
+
+
+def test_code_inside_a_storage_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    honest = storage_bytes([1.0, 2.0, 3.0])
+    assert read_tensor(read(pickle.dumps(tensor_call(honest, (3,))), tmp_path / "p")).tolist() == [1, 2, 3]
+    torch.save(Call(os.system, "touch executed"), "zipped")
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+    for storage in (EVIL, magic + EVIL, honest[: honest.index(b"ctorch")] + EVIL[2:], Path("zipped").read_bytes()):
+        record = read(pickle.dumps(tensor_call(storage, (3,))), tmp_path / "p")  # as yet nobody has looked inside
+        with pytest.raises((pickle.UnpicklingError, ValueError)):
+            read_tensor(record)
+    assert zipfile.is_zipfile("zipped") and not Path("executed").exists()
+
+
+def test_state_given_to_a_known_name_changes_nothing(tmp_path):
+    """BUILD on what a name stands for, in place of an object made with it, is refused or inert."""
+    name = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+    with pytest.raises(pickle.UnpicklingError):
+        read(name + b"}X\x04\x00\x00\x00argsK\x01sb.", tmp_path / "p")
+    assert read(name + b")R.", tmp_path / "p").args == ()
+
+
+def test_truncated_files_are_refused(tmp_path):
+    data = pickle.dumps({"a": torch.randn(5), "b": list(range(300))})
+    for length in [0, 1, 2, *range(3, len(data), 7), len(data) - 1]:
+        with pytest.raises(pickle.UnpicklingError, match="damaged"):
+            read(data[:length], tmp_path / "p")
+    honest = storage_bytes([1.0, 2.0, 3.0])
+    for length in (len(honest) - 1, len(honest) - 12, len(honest) - 20, 30):
+        record = read(pickle.dumps(tensor_call(honest[:length], (3,))), tmp_path / "p")
+        with pytest.raises((pickle.UnpicklingError, struct.error, EOFError, ValueError)):
+            read_tensor(record)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04\x8e" + struct.pack("<Q", TEN_GIGABYTES) + b"few bytes.",  # of bytes
+        b"\x80\x04\x8d" + struct.pack("<Q", TEN_GIGABYTES) + b"few bytes.",  # of text
+        b"\x80\x04\x95" + struct.pack("<Q", TEN_GIGABYTES) + b"N.",  # a frame
+        b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"few bytes.",  # digits of an integer
+        b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b".",  # places for objects
+    ],
+)
+def test_claims_of_gigabytes_are_refused(tmp_path, data):
+    with pytest.raises(pickle.UnpicklingError):
+        read(data, tmp_path / "p")
+
+
+def test_tensors_that_claim_gigabytes_are_refused(tmp_path):
+    values = [1.0, 2.0, 3.0]
+    for call in (
+        tensor_call(storage_bytes(values, numel=TEN_GIGABYTES // 4), (TEN_GIGABYTES // 4,)),
+        tensor_call(storage_bytes(values), (50_000, 50_000), (0, 0)),
+        tensor_call(storage_bytes(values), (3,), (10**9,)),
+        tensor_call(storage_bytes(values), (2,), (1,), 2),
+        tensor_call(storage_bytes(values), (2,), (-1,), 2),
+    ):
+        record = read(pickle.dumps(call), tmp_path / "p")
+        with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+            read_tensor(record)
+
+
+def test_references_out_of_the_file_are_refused(tmp_path):
+    with pytest.raises(pickle.UnpicklingError, match="outside of itself"):
+        read(b"\x80\x02X\x01\x00\x00\x00aQ.", tmp_path / "p")

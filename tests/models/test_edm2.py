@@ -1,0 +1,168 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.edm2 import TINY, fill_with_pattern, pattern, tiny_edm2
+from trl_distreward import EDM2UNet2DModel
+from trl_distreward.models.edm2 import EDM2Block, MPFourier, MPLayer, mp_cat, mp_silu, mp_sum, normalize
+
+# Every 48th number of what the original code makes of the same weights and input, with labels and without
+ORIGINAL = [
+    *(0.41800159, -0.44366232, -0.30273217, 0.53444582, 0.00714153, 0.24398839),
+    *(-0.4936322, 0.01229098, 0.29883829, 0.03985866, -0.1767821, 0.58966392),
+]
+ORIGINAL_WITHOUT_LABELS = [0.41364715, -0.2906262, 0.01907441, -0.47208971, 0.36135396, -0.00969603]
+ORIGINAL_UNCERTAINTY = [-0.1868006, -0.14116628, -0.10275903]
+
+
+def inputs():
+    sigma = torch.tensor([0.05, 1.7, 40.0])
+    return pattern((3, 3, 8, 8), 1.0) * (sigma**2 + 0.25).sqrt().view(-1, 1, 1, 1), sigma, torch.tensor([0, 3, 4])
+
+
+@torch.no_grad()
+def test_output_is_that_of_the_original_code():
+    model, (z, sigma, labels) = fill_with_pattern(EDM2UNet2DModel(**TINY).eval()), inputs()
+    assert model(z, sigma, labels).sample.flatten()[::48].tolist() == pytest.approx(ORIGINAL, abs=1e-5)
+    assert model(z, sigma).sample.flatten()[::96].tolist() == pytest.approx(ORIGINAL_WITHOUT_LABELS, abs=1e-5)
+    assert model.uncertainty(sigma).tolist() == pytest.approx(ORIGINAL_UNCERTAINTY, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("XXS", 31_309_029),
+        ("XS", 124_713_253),
+        ("S", 280_212_837),
+        ("M", 497_807_781),
+        ("L", 777_498_085),
+        ("XL", 1_119_283_749),
+        ("XXL", 1_523_164_773),
+    ],
+)
+def test_sizes_have_the_published_parameters_and_keys(size, parameters):
+    with torch.device("meta"):
+        model = EDM2UNet2DModel.from_size(size)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    keys = model.state_dict()
+    assert len(keys) == 203 and len(list(model.buffers())) == 4
+    assert sum(value.ndim == 0 for value in keys.values()) == 37
+    assert {"unet.enc.64x64_conv.weight", "unet.dec.8x8_in0.attn_qkv.weight", "logvar_linear.weight"} <= set(keys)
+
+
+def test_layers_keep_the_magnitude_of_random_input():
+    def rms(x):
+        return x.square().mean().sqrt().item()
+
+    a, b = torch.randn(64, 96, 8, 8), torch.randn(64, 32, 8, 8)
+    for weight_scale in (0.1, 30.0):
+        for layer, x in ((MPLayer(96, 128, 3), a), (MPLayer(96, 128), a[:, :, 0, 0])):
+            with torch.no_grad():
+                layer.weight.mul_(weight_scale)
+            out = layer(x)[:, :, 1:-1, 1:-1] if x.ndim == 4 else layer(x)  # borders see padding
+            assert rms(out) == pytest.approx(1, abs=0.04)
+    assert rms(mp_silu(a)) == pytest.approx(1, abs=0.01)
+    assert rms(mp_sum(a[:, :32], b, 0.3)) == pytest.approx(1, abs=0.01)
+    joined = mp_cat(a, b, 0.5)
+    assert rms(joined) == pytest.approx(1, abs=0.01)
+    assert joined[:, :96].square().sum() == pytest.approx(joined[:, 96:].square().sum().item(), rel=0.02)
+    assert rms(MPFourier(256)(torch.randn(500))) == pytest.approx(1, abs=0.01)
+    assert torch.allclose(normalize(7 * a, dim=1).square().mean(1), torch.ones(64, 8, 8), atol=1e-3)
+
+
+def test_blocks_keep_the_magnitude_on_the_whole():
+    settings = {"channels_per_head": 32, "dropout": 0.0, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256.0}
+    x, emb = torch.randn(16, 64, 8, 8), torch.randn(16, 48)
+    for decoder in (False, True):
+        block = EDM2Block(64, 128, 48, decoder=decoder, attention=True, **settings)
+        assert block(x, emb).square().mean().sqrt().item() == pytest.approx(1, abs=0.15)
+
+
+def test_size_of_weights_has_no_effect_and_is_left_alone_unless_asked():
+    model, (z, sigma, labels) = tiny_edm2(), inputs()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim:
+                parameter.mul_(3)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(z, sigma, labels).sample
+    for mode in (True, False):
+        model.train(mode)(z, sigma, labels)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.normalize_weights()
+    rms = {name: p.square().mean().sqrt().item() for name, p in model.named_parameters() if p.ndim}
+    assert all(value == pytest.approx(1, abs=1e-3) for value in rms.values())
+    torch.testing.assert_close(model(z, sigma, labels).sample, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_forced_normalization_acts_in_training_with_gradients_only():
+    model, (z, sigma, labels) = tiny_edm2(forced_weight_normalization=True), inputs()
+    weight = model.unet.out_conv.weight
+    with torch.no_grad():
+        weight.mul_(3)
+        before = weight.clone()
+        model.train()(z, sigma, labels)
+    model.eval()(z, sigma, labels)
+    assert torch.equal(weight, before)
+    model.train()(z, sigma, labels).sample.square().sum().backward()
+    assert torch.equal(weight, normalize(before)) and weight.grad.abs().sum() > 0
+
+
+def test_denoiser_keeps_a_nearly_clean_sample():
+    model, (z, _, labels) = tiny_edm2(), inputs()
+    torch.testing.assert_close(model(z[:1], 1e-4, labels[:1]).sample, z[:1], atol=1e-3, rtol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, (z, sigma, labels) = tiny_edm2(), inputs()
+    other = copy.deepcopy(model)
+    other.enable_gradient_checkpointing()
+    assert other.unet.gradient_checkpointing
+    for network in (model, other):
+        network(z, sigma, labels).sample.square().sum().backward()
+    compared = [(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
+    assert sum(a is None for a, _ in compared) == 1  # the uncertainty's, frozen
+    assert all(torch.equal(a, b) for a, b in compared if a is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_for_weights_alone(tmp_path, dtype):
+    model, (z, sigma, labels) = tiny_edm2(), inputs()
+    model.save_pretrained(tmp_path)
+    loaded = EDM2UNet2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert loaded.dtype == dtype and loaded.unet.out_gain.dtype == loaded.unet.emb_fourier.freqs.dtype == torch.float32
+    with torch.no_grad():
+        expected, actual = model(z, sigma, labels).sample, loaded(z, sigma, labels).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(z, sigma, labels).sample
+    assert actual.dtype == autocast.dtype == torch.float32
+    for half in (actual, autocast):
+        assert 0 < (half - expected).abs().max() < 0.1
+
+
+def test_every_head_attends_by_itself():
+    """Attention by the definition: softmax of cosines times the head's width."""
+    settings = {"channels_per_head": 4, "dropout": 0.0, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": None}
+    block, x = EDM2Block(8, 8, 6, decoder=True, attention=True, **settings), torch.randn(2, 8, 3, 3)
+    qkv = block.attn_qkv(x).view(2, 2, 4, 3, 9)  # batch, head, channel, kind, pixel
+    q, k, v = (nn.functional.normalize(part, dim=2) * 2 for part in qkv.unbind(3))  # unit magnitude: norm √4
+    weights = torch.einsum("bhcq,bhck->bhqk", q, k).div(2).softmax(-1)
+    expected = block.attn_proj(torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(2, 8, 3, 3))
+    torch.testing.assert_close(block._attend(x), expected, atol=2e-3, rtol=1e-3)  # normalize has an epsilon
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EDM2UNet2DModel.from_size("XXXL"), "size='XXXL'"),
+        (lambda: tiny_edm2(sample_size=9), "sample_size=9 must be a multiple of 2"),
+        (lambda: tiny_edm2(channels_per_head=5), "channels_per_head=5"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,165 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""EDM2's published snapshots (`.pkl`) as [`EDM2UNet2DModel`], without executing anything they carry."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.edm2 import EDM2UNet2DModel
+from .restricted_pickle import is_record, load_records, read_floats, read_tensor
+
+# The original's names of what a network is made with, and ours; those it was published with are its defaults too.
+_CONFIG_NAMES = {
+    "img_resolution": "sample_size",
+    "img_channels": "in_channels",
+    "label_dim": "num_classes",
+    **{
+        name: name
+        for name in (
+            *("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "channels_per_head", "dropout"),
+            *("label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"),
+            *("sigma_data", "logvar_channels"),
+        )
+    },
+}
+# Arguments that change nothing as long as they have these values
+_FIXED = {"channel_mult_noise": None, "channel_mult_emb": None, "resample_filter": [1, 1]}
+
+
+@dataclass(frozen=True)
+class OriginalEDM2:
+    """
+    What a snapshot holds.
+
+    Attributes:
+        config (`dict`): of [`EDM2UNet2DModel`].
+        state_dict (`dict[str, torch.Tensor]`): in the order and dtypes of the file, float16 in published ones.
+        vae (`str` or `None`): Hub id of the VAE whose latents the network denoises; `None` for pixels.
+        latents_scale, latents_bias (`list[float]` or `None`): of `latents = raw · scale + bias`.
+    """
+
+    config: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    vae: str | None
+    latents_scale: list[float] | None
+    latents_bias: list[float] | None
+
+
+def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
+    """
+    Reads a snapshot as NVIDIA's code writes it.
+
+    Args:
+        path (`str`): the `.pkl` file.
+
+    Raises:
+        ValueError: anything in it that such a snapshot does not have, a damaged file, or a network this library's
+            [`EDM2UNet2DModel`] cannot be. No code of the file has run, and no more memory is taken than it fills.
+    """
+    path = Path(path)
+    try:
+        return _interpret(load_records(path))
+    except (pickle.UnpicklingError, RecursionError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+        known = isinstance(error, pickle.UnpicklingError)
+        reason = str(error) if known else f"it is not laid out as one ({type(error).__name__}: {error})"
+        raise ValueError(f"{path} is refused as an EDM2 snapshot: {reason}. Nothing in it was executed.") from error
+
+
+def load_original_edm2(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
+    """
+    The network of a snapshot, in evaluation mode.
+
+    Args:
+        path (`str`): the `.pkl` file.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            of the weights; float32 holds the published float16 values exactly. Gains and frequencies stay float32.
+
+    Raises:
+        ValueError: as in [`~conversion.read_original_edm2`].
+    """
+    return build_edm2(read_original_edm2(path), dtype)
+
+
+def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
+    with torch.device("meta"):  # no random weights that are thrown away
+        model = EDM2UNet2DModel(**original.config)
+    expected = model.state_dict()
+    odd = sorted(expected.keys() ^ original.state_dict.keys())
+    odd += [name for name, value in original.state_dict.items() if not odd and value.shape != expected[name].shape]
+    if odd:
+        raise ValueError(
+            f"the snapshot's weights are not those of the network it describes: {len(odd)} differ, e.g. {odd[0]}."
+        )
+    weights = {
+        name: value.to(torch.float32 if _stays_float32(name) else dtype) for name, value in original.state_dict.items()
+    }
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _stays_float32(name: str) -> bool:
+    return any(part in name for part in EDM2UNet2DModel._keep_in_fp32_modules)
+
+
+def _interpret(snapshot: Any) -> OriginalEDM2:
+    network = snapshot["ema"]
+    if _class_name(network) != "Precond":
+        raise pickle.UnpicklingError(f"its network is a {_class_name(network)}, not a Precond")
+    config, weights = _read_config(_state(network)), dict(_tensors(network))
+    if config.get("num_blocks", 1) * len(config.get("channel_mult", [])) > len(weights):
+        raise pickle.UnpicklingError(f"it claims {config['num_blocks']} blocks in {len(weights)} weights")
+    return OriginalEDM2(config, weights, *_read_encoder(snapshot.get("encoder")))
+
+
+def _state(record: Any) -> dict[str, Any]:
+    """The attributes of a persistent object, or of one of torch's containers."""
+    if is_record(record, "_reconstruct_persistent_obj"):
+        return record.args[0]["state"]  # beside it is source code, which is not looked at
+    if is_record(record, "ModuleDict", "ModuleList"):
+        return record.state
+    raise pickle.UnpicklingError(f"a {type(record).__name__} is where a module should be")
+
+
+def _class_name(record: Any) -> str:
+    return record.args[0]["class_name"] if is_record(record, "_reconstruct_persistent_obj") else type(record).__name__
+
+
+def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, then those of submodules, in the order of `torch.nn.Module.state_dict`."""
+    state = _state(module)
+    for name, value in [*state["_parameters"].items(), *state["_buffers"].items()]:
+        if value is not None:
+            yield prefix + name, read_tensor(value)
+    for name, child in state["_modules"].items():
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{name}.")
+
+
+def _read_config(state: dict[str, Any]) -> dict[str, Any]:
+    if state["_init_args"]:
+        raise pickle.UnpicklingError("its network was made with arguments that have no names")
+    config = {}
+    for name, value in state["_init_kwargs"].items():
+        if name in _CONFIG_NAMES:
+            config[_CONFIG_NAMES[name]] = value
+        elif name != "use_fp16" and (name not in _FIXED or value != _FIXED[name]):
+            raise pickle.UnpicklingError(f"its network has {name}={value!r}, which EDM2UNet2DModel cannot have")
+    flat = [v for value in config.values() for v in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(value, int | float | None) for value in flat):
+        raise pickle.UnpicklingError("its network was made with arguments that are not numbers")
+    return config
+
+
+def _read_encoder(encoder: Any) -> tuple[str | None, list[float] | None, list[float] | None]:
+    if encoder is None or _class_name(encoder) == "StandardRGBEncoder":
+        return None, None, None
+    if _class_name(encoder) != "StabilityVAEEncoder":
+        raise pickle.UnpicklingError(f"its encoder is a {_class_name(encoder)}, which is not known")
+    state = _state(encoder)
+    return str(state["vae_name"]), read_floats(state["scale"]), read_floats(state["bias"])

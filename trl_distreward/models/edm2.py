@@ -1,0 +1,370 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""EDM2's U-Net with magnitude-preserving layers (arXiv 2312.02696, config G), under the published weights' keys.
+
+Written from the paper's equations and Figure 21. Weights enter every layer normalized, so their size has no effect on
+the output; activations keep unit magnitude on expectation without any normalization layer but the pixel norms.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+# Channels of the first level, and dropout in training
+EDM2_SIZES: dict[str, dict[str, Any]] = {
+    "XXS": {"model_channels": 64},
+    "XS": {"model_channels": 128},
+    "S": {"model_channels": 192},
+    "M": {"model_channels": 256, "dropout": 0.1},
+    "L": {"model_channels": 320, "dropout": 0.1},
+    "XL": {"model_channels": 384, "dropout": 0.1},
+    "XXL": {"model_channels": 448, "dropout": 0.1},
+}
+
+
+def normalize(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
+    """`x` over its root mean square along `dim`, or along all dimensions but the first (Eq. 66)."""
+    dims = list(range(1, x.ndim)) if dim is None else [dim]
+    count = math.prod(x.shape[d] for d in dims)
+    rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32) / math.sqrt(count)
+    return x / (rms + eps).to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU over the root mean square it has on standard normal input (Eq. 81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Weighted sum that keeps the magnitude of independent inputs (Eq. 88); `t` is the share of `b`."""
+    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Channels of both inputs, scaled so that `b` contributes the share `t` whatever their numbers (Eq. 103)."""
+    scale = math.sqrt(a.shape[1] + b.shape[1]) / math.hypot(1 - t, t)
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[1])), b * (scale * t / math.sqrt(b.shape[1]))], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Fourier features of unit magnitude, `√2 cos(f x + φ)`, of fixed random frequencies and phases (Eq. 75)."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x.float()[:, None] * self.freqs.float() + self.phases.float()
+        return math.sqrt(2) * angles.cos()  # (B, channels)
+
+
+class MPLayer(nn.Module):
+    """Linear layer, or convolution if given a kernel size, whose weights are used at unit magnitude (Eq. 47)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | None = None):
+        super().__init__()
+        kernel = () if kernel_size is None else (kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def unit_weight(self) -> Tensor:
+        return normalize(self.weight.float())
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        weight = (self.unit_weight() * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+class EDM2Block(nn.Module):
+    """Encoder or decoder block with optional self-attention (Figure 21)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        decoder: bool,
+        attention: bool,
+        resample: str | None = None,
+        channels_per_head: int,
+        dropout: float,
+        res_balance: float,
+        attn_balance: float,
+        clip_act: float | None,
+    ):
+        super().__init__()
+        self.decoder, self.resample = decoder, resample
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        if attention and out_channels % channels_per_head:
+            raise ValueError(
+                f"channels_per_head={channels_per_head} must divide the {out_channels} channels of every level with "
+                "attention."
+            )
+        self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
+        self.emb_gain = nn.Parameter(torch.zeros(()))
+        self.conv_res0 = MPLayer(in_channels if decoder else out_channels, out_channels, 3)
+        self.emb_linear = MPLayer(emb_channels, out_channels)
+        self.conv_res1 = MPLayer(out_channels, out_channels, 3)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_skip = MPLayer(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.attn_qkv = MPLayer(out_channels, 3 * out_channels, 1) if attention else None
+        self.attn_proj = MPLayer(out_channels, out_channels, 1) if attention else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.resample == "down":  # the published filter [1, 1]: means of, or copies to, 2x2 pixels
+            x = F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if not self.decoder:
+            x = normalize(self._skip(x), dim=1)
+        modulation = self.emb_linear(emb, self.emb_gain) + 1  # (B, channels)
+        y = self.conv_res0(mp_silu(x))
+        y = self.dropout(mp_silu(y * modulation[:, :, None, None].to(y.dtype)))
+        if self.decoder:
+            x = self._skip(x)
+        x = mp_sum(x, self.conv_res1(y).to(x.dtype), self.res_balance)
+        if self.num_heads:
+            x = mp_sum(x, self._attend(x).to(x.dtype), self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+
+    def _skip(self, x: Tensor) -> Tensor:
+        return x if self.conv_skip is None else self.conv_skip(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Cosine attention: queries, keys and values are normalized per head and pixel."""
+        assert self.attn_qkv is not None and self.attn_proj is not None
+        batch, channels, height, width = x.shape
+        qkv = self.attn_qkv(x).reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
+        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2)  # 3 x (B, heads, pixels, head width)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.attn_proj(y.transpose(2, 3).reshape(batch, channels, height, width))
+
+
+class EDM2UNet(nn.Module):
+    """The raw network `F(x; c_noise, class)`, before preconditioning."""
+
+    def __init__(
+        self,
+        sample_size: int,
+        in_channels: int,
+        num_classes: int,
+        model_channels: int,
+        channel_mult: Sequence[int],
+        num_blocks: int,
+        attn_resolutions: Sequence[int],
+        label_balance: float,
+        concat_balance: float,
+        **block_kwargs: Any,
+    ):
+        super().__init__()
+        widths = [model_channels * multiplier for multiplier in channel_mult]
+        emb_channels = max(widths)
+        self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.gradient_checkpointing = False
+        self.out_gain = nn.Parameter(torch.zeros(()))
+        self.emb_fourier = MPFourier(widths[0])
+        self.emb_noise = MPLayer(widths[0], emb_channels)
+        self.emb_label = MPLayer(num_classes, emb_channels) if num_classes else None
+
+        def block(
+            cin: int, cout: int, size: int, decoder: bool, attention: bool | None = None, resample: str | None = None
+        ) -> EDM2Block:
+            attends = size in attn_resolutions if attention is None else attention
+            return EDM2Block(
+                cin, cout, emb_channels, decoder=decoder, attention=attends, resample=resample, **block_kwargs
+            )
+
+        sizes = [sample_size >> level for level in range(len(widths))]
+        width = widths[0]
+        self.enc = nn.ModuleDict({f"{sample_size}x{sample_size}_conv": MPLayer(in_channels + 1, width, 3)})
+        skips = [width]
+        for level, (size, channels) in enumerate(zip(sizes, widths, strict=True)):
+            if level:
+                self.enc[f"{size}x{size}_down"] = block(width, width, size, False, False, "down")
+                skips.append(width)
+            for i in range(num_blocks):
+                self.enc[f"{size}x{size}_block{i}"] = block(width, channels, size, False)
+                width = channels
+                skips.append(width)
+
+        self.dec = nn.ModuleDict()
+        for level, (size, channels) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
+            if level == len(widths) - 1:
+                self.dec[f"{size}x{size}_in0"] = block(width, width, size, True, True)
+                self.dec[f"{size}x{size}_in1"] = block(width, width, size, True, False)
+            else:
+                self.dec[f"{size}x{size}_up"] = block(width, width, size, True, False, "up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{size}x{size}_block{i}"] = block(width + skips.pop(), channels, size, True)
+                width = channels
+        self.out_conv = MPLayer(width, in_channels, 3)
+
+    def embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
+        emb = self.emb_noise(self.emb_fourier(c_noise))  # (B, emb_channels)
+        if self.emb_label is not None:
+            # One-hot labels times √classes, as Eq. 47 divides by it: the label's column of the unit weight.
+            label = torch.zeros_like(emb)
+            if class_labels is not None:
+                label = self.emb_label.unit_weight().t()[class_labels].to(emb.dtype)
+            emb = mp_sum(emb, label, self.label_balance)
+        return mp_silu(emb)
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
+        emb = self.embed(c_noise, class_labels)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # a channel of ones stands in for biases
+        skips = []
+        for i, module in enumerate(self.enc.values()):
+            x = self._run(module, x, emb) if i else module(x)
+            skips.append(x)
+        for name, module in self.dec.items():
+            if "block" in name:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = self._run(module, x, emb)
+        return self.out_conv(x, self.out_gain)
+
+    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, x, emb)  # type: ignore[operator]
+        return block(x, emb)
+
+
+class EDM2UNet2DModel(ModelMixin, ConfigMixin):
+    """
+    Denoiser of EDM2 with its preconditioning: noisy samples and noise levels to denoised samples.
+
+    Weights are normalized wherever they are used, so only their direction matters. Training should keep their size
+    at one all the same, or steps of a given learning rate turn them less and less: call [`normalize_weights`] after
+    each optimizer step, or set `forced_weight_normalization`. Neither happens by itself.
+
+    There is no adapter support: a low-rank update added beside a normalized weight is not what merging it yields.
+
+    Parameters:
+        sample_size (`int`, *optional*, defaults to 64): height and width of the input, in latent or image pixels.
+        in_channels (`int`, *optional*, defaults to 4): channels of the input and output.
+        num_classes (`int`, *optional*, defaults to 1000): classes; 0 for an unconditional model.
+        model_channels (`int`, *optional*, defaults to 192): channels of the first level.
+        channel_mult (`list[int]`, *optional*, defaults to `[1, 2, 3, 4]`):
+            channels of each level, in `model_channels`; sides halve from level to level.
+        num_blocks (`int`, *optional*, defaults to 3): blocks of each level of the encoder; the decoder has one more.
+        attn_resolutions (`list[int]`, *optional*, defaults to `[16, 8]`): sides of the levels with self-attention.
+        channels_per_head (`int`, *optional*, defaults to 64): width of an attention head.
+        dropout (`float`, *optional*, defaults to 0.0): dropout in training mode.
+        label_balance, concat_balance (`float`, *optional*, default to 0.5):
+            share of the class embedding, and of the main path against skip connections, as [`mp_sum`]'s `t`.
+        res_balance, attn_balance (`float`, *optional*, default to 0.3): share of residual branches and of attention.
+        clip_act (`float`, *optional*, defaults to 256.0): bound of each block's activations; `None` is none.
+        sigma_data (`float`, *optional*, defaults to 0.5): standard deviation of the data.
+        logvar_channels (`int`, *optional*, defaults to 128): Fourier features of the uncertainty.
+        forced_weight_normalization (`bool`, *optional*, defaults to `False`):
+            whether weights are overwritten with their normalized values at each forward pass with gradients in
+            training mode (Eq. 66).
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["EDM2Block"]
+    _repeated_blocks = ["EDM2Block"]
+    # frequencies reach tens, and gains scale everything: half precision is for the weights between
+    _keep_in_fp32_modules = ["emb_fourier", "logvar_fourier", "emb_gain", "out_gain"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        forced_weight_normalization: bool = False,
+    ):
+        super().__init__()
+        if sample_size % (1 << (len(channel_mult) - 1)):
+            raise ValueError(
+                f"sample_size={sample_size} must be a multiple of {1 << (len(channel_mult) - 1)}: it is halved "
+                f"between the {len(channel_mult)} levels of channel_mult."
+            )
+        self.unet = EDM2UNet(
+            sample_size,
+            in_channels,
+            num_classes,
+            model_channels,
+            channel_mult,
+            num_blocks,
+            attn_resolutions,
+            label_balance,
+            concat_balance,
+            channels_per_head=channels_per_head,
+            dropout=dropout,
+            res_balance=res_balance,
+            attn_balance=attn_balance,
+            clip_act=clip_act,
+        )
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPLayer(logvar_channels, 1)
+        # the uncertainty takes no part in denoising, and DDP wants a gradient for all that is trained
+        self.logvar_linear.requires_grad_(False)
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> "EDM2UNet2DModel":
+        """A model with random weights of a published size, `"XXS"` to `"XXL"`; the rest as in the constructor."""
+        if size not in EDM2_SIZES:
+            raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(EDM2_SIZES)}.")
+        return cls(**{**EDM2_SIZES[size], **kwargs})
+
+    @torch.no_grad()
+    def normalize_weights(self) -> None:
+        """Overwrites the weights of all layers with their normalized values; the output stays (to `normalize`'s ε)."""
+        for module in self.modules():
+            if isinstance(module, MPLayer):
+                module.weight.copy_(module.unit_weight())
+
+    def uncertainty(self, timestep: Tensor) -> Tensor:
+        """`u(σ)` of shape `(B,)`, the log-variance of the loss at noise level σ (Eq. 21); frozen unless asked for."""
+        return self.logvar_linear(self.logvar_fourier(timestep.float().log() / 4)).flatten()
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): `z = x_0 + σ ε`.
+            timestep (`torch.Tensor` of shape `(B,)`, or one number): noise level σ > 0.
+            class_labels (`torch.LongTensor` of shape `(B,)`, *optional*):
+                labels in [0, num_classes); without them, the embedding of no class. An unconditional model has none.
+
+        Returns:
+            `.sample` of shape `(B, C, H, W)`, float32: the denoised sample. Between the float32 preconditioning
+            (EDM, arXiv 2206.00364, Table 1) the network runs in its weights' dtype, or under autocast.
+        """
+        if self.config.forced_weight_normalization and self.training and torch.is_grad_enabled():
+            self.normalize_weights()
+        z, data = sample.float(), self.config.sigma_data
+        sigma = torch.as_tensor(timestep, dtype=torch.float32, device=z.device).reshape(-1).expand(len(z))
+        total = (sigma**2 + data**2).view(-1, 1, 1, 1)
+        c_skip, c_in = data**2 / total, total.rsqrt()
+        c_out = sigma.view(-1, 1, 1, 1) * data * c_in
+        raw = self.unet((c_in * z).to(self.dtype), sigma.log() / 4, class_labels)
+        denoised = c_skip * z + c_out * raw.float()
+        return UNet2DOutput(sample=denoised) if return_dict else (denoised,)

@@ -1,0 +1,182 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Class-conditional generation with EDM2 (arXiv 2312.02696), in latent space or, without a VAE, in pixel space."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+# Mean and standard deviation of each latent channel of stabilityai/sd-vae-ft-mse, for images in [0, 1]; the networks
+# were trained on latents brought to mean 0 and standard deviation 0.5.
+_RAW_MEAN, _RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+LATENTS_SCALE = [0.5 / std for std in _RAW_STD]
+LATENTS_BIAS = [-0.5 * mean / std for mean, std in zip(_RAW_MEAN, _RAW_STD, strict=True)]
+SIGMA_MAX = 80.0
+
+
+class EDM2Pipeline(DiffusionPipeline):
+    """
+    Pipeline for image generation with an EDM2 network.
+
+    Parameters:
+        unet ([`EDM2UNet2DModel`]): denoises.
+        guider ([`EDM2UNet2DModel`], *optional*):
+            a worse network that guidance leads away from: unconditional, smaller or less trained (autoguidance,
+            arXiv 2406.02507).
+        vae ([`~diffusers.AutoencoderKL`], *optional*):
+            decodes latents to images in [0, 1]; without one the samples are images in [-1, 1].
+        latents_scale, latents_bias (`list[float]`, *optional*):
+            per channel, `latents = raw · scale + bias` of the VAE's raw latents; defaults to EDM2's for
+            `stabilityai/sd-vae-ft-mse`.
+    """
+
+    model_cpu_offload_seq = "guider->unet->vae"
+    _optional_components = ["guider", "vae"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        guider: ModelMixin | None = None,
+        vae: AutoencoderKL | None = None,
+        latents_scale: list[float] = LATENTS_SCALE,
+        latents_bias: list[float] = LATENTS_BIAS,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, guider=guider, vae=vae)
+        self.register_to_config(latents_scale=list(latents_scale), latents_bias=list(latents_bias))
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    def denoise(
+        self, model: nn.Module, z: Tensor, sigma: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Denoised samples, led away from the guider's when `guidance_scale != 1` (arXiv 2406.02507).
+
+        Args:
+            model (`nn.Module`): the network, possibly wrapped for distributed training.
+            z (`torch.Tensor` of shape `(B, C, H, W)`): `x_0 + σ ε`.
+            sigma (`torch.Tensor` of shape `(B,)`): noise levels.
+            class_labels (`torch.LongTensor` of shape `(B,)`): labels; a network without classes does not see them.
+        """
+        denoised = model(z, sigma, class_labels if self.unet.config.num_classes else None, return_dict=False)[0]
+        if guidance_scale == 1.0:
+            return denoised
+        with torch.no_grad():
+            labels = class_labels if self.guider.config.num_classes else None
+            worse = self.guider(z, sigma, labels, return_dict=False)[0]
+        return worse + guidance_scale * (denoised - worse)
+
+    def predict_velocity(
+        self, model: nn.Module, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Velocity `x_noise - x_data` on the path `x = (1-t) x_data + t x_noise`, data at `t = 0`.
+
+        With `σ = t/(1-t)`, `z = x (1+σ)` is the network's input and `(x - denoised) / t` the velocity. The network
+        knows no noise level beyond 80, which stands for those between it and `t = 1`.
+
+        Args: as in `denoise`, with `x (B, C, H, W)` and `t (B,)` in (0, 1] in place of `z` and `sigma`.
+        """
+        sigma = (t / (1 - t)).clamp(max=SIGMA_MAX)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        denoised = self.denoise(model, x * (sigma / t).view(shape), sigma, class_labels, guidance_scale)
+        return (x - denoised) / t.view(shape)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples (B, C, H, W) to images (B, channels, height, width) in [0, 1]; differentiable but for the clamp."""
+        if self.vae is None:
+            return (x.float() / 2 + 0.5).clamp(0, 1)
+        scale, bias = (
+            torch.tensor(values, device=x.device).view(1, -1, 1, 1)
+            for values in (self.config.latents_scale, self.config.latents_bias)
+        )
+        raw = (x.float() - bias) / scale
+        return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0].float().clamp(0, 1)
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        if guidance_scale != 1.0 and self.guider is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a second network, but this pipeline has no guider: load it "
+                "with guider=..., or use guidance_scale=1.0."
+            )
+
+    def check_inputs(
+        self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int, sigmas: Sequence[float]
+    ) -> None:
+        self.check_guidance(guidance_scale)
+        classes = max(self.unet.config.num_classes, 1)
+        if class_labels.ndim != 1 or class_labels.min() < 0 or class_labels.max() >= classes:
+            raise ValueError(
+                f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
+                f"of integers from 0 to {classes - 1}."
+            )
+        if num_inference_steps < 2:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 2.")
+        sigma_min, sigma_max, rho = sigmas
+        if not 0 < sigma_min < sigma_max or rho <= 0:
+            raise ValueError(
+                f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: they must be positive, and sigma_min the "
+                "smaller."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int] | Tensor,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 32,
+        sigma_min: float = 0.002,
+        sigma_max: float = SIGMA_MAX,
+        rho: float = 7.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Heun's method on EDM's noise levels, without churn (arXiv 2206.00364, Algorithm 1 and Eq. 5).
+
+        Args:
+            class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`; zeros without classes.
+            guidance_scale (`float`, *optional*, defaults to 1.0): guidance by the guider; 1.0 is none.
+            num_inference_steps (`int`, *optional*, defaults to 32): steps, of two network evaluations but the last.
+            sigma_min, sigma_max, rho (`float`, *optional*, default to 0.002, 80.0 and 7.0): the noise levels.
+            generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise, of standard deviation 1.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` (B, H, W, C), `"pt"` (B, C, H, W), both in [0, 1], or `"latent"`.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or a tuple whose first element is the images.
+        """
+        device, config = self._execution_device, self.unet.config
+        labels = torch.as_tensor(class_labels, device=device)
+        self.check_inputs(labels, guidance_scale, num_inference_steps, (sigma_min, sigma_max, rho))
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, but these labels and model need {shape}.")
+        first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+        sigmas = [(first + i / (num_inference_steps - 1) * (last - first)) ** rho for i in range(num_inference_steps)]
+
+        def slope(z: Tensor, sigma: float) -> Tensor:
+            levels = torch.full((len(labels),), sigma, device=device)
+            return (z - self.denoise(self.unet, z, levels, labels, guidance_scale)) / sigma
+
+        z = latents.to(device, torch.float32) * sigmas[0]
+        for sigma, following in self.progress_bar(list(zip(sigmas, [*sigmas[1:], 0.0], strict=True))):
+            direction = slope(z, sigma)
+            euler = z + (following - sigma) * direction
+            if following > 0:
+                direction = 0.5 * (direction + slope(euler, following))
+                z = z + (following - sigma) * direction
+            else:
+                z = euler
+
+        images = z if output_type == "latent" else self.decode(z)
+        if output_type not in ("latent", "pt"):
+            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=[False] * len(z))
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
