@@ -26,10 +26,12 @@ _PUBLIC = {
     "SlicedWassersteinDistance": "metrics.sliced",
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
+    "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
     "load_feature_extractor": "metrics.features",
     "load_inception": "metrics.inception",
     "load_pipeline": "policies",
+    "precision_recall_density_coverage": "metrics.manifold",
 }
 _SUBMODULES = {
     "conversion",
@@ -64,10 +66,12 @@ __all__ = [
     "SlicedWassersteinDistance",
     "SubsetReplaceReward",
     "SumDistance",
+    "feature_metrics",
     "frechet_distance",
     "load_feature_extractor",
     "load_inception",
     "load_pipeline",
+    "precision_recall_density_coverage",
 ]
 
 if TYPE_CHECKING:
@@ -76,7 +80,9 @@ if TYPE_CHECKING:
     from .metrics.frechet import FrechetDistance, frechet_distance
     from .metrics.inception import InceptionV3, load_inception
     from .metrics.kernel import KernelDistance
+    from .metrics.manifold import precision_recall_density_coverage
     from .metrics.report import FeatureDistance, JointFeatures
+    from .metrics.scores import feature_metrics
     from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics
     from .models.edm2 import EDM2UNet2DModel

@@ -178,6 +178,7 @@ def generate_images(
     batch_size: int = 64,
     model: nn.Module | None = None,
     stream: str = "images",
+    indices: range | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
     """
     Generates one image per condition.
@@ -189,14 +190,16 @@ def generate_images(
         seed (`int`, *optional*, defaults to 0): image `i` depends on this and `i` alone, not on `batch_size`.
         batch_size (`int`, *optional*, defaults to 64): images at a time.
         model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
+        indices (`range`, *optional*): which of the images to generate; all by default.
 
     Yields:
         uint8 images `(batch, C, H, W)` and their conditions.
     """
-    for start in range(0, len(conditions), batch_size):
-        indices = range(start, min(start + batch_size, len(conditions)))
-        batch = take(conditions, indices)
-        generators = image_generators(seed, stream, 0, indices)
+    wanted = range(len(conditions)) if indices is None else indices
+    for start in range(0, len(wanted), batch_size):
+        images = wanted[start : start + batch_size]
+        batch = take(conditions, images)
+        generators = image_generators(seed, stream, 0, images)
         x = sample(policy, model or policy.model, batch, schedule, generators).sample
         yield to_uint8(policy.decode(x)), batch
 

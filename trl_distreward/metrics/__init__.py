@@ -7,8 +7,11 @@ from .features import BackboneFeatures, load_feature_extractor
 from .frechet import FrechetDistance, frechet_distance
 from .inception import InceptionV3, load_inception
 from .kernel import KernelDistance
+from .manifold import precision_recall_density_coverage
 from .report import FeatureDistance, JointFeatures, extract_features
+from .scores import cmmd, feature_metrics, frechet_infinity, inception_score, kernel_inception_distance
 from .sliced import SlicedWassersteinDistance
+from .spread import half_sample_spread
 from .statistics import FeatureStatistics
 from .weights import find_weights
 
@@ -24,9 +27,16 @@ __all__ = [
     "KernelDistance",
     "SlicedWassersteinDistance",
     "SumDistance",
+    "cmmd",
     "extract_features",
+    "feature_metrics",
     "find_weights",
     "frechet_distance",
+    "frechet_infinity",
+    "half_sample_spread",
+    "inception_score",
+    "kernel_inception_distance",
     "load_feature_extractor",
     "load_inception",
+    "precision_recall_density_coverage",
 ]

@@ -38,12 +38,14 @@ def _clean(eigenvalues: Tensor, rank: int | None) -> Tensor:
     return eigenvalues
 
 
-def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics) -> float:
+def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, real_root: Tensor | None = None) -> float:
     """
     Fréchet distance between two sets of features (FID when they are Inception-v3's; Heusel et al., arXiv 1706.08500).
 
     Args:
         generated, real ([`FeatureStatistics`]): of the same dimension; the distance is symmetric in them.
+        real_root (`torch.Tensor` of shape `(d, d)`, *optional*): `symmetric_sqrt(real.covariance, real.rank_bound)`,
+            where several sets are compared with one: it is half of the work.
 
     Returns:
         `float`: the distance, computed in float64.
@@ -57,7 +59,7 @@ def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics) -> f
             "extractors and cannot be compared."
         )
     covariance, real_covariance = generated.covariance, real.covariance.to(generated.mean.device)
-    root = symmetric_sqrt(real_covariance, real.rank_bound)
+    root = symmetric_sqrt(real_covariance, real.rank_bound) if real_root is None else real_root
     rank = min(generated.rank_bound, real.rank_bound)
     spectrum = _clean(torch.linalg.eigvalsh(_symmetric(root @ covariance @ root)), rank)
     mean_term = (generated.mean - real.mean.to(generated.mean.device)).square().sum()

@@ -5,15 +5,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .checks import check_features
+from .statistics_files import Moments, check_extractor, read_edm2_moments, read_npz_moments
 
 
 class FeatureStatistics:
@@ -124,40 +123,47 @@ class FeatureStatistics:
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "FeatureStatistics":
+    def load(cls, path: str | os.PathLike, feature_extractor: str | None = None) -> "FeatureStatistics":
         """
-        Reads a `.safetensors` file written by [`~FeatureStatistics.save`], or an `.npz` with arrays `mu` and `sigma`
-        as pytorch-fid, ADM, DiT and MAR write them (their count is not recorded).
+        Reads a `.safetensors` file written by [`~FeatureStatistics.save`], an `.npz` with arrays `mu` and `sigma` as
+        pytorch-fid, clean-fid, ADM, DiT and MAR write them (their count is not recorded), or a `.pkl` of EDM2, by a
+        reader that runs nothing.
+
+        Args:
+            path (`str` or `os.PathLike`): of the file.
+            feature_extractor (`str`, *optional*): name of the extractor whose statistics are wanted: chosen from a
+                file that holds several, refused where a file says that it holds another's.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or holds something else.
+            ValueError: the file is damaged, holds something else, or is another extractor's.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no statistics file at {path}.")
-        if path.suffix == ".npz":
-            arrays = _read_npz(path)
-            mean, covariance = (torch.from_numpy(np.asarray(arrays[k], dtype=np.float64)) for k in ("mu", "sigma"))
-            return cls.from_moments(mean, covariance, metadata={"source": path.name})
+        if path.suffix in (".npz", ".pkl"):
+            read = read_npz_moments if path.suffix == ".npz" else read_edm2_moments
+            moments = read(path, feature_extractor)
+        else:
+            moments = _read_safetensors(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a statistics file of this library or is damaged: {error}") from error
-        metadata = json.loads(header.get("metadata", "{}"))
-        return cls.from_moments(mean, covariance, json.loads(header.get("count", "null")), metadata)
+            statistics = cls.from_moments(moments.mean, moments.covariance, moments.count, moments.metadata)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no statistics: {error}") from error
+        if feature_extractor is not None:
+            check_extractor(statistics.metadata, statistics.dimension, extractor=feature_extractor, path=path)
+        return statistics
 
     def __repr__(self) -> str:
         return f"FeatureStatistics(dimension={self.dimension}, count={self.count}, metadata={self.metadata})"
 
 
-def _read_npz(path: Path) -> Mapping[str, Any]:
+def _read_safetensors(path: Path) -> Moments:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not {"mu", "sigma"} <= set(file.files):
-                raise ValueError(f"{path} holds {sorted(file.files)}: a statistics file holds 'mu' and 'sigma'.")
-            return {name: file[name] for name in ("mu", "sigma")}
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a statistics file of this library or is damaged: {error}") from error
+    metadata = json.loads(header.get("metadata", "{}"))
+    return Moments(mean, covariance, json.loads(header.get("count", "null")), metadata)

@@ -3,8 +3,10 @@
 usage: trl-distreward COMMAND [OPTIONS]
 
 Commands:
-  convert   make pipelines of original SiT and EDM2 checkpoints
-  train     fine-tune a pipeline on distribution-wise rewards
+  train       fine-tune a pipeline on distribution-wise rewards
+  statistics  compute the statistics of a set of real images
+  evaluate    measure how far generated images are from real ones
+  convert     make pipelines of original SiT and EDM2 checkpoints
 
 trl-distreward COMMAND --help shows a command's options.
 """
@@ -12,7 +14,7 @@ trl-distreward COMMAND --help shows a command's options.
 import sys
 from importlib import import_module
 
-COMMANDS = ("convert", "train")
+COMMANDS = ("train", "statistics", "evaluate", "convert")
 
 
 def main() -> None:

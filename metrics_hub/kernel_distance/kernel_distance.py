@@ -1,0 +1,48 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Kernel distance between two sets of features, as a module of Hugging Face `evaluate`."""
+
+import trl_distreward.metrics as metrics
+import trl_distreward.metrics.feature_module as feature_module
+
+DESCRIPTION = """\
+The kernel distance between features of generated and of real images: the unbiased squared maximum mean discrepancy
+under a cubic polynomial kernel (Bińkowski et al., 2018), mean and standard deviation over random subsets. With the
+2048 pooled features of Inception-v3 it is the KID.
+"""
+
+INPUTS = """
+    num_subsets (`int`, *optional*, defaults to 100): number of pairs of subsets.
+    subset_size (`int`, *optional*, defaults to 1000): rows of a subset; neither set may have fewer.
+    seed (`int`, *optional*, defaults to 0): of the subsets, drawn as torch-fidelity draws them.
+Returns:
+    `kernel_distance` (`float`), `kernel_distance_std` (`float`).
+Example:
+    >>> import evaluate, numpy as np
+    >>> kernel_distance = evaluate.load("metrics_hub/kernel_distance")
+    >>> rng = np.random.default_rng(0)
+    >>> features = {"predictions": rng.normal(size=(500, 8)), "references": rng.normal(size=(400, 8)) + 1}
+    >>> kernel_distance.compute(**features, subset_size=100)
+"""
+
+CITATION = """\
+@inproceedings{binkowski2018demystifying,
+  title = {Demystifying {MMD} {GANs}},
+  author = {Bi{\\'n}kowski, Miko{\\l}aj and Sutherland, Danica J. and Arbel, Michael and Gretton, Arthur},
+  booktitle = {International Conference on Learning Representations},
+  year = {2018}
+}
+"""
+
+
+class KernelDistance(feature_module.FeatureModule):
+    """Of `(x·y / d + 1)^3`, unbiased: it can be slightly negative where the sets are alike."""
+
+    def _info(self):
+        return self.describe(DESCRIPTION, INPUTS, CITATION)
+
+    def _compute(self, predictions, references, num_subsets=100, subset_size=1000, seed=0):
+        real = feature_module.to_features(references, "references")
+        generated = feature_module.to_features(predictions, "predictions")
+        sizes = {"num_subsets": num_subsets, "subset_size": subset_size}
+        score = metrics.kernel_inception_distance(real, generated, seed=seed, **sizes)
+        return {"kernel_distance": score.mean, "kernel_distance_std": score.std}

@@ -1,0 +1,53 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Images on disk, and feature extractors, for the tests of this folder."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def pixels(count, height=8, width=8, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def launch(module, arguments, processes=2, **environment):
+    """Runs a module of the package as a command in several processes; returns what became of them."""
+    root = Path(__file__).parents[2]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **environment}
+    command = [*launcher, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def write_folder(folder, count=20, **kwargs):
+    """PNG images in two subfolders."""
+    images = pixels(count, **kwargs)
+    for i, image in enumerate(images):
+        path = Path(folder, "ab"[i % 2], f"{i:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return images
+
+
+def project(images):
+    """Five fixed random features of images of any size."""
+    generator = torch.Generator().manual_seed(3)
+    small = torch.nn.functional.interpolate(images.float() / 255, size=(4, 4), mode="area")
+    return small.flatten(1) @ torch.randn(48, 5, generator=generator)
+
+
+def project_or_die(images):
+    """As `project`, but the process is killed before its batch $DIES_IN, as by `kill -9`."""
+    batches.append(len(images))
+    if len(batches) == int(os.environ.get("DIES_IN", "0")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return project(images)
+
+
+batches: list[int] = []

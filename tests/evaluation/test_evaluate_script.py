@@ -1,0 +1,150 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from tests.evaluation.images import launch, pixels, project, write_folder
+from tests.helpers import tiny_pipeline
+from trl_distreward import FeatureStatistics, frechet_distance
+from trl_distreward.scripts import evaluate, statistics
+
+EXTRACTOR = ["--feature-extractor", "tests.evaluation.images.project"]
+SMALL = ["--num-images", "40", "--num-inference-steps", "4", "--batch-size", "16"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained("base")
+    np.savez("real.npz", pixels(60, 4, 4))
+    return tmp_path
+
+
+def run(*arguments, output="report.json"):
+    evaluate.main([*map(str, arguments), *EXTRACTOR, "--output", output])
+    with open(output) as file:
+        return json.load(file)
+
+
+def metrics_of(report):
+    return report["results"][0]["metrics"]
+
+
+def test_pipeline_and_its_sample_file_give_the_same_report(folder, capsys):
+    metrics = ["--metrics", "frechet", "kernel", "precision", "recall", "density", "coverage"]
+    outputs = ["--save-npz", "sample.npz", "--markdown", "report.md", "--update-card", "base"]
+    report = run("--model", "base", "--real", "real.npz", *SMALL, *metrics, *outputs)
+    assert report["images"] == 40 and set(metrics_of(report)) == set(metrics[1:])
+    printed = capsys.readouterr().out
+    assert "base: 40 images" in printed and "coverage" in printed
+    assert f"{metrics_of(report)['frechet']:.5g}" in (folder / "report.md").read_text()
+    assert len(ModelCard.load("base/README.md").data.eval_results) == 6
+    assert not (folder / "report.json.work").exists()
+    again = run("--model", "sample.npz", "--real", "real.npz", *metrics, "--batch-size", 16, output="again.json")
+    assert metrics_of(again) == metrics_of(report)
+
+
+def test_values_are_those_of_the_features(folder):
+    images = write_folder(folder / "images", 30, height=4, width=4)
+    report = run("--model", "images", "--real", "real.npz", "--metrics", "fid")
+    generated, real = (
+        FeatureStatistics.from_features(project(torch.from_numpy(i).permute(0, 3, 1, 2)))
+        for i in (images, pixels(60, 4, 4))
+    )
+    assert metrics_of(report)["fid"] == pytest.approx(frechet_distance(generated, real), rel=1e-5)
+
+
+def test_statistics_serve_frechet_and_features_all(folder):
+    common = ["real.npz", *EXTRACTOR, "--output"]
+    statistics.main([*common, "moments.safetensors"])
+    statistics.main([*common, "features.safetensors", "--features"])
+    frechet = metrics_of(run("--model", "real.npz", "--real", "moments.safetensors"))["frechet"]
+    assert abs(frechet) < 1e-6
+    found = metrics_of(run("--model", "real.npz", "--real", "features.safetensors", "--metrics", "frechet", "recall"))
+    assert found["frechet"] == pytest.approx(frechet, abs=1e-12) and found["recall"] == 1
+    with pytest.raises(ValueError, match="recall of .*moments.safetensors holds moments alone: give real images, or"):
+        run("--model", "real.npz", "--real", "moments.safetensors", "--metrics", "recall")
+
+
+def test_misfits_are_refused_before_anything_is_generated(folder):
+    def refused(message, *arguments):
+        with pytest.raises(ValueError, match=message):
+            run("--model", "base", *SMALL, *arguments)
+        assert not (folder / "report.json.work" / "images").exists()
+
+    of_dinov2 = FeatureStatistics.from_features(torch.randn(20, 5), metadata={"extractor": "dinov2"})
+    of_dinov2.save("dinov2.safetensors")
+    refused("extractor 'dinov2', but the images are seen with", "--real", "dinov2.safetensors")
+    refused("--real names 2 sets for 1 feature extractors", "--real", "real.npz", "real.npz")
+    refused("--real names 0 sets", "--metrics", "frechet")
+    refused("inception_score is of Inception's logits", "--real", "real.npz", "--metrics", "inception_score")
+    FeatureStatistics.from_features(torch.randn(20, 7)).save("other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors has dimension 7, but .* gives 5"):
+        run("--model", "real.npz", "--real", "other.safetensors")
+    with pytest.raises(ValueError, match="--num-images is of a pipeline's images, but real.npz holds images"):
+        run("--model", "real.npz", "--real", "real.npz", "--num-images", 5)
+
+
+def test_reference_batch_gives_moments_to_inception_and_images_to_others(folder):
+    rows = np.random.default_rng(0).normal(size=(30, 2048))
+    moments = {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
+    np.savez("reference.npz", arr_0=pixels(60, 4, 4), **moments)
+    look_at = evaluate.RealPath.look_at
+    inception, other = look_at("reference.npz", "inception"), look_at("reference.npz", "dinov2")
+    assert (inception.moments, inception.images, other.moments, other.images) == (True, True, False, True)
+    assert not inception.must_collect(False) and inception.must_collect(True) and other.must_collect(False)
+    assert inception.moments_in_file().dimension == 2048
+
+
+def test_comparison_is_of_reports_or_of_sources(folder, capsys):
+    tiny_pipeline(seed=1).save_pretrained("tuned")
+    first = run("--model", "base", "--real", "real.npz", *SMALL, output="base.json")
+    compared = run("--compare", "base.json", "tuned", "--real", "real.npz", *SMALL, "--markdown", "change.md")
+    second = metrics_of(compared["after"])["frechet"]
+    change = 100 * (second / metrics_of(first)["frechet"] - 1)
+    assert compared["percent"] == {"frechet": pytest.approx(change)} and compared["before"] == first
+    assert f"{change:+.1f} %" in capsys.readouterr().out and f"{change:+.1f} %" in (folder / "change.md").read_text()
+
+
+def test_work_that_is_kept_is_not_done_again(folder, monkeypatch):
+    run("--model", "base", "--real", "real.npz", *SMALL, "--work-dir", "work")
+    monkeypatch.setattr("trl_distreward.evaluation.generated.generate_images", None)
+    monkeypatch.setattr("trl_distreward.evaluation.collect._extract", None)
+    report = run("--model", "base", "--real", "real.npz", *SMALL, "--work-dir", "work", "--metrics", "kernel")
+    assert set(metrics_of(report)) == {"kernel"}
+    again = run("--model", "work/images", "--real", "real.npz", "--work-dir", "work", "--batch-size", 16)
+    assert again["settings"] == report["settings"]
+
+
+class FakeInception(torch.nn.Module):
+    name, resize, dimension = "inception", "tensorflow", 5
+
+    def outputs(self, images, names):
+        return {"pool3": project(images), "logits_unbiased": project(images)[:, :3] * 4}
+
+    def forward(self, images):
+        return project(images)
+
+
+def test_inception_score_is_of_the_logits_in_the_same_pass(folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_extractor", lambda _: FakeInception())
+    arguments = ["--model", "base", *SMALL, "--metrics", "frechet"]
+    report = run(*arguments, "inception_score", "--real", "real.npz", "--save-npz", "sample.npz")
+    logits = 4 * project(torch.from_numpy(np.load("sample.npz")["arr_0"]).permute(0, 3, 1, 2))[:, :3]
+    from trl_distreward.metrics.scores import inception_score
+
+    assert metrics_of(report)["inception_score"] == pytest.approx(inception_score(logits, seed=0).mean, rel=1e-5)
+    assert metrics_of(report)["frechet"] == metrics_of(run(*arguments, "--real", "real.npz"))["frechet"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_report_what_one_does(folder):
+    arguments = ["--model", folder / "base", "--real", folder / "real.npz", *SMALL]
+    alone = run(*arguments)
+    result = launch("trl_distreward.scripts.evaluate", [*arguments, *EXTRACTOR, "--output", folder / "two.json"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((folder / "two.json").read_text()) == alone

@@ -1,0 +1,155 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import numpy as np
+import pytest
+import torch
+
+from trl_distreward.metrics import manifold
+from trl_distreward.metrics.manifold import precision_recall_density_coverage
+
+
+def by_definition(real, generated, k, precision_recall_k=None):
+    """From the whole matrices, in float64 and rounded as scikit-learn rounds."""
+    compared = np.float32 if real.dtype == generated.dtype == torch.float32 else np.float64
+    x, y = real.double().numpy(), generated.double().numpy()
+
+    def distances(a, b):
+        squares = np.stack([((b - row) ** 2).sum(axis=1) for row in a])
+        return np.sqrt(squares.astype(compared))
+
+    def radii(a, k):
+        others = distances(a, a)
+        np.fill_diagonal(others, np.inf)
+        return np.sort(others, axis=1)[:, k - 1]
+
+    between, other_k = distances(x, y), precision_recall_k or k
+    within = between < radii(x, k)[:, None]
+    return {
+        "precision": (between < radii(x, other_k)[:, None]).any(axis=0).mean(),
+        "recall": (between < radii(y, other_k)).any(axis=1).mean(),
+        "density": within.sum() / (k * len(y)),
+        "coverage": within.any(axis=1).mean(),
+    }
+
+
+def normal(count, dimension, seed=0, dtype=torch.float32):
+    return torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def heaps(count, seed, width):
+    """Twelve heaps far apart: float32 products know nothing of the distances inside one."""
+    return (100 * normal(12, 32))[torch.arange(count) % 12] + width * normal(count, 32, seed)
+
+
+@pytest.fixture(params=[2_048, 64], ids=["one block", "many blocks"])
+def block(request, monkeypatch):
+    monkeypatch.setattr(manifold, "BLOCK", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dimension", [2, 40])
+def test_equals_the_definition(block, dtype, dimension):
+    real, generated = normal(300, dimension, 1, dtype), 0.9 * normal(230, dimension, 2, dtype) + 0.1
+    values = precision_recall_density_coverage(real, generated, 5, precision_recall_k=3)
+    assert values == pytest.approx(by_definition(real, generated, 5, 3), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("real", "generated"),
+    [
+        (normal(300, 6).round(), normal(250, 6, 1).round()),  # a grid: most distances are tied
+        (normal(300, 8), normal(300, 8)),  # the same set twice
+        (normal(200, 8), normal(200, 8)[:50].repeat(4, 1)),  # copies of real rows
+        (normal(200, 8), normal(1, 8, 3).repeat(200, 1)),  # one image over and over
+        (torch.full((40, 5), 0.3), torch.full((30, 5), 0.3)),  # constant features
+        (heaps(300, 1, 1e-2), heaps(280, 2, 1e-2)),
+        (heaps(300, 1, 1e-5).double(), heaps(280, 2, 1e-5).double()),
+        (1e12 * normal(200, 8) + 3e12, 1e12 * normal(200, 8, 1) + 3e12),
+        (1e-18 * normal(200, 8), 1e-18 * normal(200, 8, 1)),
+        (torch.cat([normal(200, 8), 1e7 * normal(1, 8, 5)]), torch.cat([normal(150, 8, 1), 1e6 * normal(1, 8, 6)])),
+    ],
+    ids=["ties", "same", "copies", "collapsed", "constant", "heaps", "tight heaps", "large", "small", "outliers"],
+)
+def test_equals_the_definition_where_rounding_could_decide(block, real, generated):
+    assert precision_recall_density_coverage(real, generated, 5) == pytest.approx(by_definition(real, generated, 5))
+
+
+def test_float32_distances_that_round_to_the_same_number_are_equal():
+    # the generated row is nearer than the neighbour by less than float32 tells: float64 sees it, float32 does not
+    real = torch.tensor([[0.0], [1.0], [3.0]], dtype=torch.float64)
+    generated = torch.tensor([[1 - 1e-9], [50.0], [90.0]], dtype=torch.float64)
+    assert precision_recall_density_coverage(real, generated, 1)["density"] == 2 / 3  # of 0's ball, and of 1's own
+    assert precision_recall_density_coverage(real.float(), generated.float(), 1)["density"] == 1 / 3
+
+
+# what prdc 0.2 gives for the sets below, with scikit-learn 1.9.1, as numbers of rows and of pairs
+PRDC_COUNTS = {"precision": 2144, "recall": 1454, "density": 27319, "coverage": 2988}
+
+
+def test_agrees_with_the_prdc_package():
+    real, generated = normal(3_000, 64, 1), 0.95 * normal(2_500, 64, 2) + 0.03
+    values = precision_recall_density_coverage(real, generated, 5)
+    counts = {
+        "precision": round(values["precision"] * 2_500),
+        "recall": round(values["recall"] * 3_000),
+        "density": round(values["density"] * 5 * 2_500),
+        "coverage": round(values["coverage"] * 3_000),
+    }
+    assert counts == PRDC_COUNTS
+
+
+def test_real_set_against_itself_is_perfect():
+    rows = normal(200, 8)
+    values = precision_recall_density_coverage(rows, rows, 4)
+    assert values == {"precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0}
+
+
+def test_neither_the_order_of_rows_nor_a_shift_matters(block):
+    real, generated = normal(301, 16, 1), normal(257, 16, 2) + 0.2
+    order, other = torch.randperm(301), torch.randperm(257)
+    expected = precision_recall_density_coverage(real, generated)
+    assert precision_recall_density_coverage(real[order], generated[other]) == expected
+    assert precision_recall_density_coverage(64 * real.double() + 2**30, 64 * generated.double() + 2**30) == expected
+
+
+def test_swapping_the_sets_swaps_precision_and_recall():
+    real, generated = normal(150, 6, 1), 0.7 * normal(140, 6, 2)
+    forth, back = (precision_recall_density_coverage(*sets, 3) for sets in ((real, generated), (generated, real)))
+    assert (forth["precision"], forth["recall"]) == (back["recall"], back["precision"])
+    assert forth["precision"] != forth["recall"]
+
+
+def test_no_matrix_of_all_pairs_is_held(monkeypatch):
+    monkeypatch.setattr(manifold, "BLOCK", 64)
+    sizes = []
+    original = manifold._lower_bounds
+
+    def watched(*args):
+        bounds = original(*args)
+        sizes.append(bounds.numel())
+        return bounds
+
+    monkeypatch.setattr(manifold, "_lower_bounds", watched)
+    precision_recall_density_coverage(normal(400, 4), normal(400, 4, 1))
+    assert max(sizes) <= 64**2 and len(sizes) == 28 + 28 + 49  # both triangles of 7 x 7 blocks, and a square
+
+
+def test_smallest_sets_have_one_row_more_than_neighbours():
+    real, generated = normal(6, 3), normal(6, 3, 1)
+    values = precision_recall_density_coverage(real, generated, 5)
+    assert values == pytest.approx(by_definition(real, generated, 5))
+
+
+@pytest.mark.parametrize(
+    ("real", "generated", "k", "message"),
+    [
+        (normal(5, 3), normal(9, 3), 5, "needs at least 6 real rows.* there are 5"),
+        (normal(9, 3), normal(1, 3), 1, "needs at least 2 generated rows.* there are 1"),
+        (normal(9, 3), normal(9, 3), 0, "nearest_k=0 must be a whole number"),
+        (normal(9, 3), normal(9, 4), 3, "generated features have dimension 4"),
+        (normal(9, 3), normal(9, 3).fill_(torch.nan), 3, "generated features have NaN"),
+        (normal(9, 3)[0], normal(9, 3), 3, r"must be a tensor of shape \(N, d\)"),
+    ],
+)
+def test_errors_name_the_numbers(real, generated, k, message):
+    with pytest.raises(ValueError, match=message):
+        precision_recall_density_coverage(real, generated, k)

@@ -1,0 +1,229 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from trl_distreward import FeatureStatistics, KernelDistance, feature_metrics, frechet_distance
+from trl_distreward.metrics import (
+    cmmd,
+    frechet_infinity,
+    half_sample_spread,
+    inception_score,
+    kernel_inception_distance,
+    precision_recall_density_coverage,
+)
+from trl_distreward.metrics.scores import METRICS
+
+
+def normal(count, dimension, seed=0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, dimension, generator=generator, dtype=torch.float64).float() + shift
+
+
+def unbiased_mmd(x, y):
+    """The definition with the cubic kernel, in float64."""
+    x, y = x.double().numpy(), y.double().numpy()
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
+    own = [(kernel(a, a).sum() - np.trace(kernel(a, a))) / (len(a) * (len(a) - 1)) for a in (x, y)]
+    return sum(own) - 2 * kernel(x, y).mean()
+
+
+REAL, GENERATED = normal(300, 8, 1), normal(260, 8, 2, shift=0.2)
+LOGITS = 3 * normal(260, 10, 4)
+
+
+# ---- kernel distances ----
+
+
+def test_kid_is_the_mean_over_the_subsets_torch_fidelity_draws():
+    random, values = np.random.RandomState(7), []
+    for _ in range(5):
+        generated = GENERATED[random.choice(260, 50, replace=False)]
+        values.append(unbiased_mmd(generated, REAL[random.choice(300, 50, replace=False)]))
+    score = kernel_inception_distance(REAL, GENERATED, num_subsets=5, subset_size=50, seed=7)
+    assert score.mean == pytest.approx(np.mean(values), rel=1e-10)
+    assert score.std == pytest.approx(np.std(values), rel=1e-9)
+
+
+def test_kid_over_many_subsets_comes_near_to_that_of_the_whole_sets():
+    score = kernel_inception_distance(REAL, GENERATED, num_subsets=400, subset_size=60)
+    whole = KernelDistance(REAL).fit(GENERATED).value
+    assert abs(score.mean - whole) < 4 * score.std / math.sqrt(400)
+    assert whole == pytest.approx(unbiased_mmd(GENERATED, REAL), rel=1e-9)
+
+
+def test_kid_refuses_subsets_larger_than_a_set():
+    with pytest.raises(ValueError, match="subset_size=1000 is more than the 300 real images"):
+        kernel_inception_distance(REAL, GENERATED)
+
+
+def test_cmmd_is_the_biased_gaussian_mmd_of_normalised_rows():
+    x, y = (rows.double() / rows.double().norm(dim=1, keepdim=True) for rows in (REAL, GENERATED))
+    kernel = lambda a, b: (-torch.cdist(a, b).square() / 200).exp().mean()  # noqa: E731
+    expected = 1_000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)).item()
+    assert cmmd(REAL, GENERATED) == pytest.approx(expected, rel=1e-5)
+    assert cmmd(7 * REAL, GENERATED / 7) == pytest.approx(expected, rel=1e-5)
+    assert cmmd(REAL, REAL) == pytest.approx(0, abs=1e-9)
+
+
+# ---- Inception Score ----
+
+
+def test_inception_score_is_one_without_difference_and_the_number_of_classes_at_best():
+    assert inception_score(torch.ones(50, 10), 5) == pytest.approx((1.0, 0.0))
+    sure = 1e3 * torch.eye(10).repeat(20, 1)
+    assert inception_score(sure, 10) == pytest.approx((10.0, 0.0))
+    by_class = sure.view(20, 10, 10).transpose(0, 1).reshape(200, 10)
+    assert inception_score(by_class, 10) == pytest.approx((1.0, 0.0))  # each split has seen one class
+    assert inception_score(by_class, 10, seed=0).mean > 5
+
+
+def test_inception_score_is_its_formula():
+    rows = LOGITS.double()[np.random.RandomState(3).permutation(260)]
+    expected = []
+    for split in range(7):
+        p = rows[split * 260 // 7 : (split + 1) * 260 // 7].softmax(dim=1)
+        expected.append((p * (p / p.mean(dim=0)).log()).sum(dim=1).mean().exp().item())
+    assert inception_score(LOGITS, 7, seed=3) == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-12)
+
+
+def test_inception_score_refuses_more_splits_than_rows():
+    with pytest.raises(ValueError, match="splits=10 must lie between 1 and the number of images, 4"):
+        inception_score(torch.ones(4, 10))
+
+
+# ---- extrapolation ----
+
+
+def test_extrapolated_distance_takes_off_the_bias():
+    """All sets come from one distribution, so that the distance of infinitely many images is 0."""
+    real = FeatureStatistics.from_moments(torch.zeros(16).double(), torch.eye(16).double())
+    sets = [normal(1_000, 16, seed) for seed in range(20)]
+    biased = np.mean([frechet_distance(FeatureStatistics.from_features(rows), real) for rows in sets])
+    assert abs(np.mean([frechet_infinity(real, rows) for rows in sets])) < 0.15 * biased
+    assert frechet_infinity(real, sets[0]) == frechet_infinity(real, sets[0])
+
+
+def test_extrapolation_is_exact_where_the_distance_is_linear(monkeypatch):
+    from trl_distreward.metrics import scores
+
+    monkeypatch.setattr(scores, "frechet_distance", lambda generated, real, root: 1.25 + 30 / generated.count)
+    assert frechet_infinity(normal(50, 2), normal(400, 2)) == pytest.approx(1.25, abs=1e-12)
+
+
+def test_extrapolation_refuses_sets_that_are_too_small_for_it():
+    with pytest.raises(ValueError, match="60 generated images, num_sizes=15, smallest=32"):
+        frechet_infinity(normal(50, 16), normal(60, 16))
+
+
+# ---- spread ----
+
+
+def test_spread_of_a_mean_is_its_standard_error():
+    rows = normal(400, 1, 5).flatten().double()
+    for fraction in (0.5, 0.2):
+        metric = lambda part: {"mean": rows[part].mean().item()}  # noqa: E731
+        spread = half_sample_spread(metric, 400, repeats=4_000, fraction=fraction)
+        assert spread["mean"] == pytest.approx(rows.std().item() / 20, rel=0.05)
+
+
+def test_spread_foretells_the_spread_between_sets():
+    real = FeatureStatistics.from_features(normal(4_000, 4))
+
+    def distance(features):
+        return {"frechet": frechet_distance(FeatureStatistics.from_features(features), real)}
+
+    sets = [normal(400, 4, seed, shift=0.3) for seed in range(10, 50)]
+    between = np.std([distance(rows)["frechet"] for rows in sets], ddof=1)
+    foretold = half_sample_spread(lambda part: distance(sets[0][part]), 400, 60)["frechet"]
+    assert foretold == pytest.approx(between, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 10, "repeats": 1}, "repeats=1 must be a whole number from 2"),
+        ({"count": 10, "fraction": 1.0}, "fraction=1.0 must lie between 0 and 1"),
+        ({"count": 2}, "subsets need at least 2 rows"),
+    ],
+)
+def test_spread_refuses_what_has_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        half_sample_spread(lambda rows: {"n": len(rows)}, **arguments)
+
+
+# ---- the table ----
+
+
+def test_table_holds_what_each_metric_gives_alone():
+    sizes = {"kid_subsets": 4, "kid_subset_size": 40}
+    table = feature_metrics(REAL, GENERATED, METRICS, logits=LOGITS, seed=5, **sizes)
+    manifold = precision_recall_density_coverage(REAL, GENERATED, 5, precision_recall_k=3)
+    distance = frechet_distance(*(FeatureStatistics.from_features(rows) for rows in (GENERATED, REAL)))
+    kid = kernel_inception_distance(REAL, GENERATED, num_subsets=4, subset_size=40, seed=5)
+    score = inception_score(LOGITS, seed=5)
+    expected = {
+        **dict.fromkeys(("frechet", "fid"), distance),
+        **dict.fromkeys(("frechet_infinity", "fid_infinity"), frechet_infinity(REAL, GENERATED, seed=5)),
+        "kid": kid.mean,
+        "kid_std": kid.std,
+        "kernel": KernelDistance(REAL).fit(GENERATED).value,
+        "mmd": KernelDistance(REAL, kernel="gaussian").fit(GENERATED).value,
+        "cmmd": cmmd(REAL, GENERATED),
+        **manifold,
+        "inception_score": score.mean,
+        "inception_score_std": score.std,
+    }
+    assert table == pytest.approx(expected, rel=1e-9)
+    assert list(table) == list(expected)
+
+
+def test_statistics_are_enough_for_frechet_distances_and_no_more():
+    statistics = FeatureStatistics.from_features(REAL)
+    names = ["frechet", "frechet_infinity", "inception_score"]
+    table = feature_metrics(statistics, GENERATED, names, logits=LOGITS)
+    assert table == pytest.approx(feature_metrics(REAL, GENERATED, names, logits=LOGITS), rel=1e-9)
+    for name in set(METRICS) - {"frechet", "fid", "frechet_infinity", "fid_infinity", "inception_score"}:
+        with pytest.raises(ValueError, match=f"^{name} compare images with images"):
+            feature_metrics(statistics, GENERATED, ["frechet", name])
+
+
+def test_spread_comes_under_each_name_and_leaves_the_values_alone():
+    names = ["recall", "frechet", "kid"]
+    sizes = {"kid_subsets": 4, "kid_subset_size": 40}
+    plain = feature_metrics(REAL, GENERATED, names, **sizes)
+    table = feature_metrics(REAL, GENERATED, names, spread=5, seed=0, **sizes)
+    assert list(table) == ["recall", "recall_std", "frechet", "frechet_std", "kid", "kid_std"]
+    assert {name: table[name] for name in plain} == plain
+    assert 0 < table["recall_std"] < 0.1 and 0 < table["frechet_std"] < 0.5 * table["frechet"]
+
+
+def test_float16_features_are_taken_as_they_are():
+    real, generated = REAL.half(), GENERATED.half()
+    names = ["frechet", "mmd", "recall"]
+    assert feature_metrics(real, generated, names) == pytest.approx(
+        feature_metrics(real.double(), generated.double(), names), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ["fid", "IS"]}, r"metrics=\['IS'\] are unknown or none: choose from frechet, fid"),
+        ({"metrics": []}, r"metrics=\[\] are unknown or none"),
+        ({"metrics": ["inception_score"]}, "inception_score needs the class logits"),
+        ({"metrics": ["kid"]}, "subset_size=1000 is more than the 300 real images"),
+        ({"generated": GENERATED[:1]}, "there are 1 generated images: .* at least 2"),
+        ({"generated": GENERATED[:3], "metrics": ["recall"]}, "needs at least 6 generated rows.* there are 3"),
+        ({"generated": GENERATED[:, :5]}, "generated features have dimension 5.* have 8"),
+        ({"generated": GENERATED * torch.tensor([1.0] * 7 + [torch.nan])}, "generated features have NaN or infinite"),
+        ({"real": REAL / 0}, "real features have NaN or infinite values in 300 of 300"),
+        ({"real": FeatureStatistics.from_features(REAL[:, :5])}, "generated features have dimension 8"),
+        ({"logits": LOGITS[:7], "metrics": ["inception_score"]}, "there are 7 logits but 260 generated images"),
+    ],
+)
+def test_errors_name_the_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        feature_metrics(**{"real": REAL, "generated": GENERATED, **changes})

@@ -1,0 +1,129 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Images of a dataset, on disk or streamed; decoded here, so that every source is decoded alike."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from datasets import Dataset, Image, IterableDataset, load_dataset, load_from_disk
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from .decoding import StoredImage
+from .sources import _MAX_LANES, ImageSource, IndexedImages
+
+
+class DatasetImages(IndexedImages):
+    """A dataset whose rows are read by number."""
+
+    def __init__(self, dataset: Dataset, column: str, description: Mapping[str, Any]):
+        self.rows = dataset.select_columns([column])
+        self.column = column
+        self.description = {**description, "images": len(dataset), "fingerprint": dataset._fingerprint}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> StoredImage:
+        name = f"row {index} of {self.description['source']}"
+        return stored_image(name, self.rows[index][self.column])
+
+
+class StreamedImages(ImageSource):
+    """A dataset that is read as a stream; lanes are its files, or groups of them."""
+
+    def __init__(self, dataset: IterableDataset, column: str, description: Mapping[str, Any]):
+        self.rows, self.column = dataset.select_columns([column]), column
+        self.description = {**description, "files": dataset.num_shards}
+
+    def num_lanes(self, batch_size: int) -> int:
+        return min(_MAX_LANES, self.rows.num_shards)
+
+    def lane(self, index: int, batch_size: int, skip: int = 0) -> Iterator[Callable[[], StoredImage]]:
+        rows = self.rows.shard(self.num_lanes(batch_size), index, contiguous=True)
+        for i, row in enumerate(rows.skip(skip) if skip else rows, start=skip):
+            name = f"row {i} of part {index} of {self.description['source']}"
+            yield partial(stored_image, name, row[self.column])
+
+
+def stored_image(name: str, value: Any) -> StoredImage:
+    """An image column's value, undecoded; raises `ValueError` where it is none."""
+    if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path")):
+        shown = f"{name} ({value['path']})" if value.get("path") else name
+        if value.get("bytes") is not None:
+            return StoredImage(shown, value["bytes"])
+        with fsspec.open(value["path"], "rb") as file:
+            return StoredImage(shown, file.read())
+    if isinstance(value, bytes):
+        return StoredImage(name, value)
+    if isinstance(value, list):
+        return StoredImage(name, np.asarray(value, dtype=np.uint8))
+    raise ValueError(f"{name} holds {type(value).__name__}, not an image.")
+
+
+def find_image_column(features: Mapping[str, Any] | None, column: str | None, source: str) -> str:
+    """The column asked for, or the only one that holds images."""
+    names = list(features or {})
+    if column is not None:
+        if names and column not in names:
+            raise ValueError(f"image_column={column!r} is not in {source}, which has {names}: name one of them.")
+        return column
+    images = [name for name, feature in (features or {}).items() if isinstance(feature, Image)]
+    if len(images) != 1:
+        found = f"columns of images {images}" if images else "no column of images"
+        raise ValueError(f"{source} has {found} among {names}: name one with --image-column.")
+    return images[0]
+
+
+def resolve_revision(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a dataset on the Hub is now; what was asked for where the Hub is out of reach."""
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        return revision
+
+
+def open_dataset(
+    source: str,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    data_files: list[str] | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+) -> ImageSource:
+    """
+    Args:
+        source (`str`): folder that `datasets` saved, name on the Hub, or a format (`"webdataset"`, `"parquet"`) whose
+            files `data_files` names.
+        split (`str`, *optional*): needed where there are several.
+        config, revision, data_files, streaming: as in `datasets.load_dataset`; the revision is recorded as a commit.
+        image_column (`str`, *optional*): the only column of images by default.
+    """
+    description: dict[str, Any] = {"source": source}
+    if Path(source).is_dir():
+        rows = load_from_disk(source)
+    else:
+        on_hub = data_files is None
+        revision = resolve_revision(source, revision) if on_hub else revision
+        rows = load_dataset(source, config, data_files=data_files, revision=revision, streaming=streaming)
+        description |= {"config": config, "revision": revision, "data_files": data_files}
+    if isinstance(rows, Mapping):
+        if split is None and len(rows) > 1:
+            raise ValueError(f"{source} has the splits {', '.join(rows)}: name one with --split.")
+        name = split or next(iter(rows))
+        if name not in rows:
+            raise ValueError(f"split={split!r} is not in {source}, which has {', '.join(rows)}.")
+        rows, description = rows[name], {**description, "split": name}
+    elif split is not None:
+        raise ValueError(f"split={split!r}: {source} has no splits: leave it out.")
+    column = find_image_column(rows.features, image_column, source)
+    if rows.features is None or isinstance(rows.features[column], Image):
+        rows = rows.cast_column(column, Image(decode=False))
+    description = {k: v for k, v in {**description, "column": column}.items() if v is not None}
+    kind = StreamedImages if isinstance(rows, IterableDataset) else DatasetImages
+    return kind(rows, column, description)

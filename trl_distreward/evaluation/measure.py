@@ -1,0 +1,142 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Metrics of one set of images against real data, in one feature space."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from ..metrics.scores import FRECHET, feature_metrics
+from ..metrics.statistics_files import check_extractor
+from .collect import collect_features
+from .real import RealPath
+from .sources import ImageSource
+
+LOGIT_METRICS = ("inception_score",)
+
+
+class FeaturesAndLogits(nn.Module):
+    """Inception's features and its logits, side by side, in one pass."""
+
+    def __init__(self, inception: Any):
+        super().__init__()
+        self.inception = inception
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([*self.inception.outputs(images, ("pool3", "logits_unbiased")).values()], dim=1)
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """
+    An extractor, and the real data in its features.
+
+    Args:
+        extractor (`torch.nn.Module`): as [`~metrics.features.load_feature_extractor`] gives it.
+        real ([`~evaluation.real.RealPath`]): the real data.
+        metrics (`list[str]`): of [`~metrics.scores.feature_metrics`].
+        open_real (`Callable`): opens the real images, where `real` is of images.
+    """
+
+    extractor: Any
+    real: RealPath
+    metrics: Sequence[str]
+    open_real: Callable[[], ImageSource]
+
+    @property
+    def name(self) -> str:
+        return self.extractor.name
+
+    @property
+    def label(self) -> str:
+        """A name for a folder."""
+        return "-".join(re.sub(r"[^\w.-]", "-", part) for part in dict.fromkeys((self.name, self.extractor.resize)))
+
+    @property
+    def needs_logits(self) -> bool:
+        return any(metric in LOGIT_METRICS for metric in self.metrics)
+
+    @property
+    def by_features(self) -> list[str]:
+        """Metrics for which moments are not enough."""
+        return [metric for metric in self.metrics if metric not in (*FRECHET, *LOGIT_METRICS)]
+
+    def check(self) -> None:
+        """
+        Before any image is made: whether the real data are there, and are of this extractor.
+
+        Raises:
+            ValueError: statistics of another extractor, or none of the features that a metric needs.
+        """
+        statistics = self.real.moments_in_file()
+        if statistics is not None:
+            check_extractor(
+                statistics.metadata,
+                statistics.dimension,
+                extractor=self.name,
+                resize=self.extractor.resize,
+                extractor_dimension=self.extractor.dimension,
+                path=self.real.path,
+            )
+        if self.by_features and not (self.real.images or self.real.features):
+            raise ValueError(
+                f"{', '.join(self.by_features)} of {self.name}: compared with real features, but {self.real.path} "
+                "holds moments alone: give real images, or statistics made with --features."
+            )
+        if self.needs_logits and not hasattr(self.extractor, "outputs"):
+            raise ValueError(f"inception_score is of Inception's logits, which {self.name} has not: leave it out.")
+
+    def measure(
+        self, generated: ImageSource, folder: Path, *, seed: int = 0, spread: int = 0, **options: Any
+    ) -> dict[str, Any] | None:
+        """
+        One entry of a report's results, in the main process; all call it.
+
+        Args:
+            generated ([`ImageSource`]): the images to judge.
+            folder (`Path`): for unfinished work.
+            seed, spread: of [`~metrics.scores.feature_metrics`].
+            options: of [`~evaluation.collect.collect_features`]; `resize` and `skip_corrupt` for generated images too.
+        """
+        state = PartialState()
+        about = {"description": {"resize": self.extractor.resize}, **options}
+        real, source = None, {}
+        if self.real.must_collect(bool(self.by_features)):
+            images = self.open_real()
+            source = {name: value for name, value in images.description.items() if name in ("split", "revision")}
+            real = collect_features(images, self.extractor, folder / f"real-{self.label}", name=self.name, **about)
+        network = FeaturesAndLogits(self.extractor) if self.needs_logits else self.extractor
+        name = f"{self.name} with logits" if self.needs_logits else self.name
+        made = collect_features(generated, network, folder / f"generated-{self.label}", name=name, **about)
+        if not state.is_main_process:
+            return None
+        data = self.real.load(real, source)
+        features, logits = made.features(), None
+        if self.needs_logits:
+            features, logits = features[:, : self.extractor.dimension], features[:, self.extractor.dimension :]
+        check_extractor(
+            data.statistics.metadata,
+            data.statistics.dimension,
+            extractor=self.name,
+            extractor_dimension=features.shape[1],
+            path=self.real.path,
+        )
+        moments = [m for m in self.metrics if m in FRECHET]
+        others = [m for m in self.metrics if m not in FRECHET]
+        found = feature_metrics(data.statistics, features, moments, seed=seed, spread=spread) if moments else {}
+        if others:
+            against = data.statistics if data.features is None else data.features
+            found |= feature_metrics(against, features, others, logits=logits, seed=seed, spread=spread, progress=True)
+        return {
+            "extractor": self.name,
+            "resize": self.extractor.resize,
+            "real": data.description,
+            "images": made.count,
+            "skipped": made.skipped,
+            "metrics": found,
+        }

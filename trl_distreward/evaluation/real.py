@@ -1,0 +1,106 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""The real data of an evaluation: statistics from a file, or the features of images."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..metrics.checks import load_real_features
+from ..metrics.npz import array_names, open_archive
+from ..metrics.statistics import FeatureStatistics
+from ..metrics.statistics_files import SPATIAL
+from .collect import CollectedFeatures
+
+
+@dataclass(frozen=True)
+class RealData:
+    """
+    Real data in one feature space.
+
+    Attributes:
+        statistics ([`FeatureStatistics`]): for the Fréchet distance.
+        features (`torch.Tensor` of shape `(N, d)` or `None`): for the other metrics, where there are any.
+        path (`str`): where it is from.
+    """
+
+    statistics: FeatureStatistics
+    features: Tensor | None
+    path: str
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """With the norm of the mean, which tells whether two evaluations are against the same data."""
+        statistics = self.statistics
+        said = {name: value for name, value in statistics.metadata.items() if name in ("split", "revision")}
+        return {"path": self.path, "count": statistics.count, "mean_norm": statistics.mean.norm().item()} | said
+
+
+@dataclass(frozen=True)
+class RealPath:
+    """
+    What a path holds of real data in an extractor's features.
+
+    Attributes:
+        moments (`bool`): a mean and a covariance: a statistics file, or an ADM reference batch, for Inception.
+        features (`bool`): the features beside them.
+        images (`bool`): images, from which both can be made.
+    """
+
+    path: Path
+    extractor: str
+    moments: bool
+    features: bool
+    images: bool
+
+    @classmethod
+    def look_at(cls, path: str | os.PathLike, extractor: str) -> "RealPath":
+        path = Path(path)
+        if path.suffix in (".safetensors", ".pkl") and not path.is_file():
+            raise FileNotFoundError(f"no statistics file at {path}.")
+        if path.suffix == ".safetensors":
+            names = _tensor_names(path)
+            return cls(path, extractor, "mean" in names, "features" in names, False)
+        if path.suffix != ".npz" or not path.is_file():
+            return cls(path, extractor, path.suffix == ".pkl", False, path.suffix != ".pkl")
+        with open_archive(path) as archive:
+            names = set(array_names(archive))
+        images, mean = "arr_0" in names, "mu_s" if extractor == SPATIAL else "mu"
+        ours = not images or extractor.startswith("inception")  # a reference batch's moments are Inception's
+        return cls(path, extractor, ours and mean in names, False, images)
+
+    def must_collect(self, needs_features: bool) -> bool:
+        """Whether features of the images have to be made."""
+        return self.images and (not self.moments or needs_features)
+
+    def moments_in_file(self) -> FeatureStatistics | None:
+        return FeatureStatistics.load(self.path, self.extractor) if self.moments else None
+
+    def load(self, collected: CollectedFeatures | None, metadata: Mapping[str, str] | None = None) -> RealData:
+        """
+        Args:
+            collected ([`~evaluation.collect.CollectedFeatures`] or `None`), metadata (`dict[str, str]`, *optional*):
+                of the images, where features had to be made of them.
+        """
+        statistics = self.moments_in_file()
+        if collected is not None:
+            statistics = statistics or collected.statistics(metadata)
+            return RealData(statistics, collected.features(), str(self.path))
+        features = load_real_features(self.path, "evaluation") if self.features else None
+        if statistics is None:
+            if features is None:
+                raise ValueError(f"{self.path} holds neither statistics nor features nor images.")
+            statistics = FeatureStatistics.from_features(features)
+        return RealData(statistics, features, str(self.path))
+
+
+def _tensor_names(path: Path) -> set[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a .safetensors file: {error}.") from error

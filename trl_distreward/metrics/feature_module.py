@@ -1,0 +1,73 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What the modules of Hugging Face `evaluate` under `metrics_hub` share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+from torch import Tensor
+
+INPUTS = """
+Args:
+    predictions (`list` or array of shape `(N, d)`): features of generated images, float32.
+    references (`list` or array of shape `(M, d)`): features of real images, from the same extractor.
+        The two sets need not have the same number of rows, and `add_batch` takes either of them alone.
+"""
+
+
+class FeatureModule(evaluate.Metric):
+    """
+    A metric between two sets of feature vectors of any sizes.
+
+    `evaluate` keeps predictions and references as columns of one table. The shorter of the two is filled up with empty
+    rows here, which are left out again when the sets are taken from the table.
+    """
+
+    def describe(self, description: str, inputs: str, citation: str) -> evaluate.MetricInfo:
+        """What `_info` returns: rows of float32."""
+        row = ListOf(Value("float32"))
+        info = evaluate.MetricInfo(
+            description=description,
+            citation=citation,
+            inputs_description=INPUTS + inputs,
+            features=Features({"predictions": row, "references": row}),
+        )
+        # refused as an argument where rows are lists; without it every number becomes a Python object of 32 bytes
+        info.format = "numpy"
+        return info
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Adds features of generated images, of real images, or of both. In numbers as they come."""
+        columns = {"predictions": _rows(predictions), "references": _rows(references)}
+        longest = max(map(len, columns.values()))
+        filled = {name: [*rows, *[[]] * (longest - len(rows))] for name, rows in columns.items()}
+        super().add_batch(**filled, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Adds the features of one generated image, of one real image, or of both."""
+        super().add(prediction=_row(prediction), reference=_row(reference), **kwargs)
+
+
+def _row(row: Any) -> Any:
+    return [] if row is None else np.asarray(row, dtype=np.float32)
+
+
+def _rows(features: Any) -> Sequence[Any]:
+    if isinstance(features, Tensor):
+        features = features.detach().float().cpu().numpy()
+    return [] if features is None else list(features)
+
+
+def to_features(rows: Any, name: str) -> Tensor:
+    """The rows `(N, d)` of a column, without those that fill it up; the metric itself says if they are too few."""
+    kept = [row for row in rows if row is not None and len(row)]
+    if not kept:
+        raise ValueError(f"there are no {name}: give features of shape (N, d) to add_batch or compute.")
+    widths = {len(row) for row in kept}
+    if len(widths) > 1:
+        raise ValueError(f"the rows of {name} have {sorted(widths)} numbers: all must come from one extractor.")
+    return torch.from_numpy(np.stack(kept).astype(np.float32, copy=False))

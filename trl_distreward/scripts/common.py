@@ -1,0 +1,74 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What several commands need: feature extractors by name, processes, and shared options."""
+
+import argparse
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ..metrics.features import load_feature_extractor
+
+_EXTRACTOR_OPTIONS = ("source", "resize", "output", "sha256", "pooling", "revision")
+EXTRACTOR_HELP = (
+    "inception, dinov2, clip, a Hub id or a folder of a vision backbone, or the dotted path of a callable; with "
+    "options after commas, e.g. inception,source=weights.pth,resize=pytorch or inception,output=spatial"
+)
+_DATASET_OPTIONS = ("split", "config", "revision", "data_files", "streaming", "image_column")
+
+
+def find_extractor(spec: str) -> Any:
+    """
+    The feature extractor that `NAME[,option=value…]` names, in CPU memory; options are those of
+    [`~metrics.features.load_feature_extractor`].
+    """
+    name, *pairs = spec.split(",")
+    options = dict(pair.partition("=")[::2] for pair in pairs)
+    unknown = [key for key in options if key not in _EXTRACTOR_OPTIONS]
+    if unknown:
+        raise ValueError(f"{spec!r} has options {unknown}: a feature extractor has {', '.join(_EXTRACTOR_OPTIONS)}.")
+    extractor = load_feature_extractor(name, **options)
+    if getattr(extractor, "needs_conditions", False):
+        raise ValueError(
+            f"{name} needs the images' conditions, but a set of images has none: name one of images alone."
+        )
+    return extractor
+
+
+def start_processes() -> PartialState:
+    """This process among those that a launcher started; they wait for one another as long as it takes."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--resize",
+        type=int,
+        metavar="N",
+        help="Crop the centre of each image and resize it to N x N as ImageNet is prepared; without it images must be "
+        "of one size.",
+    )
+    images.add_argument(
+        "--skip-corrupt", action="store_true", help="Leave out images that cannot be read, and say how many."
+    )
+    images.add_argument("--num-workers", type=int, default=4, help="Threads that decode images, in each process.")
+
+
+def add_dataset_options(parser: argparse.ArgumentParser, of: str) -> None:
+    dataset = parser.add_argument_group(f"where {of} is a dataset")
+    dataset.add_argument("--split", help="Split; needed where there are several.")
+    dataset.add_argument("--config", help="Configuration of the dataset.")
+    dataset.add_argument("--revision", help="Branch, tag or commit; recorded as a commit.")
+    dataset.add_argument(
+        "--data-files", nargs="+", help=f"Files, where {of} is a format such as webdataset or parquet."
+    )
+    dataset.add_argument(
+        "--streaming", action="store_true", default=None, help="Read it without downloading it first."
+    )
+    dataset.add_argument("--image-column", help="Column of the images; by default the only one.")
+
+
+def dataset_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in _DATASET_OPTIONS}

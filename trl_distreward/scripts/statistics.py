@@ -1,0 +1,101 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""
+Computes the statistics of a set of images in the features of a network: what rewards and metrics compare with.
+
+    trl-distreward statistics images/ --output real.safetensors
+    trl-distreward statistics imagenet.npz --output real.safetensors --feature-extractor dinov2
+    trl-distreward statistics ILSVRC/imagenet-1k --split train --streaming --resize 256 --output real.safetensors
+    trl-distreward statistics webdataset --data-files 'shards/*.tar' --streaming --output real.safetensors
+    torchrun --standalone --nproc_per_node 8 -m trl_distreward.scripts.statistics images/ --output real.safetensors
+
+Killed at any moment, the same command goes on where it was. The file is the same to the last bit with any number of
+processes, and however often it was interrupted.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from ..evaluation.collect import collect_features
+from ..evaluation.sources import open_images
+from ..evaluation.statistics import describe, write_statistics
+from .common import (
+    EXTRACTOR_HELP,
+    add_dataset_options,
+    add_image_options,
+    dataset_options,
+    find_extractor,
+    start_processes,
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-distreward statistics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source", help="Folder of images, with subfolders; an ADM sample (.npz); or a dataset, by name or as a folder."
+    )
+    parser.add_argument("--output", required=True, help="The .safetensors file to write.")
+    parser.add_argument(
+        "--feature-extractor",
+        default="inception",
+        metavar="NAME",
+        help=f"{EXTRACTOR_HELP} (default: inception).",
+    )
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="Also keep the features themselves, which kernel distances, precision and recall need.",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="Images at a time (default: 64).")
+    parser.add_argument(
+        "--work-dir",
+        help="Where unfinished work is kept: 4 bytes for each feature of each image, 8 KiB for an image with "
+        "inception; shared by all processes. Removed at the end. By default OUTPUT.work.",
+    )
+    add_image_options(parser)
+    add_dataset_options(parser, "SOURCE")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = make_parser().parse_args(argv)
+    output = Path(arguments.output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output={arguments.output!r} must end in .safetensors.")
+    state = start_processes()
+    source = open_images(arguments.source, **dataset_options(arguments))
+    extractor = find_extractor(arguments.feature_extractor)
+    work_dir = Path(arguments.work_dir or f"{output}.work")
+    collected = collect_features(
+        source,
+        extractor,
+        work_dir,
+        name=extractor.name,
+        description={"resize": extractor.resize},
+        batch_size=arguments.batch_size,
+        resize=arguments.resize,
+        skip_corrupt=arguments.skip_corrupt,
+        num_workers=arguments.num_workers,
+    )
+    if state.is_main_process:
+        about = {k: v for k, v in source.description.items() if k in ("source", "config", "split", "revision")}
+        metadata = describe(collected, extractor, image_resize=arguments.resize, **about)
+        statistics = write_statistics(collected, output, metadata, arguments.features)
+        for message in collected.skipped:
+            print(f"Skipped: {message}")
+        modes = ", ".join(f"{count} {mode}" for mode, count in collected.modes.items())
+        print(
+            f"{output}: {statistics.count} images ({modes}), {len(collected.skipped)} skipped, "
+            f"{statistics.dimension} features of {extractor.name}."
+        )
+        shutil.rmtree(work_dir)
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()
