@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from trl import TrlParser
 
 from trl_distreward import DiffusionDistributionConfig, FeatureStatistics, load_pipeline
@@ -48,7 +49,12 @@ def test_models_and_real_data_are_found_by_what_they_are_called(example, tmp_pat
     assert pipeline.decode(torch.zeros(1, 4, 32, 32)).shape == (1, 3, 256, 256)
     pipeline.save_pretrained(tmp_path / "sit")
     loaded = example.load_sit(str(tmp_path / "sit"), "random")
-    assert torch.equal(loaded.transformer.pos_embed, pipeline.transformer.pos_embed)
+    torch.save(pipeline.transformer.state_dict(), tmp_path / "original.pt")
+    converted = example.load_sit(str(tmp_path / "original.pt"), "random")
+    x, t, label = torch.randn(1, 4, 32, 32), torch.tensor([0.3]), torch.tensor([7])
+    with torch.no_grad():
+        velocities = [p.transformer.eval()(x, t, label).sample for p in (pipeline, loaded, converted)]
+    assert torch.equal(velocities[0], velocities[1]) and torch.equal(velocities[0], velocities[2])
 
     config = DiffusionDistributionConfig(output_dir=str(tmp_path), use_cpu=True)
     arguments = example.SiTImageNetArguments(feature_extractor="inception", real_statistics="given.npz")
@@ -57,6 +63,18 @@ def test_models_and_real_data_are_found_by_what_they_are_called(example, tmp_pat
     monkeypatch.setattr(example, "NUM_GENERATED", 4)
     statistics = example.real_statistics(arguments, config, pipeline)
     assert isinstance(statistics, FeatureStatistics) and (statistics.count, statistics.dimension) == (4, 48)
+
+
+def test_statistics_of_real_images_are_computed_once(example, tmp_path):
+    for i in range(3):
+        Image.effect_noise((300, 260), 50 + i).convert("RGB").save(tmp_path / f"{i}.png")
+    config = DiffusionDistributionConfig(output_dir=str(tmp_path / "out"), use_cpu=True)
+    arguments = example.SiTImageNetArguments(feature_extractor="sit_imagenet.thumbnails", real_images=str(tmp_path))
+    path = example.real_statistics(arguments, config, None)
+    assert FeatureStatistics.load(path).count == 3
+    written = Path(path).stat().st_mtime_ns
+    assert example.real_statistics(arguments, config, None) == path
+    assert Path(path).stat().st_mtime_ns == written
 
 
 @pytest.mark.slow

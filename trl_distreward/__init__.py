@@ -27,6 +27,8 @@ _PUBLIC = {
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
     "feature_metrics": "metrics.scores",
+    "check_resources": "trainer.dry_run",
+    "dry_run": "trainer.dry_run",
     "frechet_distance": "metrics.frechet",
     "load_feature_extractor": "metrics.features",
     "load_inception": "metrics.inception",
@@ -67,6 +69,8 @@ __all__ = [
     "SubsetReplaceReward",
     "SumDistance",
     "feature_metrics",
+    "check_resources",
+    "dry_run",
     "frechet_distance",
     "load_feature_extractor",
     "load_inception",
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
+    from .trainer.dry_run import check_resources, dry_run
 
 
 def __getattr__(name: str) -> Any:
