@@ -54,9 +54,10 @@ def test_predictions_hold_for_any_number_of_processes():
     # 24 images in batches of 5 by 3 processes: 15 and 9
     assert rows_per_process(24, 5, 3) == 5 + 3
     assert sum(rows_per_process(24, 5, p) * p for p in (1, 2, 3)) == 24 + 24 + 24
-    assert num_events("steps", 5, 10, at_end=True) == 2
-    assert num_events("steps", 4, 10, at_end=True) == 3 and num_events("steps", 4, 10, at_end=False) == 2
-    assert num_events("no", 5, 10, at_end=True) == 0 and num_events("steps", 0.25, 10, at_end=False) == 3
+    assert num_events("steps", 5, 10, epoch=3, at_end=True) == 2
+    assert num_events("steps", 4, 10, epoch=3) == 2 and num_events("steps", 4, 10, epoch=3, at_end=True) == 3
+    assert num_events("no", 5, 10, epoch=3, at_end=True) == 0 and num_events("steps", 0.25, 10, epoch=3) == 3
+    assert num_events("epoch", 500, 10, epoch=3) == 3
 
 
 @pytest.mark.parametrize(

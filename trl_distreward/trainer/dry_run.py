@@ -234,7 +234,7 @@ def seconds_per_step(
     size = args.per_device_eval_batch_size
     reference = rows_per_process(args.reference_set_size, size, processes)
     evaluated = rows_per_process(len(trainer.eval_conditions), size, processes) * len(args.eval_schedules)
-    count = num_events(args.eval_strategy, args.eval_steps, steps, at_end=False) + bool(args.eval_on_start)
+    count = num_events(args.eval_strategy, args.eval_steps, steps, trainer.steps_per_epoch) + bool(args.eval_on_start)
     rolling = args.reference_update == "rolling"
     per_generation = {
         "rollout": evaluations.rollout * m.evaluation + images * args.best_of_n * m.decoding,
@@ -346,7 +346,8 @@ def _disk(trainer: Any, network: Network, sample: int, reference: int, steps: in
     if args.num_iterations > 1:
         buffer = num_kept_images(args, _per_image(trainer)) * num_states(args) * sample
     checkpoint = checkpoint_bytes(args, network, reference, buffer)
-    return checkpoint, disk_bytes(args, sum(checkpoint.values()), network, steps)
+    saves = num_events(args.save_strategy, args.save_steps, steps, trainer.steps_per_epoch, at_end=True)
+    return checkpoint, disk_bytes(args, sum(checkpoint.values()), network, saves)
 
 
 def format_prediction(prediction: Prediction) -> str:

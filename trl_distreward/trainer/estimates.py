@@ -53,11 +53,19 @@ def num_refreshes(args: Any, steps: int) -> int:
     return math.ceil(steps / interval)
 
 
-def num_events(strategy: str, interval: float | None, steps: int, at_end: bool) -> int:
-    """Times that something happens every `interval` steps (a share of all of them below 1)."""
+def num_events(strategy: str, interval: float | None, steps: int, epoch: int, at_end: bool = False) -> int:
+    """
+    Times that something happens in `steps` optimizer steps.
+
+    Args:
+        strategy (`str`): `"no"`, `"steps"`, `"epoch"`, or `"best"`, which is taken for the interval's.
+        interval (`float` or `None`): steps between two times, or below 1 a share of all.
+        epoch (`int`): steps of an epoch.
+        at_end (`bool`, *optional*, defaults to `False`): whether it happens after the last step in any case.
+    """
     if strategy == "no" or not interval:
         return 0
-    every = math.ceil(interval * steps) if interval < 1 else int(interval)
+    every = epoch if strategy == "epoch" else math.ceil(interval * steps) if interval < 1 else int(interval)
     return steps // every + (1 if at_end and steps % every else 0)
 
 
@@ -288,9 +296,8 @@ def checkpoint_bytes(args: Any, network: Network, reference: int, buffer: int = 
     return parts
 
 
-def disk_bytes(args: Any, checkpoint: int, network: Network, steps: int) -> int:
+def disk_bytes(args: Any, checkpoint: int, network: Network, saves: int) -> int:
     """Most bytes that a run has on disk at once: the checkpoints it keeps, the one it writes, and the last model."""
-    saves = num_events(args.save_strategy, args.save_steps, steps, at_end=True)
     limit = args.save_total_limit
     if limit is not None:  # the best one stays beside the last, the new one is whole before an old one goes
         saves = min(saves, max(limit, 2 if args.load_best_model_at_end else 1) + 1)

@@ -75,15 +75,19 @@ def peak_bytes(device: torch.device) -> Iterator[Peak]:
 
 
 def measured(device: torch.device, action: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds and bytes of `action`, run once to warm up, once for its memory and once on the clock."""
+    """Seconds and bytes of `action`, after a first run that is not counted."""
     action()
     with peak_bytes(device) as peak:
+        started = time.perf_counter()
         action()
-    started = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started, peak.bytes
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+    if device.type != "cuda":  # where counting takes time of its own
+        started = time.perf_counter()
+        action()
+        seconds = time.perf_counter() - started
+    return seconds, peak.bytes
 
 
 @dataclass(frozen=True)
@@ -270,7 +274,6 @@ def _update(trainer: Any, model: nn.Module, size: int) -> Callable[[], None]:
         with nullcontext() if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else accelerator.no_sync(model):
             accelerator.backward(loss_of())
 
-    action()  # makes the gradients
     return action
 
 
