@@ -100,7 +100,9 @@ def test_predicted_memory_is_what_a_real_run_holds(tmp_path, kwargs):
 
 def test_a_dry_run_names_the_phases_and_the_settings_that_do_not_fit(tmp_path, monkeypatch):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
-    prediction = dry_run(tiny_trainer(tmp_path, eval_strategy="steps", eval_steps=2, **settings))
+    trainer = tiny_trainer(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True, **settings)
+    trainer.evaluate = None  # not called
+    prediction = dry_run(trainer)
     assert prediction.fits and prediction.steps == 4 and not list(tmp_path.glob("checkpoint-*"))
     assert all(prediction.seconds[phase] > 0 for phase in ("rollout", "reward", "update", "refresh", "evaluation"))
     assert prediction.device_hours == pytest.approx(sum(prediction.seconds.values()) * 4 / 3600)

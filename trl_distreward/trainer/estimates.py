@@ -265,7 +265,7 @@ def peak_memory(
         "rollout": base + dealt + generated + max(transients.rollout, transients.decoding),
         "reward": base + dealt + generated + max(transients.features, transients.reward),
         "update": base + gradients + dealt + transients.update,
-        "evaluation": base + swapped + dealt + max(transients.evaluation, transients.features),
+        "evaluation": base + swapped + dealt + transients.evaluation,
     }
 
 

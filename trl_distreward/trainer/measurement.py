@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..generation import SamplingSchedule, sample, take
+from ..metrics.report import FEATURE_BATCH
 from ..policies import to_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts
@@ -146,10 +147,13 @@ def measure(trainer: Any) -> Measurement:
         raise _Measured
 
     trainer.training_step = first_step
+    evaluates_first, trainer.args.eval_on_start = trainer.args.eval_on_start, False
     try:
         trainer.train()
     except _Measured:
         return found[0]
+    finally:
+        trainer.args.eval_on_start = evaluates_first
     raise RuntimeError("training ended before its first step: there is nothing to measure, set max_steps.")
 
 
@@ -196,13 +200,16 @@ def _measure_generation(
     features, feature_bytes = measured(device, lambda: _judge(trainer, images, conditions))
     judging, judging_bytes = measured(device, lambda: _evaluate(trainer, images, conditions))
     scoring, fitting, reward_bytes, reference_bytes = _measure_reward(trainer, images, conditions)
+    # features are taken of all images of a generation, so many at a time; evaluation judges its own batches
+    local = args.num_subsets * args.replace_size // trainer.accelerator.num_processes
+    at_a_time, evaluated = min(FEATURE_BATCH, local) / rollout_size, eval_size / rollout_size
     return Measurement(
         Transients(
             rollout=rollout_bytes,
             decoding=decoding_bytes,
-            features=max(feature_bytes, judging_bytes),
+            features=feature_bytes * at_a_time,
             update=update_bytes,
-            evaluation=eval_bytes,
+            evaluation=max(eval_bytes, decoding_bytes * evaluated, judging_bytes * evaluated),
             reward=reward_bytes,
             reference=reference_bytes,
         ),
