@@ -19,8 +19,8 @@ demo: $(INSTALLED)  ## the main job on real digits, written to outputs/digits
 smoke: $(INSTALLED)  ## every part of the ImageNet run, on random weights
 	$(BIN)/accelerate launch --cpu --num_processes 1 examples/sit_imagenet.py --config examples/configs/sit_s_smoke.yaml
 
-test: $(INSTALLED)  ## the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(INSTALLED)  ## the default test suite, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 quality: $(INSTALLED)  ## linter, formatter and type checker, changing nothing
 	$(BIN)/ruff check .

@@ -142,14 +142,23 @@ def new_sit() -> SiTTransformer2DModel:
 
 
 def train_sit(
-    new_model: Callable[[], SiTTransformer2DModel], images: Tensor, labels: Tensor, seed: int, steps: int
+    new_model: Callable[[], SiTTransformer2DModel],
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    steps: int,
+    on_step: Callable[[int, SiTTransformer2DModel], None] | None = None,
 ) -> SiTTransformer2DModel:
-    """Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise."""
+    """
+    Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise.
+
+    `on_step` is called with the number of steps done and the model.
+    """
     torch.manual_seed(seed)
     model = new_model()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
     model.train()
-    for _ in trange(steps, desc="Pretraining", leave=False):
+    for step in trange(steps, desc="Pretraining", leave=False):
         index = torch.randint(0, len(images), (128,))
         x = images[index].float() / 127.5 - 1
         noise = torch.randn_like(x)
@@ -160,6 +169,8 @@ def train_sit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if on_step is not None:
+            on_step(step + 1, model)
     return model.eval()
 
 
@@ -255,6 +266,27 @@ class Digits:
             "heldout": FeatureDistance(self.heldout.last_features, self.real_heldout),
             "accuracy": Accuracy(self.heldout),
         }
+
+
+def prepare_pool(cache: Path, seed: int, pretraining_steps: int) -> tuple[list[Path], list[float]]:
+    """
+    Eight checkpoints of the generator's training, evenly spaced over its last seven twelfths, and their times.
+
+    Trains it, and leaves the last one where `prepare` looks for it, or reads them from `cache`.
+    """
+    times = [pretraining_steps * k // 12 for k in range(5, 13)]
+    paths = {time: cache / f"pool-{seed}-{pretraining_steps}" / f"step-{time:04d}.safetensors" for time in times}
+    if not paths[times[-1]].is_file():
+        paths[times[-1]].parent.mkdir(parents=True, exist_ok=True)
+
+        def keep(step: int, model: SiTTransformer2DModel) -> None:
+            if step in paths:
+                save_file(model.state_dict(), paths[step])
+
+        images, labels = load_digits()
+        model = train_sit(new_sit, images[:NUM_TRAIN], labels[:NUM_TRAIN], 3 + seed, pretraining_steps, keep)
+        SiTPipeline(model).save_pretrained(cache / f"base-{seed}-{pretraining_steps}")
+    return list(paths.values()), [float(time) for time in times]
 
 
 def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = parser.parse_args_and_config(argv)
     pipeline = load_sit(arguments.model, arguments.vae)
     arguments.real_statistics = real_statistics(arguments, config, pipeline)
-    train.run(arguments, config, pipeline, train.build_rewards(arguments))
+    train.run(arguments, config, pipeline)
 
 
 if __name__ == "__main__":

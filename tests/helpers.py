@@ -3,12 +3,15 @@
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from torch import nn
 
 from trl_distreward import (
     DiffusionDistributionConfig,
     DistributionRewardTrainer,
     FeatureStatistics,
+    MergeCoefficientConfig,
+    MergeCoefficientTrainer,
     SiTPipeline,
     SiTTransformer2DModel,
     SubsetReplaceReward,
@@ -119,3 +122,39 @@ def pattern_images(*shape):
     index = torch.arange(shape[0] * shape[1]).view(*shape[:2], 1, 1)
     row, column = torch.arange(shape[2]).view(-1, 1), torch.arange(shape[3])
     return ((row * (index + 2) + column * (5 - index) + row * column // 7 + 40 * index) % 256).to(torch.uint8)
+
+
+def tiny_pool(folder, count=4):
+    """Files of checkpoints that drift away from one another, as those of a training run do."""
+    paths, weights = [], {name: value.clone() for name, value in tiny_sit(0).state_dict().items()}
+    for index in range(count):
+        torch.manual_seed(100 + index)
+        weights = {n: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for n, v in weights.items()}
+        paths.append(str(folder / f"step-{index}.safetensors"))
+        save_file(weights, paths[-1])
+    return paths
+
+
+def tiny_merge_trainer(output_dir, checkpoints=None, reward_funcs=None, eval_metrics=None, callbacks=None, **kwargs):
+    if checkpoints is None:
+        (output_dir / "pool").mkdir(parents=True, exist_ok=True)
+        checkpoints = tiny_pool(output_dir / "pool")
+    defaults = {
+        "max_steps": 3,
+        "num_generations": 5,
+        "reference_set_size": 20,
+        "num_inference_steps": 3,
+        "per_device_eval_batch_size": 16,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return MergeCoefficientTrainer(
+        model=tiny_pipeline(),
+        checkpoints=checkpoints,
+        reward_funcs=tiny_reward() if reward_funcs is None else reward_funcs,
+        args=MergeCoefficientConfig(output_dir=str(output_dir), **{**defaults, **kwargs}),
+        eval_metrics=eval_metrics,
+        callbacks=callbacks,
+    )

@@ -1,31 +1,75 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""A stand-in for the Hub on loopback: creates, commits, lists and serves model repositories kept in memory."""
+"""A stand-in for the Hub on loopback: creates, commits, branches, lists and serves repositories kept in memory.
+
+It can be made to misbehave: `server.misbehave("GET", "model.safetensors", 500, times=2)`.
+"""
 
 import base64
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+LARGE = (".safetensors",)  # files with an announced SHA-256, as those in Git LFS have
+
 
 class HubServer(ThreadingHTTPServer):
-    """`repos[repo_id]` is a list of commits, oldest first: `(oid, {path: bytes}, message)`."""
+    """
+    `repos[repo_id]` is a list of commits of all branches, oldest first: `(oid, {path: bytes}, message)`.
+
+    Attributes:
+        branches (`dict[str, dict[str, str]]`): heads by repository and name; `main` is made by the first commit.
+        gated, private (`dict[str, str]`): repositories by the one token that may read them.
+        ranges (`bool`): whether parts of files are served.
+        storage (`str`, *optional*): another server, to which requests for files are sent on.
+        requests (`list`): of POST, path and body.
+        served (`list[tuple[str, str, int]]`): method, path in its repository, and bytes sent, of every file.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.requests, self.fail_commits = {}, [], 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.repos, self.branches, self.requests, self.served = {}, {}, [], []
+        self.gated, self.private, self.ranges, self.fail_commits = {}, {}, True, 0
+        self.storage = None
+        self.faults, self.closing = [], threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
-    def commit(self, repo_id, operations):
-        commits = self.repos[repo_id]
-        files = dict(commits[-1][1]) if commits else {}
+    def shutdown(self):
+        self.closing.set()
+        super().shutdown()
+
+    def misbehave(self, method, part, fault, times=1):
+        """
+        For the next `times` requests of `method` whose path contains `part`: `fault` is a status, `"silence"` (no
+        answer), `"reset"` (connection closed), `"cut"` (half the body), `"short"` (a shorter file, politely) or
+        `"commit and reset"` (the request is done, but its answer is lost).
+        """
+        self.faults += [(method, part, fault)] * times
+
+    def fault_of(self, method, path):
+        for index, (wanted, part, _) in enumerate(self.faults):
+            if method == wanted and part in path:
+                return self.faults.pop(index)[2]
+        return None
+
+    def add(self, repo_id, files, branch="main"):
+        """Commits files and returns the commit's hash."""
+        encoded = {path: base64.b64encode(data).decode() for path, data in files.items()}
+        operations = [{"key": "file", "value": {"path": path, "content": data}} for path, data in encoded.items()]
+        self.repos.setdefault(repo_id, [])
+        return self.commit(repo_id, operations, branch)
+
+    def commit(self, repo_id, operations, branch="main"):
+        commits, heads = self.repos[repo_id], self.branches.setdefault(repo_id, {})
+        files = dict(self.revision(repo_id, heads[branch])[1]) if branch in heads else {}
         message = ""
         for operation in operations:
             value = operation["value"]
@@ -37,28 +81,67 @@ class HubServer(ThreadingHTTPServer):
                 files.pop(value["path"], None)
         oid = hashlib.sha1(f"{repo_id}/{len(commits)}".encode()).hexdigest()
         commits.append((oid, files, message))
+        heads[branch] = oid
         return oid
+
+    def revision(self, repo_id, revision):
+        oid = self.branches.get(repo_id, {}).get(revision, revision)
+        return next((commit for commit in self.repos.get(repo_id, []) if commit[0] == oid), None)
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    fault = None
 
     def log_message(self, *args):
         pass
 
     def answer(self, status, body=b"", headers=None):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        keep = len(data) // 2 if self.fault == "cut" else None
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[:keep])
+        if keep is not None:
+            self.hang_up()
+
+    def hang_up(self):
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def misbehaves(self):
+        """Whether a fault was in order that leaves nothing to do; `self.fault` is one that must be done later."""
+        self.fault = self.server.fault_of(self.command, unquote(self.path))
+        if isinstance(self.fault, int):
+            self.answer(self.fault, {"error": f"token {self.headers.get('Authorization')} is out of order"})
+        elif self.fault == "silence":
+            self.server.closing.wait(60)
+            self.close_connection = True
+        elif self.fault == "reset":
+            self.hang_up()
+        return isinstance(self.fault, int) or self.fault in ("silence", "reset")
+
+    def refused(self, repo_id):
+        """Whether this request may not see the repository; answered if so."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if self.server.private.get(repo_id, token) != token:
+            self.answer(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        elif self.server.gated.get(repo_id, token) != token:
+            self.answer(403, {"error": f"gated for {token}"}, {"X-Error-Code": "GatedRepo"})
+        else:
+            return False
+        return True
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         self.server.requests.append((self.path, body))
+        if self.misbehaves():
+            return None
         if parts == ["api", "repos", "create"]:
             asked = json.loads(body)
             repo_id = f"{asked['organization']}/{asked['name']}"
@@ -67,47 +150,112 @@ class Handler(BaseHTTPRequestHandler):
         if parts == ["api", "validate-yaml"]:
             return self.answer(200, {"errors": [], "warnings": []})
         repo_id, action = "/".join(parts[2:4]), parts[4]
+        if self.refused(repo_id):
+            return None
         if action == "preupload":
+            known = self.server.revision(repo_id, parts[5])
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                for file in json.loads(body)["files"]
+                {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": git_oid(known, path)}
+                for path in (file["path"] for file in json.loads(body)["files"])
             ]
             return self.answer(200, {"files": files})
         if action == "commit":
             if self.server.fail_commits:
                 self.server.fail_commits -= 1
                 return self.answer(500, {"error": "out of order"})
-            oid = self.server.commit(repo_id, [json.loads(line) for line in body.splitlines()])
+            oid = self.server.commit(repo_id, [json.loads(line) for line in body.splitlines()], parts[5])
+            if self.fault == "commit and reset":
+                return self.hang_up()
             return self.answer(200, {"commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}", "commitOid": oid})
+        if action == "branch":
+            heads = self.server.branches.setdefault(repo_id, {})
+            heads["/".join(parts[5:])] = json.loads(body or b"{}").get("startingPoint") or heads["main"]
+            return self.answer(200, {})
         return self.answer(404, {"error": self.path})
 
     def do_GET(self):
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if self.misbehaves():
+            return None
+        repo_id = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        if self.refused(repo_id):
+            return None
+        if repo_id not in self.server.repos:
+            return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         if parts[:2] == ["api", "models"]:
-            found = self.revision("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
+            found = self.server.revision(repo_id, parts[5] if len(parts) > 5 else "main")
             if found is None:
-                return self.answer(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
+                return self.answer(404, {"error": "not found"}, {"X-Error-Code": "RevisionNotFound"})
             oid, files, _ = found
             if len(parts) > 4 and parts[4] == "tree":
                 listed = [{"type": "file", "path": p, "size": len(d), "oid": oid} for p, d in files.items()]
                 return self.answer(200, listed)
-            siblings = [{"rfilename": path} for path in files]
-            repo_id = "/".join(parts[2:4])
+            siblings = [sibling(path, data) for path, data in files.items()]
             return self.answer(200, {"_id": "1", "id": repo_id, "modelId": repo_id, "sha": oid, "siblings": siblings})
         if "resolve" in parts:
-            found = self.revision("/".join(parts[:2]), parts[3])
+            found = self.server.revision(repo_id, parts[3])
             path = "/".join(parts[4:])
             if found is None or path not in found[1]:
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            data = found[1][path]
-            etag = hashlib.sha256(data).hexdigest()
-            return self.answer(200, data, {"X-Repo-Commit": found[0], "ETag": f'"{etag}"'})
+            return self.serve(path, found[1][path], found[0])
         return self.answer(404, {"error": self.path})
 
     do_HEAD = do_GET
 
-    def revision(self, repo_id, revision):
-        commits = self.server.repos.get(repo_id) or []
-        if revision == "main":
-            return commits[-1] if commits else None
-        return next((commit for commit in commits if commit[0] == revision), None)
+    def serve(self, path, data, oid):
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        if self.server.storage:
+            linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(data))}
+            target = f"{self.server.storage}/org/a/resolve/main/{path}"
+            return self.answer(302, b"", {"X-Repo-Commit": oid, "Location": target, **linked})
+        asked, status, size = self.headers.get("Range"), 200, len(data)
+        if self.fault == "short":
+            data = data[: size // 2]
+        if asked and self.server.ranges:
+            first, last = asked.removeprefix("bytes=").split("-")
+            first, last = int(first), min(int(last or size - 1), size - 1)
+            if first >= size:
+                return self.answer(416, b"", {"Content-Range": f"bytes */{size}"})
+            status, data = 206, data[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        self.server.served.append((self.command, path, 0 if self.command == "HEAD" else len(data)))
+        return self.answer(status, data, headers)
+
+
+def sibling(path, data):
+    entry = {"rfilename": path, "size": len(data), "blobId": "0" * 40}
+    if path.endswith(LARGE):
+        entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
+    return entry
+
+
+def git_oid(commit, path):
+    """Of a file that a commit has, as git names it; the client leaves out what is the same."""
+    if commit is None or path not in commit[1]:
+        return None
+    data = commit[1][path]
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def connect(monkeypatch, server, home):
+    """Points huggingface_hub, in this process, at a stand-in with an empty cache; waiting takes no time."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    import trl_distreward.hub
+
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
+    monkeypatch.setattr(constants, "DEFAULT_REQUEST_TIMEOUT", 0.3)
+    monkeypatch.setattr(trl_distreward.hub, "BACKOFF", 0.0)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    huggingface_hub.close_session()

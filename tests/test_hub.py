@@ -1,19 +1,24 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Pushing to and loading from the Hub, against a stand-in on loopback."""
 
+import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load as load_safetensors
 
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, connect
+from trl_distreward.hub import ATTEMPTS, push_folder
 
 TOKEN = "hf_secretsecretsecret"
 RUN = """
 import sys
+import trl_distreward.hub
+trl_distreward.hub.BACKOFF = 0.0
 from tests.helpers import tiny_trainer
 trainer = tiny_trainer(sys.argv[1], max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True,
                        hub_model_id="org/tiny", hub_token=sys.argv[2], hub_always_push=True, **eval(sys.argv[3]))
@@ -90,7 +95,7 @@ def test_checkpoint_strategy_pushes_what_resuming_needs(hub, tmp_path):
 
 
 def test_failed_push_is_told_and_mended_by_the_last_one(hub, tmp_path):
-    hub.fail_commits = 1
+    hub.fail_commits = ATTEMPTS  # of the first of three pushes
     result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "push during training failed" in result.stderr and "500" in result.stderr
@@ -98,7 +103,60 @@ def test_failed_push_is_told_and_mended_by_the_last_one(hub, tmp_path):
     assert hub.repos["org/tiny"][-1][2] == "End of training"
 
 
+@pytest.mark.parametrize("fault", [500, "reset", "commit and reset"])
+def test_interrupted_push_is_made_again_and_once(hub, tmp_path, monkeypatch, fault):
+    """As one commit, whether it failed before the server took it or after."""
+    connect(monkeypatch, hub, tmp_path / "home")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two")
+    hub.add("org/model", {"a.txt": b"before"})
+    hub.misbehave("POST", "/commit/", fault, times=2 if fault != "commit and reset" else 1)
+    pushed = push_folder(folder, "org/model", token=TOKEN)
+    assert len(hub.repos["org/model"]) == 2 and not hub.faults
+    assert pushed.oid == hub.branches["org/model"]["main"]
+    assert hub.revision("org/model", "main")[1] == {"a.txt": b"one", "b.txt": b"two"}
+
+
+@pytest.mark.parametrize("fault", [500, 403, "reset"])
+def test_push_that_fails_leaves_the_branch_as_it_was(hub, tmp_path, monkeypatch, fault):
+    connect(monkeypatch, hub, tmp_path / "home")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.txt").write_text("one")
+    hub.add("org/model", {"a.txt": b"before"})
+    hub.misbehave("POST", "/commit/", fault, times=100)
+    with pytest.raises(PermissionError if fault == 403 else ConnectionError, match="pushing to org/model") as caught:
+        push_folder(tmp_path / "model", "org/model", token=TOKEN)
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+    assert len(hub.faults) == 100 - (1 if fault == 403 else ATTEMPTS)
+    assert hub.revision("org/model", "main")[1] == {"a.txt": b"before"}
+
+
 def test_failed_last_push_is_not_passed_off_as_done(hub, tmp_path):
     hub.fail_commits = 100
     result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'end'}")
     assert result.returncode != 0 and "500" in result.stderr and TOKEN not in result.stderr
+
+
+MERGE = """
+import sys
+from pathlib import Path
+from tests.helpers import tiny_merge_trainer
+trainer = tiny_merge_trainer(Path(sys.argv[1]), max_steps=1, push_to_hub=True, hub_model_id="org/merged",
+                             hub_token=sys.argv[2], method="random")
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+def test_merged_model_is_pushed_with_its_coefficients(hub, tmp_path):
+    result = run(hub, tmp_path, MERGE, tmp_path / "run", TOKEN)
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = hub.repos["org/merged"][-1][1]
+    data = files["transformer/diffusion_pytorch_model.safetensors"]
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    coefficients = json.loads(header["coefficients"])["all"]
+    assert coefficients == json.loads(files["coefficients.json"])["coefficients"]["all"] and len(coefficients) == 4
+    assert f"{coefficients[3]:.4f}" in files["README.md"].decode() and "coefficients.png" in files
+    assert all(TOKEN.encode() not in content for content in files.values())

@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import json
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import features, real_images, tiny_pipeline
+from tests.helpers import features, real_images, tiny_pipeline, tiny_pool
 from trl_distreward import FeatureStatistics, load_pipeline
-from trl_distreward.scripts import cli, train
+from trl_distreward.scripts import arguments, cli, merge, train
 
 RECIPE = """
 model: {folder}/base
@@ -26,6 +27,8 @@ disable_tqdm: true
 report_to: none
 log_rewards: true
 """
+# Fields of the recipe that a merge does not have
+TRAIN_ONLY = ("log_rewards",)
 
 
 @pytest.fixture
@@ -49,6 +52,22 @@ def test_train_follows_the_recipe_and_the_command_line_wins(recipe, tmp_path, ca
     assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
 
 
+def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_path, capsys):
+    lines = [line for line in recipe.read_text().splitlines() if line.partition(":")[0] not in TRAIN_ONLY]
+    checkpoints = "".join(f"\n  - {path}" for path in tiny_pool(tmp_path))
+    recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: random"]))
+    merge.main(["--config", str(recipe), "--initial_coefficients", "0.5,0,0,0.5", "--sampling_std", "0.2"])
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["| last", "| uniform", "| start", "| learnt"]
+    learnt = json.loads((tmp_path / "out" / "coefficients.json").read_text())
+    assert learnt["recipe"]["initial_coefficients"] == [0.5, 0, 0, 0.5] and len(learnt["coefficients"]["all"]) == 4
+    assert "| learnt |" in (tmp_path / "out" / "README.md").read_text()
+    assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge.main(["--model", "m", "--output_dir", str(tmp_path / "none"), "--use_cpu", "True"])
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -63,15 +82,16 @@ def test_paths_that_do_not_import_are_named(recipe, extra, message):
 
 def test_reward_is_required(tmp_path):
     with pytest.raises(ValueError, match="there is no reward"):
-        train.build_rewards(train.TrainArguments(model="x"))
+        arguments.build_rewards(train.TrainArguments(model="x"))
     with pytest.raises(ValueError, match="go together"):
-        train.build_rewards(train.TrainArguments(model="x", feature_extractor="tests.helpers.features"))
+        arguments.build_rewards(train.TrainArguments(model="x", feature_extractor="tests.helpers.features"))
 
 
 def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trl-distreward"])
     cli.main()
-    assert "train" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"  {command} " in printed for command in cli.COMMANDS)
     monkeypatch.setattr(sys, "argv", ["trl-distreward", "fly"])
     with pytest.raises(SystemExit, match="no command 'fly'"):
         cli.main()

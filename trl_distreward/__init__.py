@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CheckpointPool": "merging.checkpoints",
     "ClassConditionalPolicy": "policies",
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
@@ -14,6 +15,7 @@ _PUBLIC = {
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
     "EDM2Pipeline": "pipelines.edm2",
     "EDM2UNet2DModel": "models.edm2",
+    "EMANet": "merging.coefficients",
     "FeatureDistance": "metrics.report",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
@@ -21,6 +23,8 @@ _PUBLIC = {
     "JointFeatures": "metrics.report",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
+    "MergeCoefficientConfig": "trainer.merge_coefficient_config",
+    "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SlicedWassersteinDistance": "metrics.sliced",
@@ -38,6 +42,8 @@ _PUBLIC = {
 _SUBMODULES = {
     "conversion",
     "generation",
+    "hub",
+    "merging",
     "metrics",
     "models",
     "pipelines",
@@ -49,6 +55,7 @@ _SUBMODULES = {
 }
 
 __all__ = [
+    "CheckpointPool",
     "ClassConditionalPolicy",
     "DebiasedDistance",
     "DiffusionDistributionConfig",
@@ -56,6 +63,7 @@ __all__ = [
     "DistributionRewardTrainer",
     "EDM2Pipeline",
     "EDM2UNet2DModel",
+    "EMANet",
     "FeatureDistance",
     "FeatureStatistics",
     "FrechetDistance",
@@ -63,6 +71,8 @@ __all__ = [
     "JointFeatures",
     "KernelDistance",
     "LogSamplesCallback",
+    "MergeCoefficientConfig",
+    "MergeCoefficientTrainer",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SlicedWassersteinDistance",
@@ -79,6 +89,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .merging.checkpoints import CheckpointPool
+    from .merging.coefficients import EMANet
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
@@ -99,6 +111,8 @@ if TYPE_CHECKING:
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
     from .trainer.dry_run import check_resources, dry_run
+    from .trainer.merge_coefficient_config import MergeCoefficientConfig
+    from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -124,7 +124,7 @@ def test_pushed_pipelines_load_with_the_library_and_without(originals):
         files = {
             path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
         }
-        hub.repos[f"org/{family}"] = [("0" * 40, {**files, **code_of(load_pipeline(folder))}, "")]
+        hub.add(f"org/{family}", {**files, **code_of(load_pipeline(folder))})
         shutil.rmtree(folder)
     try:
         commands = [[*command, "--push-to-hub", f"org/new-{command[0]}"] for command in convert_both(originals)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conversion.snapshots import Call, original_modules, snapshot
+from tests.conversion.snapshots import Call, Persistent, original_modules, snapshot
 from tests.edm2 import tiny_edm2
 from trl_distreward.conversion import load_original_edm2, read_original_edm2
 
@@ -56,6 +56,8 @@ def test_loaded_network_denoises_like_its_original(tmp_path):
         ({"channel_mult_emb": 8}, "channel_mult_emb=8"),
         ({"num_blocks": 10**9}, "1000000000 blocks"),
         ({"num_blocks": "3"}, "not numbers"),
+        ({"channel_mult": [None]}, "cannot be"),
+        ({"model_channels": 10**30}, "cannot be"),
     ],
 )
 def test_networks_that_cannot_be_are_refused(tmp_path, changes, message):
@@ -67,6 +69,23 @@ def test_weights_of_another_network_are_refused(tmp_path):
     for change in ({"model_channels": 16}, {"label_dim": 0}, {"label_dim": 7}):
         with pytest.raises(ValueError, match="differ, e.g. "):
             load_original_edm2(write(tmp_path, snapshot(tiny_edm2(in_channels=4), **change)))
+
+
+def test_networks_that_grow_on_reading_are_refused(tmp_path):
+    def write_network(modules, parameters=None):
+        state = {"_parameters": parameters or {}, "_buffers": {}, "_modules": modules, "_init_args": ()}
+        return Persistent("Precond", {**state, "_init_kwargs": {}})
+
+    with original_modules():
+        nested, weight = write_network({}), torch.zeros(1000)
+        for _ in range(80):
+            nested = write_network({"a": nested, "b": nested})
+        repeated = write_network({}, {f"w{i}": weight for i in range(20)})
+        cases = {"in two places": nested, "larger than": repeated}
+        files = {message: pickle.dumps({"ema": network}) for message, network in cases.items()}
+    for message, data in files.items():
+        with pytest.raises(ValueError, match=message):
+            read_original_edm2(write(tmp_path, data))
 
 
 def test_what_is_no_snapshot_is_refused_and_nothing_runs(tmp_path, monkeypatch):

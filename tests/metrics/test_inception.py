@@ -122,7 +122,8 @@ def test_weights_come_back_from_pytorch_fids_file_and_from_safetensors(network, 
     for path in (saved, tmp_path / "inception.safetensors"):
         loaded = load_inception(path, resize="clean", output="logits")
         assert (loaded.name, loaded.resize, loaded.dimension) == ("inception-logits", "clean", 1008)
-        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in network.state_dict().items())
+        state = loaded.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     names = set(torch.load(saved))
     assert {"Mixed_5b.branch5x5_1.bn.running_mean", "Mixed_7c.branch3x3dbl_3a.conv.weight", "fc.bias"} <= names
 
@@ -136,6 +137,7 @@ def test_weights_come_back_from_pytorch_fids_file_and_from_safetensors(network, 
             lambda s: s.update({"fc.weight": torch.ones(1000, 2048)}),
             r"1 have another shape \(fc.weight \(1000, 2048\), not \(1008, 2048\)\)",
         ),
+        (lambda s: s.update({"fc.bias": torch.ones(1008).half()}), r"1 are not float32 \(fc.bias\)"),
         (lambda s: s["fc.bias"].fill_(float("nan")), r"1 are not finite \(fc.bias\)"),
         (lambda s: s.update({"AuxLogits.fc.bias": torch.ones(1)}), "torchvision's Inception-v3, which is another"),
     ],

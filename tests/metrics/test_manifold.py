@@ -1,4 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -36,8 +38,9 @@ def normal(count, dimension, seed=0, dtype=torch.float32):
 
 
 def heaps(count, seed, width):
-    """Twelve heaps far apart: float32 products know nothing of the distances inside one."""
-    return (100 * normal(12, 32))[torch.arange(count) % 12] + width * normal(count, 32, seed)
+    """Twelve heaps far apart, float64: products know little or nothing of the distances inside one."""
+    centres = 100 * normal(12, 32, 0, torch.float64)
+    return centres[torch.arange(count) % 12] + width * normal(count, 32, seed, torch.float64)
 
 
 @pytest.fixture(params=[2_048, 64], ids=["one block", "many blocks"])
@@ -61,13 +64,26 @@ def test_equals_the_definition(block, dtype, dimension):
         (normal(200, 8), normal(200, 8)[:50].repeat(4, 1)),  # copies of real rows
         (normal(200, 8), normal(1, 8, 3).repeat(200, 1)),  # one image over and over
         (torch.full((40, 5), 0.3), torch.full((30, 5), 0.3)),  # constant features
-        (heaps(300, 1, 1e-2), heaps(280, 2, 1e-2)),
-        (heaps(300, 1, 1e-5).double(), heaps(280, 2, 1e-5).double()),
+        (heaps(300, 1, 1e-2).float(), heaps(280, 2, 1e-2).float()),
+        (heaps(300, 1, 1e-5), heaps(280, 2, 1e-5)),
+        (heaps(300, 1, 1e-8), heaps(280, 2, 1e-8)),
         (1e12 * normal(200, 8) + 3e12, 1e12 * normal(200, 8, 1) + 3e12),
         (1e-18 * normal(200, 8), 1e-18 * normal(200, 8, 1)),
         (torch.cat([normal(200, 8), 1e7 * normal(1, 8, 5)]), torch.cat([normal(150, 8, 1), 1e6 * normal(1, 8, 6)])),
     ],
-    ids=["ties", "same", "copies", "collapsed", "constant", "heaps", "tight heaps", "large", "small", "outliers"],
+    ids=[
+        "ties",
+        "same",
+        "copies",
+        "collapsed",
+        "constant",
+        "heaps",
+        "tight heaps",
+        "tightest heaps",
+        "large",
+        "small",
+        "outliers",
+    ],
 )
 def test_equals_the_definition_where_rounding_could_decide(block, real, generated):
     assert precision_recall_density_coverage(real, generated, 5) == pytest.approx(by_definition(real, generated, 5))
@@ -81,20 +97,30 @@ def test_float32_distances_that_round_to_the_same_number_are_equal():
     assert precision_recall_density_coverage(real.float(), generated.float(), 1)["density"] == 1 / 3
 
 
-# what prdc 0.2 gives for the sets below, with scikit-learn 1.9.1, as numbers of rows and of pairs
-PRDC_COUNTS = {"precision": 2144, "recall": 1454, "density": 27319, "coverage": 2988}
+def as_counts(values, real, generated, k):
+    """Numbers of rows, and of pairs for density."""
+    totals = {"precision": len(generated), "recall": len(real), "density": k * len(generated), "coverage": len(real)}
+    return {name: round(values[name] * total) for name, total in totals.items()}
 
 
 def test_agrees_with_the_prdc_package():
+    """Recorded from prdc 0.2 with scikit-learn 1.9.1."""
     real, generated = normal(3_000, 64, 1), 0.95 * normal(2_500, 64, 2) + 0.03
-    values = precision_recall_density_coverage(real, generated, 5)
-    counts = {
-        "precision": round(values["precision"] * 2_500),
-        "recall": round(values["recall"] * 3_000),
-        "density": round(values["density"] * 5 * 2_500),
-        "coverage": round(values["coverage"] * 3_000),
-    }
-    assert counts == PRDC_COUNTS
+    counts = as_counts(precision_recall_density_coverage(real, generated, 5), real, generated, 5)
+    assert counts == {"precision": 2144, "recall": 1454, "density": 27319, "coverage": 2988}
+
+
+@pytest.mark.data
+def test_agrees_with_the_prdc_package_on_pixels_of_mnist():
+    """Recorded likewise. Squared distances are whole numbers, many of them tied and beyond float32's."""
+    path = Path(__file__).parents[3] / "shared" / "data" / "mnist_70k.npz"
+    if not path.is_file():
+        pytest.skip(f"there is no {path}")
+    data = np.load(path)
+    real, generated = (torch.from_numpy(data[name]).flatten(1).float() for name in ("train_images", "test_images"))
+    real, generated = real[:4_000], generated[:3_000]
+    counts = as_counts(precision_recall_density_coverage(real, generated, 5), real, generated, 5)
+    assert counts == {"precision": 2788, "recall": 3711, "density": 13833, "coverage": 2952}
 
 
 def test_real_set_against_itself_is_perfect():

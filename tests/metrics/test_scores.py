@@ -63,9 +63,9 @@ def test_cmmd_is_the_biased_gaussian_mmd_of_normalised_rows():
     x, y = (rows.double() / rows.double().norm(dim=1, keepdim=True) for rows in (REAL, GENERATED))
     kernel = lambda a, b: (-torch.cdist(a, b).square() / 200).exp().mean()  # noqa: E731
     expected = 1_000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)).item()
-    assert cmmd(REAL, GENERATED) == pytest.approx(expected, rel=1e-5)
-    assert cmmd(7 * REAL, GENERATED / 7) == pytest.approx(expected, rel=1e-5)
-    assert cmmd(REAL, REAL) == pytest.approx(0, abs=1e-9)
+    assert cmmd(REAL, GENERATED) == pytest.approx(expected, rel=1e-10)
+    assert cmmd(8 * REAL, GENERATED / 8) == pytest.approx(expected, rel=1e-10)
+    assert cmmd(REAL, REAL) == pytest.approx(0, abs=1e-12)
 
 
 # ---- Inception Score ----

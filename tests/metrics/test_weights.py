@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -78,6 +79,13 @@ def test_sources_are_told_apart(tmp_path, monkeypatch):
         (("org/repo.x", "sub/weights.pt"), {"revision": None}),
         (("org/repo", "weights.pt"), {"revision": "v1.0"}),
     ]
+
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(weights, "hf_hub_download", offline)
+    with pytest.raises(ConnectionError, match="no network.*`hf download org/repo weights.pt` puts it into the cache"):
+        find_weights("org/repo:weights.pt")
     with pytest.raises(FileNotFoundError, match="no weights at 'nowhere.pth': give a file"):
         find_weights("nowhere.pth")
     with pytest.raises(ValueError, match="needs sha256="):
@@ -149,3 +157,15 @@ def test_other_files_are_refused_by_name(tmp_path):
     torch.save({"a": torch.ones(2)}, buffer)
     (tmp_path / "d.pt").write_bytes(buffer.getvalue())
     assert read_tensors(tmp_path / "d.pt")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"nothing", "is a damaged TorchScript archive"), (pickle.dumps({}), "archive of a dict, not of a module")],
+)
+def test_archives_without_a_module_are_refused(tmp_path, content, message):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+        file.writestr("x/constants.pkl", b"")
+        file.writestr("x/data.pkl", content)
+    with pytest.raises(ValueError, match=message):
+        read_tensors(tmp_path / "a.pt")

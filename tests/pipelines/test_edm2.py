@@ -92,6 +92,7 @@ def test_an_update_moves_what_is_trained_and_nothing_else(tmp_path):
             activation_checkpointing=True,
         ),
     )
+    assert not any(p.requires_grad for p in pipeline.guider.parameters())
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["ratio/min"] == log["ratio/max"] == 1.0 and log["delta_log_prob"] < 1e-6

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from tests.helpers import tiny_trainer
+from tests.helpers import tiny_merge_trainer, tiny_trainer
 from tests.trainer.sharded_launch import use_deepspeed, use_fsdp2
 from trl_distreward.trainer.sharding import whole_state_dict
 
@@ -24,15 +24,17 @@ def main() -> None:
         use_deepspeed(stage=int(launch.removeprefix("zero")))
         settings["use_cpu"] = False
     lora = LoraConfig(r=2, lora_alpha=4) if settings.pop("lora", False) else None
-    trainer = tiny_trainer(output, peft_config=lora, **settings)
+    if settings.pop("merge", False):
+        trainer = tiny_merge_trainer(output, settings.pop("checkpoints"), **settings)
+    else:
+        trainer = tiny_trainer(output, peft_config=lora, **settings)
     trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
     trainer.save_model(str(output / "saved"))
-    weights = whole_state_dict(trainer.network)  # of all processes
+    network = trainer.sampled_network
+    weights = whole_state_dict(network)  # of all processes
     if trainer.accelerator.is_main_process:
-        save_file(
-            {name: weights[name].contiguous() for name, _ in trainer.network.named_parameters()}, output / "weights"
-        )
+        save_file({name: weights[name].contiguous() for name, _ in network.named_parameters()}, output / "weights")
         (output / "log.json").write_text(json.dumps({"history": trainer.state.log_history, "metrics": metrics}))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from tests.helpers import tiny_trainer
+from tests.helpers import tiny_merge_trainer, tiny_pool, tiny_trainer
 from tests.trainer.sharded_launch import DEEPSPEED, FSDP2
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -92,6 +92,22 @@ def test_two_processes_resume_exactly_in_the_middle_of_a_generation(tmp_path):
     assert values(other, "reward") == values(log, "reward")
 
 
+@pytest.mark.distributed
+def test_candidates_of_a_merge_are_shared_out_with_the_same_result(tmp_path):
+    checkpoints, settings = tiny_pool(tmp_path), {"method": "emanet", "num_eval_images": 17}
+    alone = tiny_merge_trainer(tmp_path / "one", checkpoints, **settings)
+    alone.train()
+    metrics, log = alone.evaluate(), {"history": alone.state.log_history}
+    settings |= {"merge": True, "checkpoints": checkpoints}
+    weights, other = run(tmp_path / "two", 2, settings)  # of five candidates, one process has three
+    assert len(values(log, "reward")) == 3
+    for key in ("reward", "reward_best", "num_images", *(f"coefficients/{i}" for i in range(4))):
+        assert values(other, key) == values(log, key), key
+    assert all(torch.equal(weights[name], p) for name, p in alone.merged_network.named_parameters())
+    name = "eval_ode_distance_features"
+    assert other["metrics"][name] == pytest.approx(metrics[name], rel=1e-2)
+
+
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
@@ -105,6 +121,8 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
         pytest.param("zero2", {}, marks=needs_deepspeed),
         pytest.param("zero3", {}, marks=needs_deepspeed),
         pytest.param("zero3", {"lora": True}, marks=needs_deepspeed),
+        pytest.param("zero2", BACKPROP, marks=needs_deepspeed),
+        pytest.param("zero3", BACKPROP, marks=needs_deepspeed),
     ],
 )
 def test_shared_out_weights_train_save_and_resume_as_whole_ones(tmp_path, launch, settings):

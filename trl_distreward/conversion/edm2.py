@@ -3,6 +3,7 @@
 
 import os
 import pickle
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
     """
     path = Path(path)
     try:
-        return _interpret(load_records(path))
+        return _interpret(load_records(path), path.stat().st_size)
     except (pickle.UnpicklingError, RecursionError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         known = isinstance(error, pickle.UnpicklingError)
         reason = str(error) if known else f"it is not laid out as one ({type(error).__name__}: {error})"
@@ -87,8 +88,11 @@ def load_original_edm2(path: str | os.PathLike, dtype: torch.dtype = torch.float
 
 
 def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
-    with torch.device("meta"):  # no random weights that are thrown away
-        model = EDM2UNet2DModel(**original.config)
+    try:
+        with torch.device("meta"):  # no random weights that are thrown away
+            model = EDM2UNet2DModel(**original.config)
+    except (TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError(f"the snapshot describes a network that cannot be: {original.config} ({error}).") from error
     expected = model.state_dict()
     odd = sorted(expected.keys() ^ original.state_dict.keys())
     odd += [name for name, value in original.state_dict.items() if not odd and value.shape != expected[name].shape]
@@ -107,11 +111,17 @@ def _stays_float32(name: str) -> bool:
     return any(part in name for part in EDM2UNet2DModel._keep_in_fp32_modules)
 
 
-def _interpret(snapshot: Any) -> OriginalEDM2:
+def _interpret(snapshot: Any, file_size: int) -> OriginalEDM2:
     network = snapshot["ema"]
     if _class_name(network) != "Precond":
         raise pickle.UnpicklingError(f"its network is a {_class_name(network)}, not a Precond")
-    config, weights = _read_config(_state(network)), dict(_tensors(network))
+    config = _read_config(_state(network))
+    weights, remaining = {}, file_size
+    for name, tensor in _tensors(network, set()):
+        remaining -= tensor.nbytes
+        if remaining < 0:  # some of them are the same bytes once more
+            raise pickle.UnpicklingError(f"its weights are larger than the {file_size} bytes of the file")
+        weights[name] = tensor
     if config.get("num_blocks", 1) * len(config.get("channel_mult", [])) > len(weights):
         raise pickle.UnpicklingError(f"it claims {config['num_blocks']} blocks in {len(weights)} weights")
     return OriginalEDM2(config, weights, *_read_encoder(snapshot.get("encoder")))
@@ -130,15 +140,18 @@ def _class_name(record: Any) -> str:
     return record.args[0]["class_name"] if is_record(record, "_reconstruct_persistent_obj") else type(record).__name__
 
 
-def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _tensors(module: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Parameters, then buffers, then those of submodules, in the order of `torch.nn.Module.state_dict`."""
+    if id(module) in seen:  # which could take for ever
+        raise pickle.UnpicklingError(f"it has one module in two places, {prefix[:-1]} being the second")
+    seen.add(id(module))
     state = _state(module)
     for name, value in [*state["_parameters"].items(), *state["_buffers"].items()]:
         if value is not None:
             yield prefix + name, read_tensor(value)
     for name, child in state["_modules"].items():
         if child is not None:
-            yield from _tensors(child, f"{prefix}{name}.")
+            yield from _tensors(child, seen, f"{prefix}{name}.")
 
 
 def _read_config(state: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +162,9 @@ def _read_config(state: dict[str, Any]) -> dict[str, Any]:
         if name in _CONFIG_NAMES:
             config[_CONFIG_NAMES[name]] = value
         elif name != "use_fp16" and (name not in _FIXED or value != _FIXED[name]):
-            raise pickle.UnpicklingError(f"its network has {name}={value!r}, which EDM2UNet2DModel cannot have")
+            raise pickle.UnpicklingError(
+                f"its network has {name}={reprlib.repr(value)}, which EDM2UNet2DModel cannot have"
+            )
     flat = [v for value in config.values() for v in (value if isinstance(value, list) else [value])]
     if not all(isinstance(value, int | float | None) for value in flat):
         raise pickle.UnpicklingError("its network was made with arguments that are not numbers")

@@ -9,6 +9,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from ..hub import with_retries
+
 
 def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
     """
@@ -57,16 +59,23 @@ def push_with_code(
 
     Returns:
         `str`: the commit's address.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as [`hub.with_retries`]; nothing was committed.
     """
     files: dict[str, bytes | Path] = {
         path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()
     }
     files.update(code_of(pipeline))
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.create_commit(
+    api, what = HfApi(token=token), f"pushing to {repo_id}"
+    created = with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True), what, repo_id)
+    commit = with_retries(
+        lambda: api.create_commit(
+            created.repo_id,
+            [CommitOperationAdd(name, str(data) if isinstance(data, Path) else data) for name, data in files.items()],
+            commit_message=f"Upload {type(pipeline).__name__}",
+        ),
+        what,
         repo_id,
-        [CommitOperationAdd(name, str(data) if isinstance(data, Path) else data) for name, data in files.items()],
-        commit_message=f"Upload {type(pipeline).__name__}",
     )
     return commit.commit_url

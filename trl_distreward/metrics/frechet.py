@@ -59,7 +59,7 @@ def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, real
             "extractors and cannot be compared."
         )
     covariance, real_covariance = generated.covariance, real.covariance.to(generated.mean.device)
-    root = symmetric_sqrt(real_covariance, real.rank_bound) if real_root is None else real_root
+    root = symmetric_sqrt(real_covariance, real.rank_bound) if real_root is None else real_root.to(covariance.device)
     rank = min(generated.rank_bound, real.rank_bound)
     spectrum = _clean(torch.linalg.eigvalsh(_symmetric(root @ covariance @ root)), rank)
     mean_term = (generated.mean - real.mean.to(generated.mean.device)).square().sum()

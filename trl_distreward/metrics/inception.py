@@ -28,7 +28,6 @@ DIMENSIONS = {"pool3": 2048, "spatial": 7 * 17 * 17, "logits": 1008, "logits_unb
 
 # A convolution is its name, channels, kernel, and optionally stride and padding; padding keeps the size by default,
 # and is none with stride 2. Convolutions in a list follow each other, a tuple at its end runs side by side.
-Convolution = tuple
 STEM = (
     ("Conv2d_1a_3x3", 32, 3, 2),
     ("Conv2d_2a_3x3", 32, 3, 1, 0),
@@ -314,14 +313,12 @@ def from_nvidia(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
     """
-    `state` in float32, when its names and shapes are those of `network`.
+    `state` without counts of training batches, when its names and shapes are those of `network`.
 
     Raises:
-        ValueError: tensors are missing, unknown, of a wrong shape, or not finite; it names them.
+        ValueError: tensors are missing, unknown, misshapen, not float32 or not finite; it names them.
     """
-    expected = {
-        name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")
-    }
+    expected = network.state_dict()
     given = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     faults = {
         "are missing": sorted(expected.keys() - given.keys()),
@@ -331,6 +328,7 @@ def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) ->
             for name, value in expected.items()
             if name in given and given[name].shape != value.shape
         ],
+        "are not float32": [name for name in expected if name in given and given[name].dtype != torch.float32],
         "are not finite": [name for name in expected if name in given and not given[name].isfinite().all()],
     }
     if any(faults.values()):
@@ -341,7 +339,7 @@ def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) ->
         if any(name.startswith("AuxLogits") for name in given):
             hint = " It looks like torchvision's Inception-v3, which is another network than FID's."
         raise ValueError(f"{source} does not hold the FID Inception-v3: of its tensors {'; '.join(said)}.{hint}")
-    return {name: value.float() for name, value in given.items()}
+    return given
 
 
 def load_inception(

@@ -96,7 +96,7 @@ def cmmd(real: Tensor, generated: Tensor) -> float:
         ValueError: fewer than 2 rows, wrong shapes or dimensions, NaN or infinite values.
     """
     _check_pair(real, generated)
-    real, generated = (F.normalize(features.float(), dim=1) for features in (real, generated))
+    real, generated = (F.normalize(features.double(), dim=1) for features in (real, generated))
     distance = KernelDistance(real, kernel="gaussian", unbiased=False, bandwidths=(10.0,))
     return 1_000 * distance.fit(generated).value
 

@@ -47,7 +47,13 @@ def find_weights(source: str | os.PathLike, sha256: str | None = None) -> Path:
         if not path.is_file():
             _download(source, path, sha256)
     elif (named := HUB_FILE.fullmatch(source)) and not os.path.exists(source):
-        path = Path(hf_hub_download(named["repo"], named["file"], revision=named["revision"]))
+        try:
+            path = Path(hf_hub_download(named["repo"], named["file"], revision=named["revision"]))
+        except OSError as error:
+            raise ConnectionError(
+                f"{source} cannot be had from the Hub ({error}): where there is a network, `hf download "
+                f"{named['repo']} {named['file']}` puts it into the cache of the Hub; or give a local file."
+            ) from error
     else:
         path = Path(source).expanduser()
         if not path.is_file():
@@ -124,7 +130,12 @@ def _read_torchscript(archive: zipfile.ZipFile, path: Path) -> dict[str, Tensor]
     """Tensors of a scripted module under the names its state dict would give them."""
     root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
     with archive.open(root + "data.pkl") as file:
-        tree = _ArchiveUnpickler(file, archive, root, path).load()
+        try:
+            tree = _ArchiveUnpickler(file, archive, root, path).load()
+        except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} is a damaged TorchScript archive: {error}") from error
+    if not isinstance(tree, _Node):
+        raise ValueError(f"{path} is a TorchScript archive of a {type(tree).__name__}, not of a module.")
     tensors: dict[str, Tensor] = {}
 
     def collect(node: _Node, prefix: str) -> None:
@@ -161,7 +172,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
     def persistent_load(self, identifier: tuple) -> Tensor:
         _, kind, key, _, _ = identifier
         if kind not in ("FloatStorage", "DoubleStorage", "HalfStorage", "LongStorage"):
-            raise ValueError(f"{self.path} holds a {kind}: convert the weights to float32 first.")
+            raise ValueError(f"{self.path} holds a {kind}, which is not read: save the weights as float32.")
         dtype = getattr(torch, kind.removesuffix("Storage").lower())
         return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{key}")), dtype=dtype)
 

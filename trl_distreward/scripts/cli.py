@@ -4,6 +4,7 @@ usage: trl-distreward COMMAND [OPTIONS]
 
 Commands:
   train       fine-tune a pipeline on distribution-wise rewards
+  merge       learn with which coefficients to merge checkpoints
   statistics  compute the statistics of a set of real images
   evaluate    measure how far generated images are from real ones
   convert     make pipelines of original SiT and EDM2 checkpoints
@@ -14,7 +15,7 @@ trl-distreward COMMAND --help shows a command's options.
 import sys
 from importlib import import_module
 
-COMMANDS = ("train", "statistics", "evaluate", "convert")
+COMMANDS = ("train", "merge", "statistics", "evaluate", "convert")
 
 
 def main() -> None:

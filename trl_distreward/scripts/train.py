@@ -18,62 +18,27 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
-from ..importing import resolve
-from ..metrics.distances import DISTANCES
-from ..metrics.features import load_feature_extractor
-from ..metrics.report import FeatureDistance
-from ..rewards.subset_replace import CREDITS, SubsetReplaceReward
+from ..rewards.subset_replace import CREDITS
 from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
+from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(RewardArguments):
     """What is trained, on what reward, and what is watched."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of the pipeline."})
-    feature_extractor: str | None = field(
-        default=None,
-        metadata={
-            "help": "The reward's feature extractor: inception, dinov2, clip, a Hub id or a folder of a vision "
-            "backbone, or a dotted path, e.g. 'my_package.features.extract'."
-        },
-    )
-    real_statistics: str | None = field(
-        default=None,
-        metadata={
-            "help": "Statistics file of real data in that extractor's features; for other distances than frechet, "
-            "a .safetensors file of the features."
-        },
-    )
-    distance: str = field(
-        default="frechet", metadata={"help": "Distance of the reward.", "choices": sorted(DISTANCES)}
-    )
     credit: str = field(
         default="shared", metadata={"help": "Whether a subset's images share its reward.", "choices": list(CREDITS)}
     )
     control_variate: bool = field(
         default=False, metadata={"help": "Take out of shared rewards what the removed images' absence does."}
     )
-    debias: bool = field(default=False, metadata={"help": "Extrapolate the distance to an infinite generated set."})
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Dotted paths of further reward functions, e.g. 'my_package.aesthetic'."},
-    )
-    heldout_extractor: str | None = field(
-        default=None, metadata={"help": "An extractor that the reward does not see, to evaluate; named likewise."}
-    )
-    heldout_statistics: str | None = field(default=None, metadata={"help": "Statistics file for it."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels'."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter in place of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
@@ -86,41 +51,22 @@ class TrainArguments:
     )
 
 
-def build_rewards(arguments: TrainArguments) -> list[Any]:
-    rewards: list[Any] = [resolve(path) for path in arguments.reward_funcs]
-    if (arguments.feature_extractor is None) != (arguments.real_statistics is None):
-        raise ValueError("feature_extractor and real_statistics go together: give both or neither.")
-    if arguments.feature_extractor is not None:
-        reward = SubsetReplaceReward(
-            load_feature_extractor(arguments.feature_extractor),
-            arguments.real_statistics,
-            arguments.distance,
-            credit=arguments.credit,
-            control_variate=arguments.control_variate,
-            debias=arguments.debias,
-        )
-        rewards.insert(0, reward)
-    if not rewards:
-        raise ValueError("there is no reward: give feature_extractor and real_statistics, or reward_funcs.")
-    return rewards
-
-
 def make_parser() -> TrlParser:
     return TrlParser((TrainArguments, DiffusionDistributionConfig), description=__doc__)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, config = make_parser().parse_args_and_config(argv)
-    run(arguments, config, arguments.model, build_rewards(arguments))
+    run(arguments, config, arguments.model)
 
 
-def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any, rewards: list[Any]) -> None:
+def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any) -> None:
     """Trains `model` as the options say, or predicts what that takes."""
     logging.getLogger("trl_distreward").setLevel(logging.INFO)
     logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
     if arguments.dry_run:  # nothing is to be reported or pushed
         config.report_to, config.push_to_hub, config.disable_tqdm = [], False, True
-    trainer = build_trainer(arguments, config, model, rewards)
+    trainer = build_trainer(arguments, config, model)
     if arguments.dry_run:
         prediction = dry_run(trainer)
         if trainer.is_world_process_zero():
@@ -141,29 +87,19 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: A
 
 
 def build_trainer(
-    arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any, rewards: list[Any]
+    arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any
 ) -> DistributionRewardTrainer:
-    if (arguments.heldout_extractor is None) != (arguments.heldout_statistics is None):
-        raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
-    metrics = {}
-    if arguments.heldout_extractor is not None:
-        metrics["heldout"] = FeatureDistance(
-            load_feature_extractor(arguments.heldout_extractor), arguments.heldout_statistics
-        )
     peft_config = None
     if arguments.use_peft:
         peft_config = LoraConfig(
             r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=arguments.lora_target_modules
         )
-    dataset = None
-    if arguments.dataset_name is not None:
-        dataset = load_dataset(arguments.dataset_name, split=arguments.dataset_split)
     return DistributionRewardTrainer(
         model=model,
-        reward_funcs=rewards,
+        reward_funcs=build_rewards(arguments, credit=arguments.credit, control_variate=arguments.control_variate),
         args=config,
-        train_dataset=dataset,
-        eval_metrics=metrics,
+        train_dataset=load_conditions(arguments),
+        eval_metrics=build_metrics(arguments),
         peft_config=peft_config,
     )
 

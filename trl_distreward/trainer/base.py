@@ -358,25 +358,41 @@ class DiffusionTrainer(CheckpointingTrainer):
         if eval_dataset is not None:
             number = self.args.num_eval_images or len(eval_dataset)
             conditions = conditions_of_slots(self.policy, eval_dataset, number, self.args.eval_seed)
-        seed = self.args.eval_seed if seed is None else seed
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model is self.model_wrapped:
-            self.model.to(self.accelerator.device)  # before training they leave it where it was loaded
-        training, model = self.model.training, self.model_wrapped
-        model.eval()
-        metrics: dict[str, float] = {}
-        try:
-            with self.evaluation_weights():
-                for sampler, schedule in self.args.eval_schedules.items():
-                    values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
-                    metrics.update({f"{metric_key_prefix}_{sampler}_{name}": v for name, v in values.items()})
-        finally:
-            model.train(training)
+        values = self._evaluate_samplers(conditions, self.args.eval_seed if seed is None else seed)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         number = len(conditions) * len(self.args.eval_schedules)
         elapsed = time.perf_counter() - started
         metrics.update(speed_metrics(metric_key_prefix, time.time() - elapsed, num_samples=number))
         metrics = broadcast_object_list([metrics])[0]  # what is best must be so on every process
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def sampled_model(self) -> nn.Module:
+        """The network that images are generated with, as it is wrapped for training."""
+        return self.model_wrapped
+
+    @property
+    def sampled_network(self) -> nn.Module:
+        """The same without distributed wrappers."""
+        return self.accelerator.unwrap_model(self.sampled_model)
+
+    def _evaluate_samplers(self, conditions: Any, seed: int) -> dict[str, float]:
+        """`{sampler}_{metric}` of images from noise of `seed`."""
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model is self.model_wrapped:
+            self.model.to(self.accelerator.device)  # before training they leave it where it was loaded
+        model = self.sampled_model
+        training = model.training
+        model.eval()
+        metrics: dict[str, float] = {}
+        try:
+            with self.evaluation_weights():
+                for sampler, schedule in self.args.eval_schedules.items():
+                    values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
+                    metrics.update({f"{sampler}_{name}": value for name, value in values.items()})
+        finally:
+            model.train(training)
         return metrics
 
     def _evaluate_sampler(

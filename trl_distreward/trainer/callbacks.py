@@ -133,7 +133,7 @@ class LogSamplesCallback(TrainerCallback):
 
     def _log(self, args: Any, state: Any) -> None:
         trainer, size = self.trainer, args.per_device_eval_batch_size
-        split = is_split(trainer.network)  # then a forward pass takes all processes
+        split = is_split(trainer.sampled_network)  # then a forward pass takes all processes
         if not (split or state.is_world_process_zero):
             return
         with trainer.evaluation_weights(), trainer.autocast() if split else nullcontext():
@@ -143,7 +143,7 @@ class LogSamplesCallback(TrainerCallback):
                 self.schedule,
                 seed=self.seed,
                 batch_size=size,
-                model=trainer.network,
+                model=trainer.sampled_network,
                 stream="samples",
             )
             images = torch.cat([images for images, _ in batches])

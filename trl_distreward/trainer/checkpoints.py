@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import save_fsdp_optimizer
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ from transformers.trainer_utils import (
 )
 from trl.trainer.base_trainer import _BaseTrainer
 
+from ..hub import push_folder, with_retries
 from ..policies import DiffusionPolicy
 from .ema import PolicyEMA
 from .model_card import build_model_card, recipe_of
@@ -318,17 +320,62 @@ class CheckpointingTrainer(_BaseTrainer):
         elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             uploads.append((Path(checkpoint_folder).name, []))
         for path_in_repo, ignored in uploads:
-            upload = HfApi().upload_folder(
-                repo_id=self.hub_model_id,
-                folder_path=checkpoint_folder,
+            # by the one worker that all share, so that no older push overtakes a newer one
+            upload = run_as_future(
+                push_folder,
+                checkpoint_folder,
+                self.hub_model_id,
                 path_in_repo=path_in_repo,
                 commit_message=f"Training in progress, step {self.state.global_step}",
                 token=self.args.hub_token,
                 revision=self.args.hub_revision,
                 ignore_patterns=ignored or None,
-                run_as_future=True,
             )
             self._uploads.append(upload)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        name = self.args.hub_model_id or self._hub_name()
+        with_retries(lambda: super(CheckpointingTrainer, self).init_hf_repo(token, private), f"creating {name}", name)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves the pipeline and its card, and pushes them as one commit, again after failures that may pass.
+
+        All processes call it, the main one pushes. Arguments as in [`~transformers.Trainer.push_to_hub`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a future of it where `blocking` is `False`.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: nothing was committed.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(model_name=kwargs.pop("model_name", None), **kwargs)
+        self._finish_current_push()
+        push = partial(
+            push_folder,
+            self.args.output_dir,
+            self.hub_model_id,
+            commit_message=commit_message,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        )
+        return push() if blocking else run_as_future(push)
 
     def _finish_current_push(self) -> None:
         """Waits for the uploads in the background; a failure is told, and the last push has all there is to push."""
@@ -347,6 +394,7 @@ class CheckpointingTrainer(_BaseTrainer):
         source = getattr(getattr(self.policy, "pipeline", None), "config", {}).get("_name_or_path")
         base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
         name = model_name or self._hub_name()
+        metadata: dict[str, Any] = {"base_model": base_model, **self._card_metadata()}
         card = build_model_card(
             name,
             trainer_name=type(self).__name__,
@@ -354,13 +402,22 @@ class CheckpointingTrainer(_BaseTrainer):
             log_history=self.state.log_history,
             recipe=recipe_of(self.args),
             num_eval_images=len(self.eval_conditions),
-            base_model=base_model,
+            sections=self._card_sections(),
             license=kwargs.get("license"),
             library_name="diffusers",
             pipeline_tag=self._pipeline_tag,
             datasets=dataset_name,
             tags=sorted({*given, *self._tag_names, "generated_from_trainer"}),
+            **metadata,
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _card_metadata(self) -> dict[str, Any]:
+        """Further metadata of the model card, by the names of [`~huggingface_hub.ModelCardData`]."""
+        return {}
+
+    def _card_sections(self) -> list[str]:
+        """Further sections of the model card, in Markdown."""
+        return []
 
     _pipeline_tag = "unconditional-image-generation"

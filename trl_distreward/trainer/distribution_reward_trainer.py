@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from ..generation import conditions_of_slots, image_generators, take
 from ..metrics.composite import supports
 from ..metrics.report import ImageMetric
-from ..policies import as_policy, to_uint8
+from ..policies import as_policy
 from ..rewards.diagnostics import reward_diagnostics
 from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts
@@ -25,6 +25,7 @@ from .distribution_reward_config import DiffusionDistributionConfig
 from .objective import normalize_advantages, select
 from .pair_loss import PairLoss, UpdateStatistics
 from .reference_set import ReferenceSet
+from .reward_functions import RewardFunctions, check_best_metric, check_on, images_of_noise
 from .rollout_batch import RolloutBatch
 from .rollouts import Rollouts
 
@@ -100,24 +101,13 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.conditions = conditions_of_slots(policy, train_dataset, args.reference_set_size, args.seed)
         num_eval = args.num_eval_images or args.reference_set_size
 
-        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-        self.reward_names = [getattr(f, "__name__", type(f).__name__) for f in self.reward_funcs]
-        weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
-        if len(weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"reward_weights has {len(weights)} entries for {len(self.reward_funcs)} reward functions: give one "
-                "weight per function."
-            )
-        self.reward_weights = weights
+        self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
+        self.reward_funcs, self.reward_names = self.rewards.functions, self.rewards.names
+        self.reward_weights = self.rewards.weights
         if args.best_of_n > 1 and not self.distribution_rewards:
             raise ValueError(
                 f"best_of_n={args.best_of_n} chooses by the replaced distance, but no reward is a "
                 "SubsetReplaceReward: set best_of_n=1."
-            )
-        spaces = [space for reward in self.distribution_rewards for space in reward.extractors]
-        if len(set(spaces)) < len(spaces):
-            raise ValueError(
-                f"feature spaces {spaces} of several rewards share names: give extractors as dictionaries."
             )
         self.slot_sampler = SlotSampler(args.reference_set_size, seed=args.seed)
 
@@ -130,7 +120,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
             args=args,
             steps_per_epoch=math.ceil(args.reference_set_size / images_per_step) * args.num_iterations,
             eval_conditions=conditions_of_slots(policy, eval_dataset, num_eval, args.eval_seed),
-            eval_metrics=self._reward_metrics() | dict(eval_metrics or {}),
+            eval_metrics=self.rewards.metrics() | dict(eval_metrics or {}),
             ema_decay=args.ema_decay,
             peft_config=peft_config,
             train_dataset=train_dataset,
@@ -150,14 +140,14 @@ class DistributionRewardTrainer(DiffusionTrainer):
             reward.to(self.accelerator.device)
         self._check_halves()
         self._check_rewards()
-        self._check_best_metric()
+        check_best_metric(args, self.eval_metrics)
         self._announce()
 
     # ---- checks at the door ----
 
     @property
     def distribution_rewards(self) -> list[SubsetReplaceReward]:
-        return [reward for reward in self.reward_funcs if isinstance(reward, SubsetReplaceReward)]
+        return self.rewards.distributional
 
     @property
     def _judges(self) -> list[tuple[SubsetReplaceReward, float]]:
@@ -173,25 +163,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 f"of {processes}."
             )
 
-    @torch.no_grad()
     def _check_rewards(self) -> None:
-        """Runs every extractor once on two images of noise, so that a misfit shows before any training."""
-        conditions = take(self.conditions, [0, 1])
-        noise = self.policy.noise(conditions, image_generators(0, "check", 0, [0, 1]))
-        # the network may not be on the device yet, unlike what decodes and judges
-        images = to_uint8(self.policy.decode(noise.to(self.accelerator.device)))
-        for reward in self.distribution_rewards:
-            reward.extract(images, conditions)
+        images, conditions = images_of_noise(self.policy, self.conditions, self.accelerator.device)
+        check_on(images, conditions, self.rewards, self.eval_metrics)
         if self.args.loss_type == "backprop":
             self._check_gradients(images, conditions)
-        for name, metric in self.eval_metrics.items():
-            metric.reset()
-            try:
-                metric.update(images, conditions)
-            except Exception as error:
-                error.add_note(f"raised by eval metric {name!r} on two test images {tuple(images.shape)}.")
-                raise
-            metric.reset()
 
     def _check_gradients(self, images: Tensor, conditions: Any) -> None:
         """That every reward can be back-propagated."""
@@ -247,17 +223,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 f"{args.reference_set_size}, which debias=True compares with the other half: lower "
                 f"{'num_subsets' if together else 'replace_size'} or raise reference_set_size."
             )
-
-    def _check_best_metric(self) -> None:
-        name, known = self.args.metric_for_best_model, []
-        for sampler in self.args.eval_schedules:
-            known += [f"eval_{sampler}_{metric}" for metric in self.eval_metrics]
-        if name is not None and name not in known and f"eval_{name}" not in known:
-            raise ValueError(f"metric_for_best_model={name!r} is not evaluated: choose one of {', '.join(known)}.")
-
-    def _reward_metrics(self) -> dict[str, ImageMetric]:
-        spaces = [item for reward in self.distribution_rewards for item in reward.metrics().items()]
-        return {f"distance_{space}": metric for space, metric in spaces}
 
     def _announce(self) -> None:
         """The batch arithmetic, in one line."""

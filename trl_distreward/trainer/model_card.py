@@ -39,6 +39,7 @@ def build_model_card(
     log_history: Sequence[Mapping[str, float]],
     recipe: Mapping[str, Any],
     num_eval_images: int,
+    sections: Sequence[str] = (),
     **metadata: Any,
 ) -> ModelCard:
     """
@@ -48,6 +49,7 @@ def build_model_card(
         log_history (`list[dict]`): of the run; its first and last evaluations become a table, the last one results.
         recipe (`dict`): settings to list.
         num_eval_images (`int`): images of an evaluation.
+        sections (`list[str]`, *optional*): further sections, in Markdown, before the recipe.
         metadata: further fields of [`~huggingface_hub.ModelCardData`].
 
     Returns:
@@ -79,6 +81,8 @@ def build_model_card(
         first, last = evaluations[0], evaluations[-1]
         lines += ["", "## Evaluation", "", f"| metric | step {first['step']} | step {last['step']} |", "|---|---|---|"]
         lines += [f"| {k} | {first[k]:.4g} | {last[k]:.4g} |" for k in last if k != "step" and k in first]
+    for section in sections:
+        lines += ["", section]
     lines += ["", "## Recipe", "", "| setting | value |", "|---|---|"]
     lines += [f"| `{setting}` | `{value}` |" for setting, value in recipe.items()]
     return ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n".join(lines) + "\n")

@@ -1,0 +1,112 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+
+from tests.helpers import tiny_sit
+from trl_distreward import EMANet
+from trl_distreward.merging.coefficients import (
+    COEFFICIENT_MAPS,
+    coefficient_groups,
+    coefficients_of,
+    gaussian_log_prob,
+    gaussian_samples,
+    initial_coefficients,
+    samples_of,
+)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 3])
+def test_network_starts_exactly_at_what_it_is_given_and_learns_from_there(num_layers):
+    initial = torch.randn(2, 4, dtype=torch.float64)
+    network = EMANet(initial, num_layers=num_layers, scale=0.1)
+    assert torch.equal(network(), initial)
+    target, optimizer = initial + 0.1 * torch.randn(2, 4), torch.optim.Adam(network.parameters(), 1e-2)
+    before = ((network() - target) ** 2).sum().item()
+    for _ in range(300):
+        loss = ((network() - target) ** 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-2 * before
+
+
+def test_network_of_the_paper_has_three_layers_on_an_embedding():
+    network = EMANet(torch.zeros(1, 8))
+    shapes = [tuple(layer.weight.shape) for layer in network.layers if hasattr(layer, "weight")]
+    assert shapes == [(64, 64), (64, 64), (8, 64)]
+    assert network.embedding.requires_grad and network.embedding.shape == (64,)
+
+
+@pytest.mark.parametrize("coefficient_map", COEFFICIENT_MAPS)
+def test_maps_and_their_inverses(coefficient_map):
+    samples = torch.randn(5, 2, 6, dtype=torch.float64)
+    coefficients = coefficients_of(samples, coefficient_map)
+    again = coefficients_of(samples_of(coefficients, coefficient_map), coefficient_map)
+    torch.testing.assert_close(again, coefficients, atol=1e-15, rtol=1e-13)
+    if coefficient_map != "none":
+        torch.testing.assert_close(coefficients.sum(-1), torch.ones(5, 2, dtype=torch.float64))
+    if coefficient_map == "softmax":
+        assert (coefficients > 0).all()
+
+
+def test_affine_coefficients_are_the_nearest_that_sum_to_one():
+    samples = torch.randn(6, dtype=torch.float64)
+    coefficients = coefficients_of(samples, "affine")
+    directions = torch.randn(20, 6, dtype=torch.float64)
+    others = coefficients + directions - directions.mean(dim=1, keepdim=True)
+    assert ((others - samples).norm(dim=1) > (coefficients - samples).norm()).all()
+
+
+def test_coefficients_that_a_map_does_not_reach_are_refused():
+    last = initial_coefficients("last", 3)
+    with pytest.raises(ValueError, match="not all positive"):
+        samples_of(last, "softmax")
+    assert torch.equal(samples_of(last, "affine"), last)
+    with pytest.raises(ValueError, match="do not sum to one"):
+        samples_of(torch.tensor([0.5, 0.7]), "affine")
+    assert samples_of(torch.tensor([0.5, 0.7]), "none").tolist() == pytest.approx([0.5, 0.7])
+
+
+def test_starts():
+    assert initial_coefficients("uniform", 4).tolist() == [0.25] * 4
+    assert initial_coefficients("last", 3).tolist() == [0, 0, 1]
+    assert initial_coefficients([0.5, -0.5, 1.0], 3).tolist() == [0.5, -0.5, 1.0]
+    power = initial_coefficients("post_hoc", 5, target_std=0.1)
+    assert power.sum().item() == pytest.approx(1) and (power.diff() > 0).all()
+    # a stored average of the very width that is asked for is the answer
+    stored = initial_coefficients("post_hoc", 2, times=[5.0, 5.0], stds=[0.05, 0.1], target_std=0.05)
+    torch.testing.assert_close(stored, torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="checkpoint_times has 2 entries for 3"):
+        initial_coefficients("post_hoc", 3, times=[1.0, 2.0])
+    with pytest.raises(ValueError, match="initial_coefficients has 1 entries for 3"):
+        initial_coefficients([1.0], 3)
+
+
+def test_groups_cover_every_tensor():
+    keys = list(tiny_sit().state_dict())
+    for granularity, some in (
+        ("per_model", {"all"}),
+        ("per_block", {"blocks.0", "blocks.1", "x_embedder", "final_layer"}),
+        ("per_parameter_group", {"blocks.#.attn.qkv", "x_embedder.proj", "final_layer.linear"}),
+    ):
+        groups, names = coefficient_groups(keys, granularity)
+        assert list(groups) == keys and set(groups.values()) == set(range(len(names)))
+        assert some <= set(names)
+    blocks = ["enc.64x64_block0.conv_res0.weight", "enc.64x64_block1.conv_res0.weight"]
+    assert coefficient_groups(blocks, "per_block")[1] == ["enc.64x64_block0", "enc.64x64_block1"]
+
+
+def test_antithetic_samples_come_in_pairs_about_the_mean():
+    mean = torch.randn(1, 3, dtype=torch.float64)
+    samples = gaussian_samples(mean, 0.5, 6, torch.Generator().manual_seed(0), antithetic=True)
+    torch.testing.assert_close(samples[:3] + samples[3:], 2 * mean.expand(3, 1, 3))
+    assert len(gaussian_samples(mean, 0.5, 7, torch.Generator(), antithetic=True)) == 7
+    plain = gaussian_samples(mean, 0.5, 4000, torch.Generator().manual_seed(0))
+    assert plain.std(dim=0).sub(0.5).abs().max() < 0.03 and (plain.mean(dim=0) - mean).abs().max() < 0.03
+
+
+def test_log_probability_is_the_gaussians():
+    mean = torch.randn(2, 3, dtype=torch.float64)
+    samples = torch.randn(5, 2, 3, dtype=torch.float64)
+    expected = torch.distributions.Normal(mean, 0.7).log_prob(samples).sum((1, 2))
+    torch.testing.assert_close(gaussian_log_prob(samples, mean, 0.7), expected)

@@ -1,0 +1,350 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from tests.helpers import features, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
+from trl_distreward import FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
+from trl_distreward.generation import SamplingSchedule, balanced_labels, image_generators, sample
+from trl_distreward.policies import to_uint8
+from trl_distreward.trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return tiny_pool(tmp_path_factory.mktemp("pool"))
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weighted(pool, coefficients):
+    files = [load_file(path) for path in pool]
+    return {name: sum(w * f[name] for w, f in zip(coefficients, files, strict=True)) for name in files[0]}
+
+
+def two_spaces():
+    images = real_images()
+    extractors = {"features": features, "squares": lambda x: features(x) ** 2}
+    real = {name: FeatureStatistics.from_features(extract(images)) for name, extract in extractors.items()}
+    return SubsetReplaceReward(extractors, real)
+
+
+# ---- what is learnt ----
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "grid"])  # which only knows averages
+def test_every_method_finds_a_better_merge_at_equal_images(tmp_path, pool, method):
+    settings = {"max_steps": 5, "sampling_std": 0.3, "reference_set_size": 40, "num_eval_images": 40, "seed": 0}
+    trainer = tiny_merge_trainer(tmp_path, pool, method=method, initial_coefficients="last", **settings)
+    last = [0.0, 0.0, 0.0, 1.0]
+    before = trainer.evaluate(coefficients=last)["eval_ode_distance_features"]
+    assert trainer.coefficients.tolist() == [last]  # exactly
+    trainer.train()
+    assert trainer.evaluate()["eval_ode_distance_features"] < before
+    assert trainer.num_images == 40 * (1 + 5 * 5) == logged(trainer, "num_images")[-1]
+    assert len(logged(trainer, "reward")) == 5 and logged(trainer, "coefficients/3")[-1] == trainer.coefficients[0, 3]
+
+
+def test_policy_gradient_with_a_mean_and_plain_steps_is_natural_evolution(tmp_path, pool):
+    """Without a network, at rate 1 of SGD, the mean moves by the mean of advantages times deviations."""
+    settings = {"policy_num_layers": 0, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 100.0}
+    trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", sampling_std=0.2, max_steps=1, **settings)
+    seen, judge, start = {}, trainer.judge.judge, trainer.mean
+
+    def watch(candidates, step):
+        seen["candidates"], seen["rewards"] = candidates, judge(candidates, step)
+        return seen["rewards"]
+
+    trainer.judge.judge = watch
+    trainer.train()
+    rewards = seen["rewards"][:, 0]
+    advantages = (rewards - rewards.mean()) / rewards.std()
+    step = (advantages[:, None, None] * (seen["candidates"] - start)).mean(dim=0)
+    found = trainer.coefficients - start
+    torch.testing.assert_close(found, step - step.mean(), atol=1e-6, rtol=1e-5)  # the sum stays one
+
+
+def test_draws_come_closer_together_over_the_run(tmp_path):
+    config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=5, sampling_std=0.1)
+    assert [config.sampling_std_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.1, 0.065, 0.03, 0.03])
+
+
+# ---- the reward of a candidate ----
+
+
+def test_candidates_of_a_step_see_the_same_noise_and_steps_differ(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool)
+    twice = trainer.initial_coefficients.expand(2, 1, -1)
+    first, second = trainer.judge.judge(twice, step=1).flatten().tolist()
+    assert first == second
+    assert trainer.judge.judge(twice, step=2)[0, 0] != first
+    fixed = tiny_merge_trainer(tmp_path, pool, fresh_noise=False)
+    assert torch.equal(fixed.judge.judge(twice, step=1), fixed.judge.judge(twice, step=2))
+
+
+def test_reward_without_replacements_is_minus_the_distance_of_the_candidates_own_set(tmp_path, pool):
+    coefficients = torch.tensor([0.5, -0.25, 0.0, 0.75])
+    trainer = tiny_merge_trainer(tmp_path, pool)
+    (value,) = trainer.judge.judge_one(coefficients[None], step=3).tolist()
+    network = tiny_sit()
+    network.load_state_dict(weighted(pool, coefficients.tolist()))
+    generators = image_generators(trainer.args.seed, "candidate", 3, range(20))
+    labels = balanced_labels(20, 3)
+    x = sample(trainer.policy, network, labels, SamplingSchedule(3, "ode"), generators).sample
+    real = FeatureStatistics.from_features(features(real_images()))
+    own = FeatureStatistics.from_features(features(to_uint8(trainer.policy.decode(x))))
+    assert value == pytest.approx(-frechet_distance(own, real), rel=1e-3)
+
+
+def test_replacements_average_over_subsets_and_draws(tmp_path, pool):
+    """Eq. 10: with everything but the new images known, the mean of Eq. 4 over N_s x N_r subsets."""
+    settings = {"num_subsets": 3, "num_replacements": 2, "replace_size": 4}
+    trainer = tiny_merge_trainer(tmp_path, pool, **settings)
+    (reward,) = trainer.rewards.distributional
+    calls = []
+    original = reward.subset_rewards
+    reward.subset_rewards = lambda slots, new: calls.append((slots, new, original(slots, new))) or calls[-1][2]
+    coefficients = trainer.initial_coefficients
+    (value,) = trainer.judge.judge_one(coefficients, step=0).tolist()
+    ((slots, new, rewards),) = calls
+    assert slots.shape == (6, 4) and torch.equal(slots[0], slots[1]) and not torch.equal(slots[0], slots[2])
+    assert len(set(slots[0].tolist())) == 4
+    assert value == rewards.mean().item() and len(rewards.unique()) == 6
+    assert trainer.args.images_per_candidate == 20 + 3 * 2 * 4
+    again = tiny_merge_trainer(tmp_path, pool, **settings).judge.judge_one(coefficients, step=0)
+    assert again.item() == value
+
+
+def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts(tmp_path, pool):
+    def brightness(images, conditions, slots, **kwargs):
+        return images.float().mean((1, 2, 3)).tolist()
+
+    trainer = tiny_merge_trainer(
+        tmp_path,
+        pool,
+        reward_funcs=[two_spaces(), brightness],
+        reward_weights=[1.0, 0.01],
+        max_steps=1,
+        scale_set_size=30,
+    )
+    trainer.train()
+    assert trainer.num_images == 30 + 5 * 20
+    start = trainer.judge.judge_set(trainer.initial_coefficients, balanced_labels(30, 3), "start", step=0)
+    assert start[0].item() == pytest.approx(-2)  # each space's distance, divided by itself
+    assert 0 < start[1] < 255
+    distributional, bright = (logged(trainer, f"rewards/{name}/mean")[0] for name in trainer.rewards.names)
+    assert logged(trainer, "reward")[0] == pytest.approx(distributional + 0.01 * bright)
+
+
+def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, method="random", max_steps=1)
+    judge = trainer.judge.judge
+
+    def broken(candidates, step):
+        values = judge(candidates, step)
+        values[0] = torch.nan
+        return values
+
+    trainer.judge.judge = broken
+    trainer.train()
+    assert logged(trainer, "finite_candidates") == [0.8]
+    assert trainer.coefficients.isfinite().all() and not torch.equal(
+        trainer.coefficients, trainer.initial_coefficients
+    )
+
+
+def test_training_stops_where_no_candidate_makes_images(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, max_skipped_updates=1)
+    trainer.judge.judge = lambda candidates, step: torch.full((len(candidates), 1), torch.nan, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="no candidate's images"):
+        trainer.train()
+    assert torch.equal(trainer.coefficients, trainer.initial_coefficients)
+
+
+# ---- results ----
+
+
+def test_saved_pipeline_is_the_merge_and_says_how_it_was_made(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, max_steps=2, granularity="per_block")
+    trainer.train()
+    coefficients, groups = trainer.coefficients, trainer.groups
+    assert coefficients.shape == (len(trainer.group_names), 4) and len(coefficients) > 3
+    assert not torch.equal(coefficients[0], coefficients[1])
+    torch.testing.assert_close(coefficients.sum(1), torch.ones(len(coefficients), dtype=torch.float64))
+    trainer.save_model()
+    trainer.create_model_card()
+    loaded = load_pipeline(tmp_path).transformer
+    assert trainer.merge().transformer is trainer.merged_network
+    files = [load_file(path) for path in pool]
+    for name, parameter in loaded.named_parameters():
+        row = coefficients[groups[name]].tolist()
+        expected = sum(w * f[name] for w, f in zip(row, files, strict=True))
+        torch.testing.assert_close(parameter.data, expected)
+        assert torch.equal(parameter, dict(trainer.merged_network.named_parameters())[name])
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        metadata = {name: json.loads(value) for name, value in file.metadata().items() if name != "format"}
+    assert metadata["coefficients"] == dict(zip(trainer.group_names, coefficients.tolist(), strict=True))
+    assert [list(m["files"].values()) for m in metadata["pool"]["members"]] == [
+        list(m["files"].values()) for m in trainer.pool.describe()["members"]
+    ]
+    assert metadata["recipe"]["sampling_std"] == 0.15 and metadata["num_images"] == trainer.num_images
+    card = (tmp_path / "README.md").read_text()
+    assert "![Coefficients](coefficients.png)" in card and (tmp_path / "coefficients.png").is_file()
+    assert f"{coefficients[0, 3]:.4f}" in card and "step-3.safetensors" in card
+
+
+def test_comparison_is_in_the_card(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, max_steps=1, eval_samplers=["sde", "ode"])
+    trainer.train()
+    rows = trainer.compare({"first": [1.0, 0.0, 0.0, 0.0]})
+    assert list(rows) == ["last", "uniform", "start", "first", "learnt"]
+    assert set(rows["learnt"]) == {"sde_distance_features", "ode_distance_features"}
+    learnt = trainer.evaluate()
+    assert rows["learnt"]["ode_distance_features"] == learnt["eval_ode_distance_features"]
+    assert trainer.evaluate(coefficients=[0, 0, 0, 1.0])["eval_ode_distance_features"] == pytest.approx(
+        rows["last"]["ode_distance_features"]
+    )
+    trainer.create_model_card()
+    assert f"| learnt | {rows['learnt']['sde_distance_features']:.4g}" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        trainer.evaluate(coefficients=[1.0, 0.0, 0.0])
+
+
+def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
+    folders = []
+    for index in range(3):
+        torch.manual_seed(index)
+        network = get_peft_model(tiny_sit(), LoraConfig(r=2, target_modules=["qkv"]))
+        state = {n: torch.randn_like(v) * 0.2 for n, v in get_peft_model_state_dict(network).items()}
+        network.load_state_dict({n.replace(".weight", ".default.weight"): v for n, v in state.items()}, strict=False)
+        network.save_pretrained(tmp_path / f"adapter-{index}")
+        folders.append(str(tmp_path / f"adapter-{index}"))
+    trainer = tiny_merge_trainer(tmp_path / "run", folders, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    saved = load_pipeline(tmp_path / "run").transformer
+    base, coefficients = tiny_sit(), trainer.coefficients[0].tolist()
+    name = "blocks.0.attn.qkv.weight"
+    parts = [load_file(f"{folder}/adapter_model.safetensors") for folder in folders]
+    prefix = "base_model.model.blocks.0.attn.qkv.lora_"
+    change = sum(w * p[f"{prefix}B.weight"] @ p[f"{prefix}A.weight"] for w, p in zip(coefficients, parts, strict=True))
+    scale = 8 / 2  # peft's alpha over the rank
+    expected = dict(base.named_parameters())[name] + scale * change
+    torch.testing.assert_close(dict(saved.named_parameters())[name], expected, atol=1e-5, rtol=1e-4)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# ---- resuming ----
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "emanet", "lr_scheduler_type": "linear"},
+        {"method": "cma", "num_replacements": 1, "replace_size": 3},
+        {"method": "grid"},
+        {"method": "random", "granularity": "per_block"},
+    ],
+    ids=lambda settings: settings["method"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, **settings}
+    whole = tiny_merge_trainer(tmp_path / "whole", pool, reward_funcs=two_spaces(), **settings)
+    whole.train()
+    resumed = tiny_merge_trainer(tmp_path / "resumed", pool, reward_funcs=two_spaces(), **settings)
+    torch.manual_seed(1000)  # nothing may ride on the global generator
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(resumed.coefficients, whole.coefficients)
+    assert logged(resumed, "reward") == logged(whole, "reward")
+    assert resumed.num_images == whole.num_images
+    with safe_open(tmp_path / "whole" / "checkpoint-3" / WEIGHTS, framework="pt") as file:
+        assert json.loads(file.metadata()["coefficients"])[whole.group_names[0]] == whole.coefficients[0].tolist()
+
+
+class Age:
+    """A metric that is lowest the first time."""
+
+    evaluations = 0
+
+    def reset(self):
+        pass
+
+    def update(self, images, conditions):
+        pass
+
+    def compute(self):
+        self.evaluations += 1
+        return float(self.evaluations)
+
+
+@pytest.mark.parametrize("method", ["emanet", "random"])
+def test_best_coefficients_come_back(tmp_path, pool, method):
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept.append(trainer.coefficients)
+
+    kept, every = [], {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
+    best = {"eval_steps": 1, "metric_for_best_model": "ode_age", "load_best_model_at_end": True}
+    trainer = tiny_merge_trainer(
+        tmp_path, pool, eval_metrics={"age": Age()}, callbacks=[Keep()], method=method, **every, **best
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert torch.equal(trainer.coefficients, kept[0]) and not torch.equal(kept[0], kept[1])
+
+
+def test_checkpoint_of_another_method_is_refused(tmp_path, pool):
+    tiny_merge_trainer(tmp_path, pool, method="grid", max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="of another method than method='emanet'"):
+        tiny_merge_trainer(tmp_path, pool, method="emanet").train(resume_from_checkpoint=True)
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "adam"}, "method='adam' is unknown: choose one of"),
+        ({"initial_coefficients": "first"}, "initial_coefficients='first' is unknown"),
+        ({"method": "cma", "sampling_std_decay": 0.1}, "sampling_std_decay=0.1 does nothing under method='cma'"),
+        ({"num_generations": 1}, "num_generations=1 must be at least 2"),
+        ({"sampling_std": 0.0}, "sampling_std=0.0 must be positive"),
+        ({"method": "emanet", "sampling_std_decay": 0.0}, r"must lie in \(0, 1\]"),
+        ({"num_replacements": 1, "reference_set_size": 40}, "replace_size=50 is not smaller"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"gradient_accumulation_steps": 2}, "set num_generations"),
+    ],
+)
+def test_configurations_that_cannot_be_meant_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_start_is_a_word_or_numbers(tmp_path):
+    for given in ("0.5, -0.5,1", [0.5, -0.5, 1]):
+        config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=given)
+        assert config.initial_coefficients == [0.5, -0.5, 1.0]
+
+
+def test_what_does_not_fit_a_set_is_refused(tmp_path, pool):
+    with pytest.raises(ValueError, match="leave credit='shared'"):
+        tiny_merge_trainer(tmp_path, pool, reward_funcs=tiny_reward(credit="leave_one_in"))
+    with pytest.raises(ValueError, match="not all positive"):
+        tiny_merge_trainer(tmp_path, pool, coefficient_map="softmax", initial_coefficients="last")
+    with pytest.raises(ValueError, match="3 entries for 4 checkpoints"):
+        tiny_merge_trainer(tmp_path, pool, initial_coefficients=[0.5, 0.25, 0.25])
+    trainer = tiny_merge_trainer(tmp_path, pool)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="each process merges and runs candidates"):
+        trainer._check_launch(0.0)

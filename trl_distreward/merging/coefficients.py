@@ -1,0 +1,194 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Merging coefficients: the Gaussian policy they are drawn from, and what is made of a draw.
+
+Section 3.3 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291). A *sample* is what the policy draws; a map
+makes coefficients of it. The paper names none, and with a standard deviation of 1 the sum of eight coefficients would
+vary by 2.8: the map is explicit here.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .posthoc import posthoc_ema_coefficients, power_profile_coefficients
+
+COEFFICIENT_MAPS = ("affine", "softmax", "none")
+GRANULARITIES = ("per_model", "per_block", "per_parameter_group")
+
+
+def coefficients_of(samples: Tensor, coefficient_map: str) -> Tensor:
+    """
+    Coefficients of samples `(..., N_c)`, in their dtype.
+
+    `"softmax"`: positive, and their sum is one. `"affine"`: the nearest coefficients whose sum is one; some may be
+    negative. `"none"`: the samples themselves.
+    """
+    if coefficient_map == "softmax":
+        return samples.softmax(dim=-1)
+    if coefficient_map == "affine":
+        return samples - (samples.sum(dim=-1, keepdim=True) - 1) / samples.shape[-1]
+    return samples
+
+
+def samples_of(coefficients: Tensor, coefficient_map: str) -> Tensor:
+    """
+    Samples that the map takes to `coefficients` `(..., N_c)`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    total = coefficients.sum(dim=-1)
+    if coefficient_map != "none" and not bool(((total - 1).abs() < 1e-6).all()):
+        raise ValueError(
+            f"coefficients {coefficients.tolist()} do not sum to one, as coefficient_map={coefficient_map!r} has it: "
+            "divide them by their sum, or use coefficient_map='none'."
+        )
+    if coefficient_map != "softmax":
+        return coefficients
+    if not bool((coefficients > 0).all()):
+        raise ValueError(
+            f"coefficients {coefficients.tolist()} are not all positive, as coefficient_map='softmax' has it: start "
+            "elsewhere, or use coefficient_map='affine'."
+        )
+    return coefficients.log()
+
+
+def initial_coefficients(
+    kind: str | Sequence[float],
+    count: int,
+    times: Sequence[float] | None = None,
+    stds: Sequence[float] | None = None,
+    target_std: float = 0.1,
+) -> Tensor:
+    """
+    Where learning starts.
+
+    Args:
+        kind (`str` or `list[float]`):
+            `"post_hoc"`: a power-function average that ends at the last checkpoint, see
+            [`~merging.posthoc_ema_coefficients`]; `"uniform"`; `"last"`; or the coefficients themselves.
+        count (`int`): checkpoints N_c.
+        times (`list[float]`, *optional*): their training times; 1, 2, …, N_c by default.
+        stds (`list[float]`, *optional*): their relative widths, where they are averages themselves.
+        target_std (`float`, *optional*, defaults to 0.1): relative width of the average under `"post_hoc"`.
+
+    Returns:
+        `torch.Tensor` of shape `(N_c,)`, float64.
+    """
+    if not isinstance(kind, str):
+        if len(kind) != count:
+            raise ValueError(f"initial_coefficients has {len(kind)} entries for {count} checkpoints: give one each.")
+        return torch.tensor([float(value) for value in kind], dtype=torch.float64)
+    for name, values in (("checkpoint_times", times), ("checkpoint_stds", stds)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name} has {len(values)} entries for {count} checkpoints: give one each.")
+    if kind == "last":
+        return torch.eye(count, dtype=torch.float64)[-1]
+    if kind == "uniform" or count == 1:
+        return torch.full((count,), 1 / count, dtype=torch.float64)
+    times = [float(i + 1) for i in range(count)] if times is None else times
+    if stds is None:
+        return power_profile_coefficients(times, target_std)
+    return posthoc_ema_coefficients(times, stds, max(times), target_std)
+
+
+def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str, int], list[str]]:
+    """
+    Which tensors share coefficients.
+
+    Args:
+        keys (`list[str]`): names of the tensors.
+        granularity (`str`):
+            `"per_model"`: all of them, as in the paper. `"per_block"`: those of a block, `blocks.3`, or of a module
+            outside of blocks, `x_embedder`. `"per_parameter_group"`: those of the same kind in all blocks,
+            `blocks.#.attn.qkv`.
+
+    Returns:
+        the group of each tensor, and the groups' names.
+    """
+
+    def group(key: str) -> str:
+        parts = key.split(".")
+        if granularity == "per_model":
+            return "all"
+        if granularity == "per_parameter_group":
+            return re.sub(r"\d+", "#", ".".join(parts[:-1]) or key)
+        return ".".join(parts[: 2 if len(parts) > 2 and re.search(r"\d", parts[1]) else 1])
+
+    of_key = {key: group(key) for key in keys}
+    names = list(dict.fromkeys(of_key.values()))
+    return {key: names.index(name) for key, name in of_key.items()}, names
+
+
+class EMANet(nn.Module):
+    """
+    The mean of the coefficients' Gaussian policy: an MLP on a learnable embedding (Section 3.3, Eq. 8).
+
+    Its last layer starts at zero, so that the first mean is exactly `initial`.
+
+    Args:
+        initial (`torch.Tensor` of shape `(G, N_c)`): the mean before training; G groups of tensors.
+        num_layers (`int`, *optional*, defaults to 3):
+            linear layers, as in the paper. With 0 the mean itself is the parameter, and there is no network.
+        hidden_size (`int`, *optional*, defaults to 64): of the embedding and of the layers between.
+        scale (`float`, *optional*, defaults to 1.0): what an output of 1 adds to the mean.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_distreward import EMANet
+    >>> EMANet(torch.tensor([[0.25, 0.75]]))().tolist()
+    [[0.25, 0.75]]
+
+    ```
+    """
+
+    initial: Tensor
+
+    def __init__(self, initial: Tensor, num_layers: int = 3, hidden_size: int = 64, scale: float = 1.0):
+        super().__init__()
+        if initial.ndim != 2:
+            raise ValueError(f"initial has shape {tuple(initial.shape)}, but must have (groups, checkpoints).")
+        if num_layers < 0 or hidden_size < 1:
+            raise ValueError(f"num_layers={num_layers} must be at least 0 and hidden_size={hidden_size} at least 1.")
+        self.scale = scale
+        self.register_buffer("initial", initial.double())
+        self.embedding = nn.Parameter(torch.randn(hidden_size) if num_layers else torch.zeros(initial.numel()))
+        sizes = [hidden_size] * num_layers + [initial.numel()]
+        layers: list[nn.Module] = []
+        for size, next_size in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.SiLU()] * bool(layers) + [nn.Linear(size, next_size)]
+        if layers:
+            nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self) -> Tensor:
+        """The mean, `(G, N_c)`, float64."""
+        return self.initial + self.scale * self.layers(self.embedding).double().view_as(self.initial)
+
+
+def gaussian_samples(
+    mean: Tensor, std: float, count: int, generator: torch.Generator, antithetic: bool = False
+) -> Tensor:
+    """
+    Samples `(B, G, N_c)` of the policy, float64 (Eq. 8).
+
+    With `antithetic`, the second half has the first half's deviations with the other sign: what a policy gradient
+    takes from the mean's own reward then cancels in every pair.
+    """
+    drawn = (count + 1) // 2 if antithetic else count
+    noise = torch.randn(drawn, *mean.shape, generator=generator, dtype=torch.float64)
+    if antithetic:
+        noise = torch.cat([noise, -noise])[:count]
+    return mean.detach().cpu() + std * noise
+
+
+def gaussian_log_prob(samples: Tensor, mean: Tensor, std: float) -> Tensor:
+    """`(B,)`: log-density of samples `(B, G, N_c)` (Eq. 9), summed over coefficients."""
+    per_coefficient = -((samples - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    return per_coefficient.flatten(1).sum(dim=1)

@@ -1,0 +1,290 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+from dataclasses import dataclass, field
+
+from trl.trainer.base_config import _BaseConfig
+
+from ..generation import SamplingSchedule
+from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
+
+METHODS = ("emanet", "cma", "grid", "random")
+STARTS = ("post_hoc", "uniform", "last")
+_CHOICES = {
+    "method": METHODS,
+    "coefficient_map": COEFFICIENT_MAPS,
+    "granularity": GRANULARITIES,
+    "advantage_normalization": ("batch", "rank"),
+}
+# Fields that only the policy gradient reads
+_EMANET_ONLY = (
+    "policy_num_layers",
+    "policy_hidden_size",
+    "sampling_std_decay",
+    "antithetic_sampling",
+    "advantage_normalization",
+)
+
+
+@dataclass
+class MergeCoefficientConfig(_BaseConfig):
+    r"""
+    Configuration of the [`MergeCoefficientTrainer`].
+
+    Besides the parameters below it takes all of [`~transformers.TrainingArguments`], of which
+    `per_device_eval_batch_size` is how many images a process generates at a time.
+
+    Parameters:
+        > Parameters that control the search
+
+        method (`str`, *optional*, defaults to `"cma"`):
+            `"emanet"`: a policy gradient on the mean of a Gaussian (Section 3.3 of
+            [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)). `"cma"`: CMA-ES. `"grid"`: power-function
+            averages of all widths. `"random"`: draws about the start. All judge as many candidates.
+        num_generations (`int`, *optional*, defaults to `16`):
+            Candidates B of a step, over all processes.
+        coefficient_map (`str`, *optional*, defaults to `"affine"`):
+            From what is drawn to coefficients. `"softmax"`: positive, the sum is one. `"affine"`: the sum is one, some
+            may be negative. `"none"`: as drawn.
+        granularity (`str`, *optional*, defaults to `"per_model"`):
+            Whether one set of coefficients is for the whole model, as in the paper, or one for each block
+            (`"per_block"`) or for each kind of parameter (`"per_parameter_group"`).
+        initial_coefficients (`str` or `list[float]`, *optional*, defaults to `"post_hoc"`):
+            Where the search starts, exactly: `"post_hoc"`, a power-function average of width `initial_std`;
+            `"uniform"`; `"last"`; or a number for each checkpoint, on the command line separated by commas.
+        initial_std (`float`, *optional*, defaults to `0.1`):
+            Relative width (σ_rel of [arXiv 2312.02696](https://huggingface.co/papers/2312.02696)) of the average under
+            `"post_hoc"`.
+        checkpoint_times (`list[float]`, *optional*):
+            Training times of the checkpoints, in any unit; 1, 2, … by default, evenly spaced from 0.
+        checkpoint_stds (`list[float]`, *optional*):
+            Relative widths of checkpoints that are averages themselves, as EDM2's are; raw weights by default.
+        sampling_std (`float`, *optional*, defaults to `0.15`):
+            Standard deviation of the draws; the first one under `"cma"`. The paper's 1 is for `"softmax"`.
+        sampling_std_decay (`float`, *optional*, defaults to `0.3`):
+            Share of it that is left at the last step, after a linear fall; 1 is constant, as in the paper.
+        antithetic_sampling (`bool`, *optional*, defaults to `True`):
+            Draws in pairs with opposite deviations from the mean.
+        advantage_normalization (`str`, *optional*, defaults to `"batch"`):
+            `"batch"`: by mean and standard deviation of all candidates' rewards; `"rank"`: evenly spaced by rank,
+            with the same mean and standard deviation.
+        policy_num_layers (`int`, *optional*, defaults to `3`):
+            Layers of the [`EMANet`]; with 0 the mean itself is the parameter.
+        policy_hidden_size (`int`, *optional*, defaults to `64`):
+            Width of its layers and of its embedding.
+
+        > Parameters that control the reward
+
+        reference_set_size (`int`, *optional*, defaults to `5000`):
+            Images N of a candidate's own set.
+        scale_set_size (`int`, *optional*):
+            Images of the start's set, by whose distances those of several feature spaces are divided;
+            `reference_set_size` by default. Small sets overstate distances, in some spaces more than in others: give
+            at least 1,000 where candidates have fewer.
+        num_replacements (`int`, *optional*, defaults to `0`):
+            New images N_r for each replaced subset (Eq. 10). 0: the reward is minus the distance of the candidate's
+            set as it is.
+        num_subsets (`int`, *optional*, defaults to `1`):
+            Subsets N_s of the set that are replaced.
+        replace_size (`int`, *optional*, defaults to `50`):
+            Images n of a subset.
+        reward_weights (`list[float]`, *optional*):
+            Weights of several reward functions; all 1 by default.
+        fresh_noise (`bool`, *optional*, defaults to `True`):
+            Whether each step has noise of its own, the same for all of its candidates. Otherwise all steps have the
+            first one's, and coefficients can be fitted to it.
+
+        > Parameters that control generation
+
+        num_inference_steps (`int`, *optional*, defaults to `32`):
+            Steps of the ODE that makes a candidate's images.
+        solver (`str`, *optional*, defaults to `"euler"`):
+            `"euler"` or `"heun"`.
+        time_shift (`float`, *optional*, defaults to `1.0`):
+            Resolution shift of the time grid; 1 is none.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Classifier-free guidance in training and evaluation; 1 is none.
+        max_skipped_updates (`int`, *optional*, defaults to `5`):
+            Steps in a row that may be skipped, because no candidate's images are finite, before training stops.
+
+        > Parameters that control evaluation
+
+        num_inference_steps_eval (`int`, *optional*):
+            Steps at evaluation; `num_inference_steps` by default.
+        eval_samplers (`list[str]`, *optional*, defaults to `["ode"]`):
+            Samplers evaluated, of `"ode"` and `"sde"`.
+        noise_schedule (`str`, *optional*, defaults to `"sit"`):
+            Noise schedule of the evaluated SDE, see [`~sampling.transition`].
+        noise_level (`float`, *optional*, defaults to `1.0`):
+            Its noise level.
+        last_step_size (`float`, *optional*, defaults to `0.04`):
+            Size of its last step without noise. `None`: all steps are equal.
+        num_eval_images (`int`, *optional*):
+            Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
+        eval_seed (`int`, *optional*, defaults to `0`):
+            Seed of the evaluation noise, the same at every evaluation and never that of training.
+
+    > Parameters with other defaults than [`~transformers.TrainingArguments`]: `learning_rate=0.01`,
+    > `lr_scheduler_type="constant"`, `max_steps=15`, `save_steps=5`, `logging_steps=1`,
+    > `remove_unused_columns=False`. A lower value of `metric_for_best_model` is the better one unless
+    > `greater_is_better` says otherwise.
+    """
+
+    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the EMANet."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    max_steps: int = field(default=15, metadata={"help": "Steps; each judges num_generations candidates."})
+    save_steps: float = field(default=5, metadata={"help": "Steps between two checkpoints."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Not used: nothing is stored."})
+    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the network under bfloat16 autocast."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept False: columns are conditions."})
+
+    # Parameters that control the search
+    method: str = field(default="cma", metadata={"help": "How coefficients are found.", "choices": list(METHODS)})
+    num_generations: int = field(default=16, metadata={"help": "Candidates of a step, over all processes."})
+    coefficient_map: str = field(
+        default="affine", metadata={"help": "From draws to coefficients.", "choices": list(COEFFICIENT_MAPS)}
+    )
+    granularity: str = field(
+        default="per_model", metadata={"help": "What shares coefficients.", "choices": list(GRANULARITIES)}
+    )
+    initial_coefficients: str = field(  # or a list after __post_init__; the command line knows one type
+        default="post_hoc", metadata={"help": "post_hoc, uniform, last, or numbers separated by commas."}
+    )
+    initial_std: float = field(default=0.1, metadata={"help": "Relative width of the post-hoc average."})
+    checkpoint_times: list[float] | None = field(default=None, metadata={"help": "Training times of the checkpoints."})
+    checkpoint_stds: list[float] | None = field(
+        default=None, metadata={"help": "Relative widths of checkpoints that are averages themselves."}
+    )
+    sampling_std: float = field(default=0.15, metadata={"help": "Standard deviation of the draws."})
+    sampling_std_decay: float = field(
+        default=0.3, metadata={"help": "Share of it that is left at the last step; 1: constant."}
+    )
+    antithetic_sampling: bool = field(default=True, metadata={"help": "Draws in pairs with opposite deviations."})
+    advantage_normalization: str = field(
+        default="batch",
+        metadata={"help": "By the batch's standard deviation, or by rank.", "choices": ["batch", "rank"]},
+    )
+    policy_num_layers: int = field(default=3, metadata={"help": "Layers of the EMANet; 0: the mean is the parameter."})
+    policy_hidden_size: int = field(default=64, metadata={"help": "Width of the EMANet."})
+
+    # Parameters that control the reward
+    reference_set_size: int = field(default=5000, metadata={"help": "Images of a candidate's own set."})
+    scale_set_size: int | None = field(
+        default=None, metadata={"help": "Images of the set that tells the feature spaces' units."}
+    )
+    num_replacements: int = field(
+        default=0, metadata={"help": "New images for each replaced subset; 0: the set's own distance."}
+    )
+    num_subsets: int = field(default=1, metadata={"help": "Subsets of the set that are replaced."})
+    replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
+    )
+    fresh_noise: bool = field(default=True, metadata={"help": "Whether each step has noise of its own."})
+
+    # Parameters that control generation
+    num_inference_steps: int = field(default=32, metadata={"help": "Steps of the ODE."})
+    solver: str = field(default="euler", metadata={"help": "Solver of the ODE.", "choices": ["euler", "heun"]})
+    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    max_skipped_updates: int = field(default=5, metadata={"help": "Steps in a row that may be skipped."})
+
+    # Parameters that control evaluation
+    num_inference_steps_eval: int | None = field(default=None, metadata={"help": "Steps at evaluation."})
+    eval_samplers: list[str] = field(
+        default_factory=lambda: ["ode"], metadata={"help": "Samplers that are evaluated."}
+    )
+    noise_schedule: str = field(
+        default="sit",
+        metadata={"help": "Noise schedule of the evaluated SDE.", "choices": ["sit", "flow_grpo", "dance", "cps"]},
+    )
+    noise_level: float = field(default=1.0, metadata={"help": "Noise level of the evaluated SDE."})
+    last_step_size: float | None = field(
+        default=0.04, metadata={"help": "Size of its last step without noise; None: all steps are equal."}
+    )
+    num_eval_images: int | None = field(default=None, metadata={"help": "Images per evaluation."})
+    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        self._read_start()
+        self._check_numbers()
+        self._refuse_ignored()
+        shared = {
+            "noise_schedule": self.noise_schedule,
+            "noise_level": self.noise_level,
+            "last_step_size": self.last_step_size,
+            "solver": self.solver,
+            "time_shift": self.time_shift,
+        }
+        self.rollout_schedule = SamplingSchedule(self.num_inference_steps, "ode", **shared)  # type: ignore[arg-type]
+        steps = self.num_inference_steps_eval or self.num_inference_steps
+        self.eval_schedules = {
+            name: SamplingSchedule(steps, name, **shared)  # type: ignore[arg-type]
+            for name in self.eval_samplers
+        }
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better: bool | None = False
+        super().__post_init__()
+
+    def _read_start(self) -> None:
+        start = self.initial_coefficients
+        if start in STARTS:
+            return
+        try:
+            numbers = [float(value) for value in (start.split(",") if isinstance(start, str) else start)]
+        except ValueError:
+            raise ValueError(
+                f"initial_coefficients={start!r} is unknown: choose one of {', '.join(STARTS)}, or give a number for "
+                "each checkpoint."
+            ) from None
+        setattr(self, "initial_coefficients", numbers)  # noqa: B010
+
+    def _check_numbers(self) -> None:
+        for name in ("num_subsets", "replace_size", "policy_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("num_replacements", "policy_num_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        for name in ("num_generations", "reference_set_size", "scale_set_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 2.")
+        if not self.sampling_std > 0:
+            raise ValueError(f"sampling_std={self.sampling_std} must be positive.")
+        if not 0 < self.sampling_std_decay <= 1:
+            raise ValueError(f"sampling_std_decay={self.sampling_std_decay} must lie in (0, 1]; 1 is constant.")
+        if self.num_replacements and self.replace_size >= self.reference_set_size:
+            raise ValueError(
+                f"replace_size={self.replace_size} is not smaller than reference_set_size={self.reference_set_size}: "
+                "lower it, or set num_replacements=0."
+            )
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: set num_generations."
+            )
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1: there are no epochs here.")
+
+    def _refuse_ignored(self) -> None:
+        """What the method has no use for must be at its default, so that nobody believes it does something."""
+        if self.method == "emanet":
+            return
+        for name in _EMANET_ONLY:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} does nothing under method={self.method!r}: leave it at {default!r}, or set "
+                    "method='emanet'."
+                )
+
+    @property
+    def images_per_candidate(self) -> int:
+        """Generated images that a candidate's reward takes."""
+        return self.reference_set_size + self.num_subsets * self.num_replacements * self.replace_size
+
+    def sampling_std_at(self, step: int) -> float:
+        """Standard deviation of the draws at a step."""
+        share = min(1.0, step / max(1, self.max_steps - 1))
+        return self.sampling_std * (1 - share * (1 - self.sampling_std_decay))
