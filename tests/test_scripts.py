@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import features, real_images, tiny_pipeline, tiny_pool
 from trl_distreward import FeatureStatistics, load_pipeline
-from trl_distreward.scripts import arguments, cli, merge, train
+from trl_distreward.scripts import arguments, cli, evaluate, merge, statistics, train
 
 RECIPE = """
 model: {folder}/base
@@ -101,6 +101,18 @@ def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
     assert result.returncode == 0, result.stderr
     for option in ("--model", "--num_subsets", "--reference_update", "--learning_rate", "--lora_r"):
         assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (statistics, ("--output", "--features", "--skip-corrupt", "--streaming", "--work-dir")),
+        (evaluate, ("--model", "--compare", "--real", "--spread", "--num-images", "--save-npz", "--image-column")),
+    ],
+)
+def test_help_is_a_manual(command, options):
+    shown = command.make_parser().format_help()
+    assert "torchrun" in shown and all(option in shown for option in options)
 
 
 def test_fields_that_take_a_number_or_a_word_take_both_from_the_command_line(tmp_path):

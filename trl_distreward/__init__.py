@@ -41,6 +41,7 @@ _PUBLIC = {
 }
 _SUBMODULES = {
     "conversion",
+    "evaluation",
     "generation",
     "hub",
     "merging",

@@ -15,6 +15,14 @@ def collect(source, folder, extractor=project, **kwargs):
     return collect_features(source, extractor, folder, **options)
 
 
+class Network(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(3, 4)
+
+    def forward(self, images):
+        return super().forward(images.float().mean(dim=(2, 3)))
+
+
 def test_features_are_the_images_in_order(tmp_path):
     images = pixels(100)
     np.savez(tmp_path / "s.npz", images)
@@ -59,6 +67,18 @@ def test_other_settings_are_not_mixed_into_unfinished_work(tmp_path):
     Image.fromarray(pixels(1)[0]).save(tmp_path / "images" / "new.png")
     with pytest.raises(ValueError, match="images was 20 and is 21"):
         collect(FolderImages(tmp_path / "images"), tmp_path / "work")
+
+
+def test_other_weights_under_the_same_name_are_not_mixed(tmp_path):
+    np.savez(tmp_path / "s.npz", pixels(20))
+    source = NpzImages(tmp_path / "s.npz")
+    first, second = (Network() for _ in range(2))
+    collected = collect(source, tmp_path / "work", first)
+    with pytest.raises(ValueError, match="weights was '"):
+        collect(source, tmp_path / "work", second)
+    (tmp_path / "work" / "mine.txt").write_text("kept")
+    collected.remove()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["mine.txt"]
 
 
 def test_corrupt_images_are_named_or_left_out_and_counted(tmp_path):

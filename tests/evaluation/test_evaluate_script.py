@@ -71,7 +71,7 @@ def test_statistics_serve_frechet_and_features_all(folder):
 
 def test_misfits_are_refused_before_anything_is_generated(folder):
     def refused(message, *arguments):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             run("--model", "base", *SMALL, *arguments)
         assert not (folder / "report.json.work" / "images").exists()
 
@@ -79,6 +79,8 @@ def test_misfits_are_refused_before_anything_is_generated(folder):
     of_dinov2.save("dinov2.safetensors")
     refused("extractor 'dinov2', but the images are seen with", "--real", "dinov2.safetensors")
     refused("--real names 2 sets for 1 feature extractors", "--real", "real.npz", "real.npz")
+    refused("no file none.npz", "--real", "none.npz")
+    refused("no statistics file at none.safetensors", "--real", "none.safetensors")
     refused("--real names 0 sets", "--metrics", "frechet")
     refused("inception_score is of Inception's logits", "--real", "real.npz", "--metrics", "inception_score")
     FeatureStatistics.from_features(torch.randn(20, 7)).save("other.safetensors")

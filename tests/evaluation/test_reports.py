@@ -50,7 +50,7 @@ def test_tables_show_every_number_once():
     shown = io.StringIO()
     Console(width=120, file=shown).print(reports.report_table(report()))
     for table in (shown.getvalue(), reports.report_markdown(report())):
-        assert "FID" in table and "0.004 ± 0.0005" in table and "imagenet.npz, 10,000 images" in table
+        assert "FID" in table and "0.00400 ± 0.00050" in table and "imagenet.npz, 10,000 images" in table
         assert "base: 50,000 images" in table and table.count("0.57") == 1
     settings = reports.report_markdown(report()).splitlines()[-1]
     assert "`sampler` sde" in settings and "solver" not in settings and "None" not in settings

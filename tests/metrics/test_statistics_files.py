@@ -7,8 +7,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from trl_distreward import FeatureStatistics
+from trl_distreward import FeatureDistance, FeatureStatistics, SubsetReplaceReward, frechet_distance
+from trl_distreward.metrics.distances import build_distance
 from trl_distreward.metrics.numpy_pickle import load_numpy_pickle
 from trl_distreward.metrics.statistics_files import check_extractor
 
@@ -175,3 +177,42 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
         check_extractor(held, 3, extractor="dinov2", resize="pillow")
     with pytest.raises(ValueError, match="dimension 3, but 'dinov2' gives 1024"):
         check_extractor(held, 3, extractor="dinov2", extractor_dimension=1024)
+
+
+class Named(torch.nn.Module):
+    def __init__(self, name, resize):
+        super().__init__()
+        self.name, self.resize = name, resize
+
+    def forward(self, images):
+        return images.float().flatten(1)[:, :3]
+
+
+def test_rewards_and_metrics_refuse_statistics_of_another_extractor(tmp_path):
+    metadata = {"extractor": "dinov2", "resize": "torch"}
+    path = tmp_path / "real.safetensors"
+    FeatureStatistics.from_features(torch.randn(9, 3), metadata=metadata).save(path)
+    for judge in (FeatureDistance, SubsetReplaceReward):
+        judge(Named("dinov2", "torch"), path)
+        judge(lambda images: images.float().flatten(1)[:, :3], path)  # which has no name
+        for name, resize, message in (
+            ("inception", "torch", "extractor 'dinov2'"),
+            ("dinov2", "pil", "resize 'torch'"),
+        ):
+            for real in (path, FeatureStatistics.load(path)):
+                with pytest.raises(ValueError, match=f"{message}, but the images are seen with"):
+                    judge(Named(name, resize), real)
+
+
+def test_files_with_features_serve_every_distance(tmp_path):
+    features = torch.randn(9, 3)
+    statistics = FeatureStatistics.from_features(features)
+    both = {"features": features, "mean": statistics.mean, "covariance": statistics.covariance}
+    save_file(both, tmp_path / "both.safetensors", metadata={"count": "9"})
+    save_file({"features": features}, tmp_path / "features.safetensors")
+    generated = torch.randn(20, 3)
+    for path in (tmp_path / "both.safetensors", tmp_path / "features.safetensors"):
+        value = build_distance("frechet", path).fit(generated).value
+        assert value == pytest.approx(frechet_distance(FeatureStatistics.from_features(generated), statistics))
+        build_distance("kernel", path).fit(generated)
+        assert torch.equal(build_distance(lambda real: real, path), features)

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ..metrics.report import FeatureExtractor, extract_features, freeze, module_of
 from ..metrics.statistics import FeatureStatistics
 from .decoding import StoredImage, UnreadableImage, decode_image
+from .digest import network_digest
 from .files import write_json
 from .sources import SETTINGS, ImageSource, chain_lanes
 
@@ -50,11 +51,19 @@ class LaneProgress:
 
 @dataclass(frozen=True)
 class CollectedFeatures:
-    """The features of a set, in lanes on disk."""
+    """
+    The features of a set, in lanes on disk.
+
+    Attributes:
+        folder (`Path`), lanes (`list`): where they are.
+        image_size (`tuple[int, int]`): height and width of the images.
+        weights (`str` or `None`): digest of the extractor's network, where it has one.
+    """
 
     folder: Path
     lanes: list[LaneProgress]
     image_size: tuple[int, int]
+    weights: str | None = None
 
     @property
     def count(self) -> int:
@@ -90,6 +99,15 @@ class CollectedFeatures:
             whole[start : start + len(block)] = block
             start += len(block)
         return torch.from_numpy(whole)
+
+    def remove(self) -> None:
+        """Deletes the files, and the folder if it holds no others."""
+        for index in range(len(self.lanes)):
+            lane_path(self.folder, index).unlink(missing_ok=True)
+            lane_path(self.folder, index).with_suffix(".json").unlink(missing_ok=True)
+        (self.folder / SETTINGS).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def statistics(self, metadata: Mapping[str, str] | None = None) -> FeatureStatistics:
         statistics = FeatureStatistics(self.dimension, metadata)
@@ -162,8 +180,10 @@ def collect_features(
     """
     state, folder = PartialState(), Path(folder)
     settings = {"batch_size": batch_size, "image_resize": resize, "skip_corrupt": skip_corrupt}
-    claim_folder(folder, {**source.description, "extractor": name, **(description or {}), **settings}, state)
     module = module_of(freeze(extractor))
+    weights = None if module is None else network_digest(module)
+    about = {"extractor": name, "weights": weights, **(description or {})}
+    claim_folder(folder, {**source.description, **about, **settings}, state)
     if module is not None:
         module.to(state.device)
     decode = partial(decode_image, resize=resize)
@@ -184,7 +204,7 @@ def collect_features(
                 lane.write(_extract(extractor, loaded, name, state.device) if loaded else None)
                 bar.update(len(loaded))
     state.wait_for_everyone()
-    collected = CollectedFeatures(folder, [read_progress(folder, index) for index in range(num_lanes)], size)
+    collected = CollectedFeatures(folder, [read_progress(folder, index) for index in range(num_lanes)], size, weights)
     if not all(lane.done for lane in collected.lanes):
         raise ValueError(f"{folder} lacks the features of other processes: put it on a file system that all share.")
     if collected.count == 0:

@@ -6,7 +6,6 @@ An image is fixed by the seed and its number, a shard by the batch size as well:
 same files, and a run that was killed makes those that are missing.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from tqdm.auto import trange
 from ..generation import SamplingSchedule, balanced_labels, generate_images
 from ..policies import DiffusionPolicy
 from .collect import claim_folder
+from .digest import network_digest
 from .files import save_sample_npz, written_whole
 from .sources import SHARD_PATTERN, ShardedImages
 
@@ -75,16 +75,11 @@ class GenerationPlan:
         return -(-self.num_images // self.batch_size)
 
 
-def weights_digest(policy: DiffusionPolicy) -> str:
-    """A digest of all networks of a policy's pipeline: other weights under the same name make other images."""
+def networks_of(policy: DiffusionPolicy) -> dict[str, nn.Module]:
+    """All networks of a policy's pipeline."""
     components: Mapping[str, Any] = getattr(getattr(policy, "pipeline", None), "components", None) or {}
     networks = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-    digest = hashlib.blake2b(digest_size=16)
-    for name, network in sorted((networks or {"model": policy.model}).items()):
-        for key, value in network.state_dict().items():
-            digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return networks or {"model": policy.model}
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -112,7 +107,7 @@ def generate_shards(
         ValueError: the folder holds images of other settings or weights.
     """
     state, folder = PartialState(), Path(folder)
-    settings = {"weights": weights_digest(policy), **(description or {}), **asdict(plan)}
+    settings = {"weights": network_digest(networks_of(policy)), **(description or {}), **asdict(plan)}
     claim_folder(folder, settings, state)
     conditions = plan.conditions(policy.num_conditions)
     mine = [i for i in range(plan.num_shards) if not shard_path(folder, i).is_file()]

@@ -71,6 +71,7 @@ class FeatureSpace:
         Before any image is made: whether the real data are there, and are of this extractor.
 
         Raises:
+            FileNotFoundError: there is nothing at the real data's path.
             ValueError: statistics of another extractor, or none of the features that a metric needs.
         """
         statistics = self.real.moments_in_file()
@@ -88,6 +89,8 @@ class FeatureSpace:
                 f"{', '.join(self.by_features)} of {self.name}: compared with real features, but {self.real.path} "
                 "holds moments alone: give real images, or statistics made with --features."
             )
+        if self.real.must_collect(bool(self.by_features)):
+            self.open_real()
         if self.needs_logits and not hasattr(self.extractor, "outputs"):
             raise ValueError(f"inception_score is of Inception's logits, which {self.name} has not: leave it out.")
 

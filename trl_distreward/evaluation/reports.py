@@ -32,7 +32,9 @@ _LITERATURE = {
     ("inception", "kid"): "KID",
     ("inception", "inception_score"): "Inception Score",
     ("inception-spatial", "frechet"): "sFID",
+    ("inception-spatial", "fid"): "sFID",
     ("dinov2", "frechet"): "FD-DINOv2",
+    ("dinov2", "fid"): "FD-DINOv2",
     ("clip", "cmmd"): "CMMD",
 }
 _CARD_SETTINGS = ("sampler", "num_steps", "guidance_scale", "labels", "seed", "weights")
@@ -63,7 +65,11 @@ class Value:
 
     @property
     def shown(self) -> str:
-        return f"{self.value:.5g}" + (f" ± {self.std:.2g}" if self.std is not None else "")
+        """To five digits, or to those that a spread leaves."""
+        if not self.std:
+            return f"{self.value:.5g}"
+        decimals = max(0, 1 - math.floor(math.log10(self.std)))
+        return f"{self.value:.{decimals}f} ± {self.std:.{decimals}f}"
 
 
 def values(report: Report) -> Iterator[tuple[Value, Mapping[str, Any]]]:
@@ -87,11 +93,17 @@ def read_report(path: str | os.PathLike) -> Report:
     return report
 
 
-_HEAD = ("metric", "features", "value", "against")
+_HEAD = ("metric", "features", "value")
 
 
 def _rows(report: Report) -> list[tuple[str, ...]]:
-    return [(v.name, v.features, v.shown, real_name(real)) for v, real in values(report)]
+    return [(v.name, v.features, v.shown) for v, _ in values(report)]
+
+
+def _against(report: Report) -> str:
+    """What each extractor's values are against."""
+    named = {v.features: real_name(real) for v, real in values(report)}
+    return "Real data: " + "; ".join(f"{real} ({features})" for features, real in named.items()) + "."
 
 
 def real_name(real: Mapping[str, Any]) -> str:
@@ -112,20 +124,20 @@ def plain_settings(report: Report) -> dict[str, Any]:
 
 
 def report_table(report: Report) -> Table:
-    return _rich_table(_title(report), _HEAD, _rows(report))
+    return _rich_table(_title(report), _HEAD, _rows(report), _against(report))
 
 
 def report_markdown(report: Report) -> str:
-    lines = [f"**{_title(report)}**", "", *_markdown_table(_HEAD, _rows(report))]
+    lines = [f"**{_title(report)}**", "", *_markdown_table(_HEAD, _rows(report)), "", _against(report)]
     if report.get("settings"):
-        lines += ["", "Settings: " + ", ".join(f"`{name}` {value}" for name, value in plain_settings(report).items())]
+        lines += ["", "Settings: " + ", ".join(f"`{k}` {v}" for k, v in plain_settings(report).items()) + "."]
     return "\n".join(lines) + "\n"
 
 
-def _rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i < 2 or name == "against" else "right")
+        table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -201,11 +213,13 @@ def _change_head(before: Report, after: Report) -> tuple[str, ...]:
 
 
 def change_table(before: Report, after: Report, changes: Sequence[Change]) -> Table:
-    return _rich_table(f"{after['images']:,} images", _change_head(before, after), _change_rows(changes))
+    title = f"{after['images']:,} images each"
+    return _rich_table(title, _change_head(before, after), _change_rows(changes), _against(after))
 
 
 def change_markdown(before: Report, after: Report, changes: Sequence[Change]) -> str:
-    return "\n".join(_markdown_table(_change_head(before, after), _change_rows(changes))) + "\n"
+    table = _markdown_table(_change_head(before, after), _change_rows(changes))
+    return "\n".join([*table, "", _against(after)]) + "\n"
 
 
 def eval_results(report: Report, task_type: str = "unconditional-image-generation") -> list[EvalResult]:

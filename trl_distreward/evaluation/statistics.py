@@ -20,6 +20,7 @@ def describe(collected: CollectedFeatures, extractor: Any, **settings: Any) -> d
     said = {
         "extractor": extractor.name,
         "resize": extractor.resize,
+        "weights": collected.weights,
         "image_size": "x".join(map(str, reversed(collected.image_size))),
         "image_modes": json.dumps(collected.modes),
         "skipped": len(collected.skipped) or None,

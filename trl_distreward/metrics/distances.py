@@ -14,6 +14,7 @@ from .frechet import FrechetDistance
 from .kernel import KernelDistance
 from .sliced import SlicedWassersteinDistance
 from .statistics import FeatureStatistics
+from .statistics_files import check_extractor
 
 
 class Distance(Protocol):
@@ -59,29 +60,39 @@ DISTANCES: dict[str, Callable[[Any], Any]] = {
 _COMPARE_FEATURES = (KernelDistance, SlicedWassersteinDistance)
 
 
-def build_distance(distance: str | Callable[[Any], Any], real: Any) -> Any:
+def build_distance(distance: str | Callable[[Any], Any], real: Any, extractor: Any = None) -> Any:
     """
     A distance by name, class or function, to real data.
 
     `real` is [`FeatureStatistics`] or the path of a statistics file; for distances that compare with the real features
     themselves, those features or the path of a `.safetensors` file that holds them as `"features"`. A function gets
-    what the file holds.
+    the features where the file holds them, and statistics otherwise. An `extractor` with a `name` must be the one
+    that the statistics name, if they do.
     """
     if isinstance(distance, str):
         if distance not in DISTANCES:
             raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)} or pass a class.")
         distance = DISTANCES[distance]
     built = distance.func if isinstance(distance, partial) else distance
+    name, resize = (getattr(extractor, attribute, None) for attribute in ("name", "resize"))
     if isinstance(real, str | os.PathLike) and built not in _COMPARE_FEATURES:
-        real = load_real_features(real, "this distance") if _holds_features(real) else FeatureStatistics.load(real)
+        held = _tensor_names(real)
+        if "features" not in held or (built is FrechetDistance and "mean" in held):
+            real = FeatureStatistics.load(real, name)
+        else:
+            real = load_real_features(real, "this distance")
+    if built is FrechetDistance and isinstance(real, Tensor):
+        real = FeatureStatistics.from_features(real)
+    if isinstance(real, FeatureStatistics) and name is not None:
+        check_extractor(real.metadata, real.dimension, extractor=name, resize=resize)
     return distance(real)
 
 
-def _holds_features(path: str | os.PathLike) -> bool:
+def _tensor_names(path: str | os.PathLike) -> set[str]:
     if not str(path).endswith(".safetensors") or not os.path.isfile(path):
-        return False
+        return set()
     try:
         with safe_open(path, framework="pt") as file:
-            return "features" in file.keys()
+            return set(file.keys())
     except SafetensorError:
-        return False  # damaged: reading the statistics says so
+        return set()  # damaged: reading the statistics says so

@@ -149,7 +149,7 @@ class FeatureDistance:
         self, feature_extractor: FeatureExtractor, real: Any, distance: str | Callable[[Any], Any] = "frechet"
     ):
         self.extractor = freeze(feature_extractor)
-        self.distance = build_distance(distance, real)
+        self.distance = build_distance(distance, real, feature_extractor)
         self._features: list[Tensor] = []
 
     @classmethod

@@ -154,7 +154,10 @@ class SubsetReplaceReward:
             if not callable(extractor):
                 raise TypeError(f"feature extractor {name!r} is a {type(extractor).__name__}: it must be callable.")
             freeze(extractor)
-        self.distances = {name: build_distance(distance, real_statistics[name]) for name in self.extractors}
+        self.distances = {
+            name: build_distance(distance, real_statistics[name], extractor)
+            for name, extractor in self.extractors.items()
+        }
         self._plain = {name: copy.copy(d) for name, d in self.distances.items()}  # share the real side
         self.debias = debias
         if debias:

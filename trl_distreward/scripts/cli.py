@@ -3,11 +3,11 @@
 usage: trl-distreward COMMAND [OPTIONS]
 
 Commands:
+  convert     make pipelines of original SiT and EDM2 checkpoints
+  statistics  compute the statistics of a set of real images
   train       fine-tune a pipeline on distribution-wise rewards
   merge       learn with which coefficients to merge checkpoints
-  statistics  compute the statistics of a set of real images
   evaluate    measure how far generated images are from real ones
-  convert     make pipelines of original SiT and EDM2 checkpoints
 
 trl-distreward COMMAND --help shows a command's options.
 """
@@ -15,7 +15,7 @@ trl-distreward COMMAND --help shows a command's options.
 import sys
 from importlib import import_module
 
-COMMANDS = ("train", "merge", "statistics", "evaluate", "convert")
+COMMANDS = ("convert", "statistics", "train", "merge", "evaluate")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import argparse
 import gc
 import platform
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def feature_spaces(arguments: argparse.Namespace) -> list[FeatureSpace]:
     spaces = []
     for name, real in zip(names, reals * len(names) if len(reals) == 1 else reals, strict=True):
         extractor = find_extractor(name)
-        open_real = partial(open_images, real, **dataset_options(arguments))
+        open_real = cache(partial(open_images, real, **dataset_options(arguments)))
         space = FeatureSpace(extractor, RealPath.look_at(real, extractor.name), arguments.metrics, open_real)
         space.check()
         spaces.append(space)
@@ -230,6 +230,8 @@ def evaluate(arguments: argparse.Namespace, model: str, work_dir: Path) -> dict[
 
 def compare(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     """Both reports and what changed, in the main process; all call it."""
+    if arguments.save_npz or arguments.update_card:
+        raise ValueError("--save-npz and --update-card are for one --model: leave them out of --compare.")
     before, after = (
         reports.read_report(given) if given.endswith(".json") else evaluate(arguments, given, work_dir / name)
         for given, name in zip(arguments.compare, ("before", "after"), strict=True)

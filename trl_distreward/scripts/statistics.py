@@ -13,7 +13,6 @@ processes, and however often it was interrupted.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 from ..evaluation.collect import collect_features
@@ -55,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work-dir",
         help="Where unfinished work is kept: 4 bytes for each feature of each image, 8 KiB for an image with "
-        "inception; shared by all processes. Removed at the end. By default OUTPUT.work.",
+        "inception; shared by all processes. By default OUTPUT.work. What it wrote there it removes at the end.",
     )
     add_image_options(parser)
     add_dataset_options(parser, "SOURCE")
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{output}: {statistics.count} images ({modes}), {len(collected.skipped)} skipped, "
             f"{statistics.dimension} features of {extractor.name}."
         )
-        shutil.rmtree(work_dir)
+        collected.remove()
     state.wait_for_everyone()
 
 
