@@ -111,6 +111,15 @@ def test_comparison_is_of_reports_or_of_sources(folder, capsys):
     assert f"{change:+.1f} %" in capsys.readouterr().out and f"{change:+.1f} %" in (folder / "change.md").read_text()
 
 
+def test_grids_of_both_families_can_be_asked_for():
+    parse = evaluate.make_parser().parse_args
+    assert evaluate.schedule_of(parse(["--model", "m"])).last_step_size == 0.04
+    assert evaluate.schedule_of(parse(["--model", "m", "--last-step-size", "0"])).last_step_size is None
+    edm = ["--sampler", "ode", "--solver", "heun_sigma", "--time-grid", "karras", "--num-inference-steps", "32"]
+    schedule = evaluate.schedule_of(parse(["--model", "m", *edm]))
+    assert schedule.last_step_size is None and schedule.num_evaluations == 63
+
+
 def test_work_that_is_kept_is_not_done_again(folder, monkeypatch):
     run("--model", "base", "--real", "real.npz", *SMALL, "--work-dir", "work")
     monkeypatch.setattr("trl_distreward.evaluation.generated.generate_images", None)

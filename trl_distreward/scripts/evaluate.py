@@ -37,7 +37,7 @@ from ..evaluation.sources import ImageSource, open_images
 from ..generation import SamplingSchedule
 from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
-from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS
+from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS, TIME_GRIDS
 from .common import (
     EXTRACTOR_HELP,
     add_dataset_options,
@@ -114,10 +114,16 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--last-step-size",
         type=float,
-        default=0.04,
-        help="Size of the SDE's last step, which has no noise (default: 0.04); 0 for a grid like any other.",
+        help="Size of the SDE's last step, which has no noise (default: 0.04 on the uniform grid); 0 for a step like "
+        "any other.",
     )
     options.add_argument("--solver", default="euler", choices=ODE_SOLVERS, help="Of the ODE.")
+    options.add_argument(
+        "--time-grid",
+        default="uniform",
+        choices=TIME_GRIDS,
+        help="karras: EDM's noise levels, with --solver heun_sigma.",
+    )
     options.add_argument("--time-shift", type=float, default=1.0, help="Resolution shift of the grid.")
     options.add_argument("--dtype", default="float32", choices=DTYPES, help="Of the pipeline (default: float32).")
     options.add_argument("--model-revision", help="Branch, tag or commit of a pipeline on the Hub.")
@@ -139,14 +145,17 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def schedule_of(arguments: argparse.Namespace) -> SamplingSchedule:
+    uniform = arguments.time_grid == "uniform"
+    last_step_size = (0.04 if uniform else None) if arguments.last_step_size is None else arguments.last_step_size
     return SamplingSchedule(
         arguments.num_inference_steps,
         arguments.sampler,
         noise_schedule=arguments.noise_schedule,
         noise_level=arguments.noise_level,
-        last_step_size=arguments.last_step_size or None,
+        last_step_size=last_step_size or None,
         solver=arguments.solver,
         time_shift=arguments.time_shift,
+        time_grid=arguments.time_grid,
     )
 
 
