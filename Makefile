@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test quality style clean
+.PHONY: demo smoke test quality style clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## the main job on real digits, written to outputs/digits
 	$(BIN)/python examples/digits.py
+
+smoke: $(INSTALLED)  ## every part of the ImageNet run, on random weights
+	$(BIN)/accelerate launch --cpu --num_processes 1 examples/sit_imagenet.py --config examples/configs/sit_s_smoke.yaml
 
 test: $(INSTALLED)  ## the default test suite, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from trl_distreward.generation import SamplingSchedule
 from trl_distreward.sampling import (
     NOISE_SCHEDULES,
     gaussian_noise,
@@ -231,3 +232,20 @@ def test_time_grids():
 def test_errors_name_value_and_rule(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(2, 3))
+
+
+def test_dopri5_solves_to_its_tolerance():
+    pytest.importorskip("torchdiffeq")
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64).view(4, 3)
+    # dx/dt = -3 t² x from t = 1 to 0 multiplies x by e
+    tolerances = {"rtol": 1e-9, "atol": 1e-9}
+    solved = solve_ode(lambda x, t: -3 * t.view(-1, 1) ** 2 * x, x, [1.0, 0.5, 0.0], solver="dopri5", **tolerances)
+    torch.testing.assert_close(solved, x * math.e, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("heun", 9), ("heun2", 10)])
+def test_schedules_know_their_evaluations(solver, evaluations):
+    calls = []
+    solve_ode(lambda x, t: calls.append(1) or x, torch.ones(2, 1), time_grid(5), solver=solver)
+    assert len(calls) == evaluations == SamplingSchedule(5, "ode", solver=solver).num_evaluations
+    assert SamplingSchedule(5, "ode", solver="dopri5").num_evaluations is None

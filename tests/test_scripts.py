@@ -123,3 +123,16 @@ def test_fields_that_take_a_number_or_a_word_take_both_from_the_command_line(tmp
     for given, expected in (("random", "random"), ("3", 3)):
         _, config = train.make_parser().parse_args_and_config([*shared, *words, given])
         assert config.backprop_steps == expected and config.reference_refresh_steps == 10
+
+
+def test_dry_run_prints_what_the_run_takes_and_leaves_nothing(recipe, tmp_path, capsys, monkeypatch):
+    train.main(["--config", str(recipe), "--dry-run", "--save_strategy", "steps"])
+    printed = capsys.readouterr().out
+    assert "2 steps on CPU" in printed and "network evaluations" in printed and printed.rstrip().endswith("fits")
+    assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "samples").exists()
+    monkeypatch.setattr("trl_distreward.trainer.dry_run.memory_capacity", lambda *_: 1000.0)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--config", str(recipe), "--dry-run"])
+    assert stopped.value.code == 1 and "does not fit" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="this run cannot fit"):
+        train.main(["--config", str(recipe)])

@@ -31,6 +31,8 @@ _PUBLIC = {
     "SubsetReplaceReward": "rewards.subset_replace",
     "SumDistance": "metrics.composite",
     "as_policy": "policies",
+    "check_resources": "trainer.dry_run",
+    "dry_run": "trainer.dry_run",
     "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
     "load_feature_extractor": "metrics.features",
@@ -79,6 +81,8 @@ __all__ = [
     "SubsetReplaceReward",
     "SumDistance",
     "as_policy",
+    "check_resources",
+    "dry_run",
     "feature_metrics",
     "frechet_distance",
     "load_feature_extractor",
@@ -109,6 +113,7 @@ if TYPE_CHECKING:
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
+    from .trainer.dry_run import check_resources, dry_run
     from .trainer.merge_coefficient_config import MergeCoefficientConfig
     from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 

@@ -35,7 +35,7 @@ class SamplingSchedule:
         sampler (`str`, *optional*, defaults to `"sde"`): `"sde"` or `"ode"`.
         noise_schedule, noise_level: of the SDE, as in [`~sampling.transition`].
         last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
-        solver (`str`, *optional*, defaults to `"euler"`): of the ODE.
+        solver (`str`, *optional*, defaults to `"euler"`): of the ODE, as in [`~sampling.solve_ode`].
         time_grid (`str`, *optional*, defaults to `"uniform"`):
             `"uniform"` from 1 to 0; `"karras"`, EDM's noise levels from 80 to 0.002 as times; or `"scheduler"`, that
             of the policy's pipeline, see [`SamplingSchedule.on`].
@@ -126,10 +126,12 @@ class SamplingSchedule:
         )
 
     @property
-    def num_evaluations(self) -> int:
-        """Network evaluations per image."""
-        heun = self.sampler == "ode" and self.solver != "euler"
-        return 2 * self.num_steps - 1 if heun else self.num_steps
+    def num_evaluations(self) -> int | None:
+        """Network evaluations per image; `None` where the solver decides."""
+        solver = self.solver if self.sampler == "ode" else "euler"
+        if solver == "dopri5":
+            return None
+        return {"euler": self.num_steps, "heun2": 2 * self.num_steps}.get(solver, 2 * self.num_steps - 1)
 
 
 def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) -> list[torch.Generator]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NOISE_SCHEDULES = ("sit", "flow_grpo", "dance", "cps")
-ODE_SOLVERS = ("euler", "heun", "heun_sigma")
+ODE_SOLVERS = ("euler", "heun", "heun_sigma", "heun2", "dopri5")
 TIME_GRIDS = ("uniform", "karras", "scheduler")
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -363,23 +363,39 @@ def replay(
 
 
 @torch.no_grad()
-def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: str = "euler") -> Tensor:
+def solve_ode(
+    velocity: Velocity,
+    x: Tensor,
+    times: Sequence[float],
+    *,
+    solver: str = "euler",
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+) -> Tensor:
     """Integrates `dx/dt = velocity(x, t)` along the grid.
+
+    `"euler"`: first order, one evaluation a step. `"heun"`: second order, two evaluations a step, the step onto
+    `t = 0` being Euler's as in EDM (arXiv 2206.00364, Algorithm 1). `"heun_sigma"` takes Heun's steps where EDM does,
+    in the noise level `σ = t/(1-t)` of `z = x_0 + σ x_1`; Euler's are the same on both paths, Heun's are not.
+    `"heun2"`: second order in every step, torchdiffeq's method of that name. `"dopri5"`: torchdiffeq's adaptive method
+    of fifth order, the default of SiT's code; only the two ends of the grid matter to it.
+
+    Under `"dopri5"` the samples of a batch share their steps, so that a sample depends on the others, within the
+    tolerances.
 
     Args:
         velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
         x (`torch.Tensor` of shape `(B, ...)`): noise at `times[0]`.
         times (`Sequence[float]`): decreasing grid.
-        solver (`str`, *optional*, defaults to `"euler"`):
-            `"euler"`, or `"heun"` (second order, two evaluations a step; the step onto `t = 0` is Euler's, as in EDM,
-            arXiv 2206.00364, Algorithm 1). `"heun_sigma"` takes Heun's steps where EDM does, in the noise level
-            `σ = t/(1-t)` of `z = x_0 + σ x_1`; Euler's are the same on both paths, Heun's are not.
+        solver (`str`, *optional*, defaults to `"euler"`): one of the above.
+        rtol, atol (`float`, *optional*, default to 1e-3 and 1e-6): tolerances of `"dopri5"`; the defaults are SiT's.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`: the sample at `times[-1]`.
 
     Raises:
         ValueError: unknown solver, or `"heun_sigma"` from `t = 1`, where σ is infinite.
+        ImportError: `"dopri5"` without torchdiffeq.
     """
     if solver not in ODE_SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown: choose one of {', '.join(ODE_SOLVERS)}.")
@@ -389,10 +405,12 @@ def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: 
     def at(t: float) -> Tensor:
         return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
 
+    if solver == "dopri5":
+        return _dopri5(velocity, x, times[0], times[-1], rtol, atol)
     for t, t_next in pairwise(times):
         v = velocity(x, at(t))
         euler = x + v * (t_next - t)
-        if solver != "euler" and t_next > 0:
+        if solver == "heun2" or (solver != "euler" and t_next > 0):
             v_next = velocity(euler, at(t_next))
             if solver == "heun_sigma":  # of the step from x that the noise predicted at its end, x + (1-t) v, makes
                 v_next = (euler + (1 - t_next) * v_next - x) / (1 - t)
@@ -400,3 +418,18 @@ def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: 
         else:
             x = euler
     return x
+
+
+def _dopri5(velocity: Velocity, x: Tensor, start: float, end: float, rtol: float, atol: float) -> Tensor:
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise ImportError(
+            "solver='dopri5' needs torchdiffeq: pip install 'trl-distreward[ode]', or choose solver='heun'."
+        ) from error
+
+    def backwards(elapsed: Tensor, x: Tensor) -> Tensor:
+        return -velocity(x, (start - elapsed).to(x.dtype).expand(x.shape[0]))
+
+    ends = torch.tensor([0.0, start - end], dtype=torch.float64, device=x.device)
+    return odeint(backwards, x, ends, method="dopri5", rtol=rtol, atol=atol)[-1]

@@ -10,7 +10,7 @@ def test_defaults_are_the_papers(tmp_path):
     config = DiffusionDistributionConfig(output_dir=str(tmp_path))
     assert (config.reference_set_size, config.num_subsets, config.replace_size) == (5000, 128, 50)
     assert (config.reference_update, config.reference_refresh_steps) == ("refresh", 10)
-    assert (config.num_inference_steps, config.num_inference_steps_eval) == (50, 250)
+    assert (config.num_inference_steps, config.num_inference_steps_eval) == (50, [250])
     assert (config.epsilon, config.beta, config.top_advantage_quantile) == (1e-4, 0.0, 0.25)
     assert (config.learning_rate, config.weight_decay, config.lr_scheduler_type) == (1e-5, 0.0, "constant")
     assert (config.adam_beta1, config.adam_beta2, config.num_iterations) == (0.9, 0.999, 1)
@@ -55,3 +55,20 @@ def test_fields_come_from_the_command_line_and_yaml(tmp_path):
 def test_errors_name_value_and_rule(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **kwargs)
+
+
+def test_several_step_counts_are_evaluated_by_name(tmp_path):
+    def names(**kwargs):
+        return list(tiny_config(tmp_path, **kwargs).eval_schedules)
+
+    assert names(num_inference_steps_eval=5) == ["sde", "ode"]
+    assert names(num_inference_steps_eval=[4, 8]) == ["sde_4", "sde_8", "ode_4", "ode_8"]
+    # an adaptive solver has no number of steps to tell apart
+    assert names(num_inference_steps_eval=[4, 8], eval_solver="dopri5") == ["sde_4", "sde_8", "ode"]
+    assert tiny_config(tmp_path, num_inference_steps_eval=[4, 8]).eval_schedules["ode_8"].num_steps == 8
+    for wrong in ([], [0], 0):
+        with pytest.raises(ValueError, match="num_inference_steps_eval"):
+            tiny_config(tmp_path, num_inference_steps_eval=wrong)
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--num_inference_steps_eval", "50", "250"]
+    (config,) = TrlParser(DiffusionDistributionConfig).parse_args_and_config(arguments)
+    assert list(config.eval_schedules) == ["sde_50", "sde_250", "ode_50", "ode_250"]

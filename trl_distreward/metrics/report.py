@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .distances import build_distance
 
 FeatureExtractor = Callable[..., Tensor]
+FEATURE_BATCH = 256  # images that go through an extractor at a time
 
 
 class JointFeatures:
@@ -83,7 +84,7 @@ def extract_features(
     dimension: int | None = None,
     name: str = "features",
     check_finite: bool = True,
-    batch_size: int = 256,
+    batch_size: int = FEATURE_BATCH,
     gradient: bool = False,
 ) -> Tensor:
     """

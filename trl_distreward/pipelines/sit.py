@@ -1,11 +1,23 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Class-conditional generation with SiT (arXiv 2401.08740), in latent space or, without a VAE, in pixel space."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
+
+
+def dopri5(velocity: Callable[[Tensor, float], Tensor], x: Tensor, rtol: float, atol: float) -> Tensor:
+    """From noise at `t = 1` to data at `t = 0` by torchdiffeq's adaptive Dormand-Prince method."""
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise ImportError("solver='dopri5' needs torchdiffeq: pip install torchdiffeq.") from error
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=x.device)
+    return odeint(lambda s, x: -velocity(x, 1 - s.item()), x, ends, method="dopri5", rtol=rtol, atol=atol)[-1]
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -26,7 +38,13 @@ class SiTPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     def predict_velocity(
-        self, model: nn.Module, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
+        self,
+        model: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        class_labels: Tensor,
+        guidance_scale: float = 1.0,
+        guidance_channels: int | None = None,
     ) -> Tensor:
         """Velocity `x_noise - x_data` at time `t`, with data at 0 and noise at 1, guided when `guidance_scale != 1`.
 
@@ -35,6 +53,8 @@ class SiTPipeline(DiffusionPipeline):
             x (`torch.Tensor` of shape `(B, C, H, W)`): sample.
             t (`torch.Tensor` of shape `(B,)`): time in [0, 1]; SiT's own clock runs the other way, as does its sign.
             class_labels (`torch.LongTensor` of shape `(B,)`): labels.
+            guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 is none.
+            guidance_channels (`int`, *optional*): guide so many of the first channels only; 3 is what SiT's code does.
         """
         x = x.to(self.transformer.dtype)
         if guidance_scale == 1.0:
@@ -42,7 +62,10 @@ class SiTPipeline(DiffusionPipeline):
         null = torch.full_like(class_labels, self.transformer.config.num_classes)
         both = model(torch.cat([x, x]), 1 - torch.cat([t, t]), torch.cat([class_labels, null]), return_dict=False)[0]
         conditional, unconditional = both.chunk(2)
-        return -(unconditional + guidance_scale * (conditional - unconditional))
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        if guidance_channels is not None:
+            guided = torch.cat([guided[:, :guidance_channels], conditional[:, guidance_channels:]], dim=1)
+        return -guided
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples (B, C, H, W) to images (B, channels, height, width) in [0, 1]; differentiable but for the clamp."""
@@ -72,9 +95,10 @@ class SiTPipeline(DiffusionPipeline):
                 f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
                 f"of integers from 0 to {config.num_classes - 1}."
             )
-        if sampler not in ("ode", "sde") or solver not in ("euler", "heun"):
+        if sampler not in ("ode", "sde") or solver not in ("euler", "heun", "heun2", "dopri5"):
             raise ValueError(
-                f"sampler={sampler!r}, solver={solver!r}: sampler must be 'ode' or 'sde', solver 'euler' or 'heun'."
+                f"sampler={sampler!r}, solver={solver!r}: sampler must be 'ode' or 'sde', solver 'euler', 'heun', "
+                "'heun2' or 'dopri5'."
             )
 
     @torch.no_grad()
@@ -87,6 +111,9 @@ class SiTPipeline(DiffusionPipeline):
         solver: str = "euler",
         noise_level: float = 1.0,
         last_step_size: float = 0.04,
+        guidance_channels: int | None = None,
+        rtol: float = 1e-3,
+        atol: float = 1e-6,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -99,9 +126,14 @@ class SiTPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*, defaults to 250): steps of the sampler.
             sampler (`str`, *optional*, defaults to `"ode"`):
                 `"ode"`, or `"sde"`: Euler-Maruyama with SiT's `sigma` diffusion, ending with a noiseless step.
-            solver (`str`, *optional*, defaults to `"euler"`): `"euler"` or `"heun"`, for the ODE.
+            solver (`str`, *optional*, defaults to `"euler"`):
+                for the ODE: `"euler"`; `"heun"`, whose last step is Euler's; `"heun2"`, Heun's method in every step;
+                or `"dopri5"`, adaptive, for which `num_inference_steps` means nothing (needs torchdiffeq).
             noise_level (`float`, *optional*, defaults to 1.0): the SDE's η in `s² = 2 η² t`; 1.0 is SiT's.
             last_step_size (`float`, *optional*, defaults to 0.04): the SDE's last, noiseless step, SiT's "Mean" step.
+            guidance_channels (`int`, *optional*):
+                guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
+            rtol, atol (`float`, *optional*, default to 1e-3 and 1e-6): tolerances of `"dopri5"`; these are SiT's.
             generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -122,13 +154,16 @@ class SiTPipeline(DiffusionPipeline):
 
         def velocity(x: Tensor, t: float) -> Tensor:
             times = torch.full((len(labels),), t, device=device)
-            return self.predict_velocity(self.transformer, x, times, labels, guidance_scale).to(x.dtype)
+            v = self.predict_velocity(self.transformer, x, times, labels, guidance_scale, guidance_channels)
+            return v.to(x.dtype)
 
         if sampler == "sde":
             rest, points = 1 - last_step_size, num_inference_steps - 1
             times = [1 - rest * i / points for i in range(points)] + [last_step_size, 0.0]
         else:
             times = [1 - i / num_inference_steps for i in range(num_inference_steps)] + [0.0]
+        if sampler == "ode" and solver == "dopri5":
+            x, times = dopri5(velocity, x, rtol, atol), []
         for t, t_next in self.progress_bar(list(zip(times, times[1:], strict=False))):
             dt, v = t_next - t, velocity(x, t)
             if sampler == "sde":
@@ -137,7 +172,7 @@ class SiTPipeline(DiffusionPipeline):
                 if t_next > 0:
                     noise = randn_tensor(shape, generator=generator, device=device, dtype=x.dtype)
                     x = x + noise_level * (2 * t * -dt) ** 0.5 * noise
-            elif solver == "heun" and t_next > 0:
+            elif solver == "heun2" or (solver == "heun" and t_next > 0):
                 x = x + 0.5 * (v + velocity(x + v * dt, t_next)) * dt
             else:
                 x = x + v * dt

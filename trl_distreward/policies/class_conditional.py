@@ -48,16 +48,30 @@ class ClassConditionalPolicy(ClassLabelPolicy):
     Args:
         pipeline ([`SiTPipeline`]): generator; its network is trained, all else, such as a VAE, frozen.
         guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling.
+        guidance_channels (`int`, *optional*): guide so many of the first channels only; SiT's own code guides 3 of 4.
     """
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+    guides_channels = True  # whether the pipeline can guide some channels only
+
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, guidance_channels: int | None = None):
         pipeline.check_guidance(guidance_scale)
         super().__init__(pipeline, guidance_scale)
+        if guidance_channels is not None and not self.guides_channels:
+            raise ValueError(
+                f"guidance_channels={guidance_channels}: {type(pipeline).__name__} guides all channels; leave it None."
+            )
+        if guidance_channels is not None and not 1 <= guidance_channels <= self.config.in_channels:
+            raise ValueError(
+                f"guidance_channels={guidance_channels} must lie in 1 to {self.config.in_channels}, the model's "
+                "channels."
+            )
+        self.guidance_channels = guidance_channels
         self.num_conditions = max(self.config.num_classes, 1)  # all one class without classes
         self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return self.pipeline.predict_velocity(model, x, t, cond["class_labels"], self.guidance_scale).float()
+        labels, partial = cond["class_labels"], (self.guidance_channels,) if self.guides_channels else ()
+        return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale, *partial).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)
@@ -67,6 +81,7 @@ class EDM2Policy(ClassConditionalPolicy):
     """Policy of an [`EDM2Pipeline`]; its guider stays as it is."""
 
     component = "unet"
+    guides_channels = False
 
 
 class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """From a folder, a Hub id or a pipeline to its policy."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -97,10 +98,12 @@ def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Diffusi
     Args:
         model: pipeline, folder, Hub id or policy.
         guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling; 1.0 is none.
-        kwargs: further arguments of the family's policy, such as `height` and `offload_text_encoders`.
+        kwargs: further arguments of the family's policy, such as `height`, `offload_text_encoders`, or, of SiT's,
+            `guidance_channels`.
 
     Raises:
         TypeError: the pipeline's family is not known.
+        ValueError: the family's policy has no such argument.
     """
     if isinstance(model, str | os.PathLike):
         model = load_pipeline(model)
@@ -108,7 +111,12 @@ def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Diffusi
         return model
     for cls in type(model).__mro__:
         if cls.__name__ in _POLICIES:
-            return _POLICIES[cls.__name__](model, guidance_scale, **kwargs)
+            policy = _POLICIES[cls.__name__]
+            known_names = {name for base in policy.__mro__ for name in inspect.signature(base.__init__).parameters}
+            odd = sorted(kwargs.keys() - known_names)
+            if odd:
+                raise ValueError(f"{odd[0]}={kwargs[odd[0]]!r}: {policy.__name__} has no such argument; leave it out.")
+            return policy(model, guidance_scale, **kwargs)
     known = ", ".join(_POLICIES)
     raise TypeError(
         f"{type(model).__name__} is not a pipeline this library knows ({known}): write a class with the members of "

@@ -85,7 +85,8 @@ class TailRollouts(Rollouts):
         conditions = take(self.conditions, mine.cpu())
         cond = {name: torch.cat([c[name] for _, c, _ in parts]) for name in parts[0][1]}
         data = torch.cat([final for _, _, final in parts])
-        states = [{i: torch.cat([s[i] for s, _, _ in parts]) for i in parts[0][0]}]
+        # each part goes as it is joined, or all states would be held twice
+        states = [{i: torch.cat([s.pop(i) for s, _, _ in parts]) for i in list(parts[0][0])}]
         if args.backprop_draws > 1:
             states += [
                 self._noised_again(model, data, cond, conditions, schedule, ("draw", step, i * slots.numel() + offset))

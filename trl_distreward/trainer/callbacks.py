@@ -96,7 +96,8 @@ class LogSamplesCallback(TrainerCallback):
         trainer ([`DistributionRewardTrainer`]): whose policy is sampled.
         conditions: one per image; by default the first 64 of the reference set.
         freq (`int`, *optional*): steps between two grids; `eval_steps` or `save_steps` by default.
-        sampler (`str`, *optional*, defaults to `"ode"`): one of the evaluated samplers.
+        sampler (`str`, *optional*, defaults to `"ode"`):
+            one of the evaluated samplers, or one of the evaluated schedules by its name, e.g. `"sde_250"`.
         seed (`int`, *optional*, defaults to 0): seed of the noise.
 
     Example:
@@ -109,15 +110,17 @@ class LogSamplesCallback(TrainerCallback):
     def __init__(
         self, trainer: Any, conditions: Any = None, freq: int | None = None, sampler: str = "ode", seed: int = 0
     ):
-        if sampler not in trainer.args.eval_schedules:
-            known = ", ".join(trainer.args.eval_schedules)
+        schedules = trainer.args.eval_schedules
+        found = [schedule for name, schedule in schedules.items() if sampler in (name, schedule.sampler)]
+        if not found:
             raise ValueError(
-                f"sampler={sampler!r} is not evaluated: choose one of {known}, or add it to eval_samplers."
+                f"sampler={sampler!r} is not evaluated: choose one of {', '.join(schedules)}, or add it to "
+                "eval_samplers."
             )
         self.trainer = trainer
         self.conditions = trainer.conditions[:64] if conditions is None else conditions
         self.freq = freq
-        self.schedule = trainer.args.eval_schedules[sampler]
+        self.schedule = found[0]
         self.seed = seed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

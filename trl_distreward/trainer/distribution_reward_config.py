@@ -5,7 +5,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..generation import SamplingSchedule
 from ..policies import DiffusionPolicy
-from ..sampling import TIME_GRIDS
+from ..sampling import ODE_SOLVERS, TIME_GRIDS
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 
 REFERENCE_UPDATES = ("refresh", "rolling")
@@ -107,6 +107,8 @@ class DiffusionDistributionConfig(_BaseConfig):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             Classifier-free guidance in rollouts, training and evaluation; 1 is none.
+        guidance_channels (`int`, *optional*):
+            Guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
         rollout_batch_size (`int`, *optional*):
             Images at a time per process in rollouts; `per_device_train_batch_size` by default.
 
@@ -167,12 +169,15 @@ class DiffusionDistributionConfig(_BaseConfig):
 
         > Parameters that control evaluation
 
-        num_inference_steps_eval (`int`, *optional*, defaults to `250`):
-            Steps at evaluation.
+        num_inference_steps_eval (`int` or `list[int]`, *optional*, defaults to `[250]`):
+            Steps at evaluation. Several are evaluated one after the other, and their names tell them apart:
+            `eval_sde_50_…`, `eval_sde_250_…`. The paper's gains depend on them (Table 3).
         eval_samplers (`list[str]`, *optional*, defaults to `["sde", "ode"]`):
             Samplers evaluated; the SDE has the noise of training.
         eval_solver (`str`, *optional*, defaults to `"euler"`):
-            `"euler"`, `"heun"`, or on the grid `"karras"` EDM's `"heun_sigma"`, of the evaluated ODE.
+            `"euler"`, `"heun"`, `"heun2"`, `"dopri5"`, or on the grid `"karras"` EDM's `"heun_sigma"`, see
+            [`~sampling.solve_ode`]. `"dopri5"` chooses its steps itself: the ODE is then evaluated once, whatever
+            `num_inference_steps_eval`.
         num_eval_images (`int`, *optional*):
             Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
         eval_seed (`int`, *optional*, defaults to `0`):
@@ -245,6 +250,9 @@ class DiffusionDistributionConfig(_BaseConfig):
     )
     time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    guidance_channels: int | None = field(
+        default=None, metadata={"help": "Guide so many of the first channels only; 3 is what SiT's code does."}
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Images at a time per process in rollouts."}
     )
@@ -302,11 +310,15 @@ class DiffusionDistributionConfig(_BaseConfig):
     )
 
     # Parameters that control evaluation
-    num_inference_steps_eval: int = field(default=250, metadata={"help": "Steps at evaluation."})
+    num_inference_steps_eval: list[int] = field(
+        default_factory=lambda: [250], metadata={"help": "Steps at evaluation; several are evaluated in turn."}
+    )
     eval_samplers: list[str] = field(
         default_factory=lambda: ["sde", "ode"], metadata={"help": "Samplers that are evaluated."}
     )
-    eval_solver: str = field(default="euler", metadata={"help": "Solver of the evaluated ODE."})
+    eval_solver: str = field(
+        default="euler", metadata={"help": "Solver of the evaluated ODE.", "choices": list(ODE_SOLVERS)}
+    )
     num_eval_images: int | None = field(default=None, metadata={"help": "Images per evaluation."})
     eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
 
@@ -464,8 +476,15 @@ class DiffusionDistributionConfig(_BaseConfig):
         }
         # the steps of a rollout are Euler's, also of its ODE
         rollout = SamplingSchedule(self.num_inference_steps, self.sampler, **{**shared, "solver": "euler"})  # type: ignore[arg-type]
-        evaluation = {
-            name: SamplingSchedule(self.num_inference_steps_eval, name, **shared)  # type: ignore[arg-type]
-            for name in self.eval_samplers
-        }
+        if isinstance(self.num_inference_steps_eval, int):
+            self.num_inference_steps_eval = [self.num_inference_steps_eval]
+        counts = list(dict.fromkeys(self.num_inference_steps_eval))
+        if not counts or min(counts) < 1:
+            raise ValueError(f"num_inference_steps_eval={counts} must be one or more numbers of steps, at least 1.")
+        evaluation = {}
+        for name in self.eval_samplers:
+            for count in counts:
+                schedule = SamplingSchedule(count, name, **shared)  # type: ignore[arg-type]
+                one = len(counts) == 1 or schedule.num_evaluations is None
+                evaluation[name if one else f"{name}_{count}"] = schedule
         return rollout, evaluation

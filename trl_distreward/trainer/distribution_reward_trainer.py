@@ -99,7 +99,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args if args is not None else DiffusionDistributionConfig(output_dir="distribution-reward")
-        policy = as_policy(model, args.guidance_scale)
+        channels = {} if args.guidance_channels is None else {"guidance_channels": args.guidance_channels}
+        policy = as_policy(model, args.guidance_scale, **channels)
         args.bind(policy)
         self.conditions = conditions_of_slots(policy, train_dataset, args.reference_set_size, args.seed)
         num_eval = args.num_eval_images or args.reference_set_size
@@ -237,12 +238,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
         steps = len(schedule.trainable_steps) if args.sde_window_size is None else args.sde_window_size
         steps = 1 if args.loss_type == "rft" else max(1, round(args.timestep_fraction * steps))
         if args.loss_type == "backprop":
-            self._announce_backprop(images, schedule.num_evaluations)
+            self._announce_backprop(images, schedule.num_steps)
             return
         share = {"all": 1.0, "top": args.top_advantage_quantile, "top_bottom": min(1, 2 * args.top_advantage_quantile)}
         kept = round(args.num_subsets * share[args.selection]) * args.replace_size
         micro_batches = math.ceil(math.ceil(kept / processes) * steps / args.per_device_train_batch_size)
-        evaluations = images * args.best_of_n * schedule.num_evaluations
+        evaluations = images * args.best_of_n * schedule.num_steps
         logger.info(
             f"One generation: {args.num_subsets} subsets x {args.replace_size} = {images} images "
             f"({images // processes} per process), {evaluations} network evaluations. One update: about {kept} images "

@@ -5,6 +5,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..generation import SamplingSchedule
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
+from ..policies import DiffusionPolicy
 from ..sampling import ODE_SOLVERS, TIME_GRIDS
 
 METHODS = ("emanet", "cma", "grid", "random")
@@ -98,10 +99,11 @@ class MergeCoefficientConfig(_BaseConfig):
         num_inference_steps (`int`, *optional*, defaults to `32`):
             Steps of the ODE that makes a candidate's images.
         solver (`str`, *optional*, defaults to `"euler"`):
-            `"euler"`, `"heun"`, or `"heun_sigma"`, Heun's steps in the noise level as EDM takes them.
+            As in [`~sampling.solve_ode`], e.g. `"euler"`, `"heun"`, or `"heun_sigma"`, Heun's steps in the noise level
+            as EDM takes them.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`, or `"karras"`: EDM's noise levels, which EDM2 is sampled with. Evaluating the SDE on it needs
-            `last_step_size=None`.
+            `"uniform"`; `"karras"`: EDM's noise levels, which EDM2 is sampled with; `"scheduler"`: that of the pipeline's
+            own scheduler. Evaluating the SDE on the last two needs `last_step_size=None`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -235,6 +237,11 @@ class MergeCoefficientConfig(_BaseConfig):
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better: bool | None = False
         super().__post_init__()
+
+    def bind(self, policy: DiffusionPolicy) -> None:
+        """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
+        self.rollout_schedule = self.rollout_schedule.on(policy)
+        self.eval_schedules = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
 
     def _read_start(self) -> None:
         start = self.initial_coefficients

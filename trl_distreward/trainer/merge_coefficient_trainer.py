@@ -107,6 +107,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     ):
         args = args if args is not None else MergeCoefficientConfig(output_dir="merge-coefficients")
         policy = as_policy(model, args.guidance_scale)
+        args.bind(policy)
+        if policy.num_conditions is None:
+            self._pipeline_tag = "text-to-image"
+            eval_dataset = train_dataset if eval_dataset is None else eval_dataset
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         for reward in self.rewards.distributional:
             if reward.credit != "shared" or reward.control_variate:
@@ -208,10 +212,12 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     def _announce(self) -> None:
         args = self.args
         images = args.num_generations * args.images_per_candidate
+        evaluations = args.rollout_schedule.num_evaluations
+        number = "as many as the solver decides" if evaluations is None else images * evaluations
         logger.info(
             f"{len(self.pool)} checkpoints, {self.initial_coefficients.numel()} coefficients. One step: "
             f"{args.num_generations} candidates x {args.images_per_candidate} images = {images}, "
-            f"{images * args.rollout_schedule.num_evaluations} network evaluations; {args.max_steps} steps."
+            f"{number} network evaluations; {args.max_steps} steps."
         )
 
     # ---- coefficients ----

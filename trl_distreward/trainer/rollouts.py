@@ -144,7 +144,8 @@ class Rollouts:
             trajectories.append(trajectory)
         batch = RolloutBatch(
             cond={name: torch.cat([c[name] for c in conds]) for name in conds[0]},
-            states={i: torch.cat([t.states[i] for t in trajectories]) for i in trajectories[0].states},
+            # each part goes as it is joined, or all states would be held twice
+            states={i: torch.cat([t.states.pop(i) for t in trajectories]) for i in list(trajectories[0].states)},
             steps=steps,
             drawn_log_probs=torch.cat([t.log_probs for t in trajectories]),
             advantages=torch.zeros(len(mine), device=mine.device),
