@@ -102,8 +102,8 @@ class MergeCoefficientConfig(_BaseConfig):
             As in [`~sampling.solve_ode`], e.g. `"euler"`, `"heun"`, or `"heun_sigma"`, Heun's steps in the noise level
             as EDM takes them.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`; `"karras"`: EDM's noise levels, which EDM2 is sampled with; `"scheduler"`: that of the pipeline's
-            own scheduler. Evaluating the SDE on the last two needs `last_step_size=None`.
+            `"uniform"`; `"karras"`: EDM's noise levels, which EDM2 is sampled with; `"scheduler"`: that of the
+            pipeline's own scheduler. Evaluating the SDE on the last two needs `last_step_size=None`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
