@@ -22,7 +22,7 @@ from trl_distreward.metrics import extract_features
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from digits import Digits, train_sit  # noqa: E402
 
-PRETRAINING_STEPS = 800
+PRETRAINING_STEPS = 2000
 NUM_HELDOUT = 10_000  # real images that the held-out network sees: it is the slowest part
 MOBILENET_SIZE = 64
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2)
@@ -112,9 +112,9 @@ def pixel_features(images: Tensor) -> Tensor:
 def new_sit() -> SiTTransformer2DModel:
     return SiTTransformer2DModel(
         sample_size=28,
-        patch_size=4,
+        patch_size=7,
         in_channels=1,
-        hidden_size=64,
+        hidden_size=96,
         num_layers=4,
         num_attention_heads=4,
         num_classes=10,
