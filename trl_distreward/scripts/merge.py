@@ -64,10 +64,11 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
         table = comparison_table(trainer.compare())
         if trainer.accelerator.is_main_process:
             print(table)
-    trainer.create_model_card()
-    trainer.save_model()
     if config.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # which saves, with the model card
+    else:
+        trainer.create_model_card()
+        trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

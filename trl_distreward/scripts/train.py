@@ -80,9 +80,10 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: A
         trainer.add_callback(LogSamplesCallback(trainer))
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_model()
     if config.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # which saves, with the model card
+    else:
+        trainer.save_model()
     finish(trainer)
 
 
