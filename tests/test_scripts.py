@@ -56,14 +56,16 @@ def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_pa
     lines = [line for line in recipe.read_text().splitlines() if line.partition(":")[0] not in TRAIN_ONLY]
     checkpoints = "".join(f"\n  - {path}" for path in tiny_pool(tmp_path))
     recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: random"]))
-    merge.main(["--config", str(recipe), "--initial_coefficients", "0.5,0,0,0.5", "--sampling_std", "0.2"])
+    merge.main(["--config", str(recipe), "--initial_coefficients", "0.5,0,0,0.5", "--baselines", "grid", "emanet"])
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("|")]
-    assert rows[2:] == ["| last", "| uniform", "| start", "| learnt"]
+    assert rows[2:] == ["| last", "| uniform", "| start", "| grid", "| emanet", "| learnt"]
     learnt = json.loads((tmp_path / "out" / "coefficients.json").read_text())
     assert learnt["recipe"]["initial_coefficients"] == [0.5, 0, 0, 0.5] and len(learnt["coefficients"]["all"]) == 4
     assert "| learnt |" in (tmp_path / "out" / "README.md").read_text()
     assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
+    with pytest.raises(ValueError, match="are unknown, or the method itself: choose from emanet, cma, grid"):
+        merge.main(["--config", str(recipe), "--baselines", "random"])
     with pytest.raises(ValueError, match="nothing to merge"):
         merge.main(["--model", "m", "--output_dir", str(tmp_path / "none"), "--use_cpu", "True"])
 

@@ -10,14 +10,17 @@ Every field of MergeCoefficientConfig and of TrainingArguments is an option, on 
 the command line wins.
 """
 
+import copy
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from ..trainer.merge_card import comparison_table
-from ..trainer.merge_coefficient_config import MergeCoefficientConfig
+from ..trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
 
@@ -32,6 +35,10 @@ class MergeArguments(RewardArguments):
     )
     compare: bool = field(
         default=True, metadata={"help": "Evaluate the last checkpoint, the uniform average and the start as well."}
+    )
+    baselines: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Other methods to compare with, each with as many images: grid, random, cma, emanet."},
     )
 
 
@@ -50,18 +57,24 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
     logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
     if not checkpoints:
         raise ValueError("there is nothing to merge: give checkpoints.")
-    trainer = MergeCoefficientTrainer(
-        model=model,
-        checkpoints=checkpoints,
-        reward_funcs=build_rewards(arguments),
-        args=config,
-        train_dataset=load_conditions(arguments),
-        eval_metrics=build_metrics(arguments),
-    )
+    odd = [method for method in arguments.baselines if method not in METHODS or method == config.method]
+    if odd:
+        others = ", ".join(method for method in METHODS if method != config.method)
+        raise ValueError(f"baselines={odd} are unknown, or the method itself: choose from {others}.")
+    trainer = build_trainer(arguments, config, model, checkpoints)
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    found = {}
+    for method in arguments.baselines:
+        baseline = copy.copy(config)
+        baseline.method, baseline.push_to_hub = method, False
+        baseline.output_dir = os.path.join(config.output_dir, "baselines", method)
+        other = build_trainer(arguments, baseline, model, checkpoints)
+        last = get_last_checkpoint(baseline.output_dir) if os.path.isdir(baseline.output_dir) else None
+        other.train(resume_from_checkpoint=last if config.resume_from_checkpoint else None)
+        found[method] = other.coefficients
     if arguments.compare:
-        table = comparison_table(trainer.compare())
+        table = comparison_table(trainer.compare(found))
         if trainer.accelerator.is_main_process:
             print(table)
     if config.push_to_hub:
@@ -71,6 +84,19 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def build_trainer(
+    arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, checkpoints: list[str]
+) -> MergeCoefficientTrainer:
+    return MergeCoefficientTrainer(
+        model=model,
+        checkpoints=checkpoints,
+        reward_funcs=build_rewards(arguments),
+        args=config,
+        train_dataset=load_conditions(arguments),
+        eval_metrics=build_metrics(arguments),
+    )
 
 
 if __name__ == "__main__":
