@@ -40,6 +40,7 @@ def identity_of(args: Any, group_names: Sequence[str], pool: Mapping[str, Any]) 
     return {
         "method": args.method,
         "coefficient_map": args.coefficient_map,
+        "adapters": pool["adapters"],
         "groups": list(group_names),
         "pool": [sorted(member["files"].values()) for member in pool["members"]],
     }
@@ -50,7 +51,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a checkpoint's coefficients mean something else in this run.
     """
-    for name in ("method", "coefficient_map"):
+    for name in ("method", "coefficient_map", "adapters"):
         if saved[name] != now[name]:
             _refuse(f"{name}={saved[name]!r}, but this run has {name}={now[name]!r}")
     if saved["groups"] != now["groups"]:
