@@ -27,8 +27,8 @@ disable_tqdm: true
 report_to: none
 log_rewards: true
 """
-# Fields of the recipe that a merge does not have
-TRAIN_ONLY = ("log_rewards",)
+# Fields of the recipe that a merge does not have, or that do nothing in this one
+TRAIN_ONLY = ("log_rewards", "num_subsets", "replace_size", "learning_rate")
 
 
 @pytest.fixture

@@ -29,9 +29,11 @@ REMEDY_FOR_ACCESS = "log in with `hf auth login`, or pass a token that may read 
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The answer of the server behind what huggingface_hub raises when a file cannot be located."""
+    """The answer of the server behind what huggingface_hub raises when a file cannot be located or uploaded."""
     while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):  # of a large file's upload
+        return error.__cause__
     return error
 
 
@@ -98,10 +100,10 @@ def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except (HTTPError, OSError, EntryNotFoundError) as raised:
+        except (HTTPError, OSError, EntryNotFoundError, RuntimeError) as raised:
             error = _origin(raised)
             if not isinstance(error, HTTPError | EntryNotFoundError) and not is_transient(error):
-                raise  # of this machine: a full disk, a folder that may not be written
+                raise  # of this machine: a full disk, a folder that may not be written; or of the program
             tried = isinstance(raised, LocalEntryNotFoundError)  # by huggingface_hub, again and again
             if not is_transient(error) or tried or attempt == ATTEMPTS:
                 raise explained(error, what, repo_id) from None

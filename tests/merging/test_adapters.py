@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trl_distreward import CheckpointPool
@@ -92,6 +92,28 @@ def test_linear_merge_keeps_the_rank_and_is_another_model(tmp_path):
     pool.merge_into(network, weights)
     exact = sum(w * loaded(path)["linear.weight"] for w, path in zip(weights, paths, strict=True))
     assert (deltas(network)["linear.weight"] - exact).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.blocks.0.to_q.lora_{}.weight",
+        "unet.mid.attn.to_q.lora.{}.weight",
+        "lora_unet_mid_attn_to_q.lora_{}.weight",
+        "unet.mid.attn.processor.to_q_lora.{}.weight",
+        "text_encoder.q_proj.lora_linear_layer.{}.weight",
+    ],
+)
+def test_factors_without_a_configuration_are_not_taken_for_weights(tmp_path, name):
+    words = ("A", "B") if name.startswith("transformer") else ("down", "up")
+    keys = [name.format(word) for word in words]
+    files = [tmp_path / f"{index}.safetensors" for index in range(2)]
+    for index, file in enumerate(files):
+        save_file({keys[0]: torch.full((2, 4), index + 1.0), keys[1]: torch.full((4, 2), index + 1.0)}, file)
+    with pytest.raises(ValueError, match="has factors of a LoRA.*and no adapter_config.json"):
+        CheckpointPool(files)
+    merged = dict(CheckpointPool(files, adapters="linear").merged(torch.tensor([0.5, 0.5])))
+    assert merged[keys[0]].unique().tolist() == [1.5]
 
 
 def test_whole_modules_beside_an_adapter_are_weighted(tmp_path):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from tests.edm2 import tiny_edm2
 from tests.helpers import tiny_sit
 from trl_distreward import EMANet
 from trl_distreward.merging.coefficients import (
@@ -92,8 +93,44 @@ def test_groups_cover_every_tensor():
         groups, names = coefficient_groups(keys, granularity)
         assert list(groups) == keys and set(groups.values()) == set(range(len(names)))
         assert some <= set(names)
-    blocks = ["enc.64x64_block0.conv_res0.weight", "enc.64x64_block1.conv_res0.weight"]
-    assert coefficient_groups(blocks, "per_block")[1] == ["enc.64x64_block0", "enc.64x64_block1"]
+    outside = {name for name in coefficient_groups(keys, "per_block")[1] if not name.startswith("blocks.")}
+    assert not any("." in name for name in outside)  # t_embedder.mlp.0 and .2 are no blocks
+
+
+def test_blocks_of_edm2_are_told_apart():
+    keys = list(tiny_edm2().state_dict())
+    names = coefficient_groups(keys, "per_block")[1]
+    blocks = {key[: key.index("block") + len("block0")] for key in keys if "_block" in key}
+    assert len(blocks) > 3 and blocks < set(names)
+    assert "unet" in names  # what is in no block
+
+
+@pytest.mark.parametrize("granularity", ["per_block", "per_parameter_group"])
+def test_factors_of_an_adapter_are_grouped_as_the_weights_they_adapt(granularity):
+    plain = ["blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "y.weight"]
+    endings = {"y.weight": ("lora_embedding_A", "lora_embedding_B")}
+    factors = [
+        (key, f"base_model.model.{key.removesuffix('weight')}{ending}")
+        for key in plain
+        for ending in endings.get(key, ("lora_A.weight", "lora_B.weight"))
+    ]
+    of_weight, names = coefficient_groups(plain, granularity)
+    of_factor, names_of_factors = coefficient_groups([factor for _, factor in factors], granularity)
+    assert names_of_factors == names and len(names) == 3
+    assert all(of_factor[factor] == of_weight[key] for key, factor in factors)
+
+
+def test_names_without_blocks_are_refused():
+    with pytest.raises(ValueError, match="finds one block only, 'net', in names such as 'net.first.weight'"):
+        coefficient_groups(["net.first.weight", "net.second.weight"], "per_block")
+
+
+def test_network_of_the_mean_does_not_run_in_half_precision():
+    network = EMANet(torch.zeros(1, 4))
+    torch.nn.init.normal_(network.layers[-1].weight)
+    expected = network()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(), expected)
 
 
 def test_antithetic_samples_come_in_pairs_about_the_mean():

@@ -5,10 +5,12 @@ import hashlib
 import json
 import logging
 import traceback
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import save
 
 from tests.hub_server import HubServer, connect
@@ -261,3 +263,29 @@ def test_retries_wait_longer_each_time_and_never_for_what_will_not_change(monkey
     with pytest.raises(OSError, match="No space left"):
         hub.with_retries(full, "reading", "org/a")
     assert not waits
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "calls"), [(403, PermissionError, 1), (400, OSError, 1), (503, ConnectionError, hub.ATTEMPTS)]
+)
+def test_refused_upload_of_a_large_file_is_explained_without_its_address(monkeypatch, status, kind, calls):
+    """huggingface_hub hides the answer behind a RuntimeError, whose cause names an address with a signature."""
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    address, made = "https://storage.example/put?X-Amz-Signature=0123", []
+
+    def upload():
+        made.append(address)
+        error = HTTPError(f"HTTP {status} for {address}")
+        error.response = SimpleNamespace(status_code=status)
+        raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from error
+
+    with pytest.raises(kind, match=f"^pushing to org/a: .*HTTP {status}") as caught:
+        hub.with_retries(upload, "pushing to org/a", "org/a")
+    assert type(caught.value) is kind and len(made) == calls
+    assert "Signature" not in "".join(traceback.format_exception(caught.value))
+
+    def broken():
+        raise RuntimeError("of the program")
+
+    with pytest.raises(RuntimeError, match="of the program"):
+        hub.with_retries(broken, "pushing to org/a", "org/a")

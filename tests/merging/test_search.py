@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from trl_distreward.merging.posthoc import LARGEST_SIGMA_REL
 from trl_distreward.merging.search import CMASearch, GridSearch, RandomSearch, power_profile_grid
 
 START = torch.zeros(1, 4, dtype=torch.float64)
@@ -49,6 +50,21 @@ def test_loaded_search_goes_on_as_the_one_that_was_saved(kind):
     assert torch.equal(advance(resumed, 4, first=3).mean, whole.mean)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_step_that_was_asked_and_never_told_does_not_hinder_loading(kind, skipped):
+    def run(search, steps):
+        for step in steps:
+            samples = search.ask(6, torch.Generator().manual_seed(step))
+            if step != skipped:
+                search.tell(samples, reward(samples))
+        return search
+
+    whole, resumed = run(new(kind), range(6)), new(kind)
+    resumed.load_state_dict(run(new(kind), range(skipped + 1)).state_dict())
+    assert torch.equal(run(resumed, range(skipped + 1, 6)).mean, whole.mean)
+
+
 def test_unused_cma_search_is_loaded_as_such():
     resumed = advance(new("cma"), 2)
     resumed.load_state_dict(new("cma").state_dict())
@@ -73,3 +89,13 @@ def test_grid_goes_from_near_the_last_checkpoint_to_the_uniform_average():
     torch.testing.assert_close(grid.sum(dim=1), torch.ones(8, dtype=torch.float64))
     assert (grid[:, -1].diff() < 0).all() and grid[0, -1] > 0.99
     torch.testing.assert_close(grid[-1], torch.full((4,), 0.25, dtype=torch.float64))
+
+
+def test_grid_of_stored_averages_contains_them():
+    """A width that a stored average has is that average alone; two widths at each time are no obstacle."""
+    stds = [LARGEST_SIGMA_REL / 4, LARGEST_SIGMA_REL / 2] * 2
+    grid = power_profile_grid([1.0, 1.0, 2.0, 2.0], 8, stds)
+    torch.testing.assert_close(grid.sum(dim=1), torch.ones(8, dtype=torch.float64))
+    alone = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(grid[1], alone[2], atol=1e-9, rtol=0)
+    torch.testing.assert_close(grid[3], alone[3], atol=1e-9, rtol=0)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.helpers import features, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
-from trl_distreward import FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
+from trl_distreward import EMANet, FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
 from trl_distreward.generation import SamplingSchedule, balanced_labels, image_generators, sample
+from trl_distreward.merging.posthoc import LARGEST_SIGMA_REL
 from trl_distreward.policies import to_uint8
 from trl_distreward.trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 
@@ -203,6 +204,56 @@ def test_saved_pipeline_is_the_merge_and_says_how_it_was_made(tmp_path, pool):
     assert f"{coefficients[0, 3]:.4f}" in card and "step-3.safetensors" in card
 
 
+def test_grid_of_stored_averages(tmp_path, pool):
+    """Two widths at each of two times; one of the points is a stored average itself."""
+    stds = [LARGEST_SIGMA_REL / 4, LARGEST_SIGMA_REL / 2] * 2
+    settings = {"method": "grid", "checkpoint_times": [1.0, 1.0, 2.0, 2.0], "checkpoint_stds": stds}
+    trainer = tiny_merge_trainer(tmp_path, pool, num_generations=4, **settings)
+    expected = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(trainer.search.points[1], expected, atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="coefficient_map='softmax' makes positive coefficients only"):
+        tiny_merge_trainer(tmp_path, pool, coefficient_map="softmax", **settings)
+
+
+def test_network_of_the_mean_is_exact_under_bf16(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", bf16=True, max_steps=2, learning_rate=0.1)
+    trainer.train()
+    fresh = EMANet(trainer.network.initial, scale=trainer.network.scale)
+    fresh.load_state_dict(trainer.network.state_dict())
+    assert torch.equal(trainer.mean, fresh().detach())
+    assert not torch.equal(trainer.mean, trainer.network.initial)
+
+
+def test_logs_over_several_steps_have_the_best_of_them_and_the_number_of_images(tmp_path, pool):
+    every, few = (
+        tiny_merge_trainer(tmp_path, pool, method="random", max_steps=4, logging_steps=steps) for steps in (1, 2)
+    )
+    for trainer in (every, few):
+        trainer.train()
+    first, second, third, fourth = logged(every, "reward_best")
+    assert logged(few, "reward_best") == [max(first, second), max(third, fourth)]
+    assert logged(few, "num_images")[:2] == [20 * (1 + 5 * 2), 20 * (1 + 5 * 4)]
+
+
+def test_reward_functions_get_the_trainers_state(tmp_path, pool):
+    def steps(images, conditions, slots, trainer_state):
+        seen.add(trainer_state.global_step)
+        return [0.5] * len(images)
+
+    seen = set()
+    tiny_merge_trainer(tmp_path, pool, reward_funcs=steps, method="random", max_steps=2).train()
+    assert seen == {0, 1}
+
+
+def test_reward_function_that_is_not_finite_at_the_start_is_named(tmp_path, pool):
+    def silent(images, **kwargs):
+        return [0.0] * (len(images) - 1) + [float("nan")]
+
+    trainer = tiny_merge_trainer(tmp_path, pool, reward_funcs=[tiny_reward(), silent])
+    with pytest.raises(ValueError, match="reward function 'silent' gives nan for the images of the initial"):
+        trainer.train()
+
+
 def test_comparison_is_in_the_card(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, max_steps=1, eval_samplers=["sde", "ode"])
     trainer.train()
@@ -242,6 +293,13 @@ def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
     expected = dict(base.named_parameters())[name] + scale * change
     torch.testing.assert_close(dict(saved.named_parameters())[name], expected, atol=1e-5, rtol=1e-4)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    pipeline = trainer.merge()
+    pipeline.save_pretrained(tmp_path / "merged")
+    again = load_pipeline(tmp_path / "merged").transformer
+    assert all(torch.equal(p, dict(saved.named_parameters())[n]) for n, p in again.named_parameters())
+    assert pipeline is not trainer.policy.pipeline  # whose network still has the adapter's layers
+    trainer.merge([0.0, 0.0, 1.0])
+    assert torch.equal(dict(pipeline.transformer.named_parameters())[name], dict(again.named_parameters())[name])
 
 
 # ---- resuming ----
@@ -258,16 +316,20 @@ def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
     ids=lambda settings: settings["method"],
 )
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
-    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, **settings}
+    """Although its second step is skipped."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, **settings}
     whole = tiny_merge_trainer(tmp_path / "whole", pool, reward_funcs=two_spaces(), **settings)
+    judge = whole.judge.judge
+    whole.judge.judge = lambda candidates, step: judge(candidates, step) * (torch.nan if step == 1 else 1.0)
     whole.train()
+    assert len(logged(whole, "reward")) == 3
     resumed = tiny_merge_trainer(tmp_path / "resumed", pool, reward_funcs=two_spaces(), **settings)
     torch.manual_seed(1000)  # nothing may ride on the global generator
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(resumed.coefficients, whole.coefficients)
     assert logged(resumed, "reward") == logged(whole, "reward")
     assert resumed.num_images == whole.num_images
-    with safe_open(tmp_path / "whole" / "checkpoint-3" / WEIGHTS, framework="pt") as file:
+    with safe_open(tmp_path / "whole" / "checkpoint-4" / WEIGHTS, framework="pt") as file:
         assert json.loads(file.metadata()["coefficients"])[whole.group_names[0]] == whole.coefficients[0].tolist()
 
 
@@ -303,10 +365,35 @@ def test_best_coefficients_come_back(tmp_path, pool, method):
     assert torch.equal(trainer.coefficients, kept[0]) and not torch.equal(kept[0], kept[1])
 
 
-def test_checkpoint_of_another_method_is_refused(tmp_path, pool):
-    tiny_merge_trainer(tmp_path, pool, method="grid", max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="of another method than method='emanet'"):
-        tiny_merge_trainer(tmp_path, pool, method="emanet").train(resume_from_checkpoint=True)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, pool):
+    folder = tmp_path_factory.mktemp("stopped")
+    tiny_merge_trainer(folder, pool, method="grid", max_steps=1, save_strategy="steps", save_steps=1).train()
+    return str(folder / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        ({"method": "emanet"}, None, "method='grid', but this run has method='emanet'"),
+        ({"coefficient_map": "none"}, None, "coefficient_map='affine', but this run has coefficient_map='none'"),
+        ({"granularity": "per_block"}, None, "1 groups of tensors, but this run has"),
+        ({}, lambda pool: pool[:3], "4 checkpoints to merge, but this run has 3"),
+        ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "in another order: the 2. had SHA-256"),
+        ({}, lambda pool: [*pool[:3], pool[0]], "other checkpoints to merge: the 4. had SHA-256"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path, pool, stopped, settings, change, message):
+    other = tiny_merge_trainer(tmp_path, change(pool) if change else pool, **{"method": "grid", **settings})
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=stopped)
+
+
+def test_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
+    saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    tiny_merge_trainer(tmp_path, pool, **saving).train()
+    with pytest.raises(FileNotFoundError, match="has no diffusion_state.pt.*save_only_model=True"):
+        tiny_merge_trainer(tmp_path, pool).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 # ---- errors ----
@@ -318,6 +405,16 @@ def test_checkpoint_of_another_method_is_refused(tmp_path, pool):
         ({"method": "adam"}, "method='adam' is unknown: choose one of"),
         ({"initial_coefficients": "first"}, "initial_coefficients='first' is unknown"),
         ({"method": "cma", "sampling_std_decay": 0.1}, "sampling_std_decay=0.1 does nothing under method='cma'"),
+        ({"method": "random", "learning_rate": 0.1}, "learning_rate=0.1 does nothing under method='random'"),
+        ({"method": "grid", "sampling_std": 0.1}, "sampling_std=0.1 does nothing under method='grid'"),
+        ({"num_subsets": 3}, "num_subsets=3 does nothing under num_replacements=0"),
+        ({"replace_size": 3}, "replace_size=3 does nothing under num_replacements=0"),
+        ({"initial_coefficients": "last", "initial_std": 0.2}, "initial_std=0.2 does nothing under initial_coeff"),
+        ({"fp16": True}, "fp16=True is not supported.*Set bf16=True"),
+        (
+            {"save_only_model": True, "load_best_model_at_end": True, "save_steps": 1, "eval_steps": 1},
+            "needs the search's state",
+        ),
         ({"num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"sampling_std": 0.0}, "sampling_std=0.0 must be positive"),
         ({"method": "emanet", "sampling_std_decay": 0.0}, r"must lie in \(0, 1\]"),

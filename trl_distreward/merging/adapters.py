@@ -16,6 +16,8 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 _LOW_RANK = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
+# As peft, diffusers and kohya name them, before and after peft
+_FACTOR = re.compile(r"(^|[._])lora_(embedding_)?[AB](\.|$)|[._]lora[._](up|down)\.|lora_linear_layer\.(up|down)\.")
 # What may differ between adapters that are the same function of their weights
 _IRRELEVANT = {
     "base_model_name_or_path",
@@ -32,6 +34,11 @@ def concatenated_axis(key: str) -> int | None:
     """The dimension that is the rank, of a factor of an adapter: 0 of an A, 1 of a B, `None` of any other tensor."""
     match = _LOW_RANK.search(key)
     return None if match is None else 0 if match["factor"] == "A" else 1
+
+
+def is_factor(key: str) -> bool:
+    """Whether a tensor's name is that of a factor of a LoRA, by any library's convention."""
+    return _FACTOR.search(key) is not None
 
 
 def concatenated(key: str, members: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import CONFIG, check_configs, concatenated, concatenated_axis, widened_config
+from .adapters import CONFIG, check_configs, concatenated, concatenated_axis, is_factor, widened_config
 from .files import TensorSpec, check_alike, read_header, replace_file
 from .hub_source import HUB_NAME, HubSource
 from .sources import LocalSource, PoolMember, Source, read_layout
@@ -382,6 +382,13 @@ def _adapter_config(
     files = [f"{next(iter(layout.values())).rpartition('/')[0]}/{CONFIG}".lstrip("/") for layout in layouts]
     have = [file in source.names for source, file in zip(sources, files, strict=True)]
     if not any(have):
+        odd = next((key for key in layouts[0] if is_factor(key)), None)
+        if odd is not None and adapters == "exact":
+            raise ValueError(
+                f"{sources[0].name} has factors of a LoRA, e.g. {odd}, and no {CONFIG}, which gives them their "
+                "meaning: save each adapter with peft's PeftModel.save_pretrained, or pass adapters='linear' to "
+                "combine the factors as any other tensors, which makes another model."
+            )
         return None
     if not all(have):
         raise ValueError(f"{sources[have.index(False)].name} has no {CONFIG}, as other checkpoints have: add it.")

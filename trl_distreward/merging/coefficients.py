@@ -102,25 +102,38 @@ def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str,
     Args:
         keys (`list[str]`): names of the tensors.
         granularity (`str`):
-            `"per_model"`: all of them, as in the paper. `"per_block"`: those of a block, `blocks.3`, or of a module
-            outside of blocks, `x_embedder`. `"per_parameter_group"`: those of the same kind in all blocks,
-            `blocks.#.attn.qkv`.
+            `"per_model"`: all of them, as in the paper. `"per_block"`: those of a block, `blocks.3` or
+            `unet.enc.64x64_block0`, or of a module outside of blocks, `x_embedder`. `"per_parameter_group"`: those of
+            the same kind in all blocks, `blocks.#.attn.qkv`. The factors of an adapter are where the weight is that
+            they adapt.
 
     Returns:
         the group of each tensor, and the groups' names.
+
+    Raises:
+        ValueError: the tensors' names tell no blocks.
     """
-
-    def group(key: str) -> str:
-        parts = key.split(".")
-        if granularity == "per_model":
-            return "all"
-        if granularity == "per_parameter_group":
-            return re.sub(r"\d+", "#", ".".join(parts[:-1]) or key)
-        return ".".join(parts[: 2 if len(parts) > 2 and re.search(r"\d", parts[1]) else 1])
-
-    of_key = {key: group(key) for key in keys}
+    of_key = {key: _group(key, granularity) for key in keys}
     names = list(dict.fromkeys(of_key.values()))
+    if granularity == "per_block" and len(names) == 1:
+        raise ValueError(
+            f"granularity='per_block' finds one block only, {names[0]!r}, in names such as {next(iter(of_key))!r}: a "
+            "block has a number in its name. Use granularity='per_model' or 'per_parameter_group'."
+        )
     return {key: names.index(name) for key, name in of_key.items()}, names
+
+
+def _group(key: str, granularity: str) -> str:
+    if granularity == "per_model":
+        return "all"
+    # peft's names of adapters, back to those of the network; one factor without its partner would mean nothing
+    key = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", ".weight", key.removeprefix("base_model.model."))
+    parts = key.split(".")
+    if granularity == "per_parameter_group":
+        return re.sub(r"\d+", "#", ".".join(parts[:-1]) or key)
+    # further down, a number right before the parameter's name is a layer's, as in t_embedder.mlp.0.weight
+    numbered = (i for i, part in enumerate(parts[:-1]) if re.search(r"\d", part) and (i < 2 or i < len(parts) - 2))
+    return ".".join(parts[: next(numbered, 0) + 1])
 
 
 class EMANet(nn.Module):
@@ -169,7 +182,8 @@ class EMANet(nn.Module):
 
     def forward(self) -> Tensor:
         """The mean, `(G, N_c)`, float64."""
-        return self.initial + self.scale * self.layers(self.embedding).double().view_as(self.initial)
+        with torch.autocast(self.embedding.device.type, enabled=False):  # a coefficient has more than three digits
+            return self.initial + self.scale * self.layers(self.embedding).double().view_as(self.initial)
 
 
 def gaussian_samples(

@@ -5,7 +5,7 @@ Each is asked for candidates, `(B, G, N_c)` float64, the same on every process, 
 of a step are judged from the same noise, another one at every step: only rewards of one step are compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import gaussian_samples
-from .posthoc import LARGEST_SIGMA_REL, power_profile_coefficients
+from .posthoc import LARGEST_SIGMA_REL, posthoc_ema_coefficients, power_profile_coefficients
 
 
 class Search(Protocol):
@@ -37,10 +37,16 @@ class Search(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-def power_profile_grid(times: Any, count: int) -> Tensor:
-    """Coefficients `(count, N_c)` of power-function averages, their widths evenly spaced up to the uniform average."""
+def power_profile_grid(times: Sequence[float], count: int, stds: Sequence[float] | None = None) -> Tensor:
+    """
+    Coefficients `(count, N_c)` of power-function averages, their widths evenly spaced up to the uniform average.
+
+    Of checkpoints with relative widths `stds`, which are averages themselves, the nearest combinations are taken.
+    """
     widths = [LARGEST_SIGMA_REL * (i + 1) / count for i in range(count)]
-    return torch.stack([power_profile_coefficients(times, width) for width in widths])
+    if stds is None:
+        return torch.stack([power_profile_coefficients(times, width) for width in widths])
+    return torch.stack([posthoc_ema_coefficients(times, stds, max(times), width) for width in widths])
 
 
 class GridSearch:
@@ -102,7 +108,8 @@ class CMASearch:
     """
     CMA-ES of the [`cma`](https://github.com/CMA-ES/pycma) package, which `pip install "trl-distreward[merging]"` has.
 
-    Its state is what it was told: a search that is loaded is told all of it again, and nothing needs to be pickled.
+    Its state is what it answered and was told: a search that is loaded does all of it again, and nothing needs to be
+    pickled. What was asked and never told, as a step without finite images is, has NaN for rewards.
 
     Args:
         initial (`torch.Tensor` of shape `(G, N_c)`): its first mean.
@@ -140,12 +147,13 @@ class CMASearch:
 
     def ask(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         self._asked = self._evolution.ask(count)
-        return torch.as_tensor(np.stack(self._asked)).view(count, *self.initial.shape)
+        self._samples.append(torch.as_tensor(np.stack(self._asked)).view(count, *self.initial.shape))
+        self._rewards.append(torch.full((count,), torch.nan, dtype=torch.float64))
+        return self._samples[-1].clone()
 
     def tell(self, samples: Tensor, rewards: Tensor) -> None:
         self._evolution.tell(self._asked, (-rewards).tolist())
-        self._samples.append(samples.clone())
-        self._rewards.append(rewards.clone())
+        self._rewards[-1] = rewards.double()
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self._samples:
@@ -160,4 +168,5 @@ class CMASearch:
                     "the search does not repeat itself: resume with the versions of cma and numpy, and with the "
                     "settings, that the run was started with."
                 )
-            self.tell(samples, rewards)
+            if bool(rewards.isfinite().all()):
+                self.tell(samples, rewards)

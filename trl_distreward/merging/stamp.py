@@ -33,19 +33,17 @@ def add_metadata(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
     replace_file(path, write)
 
 
-def stamp_pipeline(folder: str | os.PathLike, class_name: str, about: Mapping[str, Any]) -> None:
+def stamp_network(folder: str | os.PathLike, component: str | None, about: Mapping[str, Any]) -> None:
     """
-    Makes every file of a pipeline's network say how it was made; those of a VAE or a text encoder are none of it.
+    Makes every file of a pipeline's network say how it was made; those of any other component are none of it.
 
     Args:
         folder (`str`): saved pipeline.
-        class_name (`str`): of the network, as in `model_index.json`; without one nothing is stamped.
+        component (`str`, *optional*): the network's folder, e.g. `unet`; without one nothing is stamped.
         about (`dict`): what to say, each value written as JSON.
     """
-    index = Path(folder, "model_index.json")
-    parts = json.loads(index.read_text()) if index.is_file() else {}
+    if component is None:
+        return
     metadata = {name: json.dumps(value, default=str) for name, value in about.items()}
-    for part, found in parts.items():
-        if isinstance(found, list) and found[1] == class_name:
-            for path in sorted(Path(folder, part).glob("*.safetensors")):
-                add_metadata(path, metadata)
+    for path in sorted(Path(folder, component).glob("*.safetensors")):
+        add_metadata(path, metadata)

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """What a set of merging coefficients is worth: the reward of the images that the merged model makes."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,6 +34,7 @@ class CandidateJudge:
         conditions: one per image of a candidate's set.
         accelerator (`accelerate.Accelerator`): tells the processes.
         autocast (`Callable`): makes the context that the network runs under.
+        trainer_state (`Callable`): returns the trainer's state of now, for reward functions.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class CandidateJudge:
         conditions: Any,
         accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager],
+        trainer_state: Callable[[], Any],
     ):
         self.policy, self.network, self.pool, self.groups = policy, network, pool, groups
         self.rewards, self.args, self.conditions = rewards, args, conditions
-        self.accelerator, self.autocast = accelerator, autocast
+        self.accelerator, self.autocast, self.trainer_state = accelerator, autocast, trainer_state
 
     def merge(self, coefficients: Tensor) -> None:
         """Merges the pool with coefficients `(G, N_c)` into the network."""
@@ -82,8 +85,33 @@ class CandidateJudge:
         """Rewards `(functions,)` of one image per condition: minus the set's distance, or means over its images."""
         self.merge(coefficients)
         own, values = self._generate(conditions, stream, step)
+        return values if own is None else self._with_distances(own, values)
+
+    @torch.no_grad()
+    def judge_start(self, coefficients: Tensor, conditions: Any) -> Tensor:
+        """
+        As `judge_set`, of what training starts at.
+
+        Raises:
+            ValueError: images, features or rewards are not finite.
+        """
+        self.merge(coefficients)
+        own, values = self._generate(conditions, "start", 0)
         if own is None:
-            return values
+            raise ValueError(
+                "the images of the initial coefficients, or their features, are not finite: choose other "
+                "initial_coefficients."
+            )
+        values = self._with_distances(own, values)
+        for name, value in zip(self.rewards.names, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"reward function {name!r} gives {value} for the images of the initial coefficients, which are "
+                    "finite: it must return one finite float per image."
+                )
+        return values
+
+    def _with_distances(self, own: list[dict[str, Tensor]], values: Tensor) -> Tensor:
         for reward, features in zip(self.rewards.distributional, own, strict=True):
             reward.set_reference(features)
         for index, function in enumerate(self.rewards.functions):
@@ -145,7 +173,8 @@ class CandidateJudge:
             if isinstance(function, SubsetReplaceReward):
                 continue
             slots = torch.tensor(indices, device=images.device)
-            scores = torch.as_tensor(function(images=images, conditions=conditions, slots=slots), dtype=torch.float64)
+            returned = function(images=images, conditions=conditions, slots=slots, trainer_state=self.trainer_state())
+            scores = torch.as_tensor(returned, dtype=torch.float64)
             if scores.numel() != len(images):
                 raise ValueError(
                     f"reward function {self.rewards.names[index]!r} returned {scores.numel()} values for "

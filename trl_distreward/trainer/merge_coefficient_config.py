@@ -23,6 +23,7 @@ _EMANET_ONLY = (
     "sampling_std_decay",
     "antithetic_sampling",
     "advantage_normalization",
+    "learning_rate",
 )
 
 
@@ -279,20 +280,40 @@ class MergeCoefficientConfig(_BaseConfig):
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: set num_generations."
             )
+        if self.method == "grid" and self.checkpoint_stds is not None and self.coefficient_map == "softmax":
+            raise ValueError(
+                "coefficient_map='softmax' makes positive coefficients only, but those of a grid between averages of "
+                "given checkpoint_stds may be negative: set coefficient_map='affine'."
+            )
+        if self.fp16:
+            raise ValueError(
+                "fp16=True is not supported: it scales gradients, and those of coefficients are not scaled. Set "
+                "bf16=True."
+            )
+        if self.save_only_model and self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True needs the search's state, which save_only_model=True leaves out: set one "
+                "of them to False."
+            )
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1: there are no epochs here.")
 
     def _refuse_ignored(self) -> None:
-        """What the method has no use for must be at its default, so that nobody believes it does something."""
-        if self.method == "emanet":
-            return
-        for name in _EMANET_ONLY:
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != default:
-                raise ValueError(
-                    f"{name}={value!r} does nothing under method={self.method!r}: leave it at {default!r}, or set "
-                    "method='emanet'."
-                )
+        """What nothing has a use for must be at its default, so that nobody believes it does something."""
+        method, start = f"method={self.method!r}", f"initial_coefficients={self.initial_coefficients!r}"
+        ignored = (
+            (self.method != "emanet", _EMANET_ONLY, method, "method='emanet'"),
+            (self.method == "grid", ("sampling_std",), method, "another method"),
+            (not self.num_replacements, ("num_subsets", "replace_size"), "num_replacements=0", "num_replacements"),
+            (self.initial_coefficients != "post_hoc", ("initial_std",), start, "initial_coefficients='post_hoc'"),
+        )
+        for unused, names, because, remedy in ignored:
+            for name in names if unused else ():
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if value != default:
+                    raise ValueError(
+                        f"{name}={value!r} does nothing under {because}: leave it at {default!r}, or set {remedy}."
+                    )
 
     @property
     def images_per_candidate(self) -> int:

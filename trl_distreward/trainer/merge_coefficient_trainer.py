@@ -26,14 +26,15 @@ from ..merging.coefficients import (
     samples_of,
 )
 from ..merging.search import CMASearch, GridSearch, RandomSearch, Search, power_profile_grid
-from ..merging.stamp import stamp_pipeline
+from ..merging.stamp import stamp_network
 from ..metrics.report import ImageMetric
 from ..policies import as_policy
 from .base import DiffusionTrainer, disable_dropout
 from .candidates import CandidateJudge
-from .checkpoints import ADAPTER_FOLDER, TRAINING_STATE
+from .checkpoints import ADAPTER_FOLDER
 from .merge_card import PLOT, coefficient_section, comparison_table, plot_coefficients
 from .merge_coefficient_config import MergeCoefficientConfig
+from .merge_state import check_identity, identity_of, read_state
 from .model_card import recipe_of
 from .objective import normalize_advantages
 from .reward_functions import RewardFunctions, check_best_metric, check_on, images_of_noise
@@ -73,8 +74,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         checkpoints (`list[str]` or [`~merging.CheckpointPool`]):
             What is merged, in the order of training.
         reward_funcs (`Callable` or `list` of them):
-            [`SubsetReplaceReward`], or any function `reward(images=…, conditions=…, slots=…)` that returns one float
-            per image, whose mean counts. Several are weighted by `reward_weights` and summed.
+            [`SubsetReplaceReward`], or any function `reward(images=…, conditions=…, slots=…, trainer_state=…)` that
+            returns one float per image, whose mean counts. Several are weighted by `reward_weights` and summed.
         args ([`MergeCoefficientConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
             Conditions of a candidate's images, in a column `class_labels`. Without one all classes are balanced.
@@ -162,6 +163,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             self.conditions,
             self.accelerator,
             self.autocast,
+            lambda: self.state,
         )
         check_on(*images_of_noise(policy, self.conditions, device), self.rewards, self.eval_metrics)
         check_best_metric(args, self.eval_metrics)
@@ -196,7 +198,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             return RandomSearch(start, args.sampling_std)
         if args.method == "grid":
             times = args.checkpoint_times or [float(i + 1) for i in range(len(self.pool))]
-            profiles = power_profile_grid(times, args.num_generations)
+            profiles = power_profile_grid(times, args.num_generations, args.checkpoint_stds)
             points = profiles[:, None].expand(-1, len(self.group_names), -1)
             return GridSearch(samples_of(points, args.coefficient_map))
         return None
@@ -277,13 +279,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """The first set is the start's, by whose distances those of several feature spaces are divided."""
         size = self.args.scale_set_size or self.args.reference_set_size
         conditions = conditions_of_slots(self.policy, self.train_dataset, size, self.args.seed)
-        values = self.judge.judge_set(self.initial_coefficients, conditions, "start", step=0)
+        values = self.judge.judge_start(self.initial_coefficients, conditions)
         self.num_images += size
-        if not bool(values.isfinite().all()):
-            raise ValueError(
-                "the images of the initial coefficients, or their features, are not finite: choose other "
-                "initial_coefficients."
-            )
         logger.info(f"Reward of the initial coefficients: {self._total(values[None]).item():.6g}.")
 
     def _total(self, values: Tensor) -> Tensor:
@@ -315,14 +312,17 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self.record("reward_std", rewards.std().item())
         self.record("reward_best", rewards.max().item())
         self.record("finite_candidates", finite.double().mean().item())
-        self.record("num_images", self.num_images)
         if len(self.rewards.functions) > 1:
             for name, column in zip(self.rewards.names, values.T, strict=True):
                 self.record(f"rewards/{name}/mean", column.mean().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not any(key.startswith("eval_") for key in logs) and len(self.group_names) == 1:
-            logs = {**logs, **{f"coefficients/{i}": w for i, w in enumerate(self.coefficients[0].tolist())}}
+        if not any(key.startswith("eval_") for key in logs):
+            logs = {**logs, "num_images": self.num_images}  # as it is now, and no mean over steps
+            if "reward_best" in self._metrics:
+                self._metrics["reward_best"] = [max(self._metrics["reward_best"])]
+            if len(self.group_names) == 1:
+                logs |= {f"coefficients/{i}": w for i, w in enumerate(self.coefficients[0].tolist())}
         super().log(logs, start_time)
 
     # ---- evaluation and results ----
@@ -386,11 +386,22 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """
         The pipeline with the checkpoints merged, by the learnt coefficients or by those given.
 
-        It is the trainer's own: training, evaluation or another merge overwrites its weights. A policy without a
-        pipeline is returned itself.
+        It is the trainer's own: training, evaluation or another merge overwrites its weights. Of adapters it is a
+        copy with a network of its own, without the adapter's layers, which saves and loads as any other. A policy
+        without a pipeline takes the pipeline's place.
         """
         self.judge.merge(self.coefficients if coefficients is None else self._whole(coefficients))
-        return getattr(self.policy, "pipeline", self.policy)
+        pipeline = getattr(self.policy, "pipeline", self.policy)
+        if isinstance(self.merged_network, PeftModel):
+            component = "model" if pipeline is self.policy else getattr(self.policy, "component", "transformer")
+            pipeline = copy.copy(pipeline)
+            setattr(pipeline, component, self._plain_network())
+        return pipeline
+
+    def _plain_network(self) -> nn.Module:
+        """The merged network without layers of adapters."""
+        network = self.merged_network
+        return copy.deepcopy(network).merge_and_unload() if isinstance(network, PeftModel) else network
 
     # ---- checkpoints ----
 
@@ -412,13 +423,11 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             "recipe": recipe,
             "num_images": self.num_images,
         }
-        network = self.merged_network
-        if isinstance(network, PeftModel):
+        if isinstance(self.merged_network, PeftModel):
             adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
             self.pool.save_merged(adapter, coefficients, {"recipe": recipe}, self.groups)
-            network = copy.deepcopy(network).merge_and_unload()
-        self.policy.save_pretrained(folder, model=network)
-        stamp_pipeline(folder, type(self.policy.model).__name__, about)
+        self.policy.save_pretrained(folder, model=self._plain_network())
+        stamp_network(folder, getattr(self.policy, "component", None), about)
         (folder / "coefficients.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
         # not transformers' training_args.bin: a pickle, with the Hub token in plain text
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
@@ -427,6 +436,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         states = [reward.state_dict() for reward in self.rewards.distributional]
         return super().training_state() | {
             "network": {name: value.cpu() for name, value in self.network.state_dict().items()},
+            # all processes are asked, one writes: the others need not read the pool for its hashes
+            "identity": self._identity if self.args.should_save else None,
             "search": None if self.search is None else self.search.state_dict(),
             # every candidate has a set of its own; the scales of distances stay
             "rewards": [{**state, "features": {}} for state in states],
@@ -434,7 +445,12 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             "comparison": self.comparison,
         }
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return identity_of(self.args, self.group_names, self.pool_description)
+
     def load_training_state(self, state: dict[str, Any]) -> None:
+        check_identity(state["identity"], self._identity)
         super().load_training_state(state)
         self._load_learnt(state)
         for reward, saved in zip(self.rewards.distributional, state["rewards"], strict=True):
@@ -442,22 +458,15 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self.num_images, self.comparison = state["num_images"], state["comparison"]
 
     def _load_learnt(self, state: Mapping[str, Any]) -> None:
-        if (self.search is None) != (state["search"] is None):
-            raise ValueError(
-                f"the checkpoint is of another method than method={self.args.method!r}: resume with the "
-                "configuration that the run was started with."
-            )
         self.network.load_state_dict(state["network"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = os.path.join(resume_from_checkpoint, TRAINING_STATE)
-        self.load_training_state(torch.load(path, map_location="cpu", weights_only=True))
+        self.load_training_state(read_state(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        path = os.path.join(self.state.best_model_checkpoint, TRAINING_STATE)
-        self._load_learnt(torch.load(path, map_location="cpu", weights_only=True))
+        self._load_learnt(read_state(self.state.best_model_checkpoint))
 
     # ---- the model card ----
 

@@ -1,0 +1,79 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What a checkpoint of merging coefficients is resumed from, and must have in common with the run that does."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoints import TRAINING_STATE
+
+
+def read_state(folder: str | os.PathLike) -> dict[str, Any]:
+    """
+    The training state in a checkpoint.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    path = Path(folder, TRAINING_STATE)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {TRAINING_STATE}, the state of the search: checkpoints saved with save_only_model=True "
+            "hold the merged model alone. Resume from one saved without it, or start a new run with "
+            "initial_coefficients from its coefficients.json."
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def identity_of(args: Any, group_names: Sequence[str], pool: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What gives learnt coefficients their meaning.
+
+    Args:
+        args ([`MergeCoefficientConfig`]): configuration.
+        group_names (`list[str]`): of the coefficients' rows.
+        pool (`dict`): [`~merging.CheckpointPool.describe`].
+    """
+    return {
+        "method": args.method,
+        "coefficient_map": args.coefficient_map,
+        "adapters": pool["adapters"],
+        "groups": list(group_names),
+        "pool": [sorted(member["files"].values()) for member in pool["members"]],
+    }
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a checkpoint's coefficients mean something else in this run.
+    """
+    for name in ("method", "coefficient_map", "adapters"):
+        if saved[name] != now[name]:
+            _refuse(f"{name}={saved[name]!r}, but this run has {name}={now[name]!r}")
+    if saved["groups"] != now["groups"]:
+        odd = sorted({*saved["groups"]} ^ {*now["groups"]}) or now["groups"]
+        _refuse(
+            f"{len(saved['groups'])} groups of tensors, but this run has {len(now['groups'])}, and only one of them "
+            f"has e.g. {odd[0]!r}"
+        )
+    if len(saved["pool"]) != len(now["pool"]):
+        _refuse(f"{len(saved['pool'])} checkpoints to merge, but this run has {len(now['pool'])}")
+    odd = [i for i, (old, new) in enumerate(zip(saved["pool"], now["pool"], strict=True)) if old != new]
+    if odd:
+        was, found = (pool[odd[0]][0][:12] for pool in (saved["pool"], now["pool"]))
+        moved = ", in another order" if sorted(saved["pool"]) == sorted(now["pool"]) else ""
+        _refuse(
+            f"other checkpoints to merge{moved}: the {odd[0] + 1}. had SHA-256 {was}…, but that of this run has "
+            f"{found}…"
+        )
+
+
+def _refuse(difference: str) -> None:
+    raise ValueError(
+        f"the checkpoint was written by a run with {difference}: coefficients of one mean nothing to the other. "
+        "Resume with the pool and the configuration that the run was started with, or start a new run."
+    )
