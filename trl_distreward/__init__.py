@@ -53,6 +53,7 @@ _SUBMODULES = {
     "rewards",
     "sampling",
     "scripts",
+    "strata",
     "trainer",
 }
 

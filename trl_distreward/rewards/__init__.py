@@ -2,6 +2,7 @@
 """Rewards: callables from images to one number per image."""
 
 from .diagnostics import reward_diagnostics
-from .subset_replace import SlotSampler, SubsetReplaceReward
+from .slots import SlotSampler, StratifiedSlotSampler
+from .subset_replace import SubsetReplaceReward
 
-__all__ = ["SlotSampler", "SubsetReplaceReward", "reward_diagnostics"]
+__all__ = ["SlotSampler", "StratifiedSlotSampler", "SubsetReplaceReward", "reward_diagnostics"]
