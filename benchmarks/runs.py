@@ -54,9 +54,13 @@ def build_trainer(
     folder: str,
     reward: dict[str, Any] | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    others: Sequence[Callable[..., Any]] = (),
     **settings: Any,
 ) -> DistributionRewardTrainer:
-    """A trainer of a prepared generator, at a constant rate; `reward` and `settings` override arguments."""
+    """
+    A trainer of a prepared generator, at a constant rate; `reward` and `settings` override arguments, `others` are
+    reward functions besides.
+    """
     size = settings.get("replace_size", 1)
     defaults = {
         "output_dir": folder,
@@ -81,7 +85,10 @@ def build_trainer(
     }
     return DistributionRewardTrainer(
         model=str(digits.base_path),
-        reward_funcs=SubsetReplaceReward(digits.spaces, digits.real, space_weights={"asked": 1.5}, **(reward or {})),
+        reward_funcs=[
+            SubsetReplaceReward(digits.spaces, digits.real, space_weights={"asked": 1.5}, **(reward or {})),
+            *others,
+        ],
         args=DiffusionDistributionConfig(**{**defaults, **settings}),
         eval_metrics=digits.eval_metrics(),
         callbacks=callbacks,
@@ -89,7 +96,12 @@ def build_trainer(
 
 
 def run(
-    prepared: Digits, seed: int, budget: int, reward: dict[str, Any] | None = None, **settings: Any
+    prepared: Digits,
+    seed: int,
+    budget: int,
+    reward: dict[str, Any] | None = None,
+    others: Sequence[Callable[..., Any]] = (),
+    **settings: Any,
 ) -> dict[str, float]:
     """
     Trains a generator on `budget` images and evaluates it.
@@ -99,12 +111,13 @@ def run(
         seed (`int`): of the training.
         budget (`int`): images generated, reference sets counted.
         reward (`dict`, *optional*): further arguments of the reward.
+        others (`Sequence[Callable]`, *optional*): further reward functions.
         settings: further fields of the configuration.
     """
     stop = StopAtBudget(budget)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": 10_000, **settings, "seed": seed}
-        trainer = build_trainer(prepared, folder, reward, [stop], **settings)
+        trainer = build_trainer(prepared, folder, reward, [stop], others, **settings)
         stop.trainer = trainer
         evaluations, started = [0], time.process_time()
         hook = trainer.network.register_forward_hook(lambda _, inputs, output: evaluations.append(len(output[0])))
@@ -119,8 +132,9 @@ def run(
             "seconds": time.process_time() - started,  # of the processor: other jobs on the machine do not count
         }
         metrics = trainer.evaluate()
-    for sampler in ("sde", "ode"):
-        result |= {f"{name} {sampler}": metrics[f"eval_{sampler}_{key}"] for name, key in METRICS.items()}
+    columns = {**METRICS, **{name: name for name in prepared.eval_metrics() if name not in METRICS.values()}}
+    for sampler in trainer.args.eval_samplers:
+        result |= {f"{name} {sampler}": metrics[f"eval_{sampler}_{key}"] for name, key in columns.items()}
     return result
 
 

@@ -21,6 +21,7 @@ _PUBLIC = {
     "FrechetDistance": "metrics.frechet",
     "InceptionV3": "metrics.inception",
     "JointFeatures": "metrics.report",
+    "JointTextFeatures": "metrics.clip",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
     "MergeCoefficientConfig": "trainer.merge_coefficient_config",
@@ -35,6 +36,7 @@ _PUBLIC = {
     "dry_run": "trainer.dry_run",
     "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
+    "load_clip": "metrics.clip",
     "load_feature_extractor": "metrics.features",
     "load_inception": "metrics.inception",
     "load_pipeline": "policies",
@@ -53,6 +55,7 @@ _SUBMODULES = {
     "rewards",
     "sampling",
     "scripts",
+    "strata",
     "trainer",
 }
 
@@ -71,6 +74,7 @@ __all__ = [
     "FrechetDistance",
     "InceptionV3",
     "JointFeatures",
+    "JointTextFeatures",
     "KernelDistance",
     "LogSamplesCallback",
     "MergeCoefficientConfig",
@@ -85,6 +89,7 @@ __all__ = [
     "dry_run",
     "feature_metrics",
     "frechet_distance",
+    "load_clip",
     "load_feature_extractor",
     "load_inception",
     "load_pipeline",
@@ -94,6 +99,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .merging.checkpoints import CheckpointPool
     from .merging.coefficients import EMANet
+    from .metrics.clip import JointTextFeatures, load_clip
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.features import load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance

@@ -3,7 +3,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from .sampling import (
     stochastic_steps,
     time_grid,
 )
+from .strata import column_of, members_of, proportional_counts
 
 
 @dataclass(frozen=True)
@@ -240,11 +241,42 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
     return torch.arange(count) % num_classes
 
 
-def conditions_of_slots(policy: DiffusionPolicy, dataset: Any, count: int, seed: int) -> Any:
+def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:
+    """
+    The dataset's row of each of `count` slots: all rows in shuffled rounds; of the last, incomplete round so many of
+    each stratum as are in proportion, where rows have strata.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(num_rows, generator=generator) for _ in range(math.ceil(count / num_rows))]
+    rest = count % num_rows
+    if strata is not None and rest:
+        members = members_of(strata)
+        counts = proportional_counts(torch.tensor([len(m) for m in members]), rest, generator).tolist()
+        place = torch.empty(num_rows, dtype=torch.long).scatter_(0, rounds[-1], torch.arange(num_rows))
+        # the first of each stratum in the shuffled order
+        chosen = [m[place[m].argsort()[:wanted]] for m, wanted in zip(members, counts, strict=True)]
+        rounds[-1] = torch.cat(chosen)
+    return torch.cat(rounds)[:count]
+
+
+def strata_of_slots(dataset: Any, column: str, count: int, seed: int, conditions: Any) -> list[Hashable]:
+    """The stratum of each of `count` slots, which `column` says; without a dataset the slot's class is its stratum."""
+    if dataset is None:
+        if column != "class_labels":
+            raise ValueError(f"stratify_by={column!r} is a column of the train_dataset, which is missing: pass one.")
+        return conditions.tolist()
+    strata = column_of(dataset, column)
+    return take(strata, rows_of_slots(len(strata), count, seed, strata))
+
+
+def conditions_of_slots(
+    policy: DiffusionPolicy, dataset: Any, count: int, seed: int, stratify_by: str | None = None
+) -> Any:
     """
     Conditions of `count` slots: the dataset's rows in shuffled rounds, or all classes in balance.
 
-    They are in its column `class_labels`, or `prompt` for a policy without classes.
+    They are in its column `class_labels`, or `prompt` for a policy without classes. Where `stratify_by` names a column
+    of strata, an incomplete round has its share of each of them.
 
     Raises:
         ValueError: no such column, conditions the model does not know, or a policy without classes and no dataset.
@@ -257,9 +289,8 @@ def conditions_of_slots(policy: DiffusionPolicy, dataset: Any, count: int, seed:
     column = "prompt" if policy.num_conditions is None else "class_labels"
     if column not in columns:
         raise ValueError(f"the dataset has columns {columns}: conditions must be in a column {column!r}.")
-    rows = list(dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset])
+    rows = column_of(dataset, column)
     conditions = rows if policy.num_conditions is None else torch.as_tensor(rows)
     policy.check_conditions(conditions)
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(len(rows), generator=generator) for _ in range(math.ceil(count / len(rows)))]
-    return take(conditions, torch.cat(rounds)[:count])
+    strata = None if stratify_by is None else column_of(dataset, stratify_by)
+    return take(conditions, rows_of_slots(len(rows), count, seed, strata))

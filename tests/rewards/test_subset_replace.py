@@ -6,7 +6,7 @@ from torch import nn
 from tests.helpers import features, real_images, tiny_reward
 from trl_distreward import FeatureDistance, FeatureStatistics, JointFeatures, SubsetReplaceReward, frechet_distance
 from trl_distreward.generation import balanced_labels
-from trl_distreward.rewards.subset_replace import SlotSampler
+from trl_distreward.rewards import SlotSampler
 
 
 def images(count, seed=0):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Statistics of feature vectors and distances between sets of them."""
 
+from .clip import CLIPEmbeddings, JointTextFeatures, load_clip
 from .composite import DebiasedDistance, SumDistance
 from .distances import Distance
 from .features import BackboneFeatures, load_feature_extractor
@@ -17,6 +18,7 @@ from .weights import find_weights
 
 __all__ = [
     "BackboneFeatures",
+    "CLIPEmbeddings",
     "DebiasedDistance",
     "Distance",
     "FeatureDistance",
@@ -24,6 +26,7 @@ __all__ = [
     "FrechetDistance",
     "InceptionV3",
     "JointFeatures",
+    "JointTextFeatures",
     "KernelDistance",
     "SlicedWassersteinDistance",
     "SumDistance",
@@ -36,6 +39,7 @@ __all__ = [
     "half_sample_spread",
     "inception_score",
     "kernel_inception_distance",
+    "load_clip",
     "load_feature_extractor",
     "load_inception",
     "precision_recall_density_coverage",

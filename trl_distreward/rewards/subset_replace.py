@@ -20,69 +20,6 @@ from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features
 CREDITS = ("shared", "leave_one_in")
 
 
-class SlotSampler:
-    """
-    Draws which places of the reference set are judged next, from a generator of its own that checkpoints.
-
-    Args:
-        num_slots (`int`): size N of the reference set.
-        seed (`int`, *optional*, defaults to 0): seed of the generator.
-    """
-
-    def __init__(self, num_slots: int, seed: int = 0):
-        self.num_slots = num_slots
-        self.generator = torch.Generator().manual_seed(seed)
-        self._pending = torch.empty(0, dtype=torch.long)  # rest of the current round, for `distinct`
-
-    def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
-        """
-        Args:
-            num_subsets (`int`): subsets B.
-            replace_size (`int`): slots n of a subset, always distinct within it.
-            distinct (`bool`, *optional*, defaults to `False`):
-                draw in rounds without replacement, so that no slot comes twice before all have come once. Otherwise
-                subsets are independent, as in the paper.
-
-        Returns:
-            `torch.LongTensor` of shape `(B, n)`.
-        """
-        if replace_size >= self.num_slots:
-            raise ValueError(
-                f"replace_size={replace_size} is not smaller than reference_set_size={self.num_slots}: a subset must "
-                "leave most of the reference set in place; lower replace_size or raise reference_set_size."
-            )
-        if not distinct:
-            return torch.stack([self._permutation()[:replace_size] for _ in range(num_subsets)])
-        seen = torch.empty(0, dtype=torch.long)
-        subsets = []
-        for _ in range(num_subsets):
-            # over the whole draw while that is possible, then at least within the subset
-            avoid = seen if len(seen) + replace_size <= self.num_slots else seen[:0]
-            subsets.append(self._next_of_round(replace_size, avoid))
-            seen = torch.cat([seen, subsets[-1]])
-        return torch.stack(subsets)
-
-    def _permutation(self) -> Tensor:
-        return torch.randperm(self.num_slots, generator=self.generator)
-
-    def _next_of_round(self, count: int, avoid: Tensor) -> Tensor:
-        taken, self._pending = self._pending[:count], self._pending[count:]
-        if len(taken) < count:  # a new round, in which what must not come now comes last
-            order = self._permutation()
-            repeated = torch.isin(order, torch.cat([avoid, taken]))
-            fresh, missing = order[~repeated], count - len(taken)
-            self._pending = torch.cat([fresh[missing:], order[repeated]])
-            taken = torch.cat([taken, fresh[:missing]])
-        return taken
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"generator": self.generator.get_state(), "pending": self._pending.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.generator.set_state(state["generator"])
-        self._pending = state["pending"].clone()
-
-
 class SubsetReplaceReward:
     """
     Minus the distance from real data of a reference set in which a subset was replaced.

@@ -62,6 +62,10 @@ class DiffusionDistributionConfig(_BaseConfig):
             Subsets B generated and judged per update, over all processes; a multiple of their number.
         replace_size (`int`, *optional*, defaults to `50`):
             Images n of a subset. 1 gives each image a reward of its own.
+        stratify_by (`str`, *optional*):
+            Column of the training dataset with strata, for example topics or clusters of prompts
+            ([`~strata.cluster_embeddings`]). The reference set and every subset then have each stratum in proportion
+            to its share of the dataset.
         reference_update (`str`, *optional*, defaults to `"refresh"`):
             `"refresh"`: the reference set is generated anew every `reference_refresh_steps`, as in the paper.
             `"rolling"`: new images stay in the places they were judged in, and nothing is generated twice; slots are
@@ -210,6 +214,9 @@ class DiffusionDistributionConfig(_BaseConfig):
     reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated reference set."})
     num_subsets: int = field(default=128, metadata={"help": "Subsets judged per update, over all processes."})
     replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
+    stratify_by: str | None = field(
+        default=None, metadata={"help": "Column of strata that subsets have in proportion."}
+    )
     reference_update: str = field(
         default="refresh",
         metadata={"help": "How the reference set follows the policy.", "choices": list(REFERENCE_UPDATES)},

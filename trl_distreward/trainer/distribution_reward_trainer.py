@@ -12,12 +12,13 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..generation import conditions_of_slots, image_generators, take
+from ..generation import conditions_of_slots, image_generators, strata_of_slots, take
 from ..metrics.composite import supports
 from ..metrics.report import ImageMetric
 from ..policies import as_policy
 from ..rewards.diagnostics import reward_diagnostics
-from ..rewards.subset_replace import SlotSampler, SubsetReplaceReward
+from ..rewards.slots import SlotSampler, StratifiedSlotSampler
+from ..rewards.subset_replace import SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts
 from .base import DiffusionTrainer
 from .callbacks import print_rewards
@@ -67,7 +68,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         args ([`DiffusionDistributionConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
             Conditions of the reference set, in a column `class_labels`, or `prompt` for a text-to-image policy: each
-            slot keeps its own, and new images answer it again. Without a dataset all classes are balanced.
+            slot keeps its own, and new images answer it again. Without a dataset all classes are balanced. A further
+            column of strata may be named by `stratify_by`.
         eval_dataset (`datasets.Dataset`, *optional*):
             Conditions of the evaluated images, likewise; prompts are those of `train_dataset` by default.
         eval_metrics (`dict[str, ImageMetric]`, *optional*):
@@ -102,7 +104,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         channels = {} if args.guidance_channels is None else {"guidance_channels": args.guidance_channels}
         policy = as_policy(model, args.guidance_scale, **channels)
         args.bind(policy)
-        self.conditions = conditions_of_slots(policy, train_dataset, args.reference_set_size, args.seed)
+        size, column = args.reference_set_size, args.stratify_by
+        self.conditions = conditions_of_slots(policy, train_dataset, size, args.seed, column)
         num_eval = args.num_eval_images or args.reference_set_size
         if policy.num_conditions is None:
             self._pipeline_tag = "text-to-image"
@@ -116,7 +119,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 f"best_of_n={args.best_of_n} chooses by the replaced distance, but no reward is a "
                 "SubsetReplaceReward: set best_of_n=1."
             )
-        self.slot_sampler = SlotSampler(args.reference_set_size, seed=args.seed)
+        self.slot_sampler: SlotSampler | StratifiedSlotSampler = SlotSampler(size, seed=args.seed)
+        if column is not None:
+            strata = strata_of_slots(train_dataset, column, size, args.seed, self.conditions)
+            self.slot_sampler = StratifiedSlotSampler(strata, seed=args.seed)
 
         images_per_step = args.num_subsets * args.replace_size
         reference = None
@@ -143,8 +149,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         kind = TailRollouts if args.loss_type == "backprop" else Rollouts
         self.rollouts = kind(policy, args, self.conditions, self.accelerator, self.autocast)
         self._check_processes()
-        for reward in self.distribution_rewards:
-            reward.to(self.accelerator.device)
+        self.rewards.to(self.accelerator.device)
         self._check_halves()
         self._check_rewards()
         check_best_metric(args, self.eval_metrics)

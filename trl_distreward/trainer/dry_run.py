@@ -45,14 +45,16 @@ def networks(trainer: Any) -> Network:
     parts = [part for part in parts if part is not trainer.policy.model]
     extractors = [e for reward in trainer.distribution_rewards for e in reward.extractors.values()]
     extractors += [getattr(metric, "extractor", None) for metric in trainer.eval_metrics.values()]
-    beside = {id(m): m for m in [*parts, *map(module_of, extractors), trainer.reference_model] if m is not None}
+    modules = [*parts, *map(module_of, [*extractors, *trainer.reward_funcs]), trainer.reference_model]
+    # several rewards may share a network
+    beside = {id(t): t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     adapted = FLOAT * trained if trainer.policy.model is not network else 0
     weights = _bytes(network)
     return Network(
         weights=weights,
         trained=trained,
-        frozen=sum(map(_bytes, beside.values())),
+        frozen=sum(t.nbytes for t in beside.values()),
         saved=weights - adapted + sum(map(_bytes, parts)),
         adapter=adapted,
     )

@@ -149,8 +149,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self._shown: Tensor | None = None  # coefficients that are evaluated in place of the learnt ones
         device = self.accelerator.device
         self.merged_network.to(device)
-        for reward in self.rewards.distributional:
-            reward.to(device)
+        self.rewards.to(device)
         if device.type == "cuda" and self.pool.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
             self.pool.load_resident(device)
         self.judge = CandidateJudge(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..generation import image_generators, take
-from ..metrics.report import ImageMetric
+from ..metrics.report import ImageMetric, module_of
 from ..policies import DiffusionPolicy, to_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 
@@ -44,6 +44,13 @@ class RewardFunctions:
     def distributional(self) -> list[SubsetReplaceReward]:
         """Those of sets."""
         return [function for function in self.functions if isinstance(function, SubsetReplaceReward)]
+
+    def to(self, device: torch.device) -> None:
+        """Moves the networks behind all functions."""
+        for function in self.functions:
+            module = function if isinstance(function, SubsetReplaceReward) else module_of(function)
+            if module is not None:
+                module.to(device)
 
     def metrics(self) -> dict[str, ImageMetric]:
         """The distances of the rewards of sets, as metrics of evaluation."""

@@ -1,0 +1,131 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.clip import COLOURS, coloured, save_tiny_clip, tiny_clip
+from tests.helpers import features, real_images
+from tests.policies_parts import tokenizer
+from trl_distreward import FeatureStatistics, JointTextFeatures, SubsetReplaceReward, load_clip, load_feature_extractor
+from trl_distreward.metrics import CLIPEmbeddings, extract_features
+from trl_distreward.strata import cluster_embeddings
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return CLIPEmbeddings(tiny_clip(), tokenizer())
+
+
+def test_embeddings_are_those_of_the_model(clip):
+    images, prompts = coloured(5)
+    tokens = tokenizer()(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        outputs = clip.model(
+            pixel_values=clip.prepare(images), input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        )
+    torch.testing.assert_close(clip(images), outputs.image_embeds)
+    torch.testing.assert_close(clip.prompts(prompts), outputs.text_embeds)
+    assert clip.dimension == 6 and not any(p.requires_grad for p in clip.parameters())
+
+
+def test_images_are_embedded_as_by_the_feature_extractor(tmp_path):
+    folder = save_tiny_clip(tmp_path)
+    settings = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 16, "resample": 3, **settings}))
+    images = coloured(3, size=40)[0]
+    loaded = load_clip(folder)
+    torch.testing.assert_close(loaded(images), load_feature_extractor(folder, resize="pillow")(images))
+    assert (loaded.name, loaded.resize) == (tmp_path.name, "pillow-bicubic-16")
+
+
+def test_a_prompt_is_embedded_once_and_alike_in_any_company():
+    model, asked = tiny_clip(), []
+    clip = CLIPEmbeddings(model, tokenizer(), cache_size=2)
+    inner = model.get_text_features
+    model.get_text_features = lambda **inputs: asked.append(len(inputs["input_ids"])) or inner(**inputs)
+    together = clip.prompts(["a cat", "a red cat", "a cat"])
+    assert torch.equal(together[0], together[2]) and asked == [2]
+    clip.prompts(["a cat"])
+    assert asked == [2]
+    clip.prompts(["the blue dog runs", "a cat"])  # the cache keeps two
+    assert asked == [2, 1]
+    alone = clip.prompts(["a red cat"])
+    assert asked == [2, 1, 1]
+    torch.testing.assert_close(alone[0], together[1])
+
+
+def test_folders_without_all_weights_or_tokenizer_are_refused(tmp_path):
+    folder = save_tiny_clip(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "text_projection" not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks weights of CLIP.*text_projection"):
+        load_clip(folder)
+    with pytest.raises(OSError, match="cannot be loaded"):
+        load_clip(str(tmp_path / "nothing"))
+
+
+# ---- what sees the prompts ----
+
+
+def test_the_marginal_distance_is_blind_to_prompts_and_the_joint_one_is_not(clip):
+    real, captions = coloured(300, seed=1)
+    joint = JointTextFeatures(clip, clip.prompts)
+    rewards = {
+        "marginal": SubsetReplaceReward(clip, FeatureStatistics.from_features(clip(real))),
+        "joint": SubsetReplaceReward(joint, FeatureStatistics.from_features(joint(real, captions))),
+    }
+    reference, asked = coloured(60, seed=2)
+    slots = torch.arange(24).view(1, 24)
+    new, prompts = coloured(24, seed=3)  # each answers the prompt of its slot
+    shuffled = prompts[1:] + prompts[:1]  # as many of each, none with its image
+    scores = {}
+    for name, reward in rewards.items():
+        reward.set_reference(reward.extract(reference, asked))
+        scores[name] = [reward(new, given, slots=slots)[0] for given in (prompts, shuffled)]
+    assert scores["marginal"][0] == scores["marginal"][1]
+    answered, ignored = scores["joint"]
+    assert ignored < answered - 0.05 and ignored < 2 * answered  # rewards are minus a distance
+
+
+def test_the_joint_gradient_depends_on_the_prompts_and_the_marginal_one_does_not(clip):
+    real, captions = coloured(60, seed=1)
+    joint = JointTextFeatures(clip, clip.prompts)
+    new, prompts = coloured(6, seed=3)
+    gradients = {}
+    for name, extractor in (("marginal", clip), ("joint", joint)):
+        reward = SubsetReplaceReward(
+            extractor, FeatureStatistics.from_features(extract_features(extractor, real, captions))
+        )
+        reward.set_reference(reward.extract(real, captions))
+        for order in (prompts, prompts[1:] + prompts[:1]):
+            images = new.float().requires_grad_()
+            found = reward.extract(images, order, gradient=True)["features"]
+            weights = reward.gradient(torch.arange(6), {"features": found.detach()})["features"]
+            (gradient,) = torch.autograd.grad((found * weights.to(found)).sum(), images)
+            gradients.setdefault(name, []).append(gradient)
+    assert torch.equal(*gradients["marginal"])
+    assert (gradients["joint"][0] - gradients["joint"][1]).norm() > 0.5 * gradients["joint"][0].norm() > 0
+
+
+def test_joint_features_are_both_beside_one_another_and_move_together(clip):
+    images, prompts = coloured(4)
+    joint = JointTextFeatures(clip, clip.prompts, scale=3.0)
+    values = extract_features(joint, images, prompts)
+    assert torch.equal(values, torch.cat([clip(images), 3.0 * clip.prompts(prompts)], dim=1))
+    other = CLIPEmbeddings(tiny_clip(1), tokenizer())
+    mixed = JointTextFeatures(features, other.prompts)
+    assert mixed(real_images(2), prompts[:2]).shape == (2, 14)
+    mixed.to("meta")
+    assert other.mean.is_meta
+    with pytest.raises(ValueError, match="scale=0 must be positive"):
+        JointTextFeatures(clip, clip.prompts, scale=0)
+    with pytest.raises(ValueError, match="3 is not a prompt"):
+        joint(images[:1], [3])
+
+
+def test_prompts_alike_are_of_one_stratum(clip):
+    prompts = list(COLOURS) * 5
+    strata = cluster_embeddings(clip.prompts(prompts), 3).tolist()
+    assert len(set(zip(prompts, strata, strict=True))) == 3

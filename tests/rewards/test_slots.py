@@ -1,0 +1,73 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+
+from tests.helpers import tiny_trainer
+from trl_distreward.rewards import SlotSampler, StratifiedSlotSampler
+
+STRATA = ["a"] * 50 + ["b"] * 30 + ["c"] * 13 + ["d"] * 7
+
+
+def counts_of(slots):
+    return torch.tensor([[[STRATA[s] for s in row].count(name) for name in "abcd"] for row in slots.tolist()])
+
+
+def test_every_subset_keeps_the_strata_in_proportion():
+    sampler, share = StratifiedSlotSampler(STRATA, seed=1), torch.tensor([10, 6, 2.6, 1.4])
+    for distinct in (False, True):
+        for _ in range(5):
+            counts = counts_of(sampler.draw(4, 20, distinct))
+            assert (counts >= share.floor()).all() and (counts <= share.ceil()).all()
+            total = counts.sum(dim=0)
+            assert (total >= (4 * share).floor()).all() and (total <= (4 * share).ceil()).all()
+
+
+def test_slots_are_distinct_uniform_and_repeatable():
+    for distinct in (False, True):
+        draws = [StratifiedSlotSampler(STRATA, seed=2).draw(4000, 5, distinct) for _ in range(2)]
+        assert torch.equal(*draws)
+        assert all(len(set(row)) == 5 for row in draws[0].tolist())
+        seen = torch.bincount(draws[0].flatten(), minlength=100)
+        spread = (20000 * 0.01 * 0.99) ** 0.5
+        assert (seen - 200).abs().max() < (5 * spread if not distinct else 2)
+        # the first of a subset is of any stratum, not always of the first
+        first = torch.bincount(draws[0][:, 0], minlength=100)[50:].sum().item()
+        assert first == pytest.approx(2000, abs=5 * 1000**0.5)
+
+
+def test_distinct_slots_are_distinct_over_a_draw_and_come_in_rounds():
+    sampler = StratifiedSlotSampler(STRATA, seed=0)
+    slots = torch.cat([sampler.draw(10, 1, distinct=True).flatten() for _ in range(10)])
+    whole = slots[slots < 80]  # strata of which a draw takes a whole number
+    assert sorted(whole.tolist()) == list(range(80))
+    for _ in range(10):
+        slots = sampler.draw(9, 10, distinct=True).flatten()
+        assert len(slots.unique()) == 90
+
+
+def test_resumes_in_the_middle_of_a_round_and_refuses_other_strata():
+    sampler, other = StratifiedSlotSampler(STRATA, seed=1), StratifiedSlotSampler(STRATA, seed=2)
+    sampler.draw(3, 7, distinct=True)
+    other.load_state_dict(sampler.state_dict())
+    for distinct in (True, False, True):
+        assert torch.equal(sampler.draw(5, 3, distinct), other.draw(5, 3, distinct))
+    with pytest.raises(ValueError, match="4 strata, this run has 2"):
+        StratifiedSlotSampler([0, 1] * 50).load_state_dict(sampler.state_dict())
+    with pytest.raises(ValueError, match="no strata, this run has 4"):
+        sampler.load_state_dict(SlotSampler(100).state_dict())
+    with pytest.raises(ValueError, match="drew its slots from strata"):
+        SlotSampler(100).load_state_dict(sampler.state_dict())
+
+
+def test_one_stratum_is_no_stratum():
+    slots = StratifiedSlotSampler([0] * 12, seed=0).draw(3, 4, distinct=True)
+    assert sorted(slots.flatten().tolist()) == list(range(12))
+
+
+def test_the_trainer_draws_from_strata(tmp_path):
+    trainer = tiny_trainer(tmp_path, stratify_by="class_labels", replace_size=3)
+    trainer.train()
+    for _ in range(3):
+        assert all(sorted(trainer.conditions[row].tolist()) == [0, 1, 2] for row in trainer._draw_slots())
+    with pytest.raises(ValueError, match="stratify_by='topic' is a column of the train_dataset"):
+        tiny_trainer(tmp_path, stratify_by="topic")

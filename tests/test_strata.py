@@ -1,0 +1,72 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+
+from trl_distreward.generation import rows_of_slots
+from trl_distreward.strata import cluster_embeddings, column_of, proportional_counts, proportional_subsets
+
+SIZES = torch.tensor([50, 31, 1, 17, 1])
+
+
+def test_counts_are_shares_rounded_and_exact_in_expectation():
+    for total in (1, 7, 40, 100, 256):
+        share = total * SIZES / 100
+        draws = torch.stack([proportional_counts(SIZES, total, torch.Generator().manual_seed(i)) for i in range(2000)])
+        assert (draws.sum(dim=1) == total).all()
+        assert (draws >= share.floor()).all() and (draws <= share.ceil()).all()
+        assert draws.double().mean(dim=0) == pytest.approx(share.tolist(), abs=5 * 0.5 / 2000**0.5)
+
+
+def test_subsets_have_rounded_shares_each_and_together():
+    for count, size in ((16, 8), (3, 33), (256, 1)):
+        counts = proportional_subsets(SIZES, count, size, torch.Generator().manual_seed(0))
+        assert counts.shape == (count, 5) and (counts.sum(dim=1) == size).all()
+        for drawn, total in ((counts, size), (counts.sum(dim=0), count * size)):
+            share = total * SIZES / 100
+            assert (drawn >= share.floor()).all() and (drawn <= share.ceil()).all()
+
+
+def test_rows_of_an_incomplete_round_are_in_proportion():
+    strata = ["many"] * 60 + ["few"] * 20 + ["some"] * 40
+    for count, many, few, some in ((30, 15, 5, 10), (150, 75, 25, 50)):
+        rows = rows_of_slots(120, count, 3, strata)
+        found = [strata[row] for row in rows]
+        assert [found.count(name) for name in ("many", "few", "some")] == [many, few, some]
+        counts = rows.bincount(minlength=120)
+        assert counts.max() - counts.min() <= 1
+        assert torch.equal(rows, rows_of_slots(120, count, 3, strata))
+    assert torch.equal(rows_of_slots(120, 240, 3, strata), rows_of_slots(120, 240, 3))
+
+
+def blobs():
+    centres = 10 * torch.eye(4, dtype=torch.float64)
+    truth = torch.arange(200) % 4
+    return centres[truth] + torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), truth
+
+
+def test_clusters_are_those_of_separate_blobs_and_repeatable():
+    points, truth = blobs()
+    found = cluster_embeddings(points, 4, seed=1)
+    assert torch.equal(found, cluster_embeddings(points, 4, seed=1))
+    pairs = {(a, b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)}
+    assert len(pairs) == 4
+
+
+def test_clusters_are_a_fixed_point_and_none_is_empty():
+    points = torch.randn(300, 5, generator=torch.Generator().manual_seed(1))
+    for seed in range(3):
+        found = cluster_embeddings(points, 40, seed=seed, max_iterations=1000)
+        assert found.bincount(minlength=40).min() > 0
+        centres = torch.stack([points[found == k].mean(dim=0) for k in range(40)])
+        assert torch.equal(torch.cdist(points.double(), centres.double()).argmin(dim=1), found)
+    assert sorted(cluster_embeddings(points[:6], 6).tolist()) == list(range(6))
+
+
+def test_what_cannot_be_clustered_is_refused():
+    points, _ = blobs()
+    with pytest.raises(ValueError, match="num_clusters=3 must lie in 1 to 2"):
+        cluster_embeddings(points[:2].repeat(5, 1), 3)
+    with pytest.raises(ValueError, match="must be finite"):
+        cluster_embeddings(torch.full((3, 2), torch.nan), 1)
+    with pytest.raises(ValueError, match=r"columns \['prompt'\], none of them 'topic'"):
+        column_of([{"prompt": "a"}], "topic")

@@ -1,0 +1,139 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Which places of the reference set are judged next."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..strata import members_of, proportional_subsets
+
+
+class SlotSampler:
+    """
+    Draws which places of the reference set are judged next, from a generator of its own that checkpoints.
+
+    Args:
+        num_slots (`int`): size N of the reference set.
+        seed (`int`, *optional*, defaults to 0): seed of the generator.
+    """
+
+    def __init__(self, num_slots: int, seed: int = 0):
+        self.num_slots = num_slots
+        self.generator = torch.Generator().manual_seed(seed)
+        self._pending = torch.empty(0, dtype=torch.long)  # rest of the current round, for `distinct`
+
+    def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
+        """
+        Args:
+            num_subsets (`int`): subsets B.
+            replace_size (`int`): slots n of a subset, always distinct within it.
+            distinct (`bool`, *optional*, defaults to `False`):
+                draw in rounds without replacement, so that no slot comes twice before all have come once. Otherwise
+                subsets are independent, as in the paper.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, n)`.
+        """
+        check_size(replace_size, self.num_slots)
+        return torch.stack(self.subsets([replace_size] * num_subsets, distinct))
+
+    def subsets(self, sizes: Sequence[int], distinct: bool) -> list[Tensor]:
+        """Subsets of `sizes`, none of which exceeds `num_slots`."""
+        if not distinct:
+            return [self._permutation()[:size] for size in sizes]
+        seen = torch.empty(0, dtype=torch.long)
+        subsets = []
+        for size in sizes:
+            # over the whole draw while that is possible, then at least within the subset
+            avoid = seen if len(seen) + size <= self.num_slots else seen[:0]
+            subsets.append(self._next_of_round(size, avoid))
+            seen = torch.cat([seen, subsets[-1]])
+        return subsets
+
+    def _permutation(self) -> Tensor:
+        return torch.randperm(self.num_slots, generator=self.generator)
+
+    def _next_of_round(self, count: int, avoid: Tensor) -> Tensor:
+        taken, self._pending = self._pending[:count], self._pending[count:]
+        if len(taken) < count:  # a new round, in which what must not come now comes last
+            order = self._permutation()
+            repeated = torch.isin(order, torch.cat([avoid, taken]))
+            fresh, missing = order[~repeated], count - len(taken)
+            self._pending = torch.cat([fresh[missing:], order[repeated]])
+            taken = torch.cat([taken, fresh[:missing]])
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state(), "pending": self._pending.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state["pending"], Tensor):
+            raise ValueError("the checkpoint drew its slots from strata: resume with the stratify_by it had.")
+        self.generator.set_state(state["generator"])
+        self._pending = state["pending"].clone()
+
+
+class StratifiedSlotSampler:
+    """
+    Draws like [`SlotSampler`], each subset in proportion over strata.
+
+    A stratum of `m` of the `N` slots has `n m / N` of a subset's `n`, rounded up or down, and likewise of all slots of
+    a draw. Every slot is still drawn with probability `n / N`, so that what the reward says in expectation stays.
+
+    Args:
+        strata (`Sequence`): the stratum of each slot, anything that can be compared.
+        seed (`int`, *optional*, defaults to 0): seed of the generator.
+    """
+
+    def __init__(self, strata: Sequence[Hashable], seed: int = 0):
+        self.num_slots = len(strata)
+        self.members = members_of(strata)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._samplers = [SlotSampler(len(places)) for places in self.members]
+        for sampler in self._samplers:
+            sampler.generator = self.generator
+
+    def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
+        """
+        As [`SlotSampler.draw`]; under `distinct` no slot comes twice before all of its stratum have come once.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, n)`.
+        """
+        check_size(replace_size, self.num_slots)
+        sizes = torch.tensor([len(places) for places in self.members])
+        counts = proportional_subsets(sizes, num_subsets, replace_size, self.generator)
+        drawn = [
+            [places[rows] for rows in sampler.subsets(wanted, distinct)]
+            for sampler, places, wanted in zip(self._samplers, self.members, counts.T.tolist(), strict=True)
+        ]
+        subsets = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
+        # in no order: what looks at the first images of a subset must not see the first strata only
+        return torch.stack([s[torch.randperm(replace_size, generator=self.generator)] for s in subsets])
+
+    def state_dict(self) -> dict[str, Any]:
+        pending = [sampler._pending.clone() for sampler in self._samplers]
+        return {"generator": self.generator.get_state(), "pending": pending}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pending = state["pending"]
+        if isinstance(pending, Tensor) or len(pending) != len(self.members):
+            count = "no strata" if isinstance(pending, Tensor) else f"{len(pending)} strata"
+            raise ValueError(
+                f"the checkpoint drew its slots from {count}, this run has {len(self.members)}: resume with the "
+                "stratify_by and the dataset it had."
+            )
+        self.generator.set_state(state["generator"])
+        for sampler, rest in zip(self._samplers, pending, strict=True):
+            sampler._pending = rest.clone()
+
+
+def check_size(replace_size: int, num_slots: int) -> None:
+    """Raises `ValueError` if a subset is not smaller than the reference set."""
+    if replace_size >= num_slots:
+        raise ValueError(
+            f"replace_size={replace_size} is not smaller than reference_set_size={num_slots}: a subset must "
+            "leave most of the reference set in place; lower replace_size or raise reference_set_size."
+        )
