@@ -2,6 +2,7 @@
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -78,6 +79,7 @@ def hostile_pickles(marker):
     yield "empty", b"", "refused"
     yield "not a pickle", b"\x89PNG\r\n\x1a\n", "refused"
     yield "memo of 4 billion", b"\x80\x02Nr\xff\xff\xff\xff.", None
+    yield "bytes to be filled", b"\x80\x05\x96" + (3 * 10**8).to_bytes(8, "little") + b"x.", "claims 300000000 bytes"
     yield "bytes that are not there", b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.", "refused"
 
 
@@ -94,6 +96,7 @@ def claiming_pickle(shape, values=b"12345678"):
 
 def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
     marker = tmp_path / "ran"
+    tracemalloc.start()
     for name, content, message in hostile_pickles(marker):
         path = tmp_path / f"{name}.pkl"
         path.write_bytes(content)
@@ -103,6 +106,8 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
             with pytest.raises(ValueError, match=message):
                 load_numpy_pickle(path)
         assert not marker.exists(), name
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("shape", [(10**12,), (2**62, 2**62), (-1,), (3,), (1.0,), (10**400,)])
