@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from trl_distreward import FeatureDistance, FeatureStatistics, SubsetReplaceReward, frechet_distance
+from trl_distreward.metrics import features
 from trl_distreward.metrics.distances import build_distance
+from trl_distreward.metrics.inception import InceptionV3
 from trl_distreward.metrics.numpy_pickle import load_numpy_pickle
 from trl_distreward.metrics.statistics_files import check_extractor
+from trl_distreward.scripts.common import find_extractor
 
 
 def moments(dimension=3, seed=0):
@@ -180,8 +183,28 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
     check_extractor({}, 3, extractor="anything", resize="any")  # a file that does not say
     with pytest.raises(ValueError, match="resize 'torch-bicubic-224', but the images are seen with 'pillow'"):
         check_extractor(held, 3, extractor="dinov2", resize="pillow")
+    with pytest.raises(ValueError, match="weights 'a', but the images are seen with 'b'"):
+        check_extractor({**held, "weights": "a"}, 3, extractor="dinov2", weights="b")
+    check_extractor(held, 3, extractor="dinov2", weights="b")
     with pytest.raises(ValueError, match="dimension 3, but 'dinov2' gives 1024"):
         check_extractor(held, 3, extractor="dinov2", extractor_dimension=1024)
+
+
+@pytest.mark.parametrize(
+    ("output", "resize", "option"),
+    [
+        ("spatial", "tensorflow", "inception,output=spatial"),
+        ("pool3", "clean", "inception,resize=clean"),
+        ("logits_unbiased", "pytorch", "inception,output=logits_unbiased,resize=pytorch"),
+    ],
+)
+def test_remedy_names_an_extractor_that_there_is(monkeypatch, output, resize, option):
+    monkeypatch.setattr(features, "load_inception", lambda source, device, **options: InceptionV3(**options))
+    with torch.device("meta"):
+        wanted, named = InceptionV3(resize, output), find_extractor(option)
+    assert (named.name, named.resize) == (wanted.name, wanted.resize)
+    with pytest.raises(ValueError, match=f"--feature-extractor {option}\\."):
+        check_extractor({"extractor": "dinov2"}, 3, extractor=wanted.name, resize=wanted.resize)
 
 
 class Named(torch.nn.Module):

@@ -24,10 +24,10 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..metrics.digest import network_digest
 from ..metrics.report import FeatureExtractor, extract_features, freeze, module_of
 from ..metrics.statistics import FeatureStatistics
 from .decoding import StoredImage, UnreadableImage, decode_image
-from .digest import network_digest
 from .files import write_json
 from .sources import SETTINGS, ImageSource, chain_lanes
 

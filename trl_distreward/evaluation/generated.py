@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from ..generation import SamplingSchedule, balanced_labels, generate_images
+from ..metrics.digest import network_digest
 from ..policies import DiffusionPolicy
 from .collect import claim_folder
-from .digest import network_digest
 from .files import save_sample_npz, written_whole
 from .sources import SHARD_PATTERN, ShardedImages
 
