@@ -108,7 +108,7 @@ def generate_shards(
     """
     state, folder = PartialState(), Path(folder)
     settings = {"weights": network_digest(networks_of(policy)), **(description or {}), **asdict(plan)}
-    claim_folder(folder, settings, state)
+    claim_folder(folder, settings, state, SHARD_PATTERN)
     conditions = plan.conditions(policy.num_conditions)
     mine = [i for i in range(plan.num_shards) if not shard_path(folder, i).is_file()]
     state.wait_for_everyone()  # before the first writes one: all share out the same
