@@ -78,7 +78,7 @@ def vit(tmp_path):
 
 def test_dinov2_is_the_class_token_of_normalized_images(dinov2):
     extractor = load_feature_extractor("dinov2", source=dinov2)
-    assert (extractor.name, extractor.resize, extractor.dimension) == ("dinov2", "torch-bicubic-224-cls-imagenet", 16)
+    assert (extractor.name, extractor.resize, extractor.dimension) == ("dinov2", "torch-bicubic-224", 16)
     images = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(extractor.prepare(images).mean(dim=(0, 2, 3)), expected, atol=1e-5)
@@ -119,7 +119,7 @@ def test_clip_is_the_projection_at_length_one(tmp_path):
 def test_backbone_follows_its_preprocessor_and_arguments_win(vit):
     extractor = load_feature_extractor(vit)
     assert (extractor.name, extractor.dimension) == ("vit", 16)
-    assert extractor.resize == "torch-bilinear-28-cls-mean=0.5,0.25,0-std=0.5,1,2"
+    assert extractor.resize == "torch-bilinear-28-mean=0.5,0.25,0-std=0.5,1,2"
     white = extractor.prepare(torch.full((1, 1, 9, 9), 255, dtype=torch.uint8))
     assert white.shape == (1, 3, 28, 28)
     assert torch.allclose(white[0, :, 5, 5], torch.tensor([1, 0.75, 0.5]))

@@ -38,7 +38,6 @@ POOLING_OF = {
     "swinv2": "pooler",
     "vit": "cls",
 }
-_NORMALIZATIONS: dict[tuple, str] = {(IMAGENET_MEAN, IMAGENET_STD): "imagenet", (CLIP_MEAN, CLIP_STD): "clip"}
 _INCEPTION_OPTIONS = ("output", "sha256")
 _BACKBONE_OPTIONS = ("pooling", "size", "mean", "std", "mode", "revision")
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor configurations write them
@@ -65,8 +64,9 @@ class BackboneFeatures(nn.Module):
     Attributes:
         name (`str`), dimension (`int`): what to record with statistics of these features.
         resize (`str`):
-            to be recorded too: how images become features, all of it that is not in the weights, such as
-            `"torch-bicubic-224-cls-imagenet"`.
+            to be recorded too: how images become features, all of it that is not in the weights:
+            `"torch-bicubic-224"` for the class token of images normalized as ImageNet, else longer, as
+            `"pillow-bicubic-336-image_embeds-clip"`.
     """
 
     mean: Tensor
@@ -96,7 +96,8 @@ class BackboneFeatures(nn.Module):
                 f"size={size}, mean={mean}, std={std}: a size is at least 1, mean and std have one value per colour."
             )
         self.model, self.pooling, self.size, self.mode = model, pooling, size, mode
-        self.name, self.resize = name, f"{resize}-{mode}-{size}-{pooling}-{_normalization(mean, std)}"
+        unusual = [*([pooling] if pooling != "cls" else []), *_normalization(mean, std)]
+        self.name, self.resize = name, "-".join([resize, mode, str(size), *unusual])
         self._resize = RESIZES[resize]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -126,10 +127,14 @@ class BackboneFeatures(nn.Module):
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
 
 
-def _normalization(mean: Sequence[float], std: Sequence[float]) -> str:
-    """A name for means and standard deviations, or the numbers themselves."""
-    written = [",".join(f"{value:.8g}" for value in values) for values in (mean, std)]
-    return _NORMALIZATIONS.get((tuple(mean), tuple(std)), f"mean={written[0]}-std={written[1]}")
+def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """What to call means and standard deviations: nothing for ImageNet's, which are usual."""
+    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
+        return []
+    if (tuple(mean), tuple(std)) == (CLIP_MEAN, CLIP_STD):
+        return ["clip"]
+    written = (",".join(f"{value:.8g}" for value in values) for values in (mean, std))
+    return [f"{name}={values}" for name, values in zip(("mean", "std"), written, strict=True)]
 
 
 class CallableFeatures(nn.Module):
