@@ -60,5 +60,10 @@ def test_what_cannot_be_right_is_refused_at_once(tmp_path):
     np.savez(tmp_path / "s.npz", pixels(4))
     with pytest.raises(ValueError, match="must end in .safetensors"):
         run(tmp_path / "s.npz", tmp_path / "real.npz")
-    with pytest.raises(ValueError, match=r"has options \['size'\]: a feature extractor has source"):
-        run(tmp_path / "s.npz", tmp_path / "r.safetensors", extractor=["--feature-extractor", "inception,size=3"])
+    for spec, message in (
+        ("inception,colour=3", r"has options \['colour'\]: a feature extractor has source"),
+        ("inception,size=3", "inception has no option size: it takes source, resize, output, sha256"),
+        ("dinov2,output=spatial", "dinov2 has no option output: it takes source, resize, pooling, size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "s.npz", tmp_path / "r.safetensors", extractor=["--feature-extractor", spec])

@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from tests.helpers import features, pattern_images, real_images
-from trl_distreward import FeatureStatistics, JointFeatures, load_feature_extractor
+from trl_distreward import FeatureStatistics, JointFeatures, SubsetReplaceReward, load_feature_extractor
+from trl_distreward.metrics.digest import network_digest
 from trl_distreward.scripts import train
+from trl_distreward.scripts.common import find_extractor
 
 IMAGES = pattern_images(2, 3, 40, 48)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -104,7 +106,8 @@ def test_clip_is_the_projection_at_length_one(tmp_path):
     config = CLIPVisionConfig(**SMALL, image_size=336, patch_size=112, projection_dim=8)
     folder = save(CLIPVisionModelWithProjection(config), tmp_path / "clip")
     extractor = load_feature_extractor("clip", source=folder)
-    assert (extractor.name, extractor.resize, extractor.dimension) == ("clip", "pillow-bicubic-336", 8)
+    assert (extractor.name, extractor.dimension) == ("clip", 8)
+    assert extractor.resize == "pillow-bicubic-336-image_embeds-clip"
     embeddings = extractor(IMAGES)
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(2))
     raw = extractor.model(pixel_values=extractor.prepare(IMAGES)).image_embeds
@@ -115,12 +118,13 @@ def test_clip_is_the_projection_at_length_one(tmp_path):
 
 def test_backbone_follows_its_preprocessor_and_arguments_win(vit):
     extractor = load_feature_extractor(vit)
-    assert (extractor.name, extractor.resize, extractor.dimension) == ("vit", "torch-bilinear-28", 16)
+    assert (extractor.name, extractor.dimension) == ("vit", 16)
+    assert extractor.resize == "torch-bilinear-28-mean=0.5,0.25,0-std=0.5,1,2"
     white = extractor.prepare(torch.full((1, 1, 9, 9), 255, dtype=torch.uint8))
     assert white.shape == (1, 3, 28, 28)
     assert torch.allclose(white[0, :, 5, 5], torch.tensor([1, 0.75, 0.5]))
     other = load_feature_extractor(vit, pooling="mean", resize="pillow", mode="bicubic")
-    assert other.resize == "pillow-bicubic-28"
+    assert other.resize == "pillow-bicubic-28-mean-mean=0.5,0.25,0-std=0.5,1,2"
     hidden = other.model(pixel_values=other.prepare(IMAGES)).last_hidden_state
     assert torch.allclose(other(IMAGES), hidden.mean(dim=1), atol=1e-6)
     assert not torch.allclose(other(IMAGES), extractor(IMAGES), atol=1e-2)
@@ -153,6 +157,13 @@ def test_what_is_not_known_of_a_backbone_is_asked_for(tmp_path):
         load_feature_extractor(folder)
     given = {"pooling": "pooler", "size": 28, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     assert load_feature_extractor(folder, **given).dimension == 16
+    spec = f"{folder},pooling=pooler,size=28,mean=0.5:0.5:0.5,std=0.5:0.5:0.5"
+    assert find_extractor(spec).resize == load_feature_extractor(folder, **given).resize
+    with pytest.raises(ValueError, match="mean='0.5:grey' must be made of numbers"):
+        find_extractor(f"{folder},mean=0.5:grey")
+    for wrong in ({"size": 0}, {"mean": (0.5,)}):
+        with pytest.raises(ValueError, match="a size is at least 1, mean and std have one value per colour"):
+            load_feature_extractor(folder, **{**given, **wrong})
     with pytest.raises(ValueError, match="pooling='max' is unknown"):
         load_feature_extractor(folder, **{**given, "pooling": "max"})
     with pytest.raises(ValueError, match="resize='nearest' with mode='bicubic' is unknown"):
@@ -168,6 +179,43 @@ def test_weights_that_would_stay_random_are_refused(vit):
         load_feature_extractor(vit)
     with pytest.raises(ValueError, match="which would stay random"):
         load_feature_extractor(vit, pooling="pooler")
+
+
+def test_pooling_and_normalization_are_part_of_what_statistics_say(vit, tmp_path):
+    features = load_feature_extractor(vit)
+    metadata = {"extractor": features.name, "resize": features.resize}
+    FeatureStatistics.from_features(features(real_images(20)), metadata).save(tmp_path / "real.safetensors")
+    SubsetReplaceReward(features, tmp_path / "real.safetensors")
+    for other in ({"pooling": "mean"}, {"mean": (0.5,) * 3}, {"std": (0.5,) * 3}):
+        with pytest.raises(ValueError, match="has resize '.*', but the images are seen with"):
+            SubsetReplaceReward(load_feature_extractor(vit, **other), tmp_path / "real.safetensors")
+
+
+def test_weights_are_compared_where_statistics_have_their_digest(vit, tmp_path):
+    features = load_feature_extractor(vit)
+    metadata = {"extractor": features.name, "resize": features.resize, "weights": network_digest(features)}
+    FeatureStatistics.from_features(features(real_images(20)), metadata).save(tmp_path / "real.safetensors")
+    SubsetReplaceReward(load_feature_extractor(vit), tmp_path / "real.safetensors")
+    with torch.no_grad():
+        features.model.layernorm.bias += 1
+    with pytest.raises(ValueError, match="has weights '.*', but the images are seen with"):
+        SubsetReplaceReward(features, tmp_path / "real.safetensors")
+
+
+def test_an_untrained_pooler_that_is_not_used_is_not_part_of_the_network(vit):
+    digests = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        digests.add(network_digest(load_feature_extractor(vit)))
+    assert len(digests) == 1
+
+
+def test_a_digest_is_of_values_and_not_of_their_names():
+    first, second = nn.Linear(2, 3), nn.Module()
+    second.renamed, second.other = first.bias, first.weight
+    assert network_digest(first) == network_digest(second)
+    assert network_digest({"a": first, "b": nn.Linear(1, 1)}) != network_digest({"b": first, "a": nn.Linear(1, 1)})
+    assert network_digest(first) != network_digest(nn.Linear(2, 3)) != network_digest(first.double())
 
 
 def test_missing_backbone_says_what_to_do(tmp_path):

@@ -2,6 +2,7 @@
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from trl_distreward import FeatureDistance, FeatureStatistics, SubsetReplaceReward, frechet_distance
+from trl_distreward.metrics import features
 from trl_distreward.metrics.distances import build_distance
+from trl_distreward.metrics.inception import InceptionV3
 from trl_distreward.metrics.numpy_pickle import load_numpy_pickle
 from trl_distreward.metrics.statistics_files import check_extractor
+from trl_distreward.scripts.common import find_extractor
 
 
 def moments(dimension=3, seed=0):
@@ -78,6 +82,7 @@ def hostile_pickles(marker):
     yield "empty", b"", "refused"
     yield "not a pickle", b"\x89PNG\r\n\x1a\n", "refused"
     yield "memo of 4 billion", b"\x80\x02Nr\xff\xff\xff\xff.", None
+    yield "bytes to be filled", b"\x80\x05\x96" + (3 * 10**8).to_bytes(8, "little") + b"x.", "claims 300000000 bytes"
     yield "bytes that are not there", b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.", "refused"
 
 
@@ -94,6 +99,7 @@ def claiming_pickle(shape, values=b"12345678"):
 
 def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
     marker = tmp_path / "ran"
+    tracemalloc.start()
     for name, content, message in hostile_pickles(marker):
         path = tmp_path / f"{name}.pkl"
         path.write_bytes(content)
@@ -103,6 +109,8 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
             with pytest.raises(ValueError, match=message):
                 load_numpy_pickle(path)
         assert not marker.exists(), name
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("shape", [(10**12,), (2**62, 2**62), (-1,), (3,), (1.0,), (10**400,)])
@@ -175,8 +183,28 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
     check_extractor({}, 3, extractor="anything", resize="any")  # a file that does not say
     with pytest.raises(ValueError, match="resize 'torch-bicubic-224', but the images are seen with 'pillow'"):
         check_extractor(held, 3, extractor="dinov2", resize="pillow")
+    with pytest.raises(ValueError, match="weights 'a', but the images are seen with 'b'"):
+        check_extractor({**held, "weights": "a"}, 3, extractor="dinov2", weights="b")
+    check_extractor(held, 3, extractor="dinov2", weights="b")
     with pytest.raises(ValueError, match="dimension 3, but 'dinov2' gives 1024"):
         check_extractor(held, 3, extractor="dinov2", extractor_dimension=1024)
+
+
+@pytest.mark.parametrize(
+    ("output", "resize", "option"),
+    [
+        ("spatial", "tensorflow", "inception,output=spatial"),
+        ("pool3", "clean", "inception,resize=clean"),
+        ("logits_unbiased", "pytorch", "inception,output=logits_unbiased,resize=pytorch"),
+    ],
+)
+def test_remedy_names_an_extractor_that_there_is(monkeypatch, output, resize, option):
+    monkeypatch.setattr(features, "load_inception", lambda source, device, **options: InceptionV3(**options))
+    with torch.device("meta"):
+        wanted, named = InceptionV3(resize, output), find_extractor(option)
+    assert (named.name, named.resize) == (wanted.name, wanted.resize)
+    with pytest.raises(ValueError, match=f"--feature-extractor {option}\\."):
+        check_extractor({"extractor": "dinov2"}, 3, extractor=wanted.name, resize=wanted.resize)
 
 
 class Named(torch.nn.Module):

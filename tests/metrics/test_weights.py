@@ -3,6 +3,7 @@ import hashlib
 import io
 import pickle
 import socket
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -169,3 +170,71 @@ def test_archives_without_a_module_are_refused(tmp_path, content, message):
         file.writestr("x/data.pkl", content)
     with pytest.raises(ValueError, match=message):
         read_tensors(tmp_path / "a.pt")
+
+
+def archive_of(path, tree, compression=zipfile.ZIP_STORED, **storages):
+    """A TorchScript archive of a pickle written by hand."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("x/constants.pkl", b"")
+        file.writestr("x/data.pkl", b"\x80\x02" + tree + b".")
+        for name, content in storages.items():
+            file.writestr(f"x/data/{name}", content)
+    return path
+
+
+NODE = b"c__torch__\nM\n)\x81"
+
+
+def tensor_of(size, stride, storage="0"):
+    """Instructions for a tensor of a storage of floats."""
+    numbers = [b"(" + b"".join(f"I{n}\n".encode() for n in numbers) + b"t" for numbers in (size, stride)]
+    identifier = f"(Vstorage\nctorch\nFloatStorage\nV{storage}\nVcpu\nI1\ntQ".encode()
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + identifier + b"I0\n" + numbers[0] + numbers[1] + b"I00\n}tR"
+
+
+def with_attributes(**values):
+    return NODE + b"}(" + b"".join(b"V" + name.encode() + b"\n" + value for name, value in values.items()) + b"ub"
+
+
+def nested(times):
+    tree = with_attributes(a=b"N")
+    for _ in range(times):  # 2ⁿ paths through n nodes
+        tree = NODE + b"}(Va\n" + tree + b"q\x01Vb\nh\x01ub"
+    return tree
+
+
+def test_hostile_archives_take_no_memory_and_leave_nothing_behind(tmp_path):
+    path, four = tmp_path / "a.pt", {"0": bytes(4)}
+    trees = {
+        "memo of 2²⁹": b"Nr\xff\xff\xff\x1f0" + with_attributes(a=b"N"),
+        "bytes that are not there": b"\x96" + (3 * 10**8).to_bytes(8, "little") + b"x",
+        "repeated": with_attributes(a=tensor_of((1 << 14, 1 << 14), (0, 0))),
+        "beyond": with_attributes(a=tensor_of((2,), (1,))),
+        "cycle": NODE + b"q\x00}(Va\nh\x00ub",
+        "paths": nested(60),
+        "deep": b"".join([NODE + b"}(Va\n"] * 5000) + b"N" + b"ub" * 5000,
+        "odd name": NODE + b"}(I5\n" + tensor_of((1,), (1,)) + b"ub",
+        "short": with_attributes(a=tensor_of((1,), (1,), "1")),
+    }
+    for name, tree in trees.items():
+        archive_of(path, tree, **four)
+        tracemalloc.start()
+        if name == "memo of 2²⁹":  # malformed in no way that matters: it must only take no memory
+            assert read_tensors(path) == {}
+        else:
+            with pytest.raises(ValueError, match="is a damaged TorchScript archive"):
+                read_tensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 2e8, name
+        tracemalloc.stop()
+    archive_of(path, b"c__torch__\nM\n(N}(Vmarked\nI1\nutb0" + with_attributes(a=tensor_of((1,), (1,))), **four)
+    assert read_tensors(path)["a"].tolist() == [0] and not hasattr(weights._Node, "marked")
+    archive_of(path, with_attributes(a=tensor_of((1,), (1,))), zipfile.ZIP_DEFLATED, **four)
+    with pytest.raises(ValueError, match="compressed, or claims more bytes than the file has"):
+        read_tensors(path)
+
+
+def test_a_module_that_is_held_twice_has_both_names(tmp_path):
+    module = nn.Sequential(nn.Linear(2, 3))
+    module.add_module("again", module[0])
+    torch.jit.script(module).save(str(tmp_path / "shared.pt"))
+    assert read_tensors(tmp_path / "shared.pt").keys() == module.state_dict().keys()

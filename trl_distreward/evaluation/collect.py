@@ -24,14 +24,15 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..metrics.digest import network_digest
 from ..metrics.report import FeatureExtractor, extract_features, freeze, module_of
 from ..metrics.statistics import FeatureStatistics
 from .decoding import StoredImage, UnreadableImage, decode_image
-from .digest import network_digest
 from .files import write_json
 from .sources import SETTINGS, ImageSource, chain_lanes
 
 _SAVE_EVERY = 8  # batches; what a killed process has to do again
+_PROGRESS_PATTERN = "lane-*.json"
 _BLOCK = 4096  # rows of a step of the moments: a constant, for the sums depend on it in their last bits
 
 Decoder = Callable[[StoredImage], tuple[Tensor, str]]
@@ -120,9 +121,14 @@ def lane_path(folder: Path, index: int) -> Path:
     return folder / f"lane-{index:02d}.f32"
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], state: PartialState) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, Any], state: PartialState, results: str) -> None:
     """
     Marks a folder as that of work with these settings; all processes call it.
+
+    Args:
+        folder (`Path`), settings (`dict`): what to mark, and with what.
+        state (`PartialState`): of the processes.
+        results (`str`): pattern of the files that work leaves: other settings are replaced where there are none yet.
 
     Raises:
         ValueError: the folder holds work with others.
@@ -130,12 +136,12 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], state: PartialState)
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
+        if not path.is_file() or not any(folder.glob(results)):
             write_json(path, settings)
     state.wait_for_everyone()
     if not path.is_file():
         raise ValueError(f"{folder} is not seen by all processes: it must be on a file system that they share.")
-    held = json.loads(path.read_text())
+    held, settings = _flat(json.loads(path.read_text())), _flat(settings)
     different = [name for name in {**held, **settings} if held.get(name) != settings.get(name)]
     if different:
         shown = "; ".join(f"{name} was {held.get(name)!r} and is {settings.get(name)!r}" for name in different)
@@ -143,6 +149,14 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], state: PartialState)
             f"{folder} holds work that was begun with other settings: {shown}. Give the same again to go on with it, "
             "name another folder, or remove this one."
         )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of settings by names such as `"extractor.weights"`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def collect_features(
@@ -170,24 +184,28 @@ def collect_features(
         batch_size (`int`, *optional*, defaults to 64): images at a time; part of what is recorded.
         resize (`int`, *optional*): see [`~evaluation.decoding.decode_image`]; without it all images must be of one
             size.
-        skip_corrupt (`bool`, *optional*, defaults to `False`): leave out images that cannot be read.
+        skip_corrupt (`bool`, *optional*, defaults to `False`): leave out images that cannot be read. Work that was
+            begun without can be gone on with.
         num_workers (`int`, *optional*, defaults to 4): threads that decode.
         progress (`bool`, *optional*, defaults to `True`): whether the main process shows a bar.
 
     Raises:
         ValueError: an image that cannot be read or is of another size than the first, features that are not finite;
-            the message names the files.
+            the message names the files. A folder of other work.
     """
+    for option, value in (("batch_size", batch_size), ("resize", resize), ("num_workers", num_workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option}={value} must be at least 1.")
     state, folder = PartialState(), Path(folder)
-    settings = {"batch_size": batch_size, "image_resize": resize, "skip_corrupt": skip_corrupt}
     module = module_of(freeze(extractor))
     weights = None if module is None else network_digest(module)
-    about = {"extractor": name, "weights": weights, **(description or {})}
-    claim_folder(folder, {**source.description, **about, **settings}, state)
-    if module is not None:
-        module.to(state.device)
     decode = partial(decode_image, resize=resize)
     first_name, size = _first_size(source, batch_size, decode, skip_corrupt)
+    about = {"name": name, "weights": weights, **(description or {})}
+    settings = {"images": source.description, "extractor": about, "batch_size": batch_size, "image_resize": resize}
+    claim_folder(folder, settings, state, _PROGRESS_PATTERN)
+    if module is not None:
+        module.to(state.device)
     num_lanes = source.num_lanes(batch_size)
     with (
         ThreadPoolExecutor(num_workers) as pool,
@@ -195,12 +213,14 @@ def collect_features(
     ):
         for index in range(state.process_index, num_lanes, state.num_processes):
             lane = _Lane(folder, index)
+            if lane.progress.skipped and not skip_corrupt:  # by work that was begun with it
+                raise UnreadableImage(lane.progress.skipped[0])
             batches = _decoded(source.lane(index, batch_size, lane.progress.position), batch_size, pool, decode)
             while not lane.progress.done:
                 loaded = _load(next(batches, []), lane.progress, skip_corrupt)
                 for image_name, image in loaded:
                     if resize is None and tuple(image.shape[1:]) != size:
-                        raise _mixed_sizes(first_name, size, image_name, tuple(image.shape[1:]))
+                        raise _mixed_sizes(first_name, size, image_name, tuple(image.shape[1:]), folder)
                 lane.write(_extract(extractor, loaded, name, state.device) if loaded else None)
                 bar.update(len(loaded))
     state.wait_for_everyone()
@@ -217,8 +237,14 @@ def _bar_name(name: str, state: PartialState) -> str:
 
 
 def read_progress(folder: Path, index: int) -> LaneProgress:
-    path = lane_path(folder, index).with_suffix(".json")
-    return LaneProgress(**json.loads(path.read_text())) if path.is_file() else LaneProgress()
+    """How far a lane is: at its beginning, if the file of its features lacks some of those that it had."""
+    features = lane_path(folder, index)
+    path = features.with_suffix(".json")
+    if not path.is_file():
+        return LaneProgress()
+    progress = LaneProgress(**json.loads(path.read_text()))
+    size = features.stat().st_size if features.is_file() else 0
+    return progress if size >= 4 * progress.rows * progress.dimension else LaneProgress()
 
 
 class _Lane:
@@ -303,11 +329,16 @@ def _first_size(
     raise ValueError(f"{source.description['source']} holds no image that can be read.")
 
 
-def _mixed_sizes(first: str, first_size: tuple, second: str, second_size: tuple) -> ValueError:
+def _mixed_sizes(first: str, first_size: tuple, second: str, second_size: tuple, folder: Path) -> ValueError:
     shown = [f"{name} is {width} x {height}" for name, (height, width) in ((first, first_size), (second, second_size))]
     return ValueError(
         f"images are of several sizes: {shown[0]}, {shown[1]} pixels. Pass --resize N to crop the centre of each and "
         "resize it to N x N, as ImageNet is prepared, or resize them yourself."
+        + (
+            f" Remove {folder} first, which holds features made without."
+            if any(folder.glob(_PROGRESS_PATTERN))
+            else ""
+        )
     )
 
 

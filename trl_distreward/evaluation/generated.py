@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from ..generation import SamplingSchedule, balanced_labels, generate_images
+from ..metrics.digest import network_digest
 from ..policies import DiffusionPolicy
 from .collect import claim_folder
-from .digest import network_digest
 from .files import save_sample_npz, written_whole
 from .sources import SHARD_PATTERN, ShardedImages
 
@@ -108,7 +108,7 @@ def generate_shards(
     """
     state, folder = PartialState(), Path(folder)
     settings = {"weights": network_digest(networks_of(policy)), **(description or {}), **asdict(plan)}
-    claim_folder(folder, settings, state)
+    claim_folder(folder, settings, state, SHARD_PATTERN)
     conditions = plan.conditions(policy.num_conditions)
     mine = [i for i in range(plan.num_shards) if not shard_path(folder, i).is_file()]
     state.wait_for_everyone()  # before the first writes one: all share out the same

@@ -78,8 +78,10 @@ class FolderImages(IndexedImages):
                 f"{folder} holds no images: no file ends in {' '.join(IMAGE_SUFFIXES)}. For parquet or webdataset "
                 "files, give 'parquet' or 'webdataset' as the source and their paths as data files."
             )
-        digest = hashlib.blake2b("\n".join(self.names).encode(), digest_size=16).hexdigest()
-        self.description = {"source": str(folder), "images": len(self), "names": digest}
+        digest = hashlib.blake2b(digest_size=16)
+        for name in self.names:
+            digest.update(f"{name} {_version(self.folder / name)}\n".encode())
+        self.description = {"source": str(folder), "images": len(self), "files": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,6 +89,12 @@ class FolderImages(IndexedImages):
     def read(self, index: int) -> StoredImage:
         path = self.folder / self.names[index]
         return StoredImage(str(path), path.read_bytes())
+
+
+def _version(path: Path) -> list[int]:
+    """Size and time of change of a file, by which a file in its place is told from it."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _image_names(folder: Path) -> Iterator[str]:
@@ -114,7 +122,7 @@ class NpzImages(IndexedImages):
         if shape[0] == 0:
             raise ValueError(f"{path} holds no images: arr_0 has shape {shape}.")
         self._next = 0
-        self.description = {"source": str(path), "images": shape[0], "size": list(shape[1:])}
+        self.description = {"source": str(path), "images": shape[0], "file": _version(self.path)}
 
     def _open(self) -> ArrayStream:
         names = array_names(self._archive)

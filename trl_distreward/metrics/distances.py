@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checks import load_real_features
+from .digest import network_digest
 from .frechet import FrechetDistance
 from .kernel import KernelDistance
 from .sliced import SlicedWassersteinDistance
@@ -67,8 +68,10 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any, extractor: A
     `real` is [`FeatureStatistics`] or the path of a statistics file; for distances that compare with the real features
     themselves, those features or the path of a `.safetensors` file that holds them as `"features"`. A function gets
     the features where the file holds them, and statistics otherwise. An `extractor` with a `name` must be the one
-    that the statistics name, if they do.
+    that the statistics name, if they do, with the same weights.
     """
+    from .report import module_of  # which needs distances
+
     if isinstance(distance, str):
         if distance not in DISTANCES:
             raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)} or pass a class.")
@@ -84,7 +87,9 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any, extractor: A
     if built is FrechetDistance and isinstance(real, Tensor):
         real = FeatureStatistics.from_features(real)
     if isinstance(real, FeatureStatistics) and name is not None:
-        check_extractor(real.metadata, real.dimension, extractor=name, resize=resize)
+        module = module_of(extractor) if "weights" in real.metadata else None
+        weights = None if module is None else network_digest(module)
+        check_extractor(real.metadata, real.dimension, extractor=name, resize=resize, weights=weights)
     return distance(real)
 
 

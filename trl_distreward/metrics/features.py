@@ -7,7 +7,7 @@ statistics: distances between features that differ in one of them mean nothing.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ POOLING_OF = {
     "swinv2": "pooler",
     "vit": "cls",
 }
+_INCEPTION_OPTIONS = ("output", "sha256")
+_BACKBONE_OPTIONS = ("pooling", "size", "mean", "std", "mode", "revision")
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor configurations write them
 
 
@@ -60,7 +62,11 @@ class BackboneFeatures(nn.Module):
         mode (`str`, *optional*, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`.
 
     Attributes:
-        name (`str`), resize (`str`), dimension (`int`): what to record with statistics of these features.
+        name (`str`), dimension (`int`): what to record with statistics of these features.
+        resize (`str`):
+            to be recorded too: how images become features, all of it that is not in the weights:
+            `"torch-bicubic-224"` for the class token of images normalized as ImageNet, else longer, as
+            `"pillow-bicubic-336-image_embeds-clip"`.
     """
 
     mean: Tensor
@@ -85,8 +91,13 @@ class BackboneFeatures(nn.Module):
                 f"resize={resize!r} with mode={mode!r} is unknown: resize is 'torch' or 'pillow', mode 'bicubic' or "
                 "'bilinear'."
             )
+        if size < 1 or len(mean) != 3 or len(std) != 3:
+            raise ValueError(
+                f"size={size}, mean={mean}, std={std}: a size is at least 1, mean and std have one value per colour."
+            )
         self.model, self.pooling, self.size, self.mode = model, pooling, size, mode
-        self.name, self.resize = name, f"{resize}-{mode}-{size}"
+        unusual = [*([pooling] if pooling != "cls" else []), *_normalization(mean, std)]
+        self.name, self.resize = name, "-".join([resize, mode, str(size), *unusual])
         self._resize = RESIZES[resize]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -114,6 +125,16 @@ class BackboneFeatures(nn.Module):
         if self.pooling == "cls":
             return hidden[:, 0]
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+
+
+def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """What to call means and standard deviations: nothing for ImageNet's, which are usual."""
+    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
+        return []
+    if (tuple(mean), tuple(std)) == (CLIP_MEAN, CLIP_STD):
+        return ["clip"]
+    written = (",".join(f"{value:.8g}" for value in values) for values in (mean, std))
+    return [f"{name}={values}" for name, values in zip(("mean", "std"), written, strict=True)]
 
 
 class CallableFeatures(nn.Module):
@@ -174,15 +195,22 @@ def load_feature_extractor(
     ```
     """
     if name == "inception":
+        _check_options(name, kwargs, _INCEPTION_OPTIONS)
         return load_inception(source, resize=resize or "tensorflow", device=device, **kwargs)
     if name == "dinov2":
-        known = {"pooling": "cls", "size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "torch"}
+        known: dict[str, Any] = {
+            "pooling": "cls",
+            "size": 224,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "resize": "torch",
+        }
         source = source or "facebook/dinov2-large"
     elif name == "clip":
         known = {"pooling": "image_embeds", "size": 336, "mean": CLIP_MEAN, "std": CLIP_STD, "resize": "pillow"}
         source = source or "openai/clip-vit-large-patch14-336"
     elif os.path.isdir(name) or "/" in name:
-        known = {"resize": "torch"}
+        known = {}
         source, name = name, Path(name).name if os.path.isdir(name) else name
     elif "." in name:
         if source or resize or kwargs:
@@ -193,9 +221,16 @@ def load_feature_extractor(
             f"feature extractor {name!r} is unknown: give 'inception', 'dinov2', 'clip', a Hub id or a folder of a "
             "vision backbone, or a dotted path 'package.module.name'."
         )
+    _check_options(name, kwargs, _BACKBONE_OPTIONS)
     if resize is not None:
         kwargs["resize"] = resize
-    return _load_backbone(str(source), name, {**known, **kwargs}).to(device)
+    return _load_backbone(str(source), name, known, kwargs).to(device)
+
+
+def _check_options(name: str, given: Mapping[str, Any], options: Sequence[str]) -> None:
+    unknown = [option for option in given if option not in options]
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(unknown)}: it takes source, resize, {', '.join(options)}.")
 
 
 def _load_callable(path: str) -> CallableFeatures:
@@ -207,10 +242,11 @@ def _load_callable(path: str) -> CallableFeatures:
     return CallableFeatures(extractor, path)
 
 
-def _load_backbone(source: str, name: str, settings: dict[str, Any]) -> BackboneFeatures:
+def _load_backbone(source: str, name: str, known: Mapping[str, Any], given: dict[str, Any]) -> BackboneFeatures:
+    """With what is `known` of the network or else its preprocessor says, but for what is `given`."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
-    at = {"revision": settings.pop("revision")} if "revision" in settings else {}
+    at = {"revision": given.pop("revision")} if "revision" in given else {}
     try:
         config = AutoConfig.from_pretrained(source, **at)
         family = config.model_type.removesuffix("_vision_model")
@@ -223,7 +259,7 @@ def _load_backbone(source: str, name: str, settings: dict[str, Any]) -> Backbone
             f"{source} cannot be loaded ({error}): where there is a network, `hf download {source}` puts it into the "
             "cache of the Hub; or give a folder."
         ) from error
-    settings = {**({} if "size" in settings else _preprocessor_settings(source, at)), **settings}
+    settings = {**(known or _preprocessor_settings(source, at)), **given}
     settings.setdefault("pooling", POOLING_OF.get(family))
     lacking = [key for key in ("pooling", "size", "mean", "std") if settings.get(key) is None]
     if lacking:
@@ -234,6 +270,11 @@ def _load_backbone(source: str, name: str, settings: dict[str, Any]) -> Backbone
     untrained = [key for key in report["missing_keys"] if "pooler" not in key or settings["pooling"] == "pooler"]
     if untrained:
         raise ValueError(f"{source} lacks weights of {config.model_type}, which would stay random: {untrained[:4]}.")
+    for key in report["missing_keys"]:
+        # drawn anew in every process, and never used: without it a digest of the network is that of its weights
+        parts = key.split(".")
+        pooler = next(i for i, part in enumerate(parts) if "pooler" in part)
+        model.set_submodule(".".join(parts[: pooler + 1]), nn.Identity())
     if config.model_type == "dinov2":
         fix_position_embeddings(model, settings["size"])
     return BackboneFeatures(model, name, **settings)
@@ -270,8 +311,9 @@ def fix_position_embeddings(model: Any, size: int) -> None:
     trained, wanted = round((positions.shape[1] - 1) ** 0.5), size // embeddings.patch_embeddings.patch_size[0]
     if trained == wanted:
         return
-    grid = positions[:, 1:].unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+    # in float64, lest the machine's own rounding become part of the weights, whose digests are compared
+    grid = positions[:, 1:].double().unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
     factor = (wanted + 0.1) / trained
     grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
-    resampled = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    resampled = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
     embeddings.position_embeddings = nn.Parameter(resampled, requires_grad=False)

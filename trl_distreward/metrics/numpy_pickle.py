@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pickle
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -78,8 +79,26 @@ _STAND_INS: dict[tuple[str, str], Callable[..., Any] | str] = {
 }
 
 
-# Python's own implementation: C's can be made to take memory for a memo of 2³² entries by a pickle of nine bytes.
-class _Unpickler(pickle._Unpickler):
+def _load_bytearray(unpickler: Any) -> None:
+    (size,) = struct.unpack("<Q", unpickler.read(8))
+    values = bytearray(unpickler.read(size))  # what is there, where Python makes room for what is claimed
+    if len(values) != size:
+        raise pickle.UnpicklingError(f"it claims {size} bytes and holds {len(values)}")
+    unpickler.append(values)
+
+
+class BoundedUnpickler(pickle._Unpickler):
+    """
+    Takes memory in proportion to the bytes of a pickle that is in memory, whatever it claims.
+
+    It is Python's own implementation: C's can be made to take memory for a memo of 2³² entries by a pickle of nine
+    bytes.
+    """
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}
+
+
+class _Unpickler(BoundedUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         stand_in = _STAND_INS.get((module, name))
         if stand_in is None:

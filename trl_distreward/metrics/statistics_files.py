@@ -89,6 +89,7 @@ def check_extractor(
     *,
     extractor: str,
     resize: str | None = None,
+    weights: str | None = None,
     extractor_dimension: int | None = None,
     path: object = "the statistics",
 ) -> None:
@@ -100,10 +101,11 @@ def check_extractor(
     Args:
         metadata (`dict[str, str]`), dimension (`int`): of the statistics.
         extractor (`str`), resize (`str`, *optional*), extractor_dimension (`int`, *optional*): of the extractor.
+        weights (`str`, *optional*): digest of its network, as [`~metrics.digest.network_digest`] gives it.
         path: named in the message.
     """
-    remedy = f"recompute them with trl-distreward statistics --feature-extractor {extractor}"
-    for name, value in (("extractor", extractor), ("resize", resize)):
+    remedy = f"recompute them with trl-distreward statistics {_as_option(extractor, resize)}"
+    for name, value in (("extractor", extractor), ("resize", resize), ("weights", weights)):
         held = metadata.get(name)
         if held and value and held != value:
             raise ValueError(
@@ -115,3 +117,12 @@ def check_extractor(
             f"{path} has dimension {dimension}, but {extractor!r} gives {extractor_dimension}: they must be the same: "
             f"{remedy}."
         )
+
+
+def _as_option(extractor: str, resize: str | None) -> str:
+    """How an extractor is named on the command line; those of which more would have to be said are not spelt out."""
+    name, _, output = extractor.partition("-")
+    if name != "inception":
+        return "and the --feature-extractor of the images, its options included"
+    options = {"output": output, "resize": "" if resize in (None, "tensorflow") else resize}
+    return ",".join(["--feature-extractor inception", *(f"{key}={value}" for key, value in options.items() if value)])

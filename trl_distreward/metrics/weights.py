@@ -2,11 +2,12 @@
 """Files of network weights: found or downloaded, checked, and read without running anything that they carry."""
 
 import hashlib
+import io
+import math
 import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -18,7 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .numpy_pickle import BoundedUnpickler
+
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?:(?P<file>[^:]+)")
+# of the modules of a TorchScript archive, where one may be held in several places: far beyond any network's
+_MAX_DEPTH, _MAX_MODULES = 100, 100_000
 
 
 def find_weights(source: str | os.PathLike, sha256: str | None = None) -> Path:
@@ -129,53 +134,74 @@ class _Node:
 def _read_torchscript(archive: zipfile.ZipFile, path: Path) -> dict[str, Tensor]:
     """Tensors of a scripted module under the names its state dict would give them."""
     root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-    with archive.open(root + "data.pkl") as file:
-        try:
-            tree = _ArchiveUnpickler(file, archive, root, path).load()
-        except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{path} is a damaged TorchScript archive: {error}") from error
-    if not isinstance(tree, _Node):
-        raise ValueError(f"{path} is a TorchScript archive of a {type(tree).__name__}, not of a module.")
-    tensors: dict[str, Tensor] = {}
+    try:
+        tree = _ArchiveUnpickler(archive, root, path.stat().st_size).load()
+        if isinstance(tree, _Node):
+            return _tensors_of(tree)
+    except Exception as error:  # a malformed pickle trips the machine that reads it in any of its instructions
+        raise ValueError(f"{path} is a damaged TorchScript archive: {error} ({type(error).__name__}).") from error
+    raise ValueError(f"{path} is a TorchScript archive of a {type(tree).__name__}, not of a module.")
 
-    def collect(node: _Node, prefix: str) -> None:
+
+def _tensors_of(tree: _Node) -> dict[str, Tensor]:
+    """Tensors by name; a module that is held in two places has two names, as in a state dict."""
+    tensors: dict[str, Tensor] = {}
+    waiting: list[tuple[str, _Node, int]] = [("", tree, 0)]
+    looked_at = 0
+    while waiting:
+        prefix, node, depth = waiting.pop()
+        looked_at += 1
+        if depth > _MAX_DEPTH or looked_at > _MAX_MODULES:
+            raise pickle.UnpicklingError(
+                f"its modules are nested more than {_MAX_DEPTH} deep, or hold one another more than {_MAX_MODULES} "
+                "times, which no network does"
+            )
         for name, value in vars(node).items():
             if isinstance(value, Tensor):
                 tensors[prefix + name] = value
             elif isinstance(value, _Node):
-                collect(value, f"{prefix}{name}.")
-
-    collect(tree, "")
+                waiting.append((f"{prefix}{name}.", value, depth + 1))
     return tensors
 
 
-class _ArchiveUnpickler(pickle.Unpickler):
-    """Builds nodes, lists and tensors, whatever the archive asks for."""
+class _ArchiveUnpickler(BoundedUnpickler):
+    """Builds nodes, lists and tensors, whatever the archive asks for, in memory of the size of its file."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, path: Path):
-        super().__init__(file)
-        self.archive, self.root, self.path = archive, root, path
+    def __init__(self, archive: zipfile.ZipFile, root: str, size: int):
+        self.archive, self.root, self.size = archive, root, size
+        self.storages: dict[tuple[str, str], Tensor] = {}
+        super().__init__(io.BytesIO(self._read("data.pkl")))
+
+    def _read(self, name: str) -> bytes:
+        info = self.archive.getinfo(self.root + name)
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > self.size:
+            raise pickle.UnpicklingError(f"{name} is compressed, or claims more bytes than the file has")
+        return self.archive.read(info)
 
     def find_class(self, module: str, name: str) -> Any:
+        # a pickle may set attributes of what it is given: a new class or function each time, which nobody else holds
         if module.startswith("__torch__"):
-            return _Node
+            return type("_Node", (_Node,), {})
         if module == "torch.jit._pickle" and name.startswith("build_"):
-            return list
+            return lambda values: values
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
+            return lambda *arguments: self._tensor(*arguments)
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return lambda: {}
         if module == "torch" and name.endswith("Storage"):
             return name
-        raise ValueError(f"{self.path} asks for {module}.{name}, which no archive of weights needs: it is not read.")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no archive of weights needs")
 
     def persistent_load(self, identifier: tuple) -> Tensor:
         _, kind, key, _, _ = identifier
         if kind not in ("FloatStorage", "DoubleStorage", "HalfStorage", "LongStorage"):
-            raise ValueError(f"{self.path} holds a {kind}, which is not read: save the weights as float32.")
-        dtype = getattr(torch, kind.removesuffix("Storage").lower())
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{key}")), dtype=dtype)
+            raise pickle.UnpicklingError(f"it holds a {kind}, which is not read: save the weights as float32")
+        if (kind, key) not in self.storages:
+            dtype = getattr(torch, kind.removesuffix("Storage").lower())
+            self.storages[kind, key] = torch.frombuffer(bytearray(self._read(f"data/{key}")), dtype=dtype)
+        return self.storages[kind, key]
 
-    @staticmethod
-    def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-        return storage.as_strided(size, stride, offset).clone()
+    def _tensor(self, storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+        if math.prod(size) * storage.itemsize > self.size:  # values may be repeated, as in a tensor that was expanded
+            raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} is larger than the file")
+        return storage.as_strided(size, stride, offset)  # a view: copies of one storage could be many

@@ -10,10 +10,11 @@ from accelerate import PartialState
 
 from ..metrics.features import load_feature_extractor
 
-_EXTRACTOR_OPTIONS = ("source", "resize", "output", "sha256", "pooling", "revision")
+_EXTRACTOR_OPTIONS = ("source", "resize", "output", "sha256", "pooling", "size", "mean", "std", "mode", "revision")
 EXTRACTOR_HELP = (
     "inception, dinov2, clip, a Hub id or a folder of a vision backbone, or the dotted path of a callable; with "
-    "options after commas, e.g. inception,source=weights.pth,resize=pytorch or inception,output=spatial"
+    "options after commas, e.g. inception,source=weights.pth,resize=pytorch or inception,output=spatial or "
+    "./backbone,pooling=mean,size=256,mean=0.5:0.5:0.5,std=0.5:0.5:0.5"
 )
 _DATASET_OPTIONS = ("split", "config", "revision", "data_files", "streaming", "image_column")
 
@@ -24,16 +25,26 @@ def find_extractor(spec: str) -> Any:
     [`~metrics.features.load_feature_extractor`].
     """
     name, *pairs = spec.split(",")
-    options = dict(pair.partition("=")[::2] for pair in pairs)
+    options: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs)
     unknown = [key for key in options if key not in _EXTRACTOR_OPTIONS]
     if unknown:
         raise ValueError(f"{spec!r} has options {unknown}: a feature extractor has {', '.join(_EXTRACTOR_OPTIONS)}.")
+    for key in {"size", "mean", "std"} & options.keys():
+        options[key] = _numbers(key, options[key])
     extractor = load_feature_extractor(name, **options)
     if getattr(extractor, "needs_conditions", False):
         raise ValueError(
             f"{name} needs the images' conditions, but a set of images has none: name one of images alone."
         )
     return extractor
+
+
+def _numbers(option: str, text: str) -> int | tuple[float, ...]:
+    """A size, or a value for each colour."""
+    try:
+        return int(text) if option == "size" else tuple(map(float, text.split(":")))
+    except ValueError as error:
+        raise ValueError(f"{option}={text!r} must be made of numbers, as size=224 and mean=0.5:0.5:0.5.") from error
 
 
 def start_processes() -> PartialState:
