@@ -375,8 +375,8 @@ class DiffusionTrainer(CheckpointingTrainer):
 
     @property
     def sampled_network(self) -> nn.Module:
-        """The same without distributed wrappers."""
-        return self.accelerator.unwrap_model(self.sampled_model)
+        """The same without distributed or compiled wrappers."""
+        return self.unwrapped(self.sampled_model)
 
     def _evaluate_samplers(self, conditions: Any, seed: int) -> dict[str, float]:
         """`{sampler}_{metric}` of images from noise of `seed`."""

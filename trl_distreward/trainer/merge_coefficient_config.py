@@ -284,6 +284,8 @@ class MergeCoefficientConfig(_BaseConfig):
 
     def _refuse_ignored(self) -> None:
         """What the method has no use for must be at its default, so that nobody believes it does something."""
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError("torch_compile does nothing here, where no network is trained: leave it False.")
         if self.method == "emanet":
             return
         for name in _EMANET_ONLY:
