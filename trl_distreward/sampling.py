@@ -254,7 +254,7 @@ def stochastic_steps(
     t = torch.tensor(times, dtype=torch.float64)
     std, _ = _diffusion(t[:-1], t[1:], noise_schedule, noise_level)
     allowed = range(len(times) - 1) if sde_steps is None else set(sde_steps)
-    steps = [i for i in range(len(times) - 1) if std[i] > 0 and i in allowed]
+    steps = [i for i, noisy in enumerate((std > 0).tolist()) if noisy and i in allowed]
     if final_step == "mean" and steps and steps[-1] == len(times) - 2:
         steps.pop()
     return tuple(steps)

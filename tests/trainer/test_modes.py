@@ -4,9 +4,10 @@
 import pytest
 import torch
 
-from tests.helpers import features, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import features, tiny_pipeline, tiny_reward, tiny_sit, tiny_trainer, tiny_vae
+from trl_distreward import SiTPipeline
 from trl_distreward.generation import image_generators, sample, take
-from trl_distreward.policies import to_uint8
+from trl_distreward.policies import as_policy, decode_uint8, to_uint8
 
 
 def logged(trainer, key):
@@ -288,3 +289,34 @@ def test_credits_train_and_their_spread_is_told(tmp_path, reward):
     told = [{key.split("/")[0] for key in e if key.startswith("reward_")} for e in trainer.state.log_history]
     assert [bool("reward_placebo" in keys) for keys in told[:3]] == [True, False, True]  # of a new reference set
     assert "reward_diagnostics" in told[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "backprop", "top_advantage_quantile": 1.0}])
+def test_samples_are_decoded_in_slices_to_the_same_images(tmp_path, settings):
+    logs = []
+    for size in (None, 2):
+        trainer = tiny_trainer(tmp_path, max_steps=1, decode_batch_size=size, **settings)
+        sizes, decode = [], trainer.policy.decode
+
+        def spy(x, sizes=sizes, decode=decode):
+            if not torch.is_grad_enabled():
+                sizes.append(len(x))
+            return decode(x)
+
+        trainer.policy.decode = spy
+        trainer.train()
+        assert max(sizes) == (size or 7)
+        logs.append((logged(trainer, "reward"), logged(trainer, "reference_distance/features")))
+    assert logs[0] == logs[1]
+
+
+def test_slices_must_have_an_image(tmp_path):
+    with pytest.raises(ValueError, match="decode_batch_size=0 must be at least 1"):
+        tiny_trainer(tmp_path, decode_batch_size=0)
+
+
+def test_a_vae_decodes_slices_as_it_does_the_whole():
+    policy = as_policy(SiTPipeline(tiny_sit(in_channels=4, sample_size=8), tiny_vae()))
+    x = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, slices = (decode_uint8(policy, x, size).int() for size in (None, 2))
+    assert whole.shape == (5, 3, 16, 16) and (whole - slices).abs().max() <= 1

@@ -149,6 +149,11 @@ class PipelinePolicy:
         return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
 
 
+def decode_uint8(policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None) -> Tensor:
+    """uint8 images `(B, C, H, W)` of samples, decoded `batch_size` at a time; all at once by default."""
+    return torch.cat([to_uint8(policy.decode(part)) for part in x.split(batch_size or len(x))])
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1] to uint8 in [0, 255], rounding as image files are written."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -27,8 +27,8 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         # original size, corner of the crop, target size (arXiv 2307.01952, Section 2.2)
-        sizes = torch.tensor([*self.size, 0, 0, *self.size], device=z.device, dtype=z.dtype)
-        added = {"text_embeds": inputs["pooled"], "time_ids": sizes.expand(len(z), -1)}
+        sizes = [z.new_full((len(z), 1), side) for side in (*self.size, 0, 0, *self.size)]  # filled on the device
+        added = {"text_embeds": inputs["pooled"], "time_ids": torch.cat(sizes, dim=1)}
         embeds = inputs["prompt_embeds"]
         return model(z, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 

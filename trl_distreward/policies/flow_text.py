@@ -98,7 +98,8 @@ class FluxPolicy(PackedPolicy):
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         height, width = self.sample_shape[-2] // 2, self.sample_shape[-1] // 2
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        sides = (torch.arange(side, device=x.device) for side in (height, width))
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
         embeds = inputs["prompt_embeds"]
         tokens = model(
@@ -108,7 +109,7 @@ class FluxPolicy(PackedPolicy):
             pooled_projections=inputs["pooled"],
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=places.to(x.device, self.dtype),
+            img_ids=places.to(self.dtype),
             return_dict=False,
         )[0]
         return self.unpack(tokens)
@@ -164,6 +165,7 @@ class ZImagePolicy(TextToImagePolicy, FlowPolicy):
 
     patch = 2
     # encode_prompt returns lists of tensors of different lengths
+    _counted: tuple[Tensor | None, list[int]] = (None, [])  # a batch's mask and the lengths of its prompts
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -178,8 +180,9 @@ class ZImagePolicy(TextToImagePolicy, FlowPolicy):
         return row | {"mask": torch.ones(len(row["prompt_embeds"]))}
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        kept = inputs["mask"].bool()
-        texts = [row[mask] for row, mask in zip(inputs["prompt_embeds"], kept, strict=True)]
+        if inputs["mask"] is not self._counted[0]:  # read from the device once for all steps
+            self._counted = inputs["mask"], inputs["mask"].bool().sum(dim=1).tolist()
+        texts = [row[:length] for row, length in zip(inputs["prompt_embeds"], self._counted[1], strict=True)]
         images = list(x.to(self.dtype).unsqueeze(2).unbind(0))  # (C, 1, H, W) each
         return -torch.stack(model(images, 1 - t, texts, return_dict=False)[0]).squeeze(2)
 

@@ -68,6 +68,8 @@ class TextToImagePolicy(PipelinePolicy):
         self._cache: OrderedDict[str | None, dict[str, Tensor]] = OrderedDict()
         # the batch asked for last, on the device: all steps of a rollout are of one batch
         self._last: tuple[Any, dict[str, Tensor]] = (None, {})
+        # an encoded batch and its prompts: reading them from the device would wait for all that is queued there
+        self._read: tuple[Tensor | None, list[str]] = (None, [])
         vae = pipeline.vae
         if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
             vae.float()  # it overflows otherwise
@@ -109,10 +111,17 @@ class TextToImagePolicy(PipelinePolicy):
         for row, prompt in zip(texts, conditions, strict=True):
             text = prompt.encode()
             row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        return {"prompt": texts.to(self.device)}
+        self._read = texts.to(self.device), list(conditions)
+        return {"prompt": self._read[0]}
+
+    def prompts(self, encoded: Tensor) -> list[str]:
+        """The prompts of `encode`, read from the device once for each such tensor."""
+        if encoded is not self._read[0]:
+            self._read = encoded, [row.tobytes().rstrip(b"\0").decode() for row in encoded.cpu().numpy()]
+        return self._read[1]
 
     def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
-        prompts = [row.tobytes().rstrip(b"\0").decode() for row in cond["prompt"].cpu().numpy()]
+        prompts = self.prompts(cond["prompt"])
         return self.embedded([*[None] * len(prompts), *prompts] if guided else prompts)
 
     # ---- embeddings ----

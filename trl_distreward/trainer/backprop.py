@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..generation import SamplingSchedule, image_generators, sample, take
-from ..policies import DiffusionPolicy, to_uint8
+from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..sampling import replay
 from .rollouts import Rollouts
@@ -94,12 +94,12 @@ class TailRollouts(Rollouts):
             ]
         tails = []
         for kept in states:
-            size = args.per_device_train_batch_size
-            images = [to_uint8(self.policy.decode(x)) for x in kept[last].split(size)]
+            size = args.decode_batch_size or args.per_device_train_batch_size
+            images = decode_uint8(self.policy, kept[last], size)
             finite = bool(kept[last].isfinite().all())
             if args.offload_trajectories:
                 kept = {i: state.cpu() for i, state in kept.items()}
-            tails.append(Tail(conditions, cond, kept, first, torch.cat(images), finite))
+            tails.append(Tail(conditions, cond, kept, first, images, finite))
         return tails
 
     def _noised_again(

@@ -32,7 +32,7 @@ from transformers.trainer_utils import (
 
 from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
 from ..metrics.report import ImageMetric
-from ..policies import DiffusionPolicy, to_uint8
+from ..policies import DiffusionPolicy, decode_uint8
 from .callbacks import StopOnSIGTERM, UpdateEMA
 from .checkpoints import CheckpointingTrainer
 from .ema import PolicyEMA
@@ -331,7 +331,7 @@ class DiffusionTrainer(CheckpointingTrainer):
                 with self.autocast():  # the network only: decoding and features stay in full precision
                     x = sample(self.policy, model, batch, schedule, generators).sample
                 finite = x.flatten(1).isfinite().all(dim=1)
-                yield to_uint8(self.policy.decode(x)), batch, valid, finite
+                yield decode_uint8(self.policy, x, getattr(self.args, "decode_batch_size", None)), batch, valid, finite
                 bar.update(valid)
 
     @torch.no_grad()
@@ -375,8 +375,8 @@ class DiffusionTrainer(CheckpointingTrainer):
 
     @property
     def sampled_network(self) -> nn.Module:
-        """The same without distributed wrappers."""
-        return self.accelerator.unwrap_model(self.sampled_model)
+        """The same without distributed or compiled wrappers."""
+        return self.unwrapped(self.sampled_model)
 
     def _evaluate_samplers(self, conditions: Any, seed: int) -> dict[str, float]:
         """`{sampler}_{metric}` of images from noise of `seed`."""

@@ -79,8 +79,12 @@ class CheckpointingTrainer(_BaseTrainer):
 
     @property
     def network(self) -> nn.Module:
-        """The trained network without distributed wrappers."""
-        return self.accelerator.unwrap_model(self.model)
+        """The trained network without distributed or compiled wrappers."""
+        return self.unwrapped(self.model)
+
+    def unwrapped(self, model: nn.Module) -> nn.Module:
+        # kept, accelerate would take DDP out of the compiled wrapper for good: gradients would no longer be shared
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:

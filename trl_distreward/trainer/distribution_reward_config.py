@@ -115,6 +115,9 @@ class DiffusionDistributionConfig(_BaseConfig):
             Guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
         rollout_batch_size (`int`, *optional*):
             Images at a time per process in rollouts; `per_device_train_batch_size` by default.
+        decode_batch_size (`int`, *optional*):
+            Of these, and of those at evaluation, samples decoded to images at a time; all by default. The VAE then
+            never takes more memory than so many images need.
 
         > Parameters that control the update
 
@@ -264,6 +267,10 @@ class DiffusionDistributionConfig(_BaseConfig):
         default=None, metadata={"help": "Images at a time per process in rollouts."}
     )
 
+    decode_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples decoded to images at a time; None: all of a rollout's batch."}
+    )
+
     # Parameters that control the update
     loss_type: str = field(
         default="grpo",
@@ -374,6 +381,9 @@ class DiffusionDistributionConfig(_BaseConfig):
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("rollout_batch_size", "decode_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or None.")
         if self.replace_size >= self.reference_set_size:
             raise ValueError(
                 f"replace_size={self.replace_size} is not smaller than reference_set_size={self.reference_set_size}: "

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..generation import SamplingSchedule, sample, take
 from ..metrics.report import FEATURE_BATCH
-from ..policies import to_uint8
+from ..policies import decode_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts
 from .estimates import Transients
@@ -195,8 +195,10 @@ def _measure_generation(
     evaluation, eval_bytes = measured(device, _sampling(trainer, model, eval_size, schedule))
 
     x, conditions = start_noise(trainer, rollout_size)
-    decoding, decoding_bytes = measured(device, lambda: to_uint8(trainer.policy.decode(x)))
-    images = to_uint8(trainer.policy.decode(x))
+    decoding, decoding_bytes = measured(
+        device, lambda: decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
+    )
+    images = decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
     features, feature_bytes = measured(device, lambda: _judge(trainer, images, conditions))
     judging, judging_bytes = measured(device, lambda: _evaluate(trainer, images, conditions))
     scoring, fitting, reward_bytes, reference_bytes = _measure_reward(trainer, images, conditions)
@@ -290,7 +292,7 @@ def _backprop_loss(trainer: Any, model: nn.Module, x: Tensor, conditions: Any, c
     assert isinstance(trainer.rollouts, TailRollouts)
     last = len(args.rollout_schedule.times) - 1
     first = 0 if args.backprop_steps == "random" else last - int(args.backprop_steps)
-    images = to_uint8(trainer.policy.decode(x))
+    images = decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
     with torch.no_grad():
         spaces = [reward.extract(images, conditions, check_finite=False) for reward in trainer.distribution_rewards]
     gradients = [{name: torch.ones_like(values) for name, values in space.items()} for space in spaces]

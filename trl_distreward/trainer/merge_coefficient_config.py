@@ -300,6 +300,8 @@ class MergeCoefficientConfig(_BaseConfig):
 
     def _refuse_ignored(self) -> None:
         """What nothing has a use for must be at its default, so that nobody believes it does something."""
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError("torch_compile does nothing here, where no network is trained: leave it False.")
         method, start = f"method={self.method!r}", f"initial_coefficients={self.initial_coefficients!r}"
         ignored = (
             (self.method != "emanet", _EMANET_ONLY, method, "method='emanet'"),

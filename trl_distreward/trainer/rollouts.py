@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..generation import SamplingSchedule, image_generators, sample, take
-from ..policies import DiffusionPolicy, to_uint8
+from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from .rollout_batch import RolloutBatch
 
@@ -134,7 +134,7 @@ class Rollouts:
             generators = self._generators("rollout", step, chunk + offset)
             with self.autocast():  # the network only: decoding and features stay in full precision
                 trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
-            images.append(to_uint8(self.policy.decode(trajectory.sample)))
+            images.append(decode_uint8(self.policy, trajectory.sample, args.decode_batch_size))
             conds.append(self.policy.encode(conditions))
             if rejection:  # pairs of noise and data take the place of a step's two ends
                 noise = self.policy.noise(conditions, self._generators("flow_matching", step, chunk + offset))
