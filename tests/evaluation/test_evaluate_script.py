@@ -1,5 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*arguments, output="report.json"):
-    evaluate.main([*map(str, arguments), *EXTRACTOR, "--output", output])
+    evaluate.main([*EXTRACTOR, *map(str, arguments), "--output", output])
     with open(output) as file:
         return json.load(file)
 
@@ -95,10 +96,12 @@ def test_reference_batch_gives_moments_to_inception_and_images_to_others(folder)
     moments = {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
     np.savez("reference.npz", arr_0=pixels(60, 4, 4), **moments)
     look_at = evaluate.RealPath.look_at
-    inception, other = look_at("reference.npz", "inception"), look_at("reference.npz", "dinov2")
+    inception, other = look_at("reference.npz", "inception", "tensorflow"), look_at("reference.npz", "dinov2")
     assert (inception.moments, inception.images, other.moments, other.images) == (True, True, False, True)
     assert not inception.must_collect(False) and inception.must_collect(True) and other.must_collect(False)
     assert inception.moments_in_file().dimension == 2048
+    for elsewise in (("inception", "clean"), ("inception-logits", "tensorflow"), ("inception-spatial", "tensorflow")):
+        assert look_at("reference.npz", *elsewise).must_collect(False)
 
 
 def test_comparison_is_of_reports_or_of_sources(folder, capsys):
@@ -130,14 +133,57 @@ def test_work_that_is_kept_is_not_done_again(folder, monkeypatch):
     assert again["settings"] == report["settings"]
 
 
+def refuse_to_run(*_):
+    raise AssertionError("an image was made or looked at")
+
+
+def test_moments_serve_only_the_resize_that_their_format_has(folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_extractor", lambda spec: FakeInception(resize=spec.partition("=")[2]))
+    moments = {"mu": np.zeros(5), "sigma": np.eye(5)}
+    np.savez("reference.npz", arr_0=pixels(60, 4, 4), **moments)
+    with open("edm2.pkl", "wb") as file:
+        pickle.dump({"fid": moments, "num_images": 60}, file)
+
+    def frechet(real, resize):
+        return metrics_of(run("--model", "real.npz", "--real", real, "--feature-extractor", f"inception,{resize}"))
+
+    adm = frechet("reference.npz", "resize=tensorflow")["frechet"]
+    assert adm > 1 and frechet("edm2.pkl", "resize=tensorflow")["frechet"] == pytest.approx(adm)
+    assert abs(frechet("reference.npz", "resize=clean")["frechet"]) < 1e-6  # of its images, which are the same
+    monkeypatch.setattr("trl_distreward.evaluation.collect._extract", refuse_to_run)
+    with pytest.raises(ValueError, match="edm2.pkl has resize 'tensorflow', but the images are seen with 'clean'"):
+        frechet("edm2.pkl", "resize=clean")
+
+
 class FakeInception(torch.nn.Module):
-    name, resize, dimension = "inception", "tensorflow", 5
+    dimension = 5
+
+    def __init__(self, output="pool3", resize="tensorflow"):
+        super().__init__()
+        self.output, self.resize = output, resize
+        self.name = "inception" if output == "pool3" else f"inception-{output}"
 
     def outputs(self, images, names):
-        return {"pool3": project(images), "logits_unbiased": project(images)[:, :3] * 4}
+        features = project(images)
+        found = {"pool3": features, "spatial": 2 - features**2, "logits_unbiased": features[:, :3] * 4}
+        return {name: found[name] for name in names}
 
     def forward(self, images):
-        return project(images)
+        return self.outputs(images, (self.output,))[self.output]
+
+
+def test_inception_score_leaves_spatial_features_alone(folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_extractor", lambda spec: FakeInception(spec))
+    write_folder(folder / "images", 30, height=4, width=4)
+    arguments = ["--model", "images", "--real", "real.npz"]
+    row = run(*arguments, "--metrics", "frechet", "inception_score", *EXTRACTOR[:1], "pool3", "spatial")
+    pool3, spatial = (result["metrics"] for result in row["results"])
+    assert set(pool3) == {"frechet", "inception_score", "inception_score_std"} and set(spatial) == {"frechet"}
+    assert spatial == metrics_of(run(*arguments, *EXTRACTOR[:1], "spatial")) != {"frechet": pool3["frechet"]}
+    with pytest.raises(ValueError, match="come with 'inception', not with inception-spatial"):
+        run(*arguments, "--metrics", "inception_score", *EXTRACTOR[:1], "spatial")
+    with pytest.raises(ValueError, match="no metric is asked of inception-spatial"):
+        run(*arguments, "--metrics", "inception_score", *EXTRACTOR[:1], "pool3", "spatial")
 
 
 def test_inception_score_is_of_the_logits_in_the_same_pass(folder, monkeypatch):

@@ -21,14 +21,21 @@ LOGIT_METRICS = ("inception_score",)
 
 
 class FeaturesAndLogits(nn.Module):
-    """Inception's features and its logits, side by side, in one pass."""
+    """The features of Inception's output, and its logits without bias, side by side, in one pass."""
 
     def __init__(self, inception: Any):
         super().__init__()
         self.inception = inception
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([*self.inception.outputs(images, ("pool3", "logits_unbiased")).values()], dim=1)
+        names = (self.inception.output, "logits_unbiased")
+        found = self.inception.outputs(images, names)
+        return torch.cat([found[name] for name in names], dim=1)
+
+
+def takes_logits(extractor: Any) -> bool:
+    """Whether the Inception Score is computed beside these features: pool3's alone, so that it is computed once."""
+    return getattr(extractor, "output", None) == "pool3"
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,13 @@ class FeatureSpace:
             )
         if self.real.must_collect(bool(self.by_features)):
             self.open_real()
-        if self.needs_logits and not hasattr(self.extractor, "outputs"):
-            raise ValueError(f"inception_score is of Inception's logits, which {self.name} has not: leave it out.")
+        if self.needs_logits and not takes_logits(self.extractor):
+            raise ValueError(
+                f"inception_score is of Inception's logits, which come with 'inception', not with {self.name}: leave "
+                "it out, or add inception to --feature-extractor."
+            )
+        if not self.metrics:
+            raise ValueError(f"no metric is asked of {self.name}: give one besides inception_score, or leave it out.")
 
     def measure(
         self, generated: ImageSource, folder: Path, *, seed: int = 0, spread: int = 0, **options: Any

@@ -31,7 +31,7 @@ from .. import __version__
 from ..evaluation import reports
 from ..evaluation.files import write_json, written_whole
 from ..evaluation.generated import LABELS, GenerationPlan, generate_shards, save_shards_as_npz
-from ..evaluation.measure import FeatureSpace
+from ..evaluation.measure import LOGIT_METRICS, FeatureSpace, takes_logits
 from ..evaluation.real import RealPath
 from ..evaluation.sources import ImageSource, open_images
 from ..generation import SamplingSchedule
@@ -203,11 +203,15 @@ def feature_spaces(arguments: argparse.Namespace) -> list[FeatureSpace]:
         raise ValueError(
             f"--real names {len(reals)} sets for {len(names)} feature extractors: give one for all or one for each."
         )
+    extractors = [find_extractor(name) for name in names]
+    some_take_logits = any(map(takes_logits, extractors))
     spaces = []
-    for name, real in zip(names, reals * len(names) if len(reals) == 1 else reals, strict=True):
-        extractor = find_extractor(name)
+    for extractor, real in zip(extractors, reals * len(names) if len(reals) == 1 else reals, strict=True):
         open_real = cache(partial(open_images, real, **dataset_options(arguments)))
-        space = FeatureSpace(extractor, RealPath.look_at(real, extractor.name), arguments.metrics, open_real)
+        metrics = arguments.metrics
+        if some_take_logits and not takes_logits(extractor):
+            metrics = [metric for metric in metrics if metric not in LOGIT_METRICS]
+        space = FeatureSpace(extractor, RealPath.look_at(real, extractor.name, extractor.resize), metrics, open_real)
         space.check()
         spaces.append(space)
     return spaces
