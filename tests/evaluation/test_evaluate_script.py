@@ -110,8 +110,28 @@ def test_comparison_is_of_reports_or_of_sources(folder, capsys):
     compared = run("--compare", "base.json", "tuned", "--real", "real.npz", *SMALL, "--markdown", "change.md")
     second = metrics_of(compared["after"])["frechet"]
     change = 100 * (second / metrics_of(first)["frechet"] - 1)
-    assert compared["percent"] == {"frechet": pytest.approx(change)} and compared["before"] == first
+    assert [change["percent"] for change in compared["changes"]] == [pytest.approx(change)]
+    assert compared["before"] == first
     assert f"{change:+.1f} %" in capsys.readouterr().out and f"{change:+.1f} %" in (folder / "change.md").read_text()
+
+
+def test_comparison_loses_no_value_and_mixes_no_preparation(folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_extractor", lambda spec: FakeInception(spec))
+    write_folder(folder / "images", 30, height=4, width=4)
+    spaces = ["--real", "real.npz", *EXTRACTOR[:1], "pool3", "spatial"]
+    first = run("--model", "images", *spaces, output="first.json")
+    assert (first["image_resize"], first["skip_corrupt"]) == (None, False)
+    run("--model", "images", *spaces, "--seed", 1, output="second.json")
+    evaluate.main(["--compare", "first.json", "second.json", "--output", "compared.json"])
+    changes = json.loads((folder / "compared.json").read_text())["changes"]
+    assert changes == [
+        {"extractor": result["extractor"], "resize": "tensorflow", "metric": "frechet", "percent": 0.0}
+        | dict.fromkeys(("before", "after"), result["metrics"]["frechet"])
+        for result in first["results"]
+    ]
+    run("--model", "images", *spaces, "--resize", 4, output="resized.json")
+    with pytest.raises(ValueError, match="made with --resize None and 4: evaluate both with the same"):
+        evaluate.main(["--compare", "first.json", "resized.json"])
 
 
 def test_grids_of_both_families_can_be_asked_for():

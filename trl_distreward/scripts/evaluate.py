@@ -235,6 +235,8 @@ def evaluate(arguments: argparse.Namespace, model: str, work_dir: Path) -> dict[
     return {
         "model": model,
         "images": min(result["images"] for result in results if result),
+        "image_resize": arguments.resize,
+        "skip_corrupt": arguments.skip_corrupt,
         "settings": settings,
         "results": results,
         "library": f"trl-distreward {__version__}, torch {torch.__version__}, python {platform.python_version()}",
@@ -255,7 +257,7 @@ def compare(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     Console().print(reports.change_table(before, after, changes))
     if arguments.markdown:
         write_text(arguments.markdown, reports.change_markdown(before, after, changes))
-    return {"before": before, "after": after, "percent": {c.after.name: c.percent for c in changes}}
+    return {"before": before, "after": after, "changes": [change.entry for change in changes]}
 
 
 def present(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
