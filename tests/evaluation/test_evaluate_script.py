@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from tests.evaluation.images import launch, pixels, project, write_folder
 from tests.helpers import tiny_pipeline
 from trl_distreward import FeatureStatistics, frechet_distance
+from trl_distreward.evaluation.measure import fewest_images
+from trl_distreward.metrics import feature_metrics
+from trl_distreward.metrics.scores import METRICS
 from trl_distreward.scripts import evaluate, statistics
 
 EXTRACTOR = ["--feature-extractor", "tests.evaluation.images.project"]
@@ -87,8 +91,102 @@ def test_misfits_are_refused_before_anything_is_generated(folder):
     FeatureStatistics.from_features(torch.randn(20, 7)).save("other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors has dimension 7, but .* gives 5"):
         run("--model", "real.npz", "--real", "other.safetensors")
-    with pytest.raises(ValueError, match="--num-images is of a pipeline's images, but real.npz holds images"):
-        run("--model", "real.npz", "--real", "real.npz", "--num-images", 5)
+    np.savez("neither.npz", images=pixels(60, 4, 4))
+    refused(r"neither.npz holds \['images'\]: .*neither statistics nor features nor", "--real", "neither.npz")
+    save_file({"rows": torch.zeros(2, 5)}, "neither.safetensors")
+    refused("neither.safetensors holds .'rows'.: .*neither statistics", "--real", "neither.safetensors")
+    refused("--spread 1 must be at least 2", "--real", "real.npz", "--spread", 1)
+    refused("num_images=0 .* at least 2 images", "--real", "real.npz", "--num-images", 0)
+    refused("no folder missing for a model card", "--real", "real.npz", "--update-card", "missing")
+    assert not (folder / "missing").exists()
+
+
+def test_too_few_images_are_refused_before_any_is_generated(folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", refuse_to_run)
+    monkeypatch.setattr("trl_distreward.evaluation.collect._extract", refuse_to_run)
+    FeatureStatistics.from_features(torch.randn(60, 11)).save("moments.safetensors")
+    save_file({"features": torch.randn(5, 5)}, "features.safetensors")
+    for message, *arguments in (
+        ("kid of .*project needs 1000 generated images, but there are 40", "base", "real.npz", "kid"),
+        (
+            "kid of .*project needs 1000 real images, but there are 60",
+            "base",
+            "real.npz",
+            "kid",
+            "--num-images",
+            1_000,
+        ),
+        ("recall of .*project needs 6 real images, but there are 5", "base", "features.safetensors", "recall"),
+        ("fid_infinity of .*project needs 44 gen.* there are 40", "base", "moments.safetensors", "fid_infinity"),
+        ("fid_infinity of .*project needs 44 gen.* there are 30", "few.npz", "moments.safetensors", "fid_infinity"),
+    ):
+        np.savez("few.npz", pixels(30, 4, 4))
+        model, real, metric, *others = arguments
+        size = SMALL if model == "base" else []
+        with pytest.raises(ValueError, match=message):
+            run("--model", model, "--real", real, *size, "--metrics", metric, *others)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_fewest_images_are_those_that_metrics_need(metric):
+    random = torch.Generator().manual_seed(0)
+    real = torch.randn(1_000, 2, generator=random)
+    for spread in (0, 2):
+        fewest = fewest_images(metric, 2, spread)
+        rows = torch.randn(fewest, 2, generator=random)
+        assert metric in feature_metrics(real, rows, [metric], logits=rows, spread=spread, kid_subsets=1)
+        too_few = fewest - (2 if spread else 1)  # half of an odd number is rounded
+        with pytest.raises(ValueError):
+            feature_metrics(real, rows[:too_few], [metric], logits=rows[:too_few], spread=spread)
+
+
+def test_options_without_effect_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", refuse_to_run)
+    monkeypatch.setattr("trl_distreward.evaluation.collect._extract", refuse_to_run)
+    FeatureStatistics.from_features(torch.randn(60, 5)).save("moments.safetensors")
+
+    def refused(message, *arguments, real="real.npz"):
+        with pytest.raises(ValueError, match=message):
+            run(*arguments, "--real", real)
+
+    for option, value in (
+        ("--num-images", 50_000),  # the default, but given
+        ("--sampler", "ode"),
+        ("--guidance-scale", 1.5),
+        ("--labels", "random"),
+        ("--dtype", "bfloat16"),
+        ("--model-revision", "main"),
+        ("--save-npz", "s.npz"),
+    ):
+        refused(f"{option}: of a pipeline's images, but real.npz holds images", "--model", "real.npz", option, value)
+    refused("--sampler: of a pip.*but real.npz", "--compare", "a.json", "real.npz", "--sampler", "ode")
+    refused("--model-revision is of the Hub, but base is a folder", "--model", "base", "--model-revision", "main")
+    for model in ("base", "real.npz"):
+        dataset = ["--split", "train", "--streaming"]
+        refused("--split, --streaming: of a dataset.*moments", "--model", model, *dataset, real="moments.safetensors")
+    refused("--feature-extractor, --metrics, --real: of an ev", "--compare", "a.json", "b.json", "--metrics", "fid")
+    with pytest.raises(ValueError, match="--num-images, --skip-corrupt: of an evaluation, but a.json and b.json are"):
+        evaluate.main(["--compare", "a.json", "b.json", "--num-images", "40", "--skip-corrupt"])
+
+
+def test_report_is_there_though_the_card_cannot_be_written(folder, monkeypatch):
+    monkeypatch.setattr(evaluate.reports, "update_card", refuse_to_run)
+    with pytest.raises(AssertionError):
+        run("--model", "real.npz", "--real", "real.npz", "--update-card", "base")
+    assert json.loads((folder / "report.json").read_text())["images"] == 60
+
+
+def test_only_what_the_run_wrote_is_removed(folder):
+    kept = [
+        folder / "report.json.work" / name for name in ("notes.txt", "images/mine.png", "images/deep/images-0.npy")
+    ]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    run("--model", "base", "--real", "real.npz", *SMALL)
+    assert sorted(path for path in (folder / "report.json.work").rglob("*") if path.is_file()) == sorted(kept)
+    run("--compare", "base", "real.npz", "--real", "real.npz", "--num-images", 60, *SMALL[2:], output="both.json")
+    assert not (folder / "both.json.work").exists()
 
 
 def test_reference_batch_gives_moments_to_inception_and_images_to_others(folder):

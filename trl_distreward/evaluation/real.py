@@ -104,6 +104,13 @@ class RealPath:
         """Whether features of the images have to be made."""
         return self.images and (not self.moments or needs_features)
 
+    def feature_count(self) -> int | None:
+        """Of how many images the file has features, where it has any."""
+        if not self.features:
+            return None
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice("features").get_shape()[0]
+
     def moments_in_file(self) -> FeatureStatistics | None:
         if not self.moments:
             return None
