@@ -84,7 +84,9 @@ def values(report: Report) -> Iterator[tuple[Value, Mapping[str, Any]]]:
 
 
 def read_report(path: str | os.PathLike) -> Report:
-    """Raises `ValueError` where the file is no report."""
+    """Raises `FileNotFoundError` where there is no such file, and `ValueError` where it is no report."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no report at {path}.")
     try:
         report = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
