@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from tests.helpers import features, real_images, tiny_pipeline, tiny_pool
 from trl_distreward import FeatureStatistics, load_pipeline
@@ -103,6 +105,60 @@ def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
     assert result.returncode == 0, result.stderr
     for option in ("--model", "--num_subsets", "--reference_update", "--learning_rate", "--lora_r"):
         assert option in result.stdout
+
+
+def told(monkeypatch, *argv):
+    """What a command ends with."""
+    monkeypatch.setattr(sys, "argv", ["trl-distreward", *map(str, argv)])
+    with pytest.raises((SystemExit, ValueError, OSError)) as stopped:
+        cli.main()
+    return stopped.value
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["statistics", "none", "--output", "s.npz"], "statistics: output='s.npz' must end in .safetensors."),
+        (
+            ["evaluate", "--model", "m.npz", "--sampler", "ode"],
+            "evaluate: --sampler: of a pipeline's images, but m.npz",
+        ),
+        (["evaluate", "--compare", "a.json", "b.json"], "evaluate: no report at a.json."),
+        (["train", "--config", "none.yaml"], "train: [Errno 2] No such file or directory: 'none.yaml'"),
+        (["convert", "sit", "none.pt", "taken"], "convert: taken is not empty: name a folder that is not there yet."),
+        (["train", "--model", "m", "--output_dir", "out", "--use_cpu", "True"], "train: there is no reward"),
+        (["train", "--model", "m", "--oops", "1"], "train: "),
+        (["merge", "--model", "m", "--output_dir", "out", "--use_cpu", "True"], "merge: there is nothing to merge"),
+    ],
+)
+def test_errors_of_use_are_told_in_a_line_and_may_be_traced(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    error = told(monkeypatch, *argv)
+    assert isinstance(error, SystemExit) and error.code.startswith(f"trl-distreward {message}"), error
+    monkeypatch.setenv("TRL_DISTREWARD_TRACEBACK", "1")
+    assert not isinstance(told(monkeypatch, *argv), SystemExit)
+
+
+def test_faults_keep_their_trace(monkeypatch):
+    for fault in (lambda _: int("x"), lambda _: json.loads("{"), lambda _: torch.zeros(2).numpy().reshape(3)):
+        monkeypatch.setattr(evaluate, "main", fault)
+        assert isinstance(told(monkeypatch, "evaluate"), ValueError)
+
+
+def test_model_that_is_nowhere_is_told_as_no_folder_and_no_repository(monkeypatch):
+    def answer(*_, **__):
+        try:
+            raise OfflineModeIsEnabled
+        except OfflineModeIsEnabled as offline:
+            raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub") from offline
+
+    monkeypatch.setattr("trl_distreward.policies.loading.snapshot_download", answer)
+    with pytest.raises(
+        ConnectionError, match="no folder imagse/samples, so that it was looked for on the Hub: HF_HUB_OFFLINE is set"
+    ):
+        load_pipeline("imagse/samples")
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
             return call()
         except (HTTPError, OSError, EntryNotFoundError, RuntimeError) as raised:
             error = _origin(raised)
-            if not isinstance(error, HTTPError | EntryNotFoundError) and not is_transient(error):
+            of_the_hub = isinstance(error, HTTPError | EntryNotFoundError | OfflineModeIsEnabled)
+            if not of_the_hub and not is_transient(error):
                 raise  # of this machine: a full disk, a folder that may not be written; or of the program
             tried = isinstance(raised, LocalEntryNotFoundError)  # by huggingface_hub, again and again
             if not is_transient(error) or tried or attempt == ATTEMPTS:

@@ -1,5 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -46,6 +48,42 @@ def test_more_than_8_bits_are_refused(mode):
     image = Image.new("I", (4, 4), 1000).convert(mode) if mode != "I;16" else Image.new("I;16", (4, 4), 1000)
     with pytest.raises(UnreadableImage, match=r"a/b.img has pixels of mode '\w.*more than 8 bits.*convert it"):
         decode_image(stored(image, "TIFF"))
+
+
+def deep_png(color, channels):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(range(3 * channels * 2)) for _ in range(3))  # 3 x 3 pixels of 16 bits
+    header = struct.pack(">IIBBBBB", 3, 3, 16, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        deep_png(2, 3),
+        deep_png(4, 2),
+        deep_png(6, 4),
+        b"P6 2 2 65535\n" + bytes(24),
+        b"P3 1 1 1000\n 1 2 3\n",
+    ],
+    ids=["RGB", "LA", "RGBA", "PPM", "plain PPM"],
+)
+def test_more_than_8_bits_are_refused_where_pillow_would_truncate_them(content):
+    assert Image.open(io.BytesIO(content)).mode in ("RGB", "RGBA")
+    with pytest.raises(UnreadableImage, match=r"a/b.img has pixels of mode '\w.*more than 8 bits.*convert it"):
+        decode_image(StoredImage("a/b.img", content))
+
+
+def test_8_bits_and_fewer_are_not_taken_for_more():
+    for kind in ("PNG", "TIFF", "PPM", "BMP"):
+        assert decode_image(stored(Image.fromarray(pixels(1, 6, 9)[0]), kind))[1] == "RGB"
+    assert decode_image(StoredImage("small", b"P6 2 2 15\n" + bytes(12)))[1] == "RGB"
+    bitmap = (
+        b"BM" + struct.pack("<IHHI", 62, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 0, 8, 0, 0, 0, 0)
+    )
+    assert decode_image(StoredImage("b.bmp", bitmap + bytes(8)))[1] == "RGB"  # 5 bits each
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

@@ -9,13 +9,13 @@ from rich.console import Console
 from trl_distreward.evaluation import reports
 
 
-def report(model="base", images=50_000, norm=10.0, resize="tensorflow", **metrics):
+def report(model="base", images=50_000, norm=10.0, resize="tensorflow", count=10_000, said=(), **metrics):
     metrics = metrics or {"frechet": 8.3, "kid": 0.004, "kid_std": 0.0005, "recall": 0.57}
     schedule = {"num_steps": 250, "sampler": "sde", "noise_schedule": "sit", "solver": "euler", "sde_steps": None}
-    real = {"path": "stats/imagenet.npz", "count": 10_000, "mean_norm": norm}
+    real = {"path": "stats/imagenet.npz", "count": count, "mean_norm": norm}
     result = {"extractor": "inception", "resize": resize, "real": real, "metrics": metrics}
     settings = {"schedule": schedule, "guidance_scale": 1.0, "seed": 0}
-    return {"model": model, "images": images, "settings": settings, "results": [result]}
+    return {"model": model, "images": images, "settings": settings, "results": [result], **dict(said)}
 
 
 def test_changes_are_in_percent_of_the_first_as_in_table_4():
@@ -39,11 +39,15 @@ def test_changes_are_in_percent_of_the_first_as_in_table_4():
             "no metric in common: .*frechet of inception, tensorflow.*frechet of inception, clean",
         ),
         (report(density=1.0), "no metric in common"),
+        (report(count=9_999), "different real data, imagenet.npz, 10,000 images and imagenet.npz, 9,999 images"),
+        (report(said={"image_resize": 256, "skip_corrupt": False}), "made with --resize None and 256"),
+        (report(said={"image_resize": None, "skip_corrupt": True}), "made with --skip-corrupt False and True"),
     ],
 )
 def test_what_cannot_be_compared_is_not(other, message):
     with pytest.raises(ValueError, match=message):
-        reports.compare_reports(report(), other)
+        reports.compare_reports(report(said={"image_resize": None, "skip_corrupt": False}), other)
+    assert reports.compare_reports(report(), report(count=None, said={"image_resize": 256}))  # what is not told
 
 
 def test_tables_show_every_number_once():
@@ -70,6 +74,9 @@ def test_card_takes_results_and_keeps_the_rest(tmp_path):
     assert results["frechet_inception"].metric_value == 5.77 and results["frechet_inception"].metric_name == "FID"
     assert results["frechet_inception"].metric_args["num_images"] == 50_000
     assert card.text.count("| FID |") == 1 and "5.77" in card.text
+    with pytest.raises(FileNotFoundError, match="no folder .*fresh for a model card"):
+        reports.update_card(tmp_path / "fresh", report())
+    (tmp_path / "fresh").mkdir()
     reports.update_card(tmp_path / "fresh", report())
     fresh = ModelCard.load(tmp_path / "fresh" / "README.md")
     assert fresh.data.library_name == "diffusers" and len(fresh.data.eval_results) == 3

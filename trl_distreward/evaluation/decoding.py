@@ -4,7 +4,8 @@ One image as it is stored, to the uint8 RGB `(3, H, W)` that extractors see.
 
 Decoded as pytorch-fid, torch-fidelity, clean-fid and ADM do, so that numbers can be compared: gray, palette and CMYK
 images become RGB, an alpha channel is dropped with what is under it left as it is, the first frame of an animation is
-taken, and EXIF orientation is ignored. Images of more than 8 bits are refused, where those tools clip their values.
+taken, and EXIF orientation is ignored. Pixels of more than 8 bits are refused, where those tools clip or truncate
+them; in JPEG 2000 and AVIF they are not noticed.
 """
 
 import io
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 _RGB_LIKE = ("RGB", "RGBA", "RGBX", "RGBa", "L", "LA", "La", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
+_DEEP = (";16B", ";16L", ";16N")  # Pillow's names of stored values that it truncates to 8 bits; "BGR;16" is 5-6-5 bits
 
 
 class UnreadableImage(ValueError):
@@ -48,10 +50,7 @@ def decode_image(stored: StoredImage, resize: int | None = None) -> tuple[Tensor
         image = _from_pixels(stored.name, stored.content)
     mode = image.mode
     if mode not in _RGB_LIKE:
-        raise UnreadableImage(
-            f"{stored.name} has pixels of mode {mode!r}, more than 8 bits each: convert it to 8 bits, scaling its "
-            "values as you see fit."
-        )
+        raise _too_deep(stored.name, mode)
     image = image.convert("RGB")
     if resize is not None:
         image = center_crop(image, resize)
@@ -61,6 +60,7 @@ def decode_image(stored: StoredImage, resize: int | None = None) -> tuple[Tensor
 def _open(name: str, content: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
+        deep = [raw for tile in image.tile if (raw := _deep_mode(*tile))]
         image.load()
     except Exception as error:  # decoders raise whatever they trip over
         reason = "its content is no image that Pillow knows" if content else "it is empty"
@@ -68,7 +68,24 @@ def _open(name: str, content: bytes) -> Image.Image:
         raise UnreadableImage(
             f"{name} cannot be decoded: {detail}. Repair or remove it, or pass --skip-corrupt to go on without it."
         ) from error
+    if deep:
+        raise _too_deep(name, deep[0])
     return image
+
+
+def _deep_mode(codec: str, extents: object, offset: int, given: object = None) -> str | None:
+    """How a tile of a file is stored, where that is in more bits than Pillow keeps."""
+    raw, *rest = given if isinstance(given, tuple) else (given,)
+    if codec.startswith("ppm") and isinstance(raw, str) and rest and isinstance(rest[0], int) and rest[0] > 255:
+        return f"{raw}, values to {rest[0]}"
+    return raw if isinstance(raw, str) and raw.endswith(_DEEP) else None
+
+
+def _too_deep(name: str, mode: str) -> UnreadableImage:
+    return UnreadableImage(
+        f"{name} has pixels of mode {mode!r}, more than 8 bits each: convert it to 8 bits, scaling its values as you "
+        "see fit."
+    )
 
 
 def _from_pixels(name: str, pixels: np.ndarray) -> Image.Image:

@@ -23,7 +23,7 @@ from ..metrics.digest import network_digest
 from ..policies import DiffusionPolicy
 from .collect import claim_folder
 from .files import save_sample_npz, written_whole
-from .sources import SHARD_PATTERN, ShardedImages
+from .sources import SETTINGS, SHARD_PATTERN, ShardedImages
 
 LABELS = ("balanced", "random")
 
@@ -123,6 +123,15 @@ def generate_shards(
             np.save(file, images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
     state.wait_for_everyone()
     return ShardedImages(folder)
+
+
+def remove_shards(generated: ShardedImages) -> None:
+    """Deletes the files that [`generate_shards`] wrote, and the folder if it holds no others."""
+    folder = generated.paths[0].parent
+    for path in (*generated.paths, folder / SETTINGS):
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def save_shards_as_npz(generated: ShardedImages, path: str | os.PathLike, labels: Tensor) -> None:

@@ -11,24 +11,45 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..metrics.scores import FRECHET, feature_metrics
+from ..metrics.digest import network_digest
+from ..metrics.report import module_of
+from ..metrics.scores import FRECHET, MANIFOLD, feature_metrics
 from ..metrics.statistics_files import check_extractor
-from .collect import collect_features
+from .collect import CollectedFeatures, collect_features
 from .real import RealPath
 from .sources import ImageSource
 
 LOGIT_METRICS = ("inception_score",)
+# what [`~metrics.scores.feature_metrics`] needs where nothing else is chosen: a subset, splits, 5 neighbours of a row
+_FEWEST = {"kid": 1_000, "inception_score": 10} | dict.fromkeys(MANIFOLD, 6)
+_FEWEST_REAL = {"kid": 1_000} | dict.fromkeys(MANIFOLD, 6)
+_OF_THE_WHOLE_SET = ("kid", "inception_score", "frechet_infinity", "fid_infinity")  # with --spread as well
+
+
+def fewest_images(metric: str, dimension: int | None = None, spread: int = 0) -> int:
+    """Of how many generated images a metric can be computed; of an extrapolation where the `dimension` is known."""
+    if metric in ("frechet_infinity", "fid_infinity"):
+        return 4 * (dimension or 1)  # a line from twice the dimension to twice of that
+    needed = _FEWEST.get(metric, 2)
+    return 2 * needed if spread and metric not in _OF_THE_WHOLE_SET else needed
 
 
 class FeaturesAndLogits(nn.Module):
-    """Inception's features and its logits, side by side, in one pass."""
+    """The features of Inception's output, and its logits without bias, side by side, in one pass."""
 
     def __init__(self, inception: Any):
         super().__init__()
         self.inception = inception
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([*self.inception.outputs(images, ("pool3", "logits_unbiased")).values()], dim=1)
+        names = (self.inception.output, "logits_unbiased")
+        found = self.inception.outputs(images, names)
+        return torch.cat([found[name] for name in names], dim=1)
+
+
+def takes_logits(extractor: Any) -> bool:
+    """Whether the Inception Score is computed beside these features: pool3's alone, so that it is computed once."""
+    return getattr(extractor, "output", None) == "pool3"
 
 
 @dataclass(frozen=True)
@@ -66,21 +87,34 @@ class FeatureSpace:
         """Metrics for which moments are not enough."""
         return [metric for metric in self.metrics if metric not in (*FRECHET, *LOGIT_METRICS)]
 
-    def check(self) -> None:
+    @property
+    def collects_real(self) -> bool:
+        """Whether features of the real images have to be made."""
+        return self.real.must_collect(bool(self.by_features))
+
+    def check(self, num_images: int | None = None, spread: int = 0) -> None:
         """
-        Before any image is made: whether the real data are there, and are of this extractor.
+        Before any image is made: whether the real data are there, are of this extractor, and suffice.
+
+        Args:
+            num_images (`int`, *optional*): how many images are to be judged, where that is known.
+            spread (`int`, *optional*, defaults to 0): of [`~metrics.scores.feature_metrics`].
 
         Raises:
             FileNotFoundError: there is nothing at the real data's path.
-            ValueError: statistics of another extractor, or none of the features that a metric needs.
+            ValueError: statistics of another extractor, none of the features that a metric needs, or too few images.
         """
+        if spread < 0 or spread == 1:
+            raise ValueError(f"--spread {spread} must be at least 2, or 0 for none: one value has no spread.")
         statistics = self.real.moments_in_file()
         if statistics is not None:
+            module = module_of(self.extractor)
             check_extractor(
                 statistics.metadata,
                 statistics.dimension,
                 extractor=self.name,
                 resize=self.extractor.resize,
+                weights=None if module is None else network_digest(module),
                 extractor_dimension=self.extractor.dimension,
                 path=self.real.path,
             )
@@ -89,13 +123,41 @@ class FeatureSpace:
                 f"{', '.join(self.by_features)} of {self.name}: compared with real features, but {self.real.path} "
                 "holds moments alone: give real images, or statistics made with --features."
             )
-        if self.real.must_collect(bool(self.by_features)):
-            self.open_real()
-        if self.needs_logits and not hasattr(self.extractor, "outputs"):
-            raise ValueError(f"inception_score is of Inception's logits, which {self.name} has not: leave it out.")
+        real_count = self.real.feature_count()
+        if self.collects_real:
+            real_count = getattr(self.open_real(), "__len__", lambda: None)()
+        dimension = self.extractor.dimension if statistics is None else statistics.dimension
+        self._check_counts(num_images, real_count, dimension, spread)
+        if self.needs_logits and not takes_logits(self.extractor):
+            raise ValueError(
+                f"inception_score is of Inception's logits, which come with 'inception', not with {self.name}: leave "
+                "it out, or add inception to --feature-extractor."
+            )
+        if not self.metrics:
+            raise ValueError(f"no metric is asked of {self.name}: give one besides inception_score, or leave it out.")
+
+    def _check_counts(self, made: int | None, real: int | None, dimension: int | None, spread: int) -> None:
+        for metric in self.metrics:
+            needs = (
+                ("generated", made, fewest_images(metric, dimension, spread)),
+                ("real", real, _FEWEST_REAL.get(metric, 2)),
+            )
+            for kind, count, fewest in needs:
+                if count is not None and count < fewest:
+                    raise ValueError(
+                        f"{metric} of {self.name} needs {fewest} {kind} images, but there are {count}: give more, or "
+                        f"leave {metric} out{' or --spread' if spread else ''}."
+                    )
 
     def measure(
-        self, generated: ImageSource, folder: Path, *, seed: int = 0, spread: int = 0, **options: Any
+        self,
+        generated: ImageSource,
+        folder: Path,
+        *,
+        seed: int = 0,
+        spread: int = 0,
+        collected: list[CollectedFeatures] | None = None,
+        **options: Any,
     ) -> dict[str, Any] | None:
         """
         One entry of a report's results, in the main process; all call it.
@@ -104,18 +166,21 @@ class FeatureSpace:
             generated ([`ImageSource`]): the images to judge.
             folder (`Path`): for unfinished work.
             seed, spread: of [`~metrics.scores.feature_metrics`].
+            collected (`list`, *optional*): is given what lies in `folder` at the end, for the caller to remove.
             options: of [`~evaluation.collect.collect_features`]; `resize` and `skip_corrupt` for generated images too.
         """
         state = PartialState()
         about = {"description": {"resize": self.extractor.resize}, **options}
         real, source = None, {}
-        if self.real.must_collect(bool(self.by_features)):
+        if self.collects_real:
             images = self.open_real()
             source = {name: value for name, value in images.description.items() if name in ("split", "revision")}
             real = collect_features(images, self.extractor, folder / f"real-{self.label}", name=self.name, **about)
         network = FeaturesAndLogits(self.extractor) if self.needs_logits else self.extractor
         name = f"{self.name} with logits" if self.needs_logits else self.name
         made = collect_features(generated, network, folder / f"generated-{self.label}", name=name, **about)
+        if collected is not None:
+            collected += [made] if real is None else [real, made]
         if not state.is_main_process:
             return None
         data = self.real.load(real, source)

@@ -16,6 +16,10 @@ from ..metrics.statistics import FeatureStatistics
 from ..metrics.statistics_files import SPATIAL
 from .collect import CollectedFeatures
 
+# how images are resized in files that do not say it: EDM2's .pkl, and ADM's reference batches
+_EDM2_RESIZES = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
+_ADM_RESIZE = "tensorflow"
+
 
 @dataclass(frozen=True)
 class RealData:
@@ -46,9 +50,11 @@ class RealPath:
     What a path holds of real data in an extractor's features.
 
     Attributes:
-        moments (`bool`): a mean and a covariance: a statistics file, or an ADM reference batch, for Inception.
+        moments (`bool`): a mean and a covariance: a statistics file, or an ADM reference batch, for Inception as ADM
+            resizes its images.
         features (`bool`): the features beside them.
         images (`bool`): images, from which both can be made.
+        resize (`str` or `None`): of the moments, where the kind of file tells it.
     """
 
     path: Path
@@ -56,29 +62,62 @@ class RealPath:
     moments: bool
     features: bool
     images: bool
+    resize: str | None = None
 
     @classmethod
-    def look_at(cls, path: str | os.PathLike, extractor: str) -> "RealPath":
+    def look_at(cls, path: str | os.PathLike, extractor: str, resize: str | None = None) -> "RealPath":
+        """
+        Args:
+            path (`str` or `os.PathLike`): a file, a folder, or a dataset's name.
+            extractor (`str`), resize (`str`, *optional*): of the extractor.
+
+        Raises:
+            FileNotFoundError: there is no such statistics file.
+            ValueError: the file holds none of the three.
+        """
         path = Path(path)
         if path.suffix in (".safetensors", ".pkl") and not path.is_file():
             raise FileNotFoundError(f"no statistics file at {path}.")
         if path.suffix == ".safetensors":
             names = _tensor_names(path)
-            return cls(path, extractor, "mean" in names, "features" in names, False)
+            return cls(path, extractor, "mean" in names, "features" in names, False)._checked(names)
+        if path.suffix == ".pkl":
+            return cls(path, extractor, True, False, False, _EDM2_RESIZES.get(extractor))
         if path.suffix != ".npz" or not path.is_file():
-            return cls(path, extractor, path.suffix == ".pkl", False, path.suffix != ".pkl")
+            return cls(path, extractor, False, False, True)
         with open_archive(path) as archive:
             names = set(array_names(archive))
-        images, mean = "arr_0" in names, "mu_s" if extractor == SPATIAL else "mu"
-        ours = not images or extractor.startswith("inception")  # a reference batch's moments are Inception's
-        return cls(path, extractor, ours and mean in names, False, images)
+        moments, images = ("mu_s" if extractor == SPATIAL else "mu") in names, "arr_0" in names
+        if images:  # whose moments are of Inception, with ADM's resize: of others they are made anew
+            moments &= extractor in ("inception", SPATIAL) and resize in (None, _ADM_RESIZE)
+        return cls(path, extractor, moments, False, images, _ADM_RESIZE if images else None)._checked(names)
+
+    def _checked(self, names: set[str]) -> "RealPath":
+        if not (self.moments or self.features or self.images):
+            raise ValueError(
+                f"{self.path} holds {sorted(names)}: for {self.extractor} there are neither statistics nor features "
+                "nor images in it: give what trl-distreward statistics writes, or images."
+            )
+        return self
 
     def must_collect(self, needs_features: bool) -> bool:
         """Whether features of the images have to be made."""
         return self.images and (not self.moments or needs_features)
 
+    def feature_count(self) -> int | None:
+        """Of how many images the file has features, where it has any."""
+        if not self.features:
+            return None
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice("features").get_shape()[0]
+
     def moments_in_file(self) -> FeatureStatistics | None:
-        return FeatureStatistics.load(self.path, self.extractor) if self.moments else None
+        if not self.moments:
+            return None
+        statistics = FeatureStatistics.load(self.path, self.extractor)
+        if self.resize is not None:
+            statistics.metadata["resize"] = self.resize
+        return statistics
 
     def load(self, collected: CollectedFeatures | None, metadata: Mapping[str, str] | None = None) -> RealData:
         """
@@ -92,8 +131,7 @@ class RealPath:
             return RealData(statistics, collected.features(), str(self.path))
         features = load_real_features(self.path, "evaluation") if self.features else None
         if statistics is None:
-            if features is None:
-                raise ValueError(f"{self.path} holds neither statistics nor features nor images.")
+            assert features is not None  # look_at has seen to it
             statistics = FeatureStatistics.from_features(features)
         return RealData(statistics, features, str(self.path))
 

@@ -3,9 +3,10 @@
 Reports of an evaluation: tables for the terminal and for Markdown, results for a model card, and changes from one
 report to another.
 
-A report is a dictionary, as it is written to JSON: `model`, `images` (how many), `settings` of the generation,
-`library`, and `results`, one for each feature extractor: `extractor`, `resize`, `real` (`path`, `count`, `mean_norm`)
-and `metrics`, names to values, a value's spread beside it as `<name>_std`.
+A report is a dictionary, as it is written to JSON: `model`, `images` (how many), `image_resize` and `skip_corrupt` as
+[`collect_features`] was given them, `settings` of the generation, `library`, and `results`, one for each feature
+extractor: `extractor`, `resize`, `real` (`path`, `count`, `mean_norm`) and `metrics`, names to values, a value's
+spread beside it as `<name>_std`.
 """
 
 import json
@@ -83,7 +84,9 @@ def values(report: Report) -> Iterator[tuple[Value, Mapping[str, Any]]]:
 
 
 def read_report(path: str | os.PathLike) -> Report:
-    """Raises `ValueError` where the file is no report."""
+    """Raises `FileNotFoundError` where there is no such file, and `ValueError` where it is no report."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no report at {path}.")
     try:
         report = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -147,6 +150,9 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
+_PREPARATION = {"image_resize": "--resize", "skip_corrupt": "--skip-corrupt"}  # which older reports do not tell
+
+
 @dataclass(frozen=True)
 class Change:
     """A metric of two reports; `percent` of the first's value, as in Table 4 of the paper."""
@@ -161,6 +167,13 @@ class Change:
             return None
         return 100 * (self.after.value - self.before.value) / abs(self.before.value)
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As it is written to JSON."""
+        extractor, resize, metric = self.after.key
+        values = {"before": self.before.value, "after": self.after.value, "percent": self.percent}
+        return {"extractor": extractor, "resize": resize, "metric": metric, **values}
+
 
 def compare_reports(before: Report, after: Report) -> list[Change]:
     """
@@ -168,13 +181,19 @@ def compare_reports(before: Report, after: Report) -> list[Change]:
 
     Raises:
         ValueError: the reports cannot be compared: other numbers of images (the Fréchet distance of fewer images is
-            larger), other real data, or no metric in common, of the same extractor with the same resize.
+            larger), images prepared otherwise, other real data, or no metric in common, of the same extractor with
+            the same resize.
     """
     if before["images"] != after["images"]:
         raise ValueError(
             f"the reports are of {before['images']} and {after['images']} images: distances depend on their number, "
             "so it must be the same: evaluate one of them again."
         )
+    for name, option in _PREPARATION.items():
+        if name in before and name in after and before[name] != after[name]:
+            raise ValueError(
+                f"the reports were made with {option} {before[name]} and {after[name]}: evaluate both with the same."
+            )
     known = {v.key: (v, real) for v, real in values(before)}
     changes = []
     for second, real in values(after):
@@ -195,6 +214,12 @@ def _described(report: Report) -> str:
 
 
 def _check_same_data(features: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    counts = first.get("count"), second.get("count")
+    if None not in counts and counts[0] != counts[1]:
+        raise ValueError(
+            f"the reports are against different real data, {real_name(first)} and {real_name(second)}: evaluate both "
+            "against the same."
+        )
     norms = first["mean_norm"], second["mean_norm"]
     if not math.isclose(*norms, rel_tol=1e-4):
         raise ValueError(
@@ -241,11 +266,20 @@ def eval_results(report: Report, task_type: str = "unconditional-image-generatio
     ]
 
 
+def check_card_folder(folder: str | os.PathLike) -> None:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {folder} for a model card: name one that is there.")
+
+
 def update_card(folder: str | os.PathLike, report: Report) -> Path:
     """
     Writes a report into the model card of a pipeline's folder: its results among the metadata, where those of the same
     metrics give way, and a table in the text. A folder without a card gets one.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
     """
+    check_card_folder(folder)
     path = Path(folder) / "README.md"
     if path.is_file():
         card = ModelCard(path.read_text(), ignore_metadata_errors=False)

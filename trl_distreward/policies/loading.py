@@ -4,6 +4,7 @@
 import inspect
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
+from ..hub import with_retries
 from ..models.edm2 import EDM2UNet2DModel
 from ..models.sit import SiTTransformer2DModel
 from ..pipelines.edm2 import EDM2Pipeline
@@ -55,13 +57,16 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
         kwargs: passed to `from_pretrained`, e.g. `torch_dtype`.
 
     Raises:
-        FileNotFoundError: the folder has no `model_index.json`.
+        FileNotFoundError: the folder has no `model_index.json`, or there is no such folder, repository or revision.
+        PermissionError, ConnectionError: the Hub refuses access, or is not reached and its cache here has no copy.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
             raise FileNotFoundError(f"no folder {name_or_path}: pass a pipeline's folder or a Hub id 'org/name'.")
-        folder = Path(snapshot_download(str(name_or_path), revision=revision))
+        asked = f"there is no folder {name_or_path}, so that it was looked for on the Hub"
+        download = partial(snapshot_download, str(name_or_path), revision=revision)
+        folder = Path(with_retries(download, asked, str(name_or_path)))
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has no model_index.json: it is not a saved diffusers pipeline.")

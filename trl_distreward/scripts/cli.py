@@ -9,12 +9,18 @@ Commands:
   merge       learn with which coefficients to merge checkpoints
   evaluate    measure how far generated images are from real ones
 
-trl-distreward COMMAND --help shows a command's options.
+trl-distreward COMMAND --help shows a command's options. What is wrong with the options, files or repositories of a
+command is told in a line; with TRL_DISTREWARD_TRACEBACK=1 in the environment, with where in the code it was noticed.
 """
 
+import linecache
+import os
 import sys
+import traceback
 from importlib import import_module
 
+# Modules that say what is wrong with what they were given; the same errors of others are faults, and keep their trace.
+_OURS = ("trl_distreward.", "trl.scripts.", "transformers.hf_argparser")
 COMMANDS = ("convert", "statistics", "train", "merge", "evaluate")
 
 
@@ -25,7 +31,22 @@ def main() -> None:
         return
     if arguments[0] not in COMMANDS:
         sys.exit(f"trl-distreward: no command {arguments[0]!r}; there is: {', '.join(COMMANDS)}.")
-    import_module(f"trl_distreward.scripts.{arguments[0]}").main(arguments[1:])
+    command = import_module(f"trl_distreward.scripts.{arguments[0]}")
+    try:
+        command.main(arguments[1:])
+    except (ValueError, OSError) as error:
+        if not is_of_use(error) or os.environ.get("TRL_DISTREWARD_TRACEBACK"):
+            raise
+        sys.exit(f"trl-distreward {arguments[0]}: {error}")
+
+
+def is_of_use(error: ValueError | OSError) -> bool:
+    """Whether an error's message says all: of a `raise` of ours, or of a file that is not there or not readable."""
+    if isinstance(error, FileNotFoundError | PermissionError) and error.filename is not None:
+        return True
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    ours = f"{frame.f_globals.get('__name__')}.".startswith(_OURS)
+    return ours and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ file of the images, and an entry in a model card.
 import argparse
 import gc
 import platform
-import shutil
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from rich.console import Console
 
 from .. import __version__
 from ..evaluation import reports
+from ..evaluation.collect import CollectedFeatures
 from ..evaluation.files import write_json, written_whole
-from ..evaluation.generated import LABELS, GenerationPlan, generate_shards, save_shards_as_npz
-from ..evaluation.measure import FeatureSpace
+from ..evaluation.generated import LABELS, GenerationPlan, generate_shards, remove_shards, save_shards_as_npz
+from ..evaluation.measure import LOGIT_METRICS, FeatureSpace, takes_logits
 from ..evaluation.real import RealPath
-from ..evaluation.sources import ImageSource, open_images
+from ..evaluation.sources import ImageSource, ShardedImages, open_images
 from ..generation import SamplingSchedule
 from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
@@ -101,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("generation")
-    options.add_argument("--num-images", type=int, help="Images of a pipeline (default: 50000).")
+    options.add_argument("--num-images", type=int, default=50_000, help="Images of a pipeline (default: 50000).")
     options.add_argument(
         "--labels", default="balanced", choices=LABELS, help="All classes in turn, or drawn independently."
     )
@@ -139,8 +140,8 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument(
         "--work-dir",
-        help="Where generated images and features are kept, shared by all processes. By default OUTPUT.work, which is "
-        "removed at the end.",
+        help="Where generated images and features are kept, shared by all processes. By default OUTPUT.work; "
+        "what was written there is then removed at the end.",
     )
 
 
@@ -164,85 +165,141 @@ def is_pipeline(model: str) -> bool:
     return (path / "model_index.json").is_file() or (path.suffix != ".npz" and not path.exists())
 
 
-def generate(arguments: argparse.Namespace, model: str, folder: Path) -> tuple[ImageSource, dict[str, Any]]:
-    """The images of a pipeline, and the settings they were made with."""
-    state, schedule = PartialState(), schedule_of(arguments)
+def is_report(given: str) -> bool:
+    return given.endswith(".json")
+
+
+def given_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+    """The names of the options that a command line has, be they at their defaults or not."""
+    unset = object()
+    names = vars(parser.parse_args(argv))
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name for name, value in vars(parsed).items() if value is not unset}
+
+
+def as_options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def refuse_idle_options(arguments: argparse.Namespace, given: set[str]) -> None:
+    """Raises `ValueError` where an option that was `given` would be without effect."""
+    if arguments.compare and given & {"save_npz", "update_card"}:
+        raise ValueError("--save-npz and --update-card are for one --model: leave them out of --compare.")
+    sources = [arguments.model]
+    if arguments.compare:
+        sources = [source for source in arguments.compare if not is_report(source)]
+    if not sources:
+        if idle := sorted(given - {"compare", "output", "markdown"}):
+            raise ValueError(
+                f"{as_options(idle)}: of an evaluation, but {' and '.join(arguments.compare)} are reports of it: "
+                "leave it out."
+            )
+        return
+    pipelines = [source for source in sources if is_pipeline(source)]
+    generation = argparse.ArgumentParser()
+    add_generation_options(generation)
+    of_pipelines = {*vars(generation.parse_args([])), "save_npz"} - {"seed"}  # which is of metrics as well
+    if not pipelines and (idle := sorted(given & of_pipelines)):
+        raise ValueError(
+            f"{as_options(idle)}: of a pipeline's images, but {' and '.join(sources)} holds images: leave it out."
+        )
+    if arguments.model_revision and all(Path(pipeline).is_dir() for pipeline in pipelines):
+        raise ValueError(f"--model-revision is of the Hub, but {' and '.join(pipelines)} is a folder: leave it out.")
+
+
+def plan_of(arguments: argparse.Namespace) -> GenerationPlan:
+    return GenerationPlan(
+        arguments.num_images, schedule_of(arguments), arguments.labels, arguments.seed, arguments.batch_size
+    )
+
+
+def generate(arguments: argparse.Namespace, model: str, plan: GenerationPlan, folder: Path) -> ShardedImages:
+    """The images of a pipeline."""
+    state = PartialState()
     pipeline = load_pipeline(model, revision=arguments.model_revision, dtype=getattr(torch, arguments.dtype))
     policy = as_policy(pipeline, arguments.guidance_scale)
-    plan = GenerationPlan(
-        arguments.num_images or 50_000, schedule, arguments.labels, arguments.seed, arguments.batch_size
-    )
     chosen = {"guidance_scale": arguments.guidance_scale, "dtype": arguments.dtype}
     policy.model.to(state.device)
     policy.to(state.device)
     images = generate_shards(policy, plan, folder, description=chosen)
     if arguments.save_npz and state.is_main_process:
         save_shards_as_npz(images, arguments.save_npz, plan.conditions(policy.num_conditions))
-    return images, images.settings
+    return images
 
 
-def generated_images(arguments: argparse.Namespace, model: str, work_dir: Path) -> tuple[ImageSource, dict[str, Any]]:
-    if is_pipeline(model):
-        images, settings = generate(arguments, model, work_dir / "images")
-        gc.collect()  # the pipeline's memory, before extractors take theirs
-        torch.cuda.empty_cache()
-        return images, settings
-    for option in ("save_npz", "num_images"):
-        if getattr(arguments, option) is not None:
-            raise ValueError(
-                f"--{option.replace('_', '-')} is of a pipeline's images, but {model} holds images: leave it out."
-            )
-    images = open_images(model)
-    return images, getattr(images, "settings", {})
-
-
-def feature_spaces(arguments: argparse.Namespace) -> list[FeatureSpace]:
+def feature_spaces(arguments: argparse.Namespace, num_images: int | None) -> list[FeatureSpace]:
     """Every extractor with its real data, found to fit before anything is generated."""
     names, reals = arguments.feature_extractor, arguments.real or []
     if len(reals) not in (1, len(names)):
         raise ValueError(
             f"--real names {len(reals)} sets for {len(names)} feature extractors: give one for all or one for each."
         )
+    extractors = [find_extractor(name) for name in names]
+    some_take_logits = any(map(takes_logits, extractors))
     spaces = []
-    for name, real in zip(names, reals * len(names) if len(reals) == 1 else reals, strict=True):
-        extractor = find_extractor(name)
+    for extractor, real in zip(extractors, reals * len(names) if len(reals) == 1 else reals, strict=True):
         open_real = cache(partial(open_images, real, **dataset_options(arguments)))
-        space = FeatureSpace(extractor, RealPath.look_at(real, extractor.name), arguments.metrics, open_real)
-        space.check()
+        metrics = arguments.metrics
+        if some_take_logits and not takes_logits(extractor):
+            metrics = [metric for metric in metrics if metric not in LOGIT_METRICS]
+        space = FeatureSpace(extractor, RealPath.look_at(real, extractor.name, extractor.resize), metrics, open_real)
+        space.check(num_images, arguments.spread)
         spaces.append(space)
+    idle = [name for name, value in dataset_options(arguments).items() if value is not None]
+    if idle and not any(space.collects_real for space in spaces):
+        raise ValueError(
+            f"{as_options(idle)}: of a dataset, but {', '.join(reals)} has the statistics that are needed: "
+            "leave it out."
+        )
     return spaces
 
 
-def evaluate(arguments: argparse.Namespace, model: str, work_dir: Path) -> dict[str, Any]:
-    """The report of one model, in the main process; all call it."""
-    spaces = feature_spaces(arguments)
-    images, settings = generated_images(arguments, model, work_dir)
+def evaluate(
+    arguments: argparse.Namespace, model: str, work_dir: Path, leftovers: dict[Path, Callable[[], None]]
+) -> dict[str, Any]:
+    """The report of one model, in the main process; all call it. `leftovers` takes what removes each work folder."""
+    images: ImageSource
+    if is_pipeline(model):
+        plan = plan_of(arguments)
+        spaces = feature_spaces(arguments, plan.num_images)
+        images = generate(arguments, model, plan, work_dir / "images")
+        leftovers[work_dir / "images"] = partial(remove_shards, images)
+        gc.collect()  # the pipeline's memory, before extractors take theirs
+        torch.cuda.empty_cache()
+    else:
+        images = open_images(model)
+        spaces = feature_spaces(arguments, getattr(images, "__len__", lambda: None)())
     options = {
         "batch_size": arguments.batch_size,
         "resize": arguments.resize,
         "skip_corrupt": arguments.skip_corrupt,
         "num_workers": arguments.num_workers,
     }
+    collected: list[CollectedFeatures] = []
     results = [
-        space.measure(images, work_dir, seed=arguments.seed, spread=arguments.spread, **options) for space in spaces
+        space.measure(images, work_dir, seed=arguments.seed, spread=arguments.spread, collected=collected, **options)
+        for space in spaces
     ]
+    leftovers |= {work.folder: work.remove for work in collected}
     if not PartialState().is_main_process:
         return {}
     return {
         "model": model,
         "images": min(result["images"] for result in results if result),
-        "settings": settings,
+        "image_resize": arguments.resize,
+        "skip_corrupt": arguments.skip_corrupt,
+        "settings": getattr(images, "settings", {}),
         "results": results,
         "library": f"trl-distreward {__version__}, torch {torch.__version__}, python {platform.python_version()}",
     }
 
 
-def compare(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
+def compare(
+    arguments: argparse.Namespace, work_dir: Path, leftovers: dict[Path, Callable[[], None]]
+) -> dict[str, Any]:
     """Both reports and what changed, in the main process; all call it."""
-    if arguments.save_npz or arguments.update_card:
-        raise ValueError("--save-npz and --update-card are for one --model: leave them out of --compare.")
     before, after = (
-        reports.read_report(given) if given.endswith(".json") else evaluate(arguments, given, work_dir / name)
+        reports.read_report(given) if is_report(given) else evaluate(arguments, given, work_dir / name, leftovers)
         for given, name in zip(arguments.compare, ("before", "after"), strict=True)
     )
     if not PartialState().is_main_process:
@@ -251,7 +308,7 @@ def compare(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     Console().print(reports.change_table(before, after, changes))
     if arguments.markdown:
         write_text(arguments.markdown, reports.change_markdown(before, after, changes))
-    return {"before": before, "after": after, "percent": {c.after.name: c.percent for c in changes}}
+    return {"before": before, "after": after, "changes": [change.entry for change in changes]}
 
 
 def present(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -270,20 +327,34 @@ def write_text(path: str, text: str) -> None:
         file.write(text)
 
 
+def remove_work(work_dir: Path, leftovers: dict[Path, Callable[[], None]]) -> None:
+    """Removes what this run wrote for itself, and folders that are then empty."""
+    for remove in leftovers.values():
+        remove()
+    for folder in (work_dir / "before", work_dir / "after", work_dir):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def main(argv: list[str] | None = None) -> None:
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    refuse_idle_options(arguments, given_options(parser, argv))
+    if arguments.update_card:
+        reports.check_card_folder(arguments.update_card)
     state = start_processes()
     work_dir = Path(arguments.work_dir or f"{arguments.output}.work")
+    leftovers: dict[Path, Callable[[], None]] = {}
     if arguments.compare:
-        report = compare(arguments, work_dir)
+        report = compare(arguments, work_dir, leftovers)
     else:
-        report = evaluate(arguments, arguments.model, work_dir)
+        report = evaluate(arguments, arguments.model, work_dir, leftovers)
     if state.is_main_process:
+        write_json(arguments.output, report)
         if not arguments.compare:
             present(arguments, report)
-        write_json(arguments.output, report)
         if arguments.work_dir is None:
-            shutil.rmtree(work_dir, ignore_errors=True)
+            remove_work(work_dir, leftovers)
     state.wait_for_everyone()
 
 
