@@ -81,11 +81,11 @@ class DiffusionTrainer(CheckpointingTrainer):
         policy ([`DiffusionPolicy`]): what is trained.
         args ([`~transformers.TrainingArguments`]): arguments.
         steps_per_epoch (`int`): optimizer steps that count as an epoch.
-        eval_conditions: one per evaluated image.
         eval_metrics (`dict[str, ImageMetric]`): metrics of the evaluated images.
         ema_decay (`float`): decay of the average of the weights; 0 keeps none.
         peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter in place of the network's own weights.
-        train_dataset, eval_dataset, callbacks, optimizers: as in [`~transformers.Trainer`].
+        train_dataset, eval_dataset, callbacks, optimizers: as in [`~transformers.Trainer`]; `eval_dataset` has the
+            conditions of the evaluated images, which without one are those of all classes or the training prompts.
     """
 
     # Losses are weighted over the whole update before they are returned.
@@ -96,7 +96,6 @@ class DiffusionTrainer(CheckpointingTrainer):
         policy: DiffusionPolicy,
         args: Any,
         steps_per_epoch: int,
-        eval_conditions: Any,
         eval_metrics: dict[str, ImageMetric],
         ema_decay: float = 0.0,
         peft_config: PeftConfig | None = None,
@@ -107,7 +106,11 @@ class DiffusionTrainer(CheckpointingTrainer):
     ):
         self.policy = policy
         self.steps_per_epoch = steps_per_epoch
-        self.eval_conditions = eval_conditions
+        if policy.num_conditions is None:
+            self._pipeline_tag = "text-to-image"
+            eval_dataset = train_dataset if eval_dataset is None else eval_dataset
+        num_eval = args.num_eval_images or args.reference_set_size
+        self.eval_conditions = conditions_of_slots(policy, eval_dataset, num_eval, args.eval_seed)
         self.eval_metrics = eval_metrics
         self.ema: PolicyEMA | None = None
         self.control: Any

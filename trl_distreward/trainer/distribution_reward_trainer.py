@@ -106,10 +106,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
         args.bind(policy)
         size, column = args.reference_set_size, args.stratify_by
         self.conditions = conditions_of_slots(policy, train_dataset, size, args.seed, column)
-        num_eval = args.num_eval_images or args.reference_set_size
-        if policy.num_conditions is None:
-            self._pipeline_tag = "text-to-image"
-            eval_dataset = train_dataset if eval_dataset is None else eval_dataset
 
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         self.reward_funcs, self.reward_names = self.rewards.functions, self.rewards.names
@@ -132,7 +128,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
             policy=policy,
             args=args,
             steps_per_epoch=math.ceil(args.reference_set_size / images_per_step) * args.num_iterations,
-            eval_conditions=conditions_of_slots(policy, eval_dataset, num_eval, args.eval_seed),
             eval_metrics=self.rewards.metrics() | dict(eval_metrics or {}),
             ema_decay=args.ema_decay,
             peft_config=peft_config,

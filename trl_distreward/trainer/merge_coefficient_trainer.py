@@ -109,9 +109,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         args = args if args is not None else MergeCoefficientConfig(output_dir="merge-coefficients")
         policy = as_policy(model, args.guidance_scale)
         args.bind(policy)
-        if policy.num_conditions is None:
-            self._pipeline_tag = "text-to-image"
-            eval_dataset = train_dataset if eval_dataset is None else eval_dataset
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         for reward in self.rewards.distributional:
             if reward.credit != "shared" or reward.control_variate:
@@ -131,12 +128,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self.initial_coefficients = start.expand(len(self.group_names), -1).clone()  # (G, N_c)
         self.merged_network = self._prepare_merged_network(policy)
         self.conditions = conditions_of_slots(policy, train_dataset, args.reference_set_size, args.seed)
-        num_eval = args.num_eval_images or args.reference_set_size
         super().__init__(
             policy=policy,
             args=args,
             steps_per_epoch=args.max_steps,
-            eval_conditions=conditions_of_slots(policy, eval_dataset, num_eval, args.eval_seed),
             eval_metrics=self.rewards.metrics() | dict(eval_metrics or {}),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
