@@ -174,7 +174,7 @@ def judge(folder: Path) -> tuple[dict[str, Tensor], Digits]:
     answers = torch.cat([mobilenet(part).argmax(1) for part in test_images.split(256)])
     floor["accuracy"] = (answers == test_labels).double().mean().item()
     floors = {name: {"mean": value, "std": 0.0} for name, value in floor.items()}
-    return data, Digits(Path(), spaces, real, mobilenet, real_heldout, floors)
+    return data, Digits(Path(), images, spaces, real, mobilenet, real_heldout, floors)
 
 
 def prepare(cache_folder: Path, folder: Path, seed: int) -> Digits:

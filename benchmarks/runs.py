@@ -28,10 +28,15 @@ IMAGES_PER_UPDATE = 256
 
 
 class StopAtBudget(TrainerCallback):
-    """Ends training before an update that would take more images, for rollouts and for reference sets."""
+    """
+    Ends training before an update that would take more images, for rollouts and for reference sets. On the way it
+    evaluates `evaluations` times, at even distances in images.
+    """
 
-    def __init__(self, budget: int):
+    def __init__(self, budget: int, evaluations: int = 0):
         self.budget = budget
+        self.marks = [budget * (i + 1) // (evaluations + 1) for i in range(evaluations)]
+        self.evaluated: list[int] = []  # images at each evaluation
         self.trainer: Any = None
 
     @property
@@ -43,7 +48,13 @@ class StopAtBudget(TrainerCallback):
         steps = self.trainer.state.global_step
         return IMAGES_PER_UPDATE * steps + self.refreshes * self.trainer.args.reference_set_size
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs, **kwargs):
+        if any(key.startswith("eval_") for key in logs):
+            self.evaluated.append(self.images)
+            return
+        if self.marks and self.images >= self.marks[0]:
+            self.marks = [mark for mark in self.marks if mark > self.images]
+            control.should_evaluate = True
         due = self.trainer.reference_set.is_due(state.global_step)
         if self.images + IMAGES_PER_UPDATE + due * args.reference_set_size > self.budget:
             control.should_training_stop = True
@@ -55,11 +66,12 @@ def build_trainer(
     reward: dict[str, Any] | None = None,
     callbacks: list[TrainerCallback] | None = None,
     others: Sequence[Callable[..., Any]] = (),
+    eval_metrics: dict[str, Any] | None = None,
     **settings: Any,
 ) -> DistributionRewardTrainer:
     """
     A trainer of a prepared generator, at a constant rate; `reward` and `settings` override arguments, `others` are
-    reward functions besides.
+    reward functions and `eval_metrics` metrics besides.
     """
     size = settings.get("replace_size", 1)
     defaults = {
@@ -86,11 +98,11 @@ def build_trainer(
     return DistributionRewardTrainer(
         model=str(digits.base_path),
         reward_funcs=[
-            SubsetReplaceReward(digits.spaces, digits.real, space_weights={"asked": 1.5}, **(reward or {})),
+            SubsetReplaceReward(digits.spaces, digits.real, **{"space_weights": {"asked": 1.5}, **(reward or {})}),
             *others,
         ],
         args=DiffusionDistributionConfig(**{**defaults, **settings}),
-        eval_metrics=digits.eval_metrics(),
+        eval_metrics=digits.eval_metrics() | (eval_metrics or {}),
         callbacks=callbacks,
     )
 
@@ -101,8 +113,11 @@ def run(
     budget: int,
     reward: dict[str, Any] | None = None,
     others: Sequence[Callable[..., Any]] = (),
+    eval_metrics: dict[str, Any] | None = None,
+    evaluations: int = 0,
+    save_to: Path | None = None,
     **settings: Any,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """
     Trains a generator on `budget` images and evaluates it.
 
@@ -112,29 +127,58 @@ def run(
         budget (`int`): images generated, reference sets counted.
         reward (`dict`, *optional*): further arguments of the reward.
         others (`Sequence[Callable]`, *optional*): further reward functions.
+        eval_metrics (`dict`, *optional*): further metrics.
+        evaluations (`int`, *optional*, defaults to 0):
+            evaluations on the way, `"curve"` of the result. Their images are not counted.
+        save_to (`Path`, *optional*): folder for the trained pipeline.
         settings: further fields of the configuration.
+
+    Returns:
+        `dict`: what the training took, what `"seconds"` each of its phases took (`"phases"`, by the clock), and the
+        evaluation as `"{metric} {sampler}"`, or `"{metric} {sampler} {steps}"` where several numbers of steps are
+        evaluated.
     """
-    stop = StopAtBudget(budget)
+    stop = StopAtBudget(budget, evaluations)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": 10_000, **settings, "seed": seed}
-        trainer = build_trainer(prepared, folder, reward, [stop], others, **settings)
+        trainer = build_trainer(prepared, folder, reward, [stop], others, eval_metrics, **settings)
         stop.trainer = trainer
-        evaluations, started = [0], time.process_time()
-        hook = trainer.network.register_forward_hook(lambda _, inputs, output: evaluations.append(len(output[0])))
+        forwards, started = [0], time.process_time()
+        hook = trainer.network.register_forward_hook(lambda _, inputs, output: forwards.append(len(output[0])))
         if budget > 0:
             trainer.train()
         hook.remove()
-        result = {
+        history = trainer.state.log_history
+        result: dict[str, Any] = {
             "updates": trainer.state.global_step,
             "images": stop.images,
             "refreshes": stop.refreshes,
-            "evaluations": sum(evaluations),  # of the network, forward, one image each
+            "evaluations": sum(forwards),  # of the network, forward, one image each; those of evaluations too
             "seconds": time.process_time() - started,  # of the processor: other jobs on the machine do not count
+            "phases": {
+                key: sum(entry.get(key, 0.0) for entry in history)
+                for key in sorted({key for entry in history for key in entry if key.startswith("seconds/")})
+            },
         }
-        metrics = trainer.evaluate()
-    columns = {**METRICS, **{name: name for name in prepared.eval_metrics() if name not in METRICS.values()}}
-    for sampler in trainer.args.eval_samplers:
-        result |= {f"{name} {sampler}": metrics[f"eval_{sampler}_{key}"] for name, key in columns.items()}
+        columns = {metric: name for name, metric in METRICS.items()}
+
+        def named(metrics: dict[str, float]) -> dict[str, float]:
+            values = {}
+            for schedule in trainer.args.eval_schedules:
+                prefix = f"eval_{schedule}_"
+                for key in (*columns, *(key for key in trainer.eval_metrics if key not in columns)):
+                    if f"{prefix}{key}" in metrics:
+                        values[f"{columns.get(key, key)} {schedule.replace('_', ' ')}"] = metrics[f"{prefix}{key}"]
+            return values
+
+        curve = [named(entry) for entry in history if "eval_runtime" in entry]
+        if evaluations:
+            result["curve"] = [
+                {"images": images, **values} for images, values in zip(stop.evaluated, curve, strict=True)
+            ]
+        result |= named(trainer.evaluate())
+        if save_to is not None:
+            trainer.save_model(str(save_to))
     return result
 
 

@@ -252,6 +252,7 @@ class Digits:
     """A pretrained generator, what judges it, and the real images' statistics."""
 
     base_path: Path
+    images: Tensor  # real, the training images
     spaces: dict[str, Callable[..., Tensor]]
     real: dict[str, FeatureStatistics]
     heldout: nn.Module  # with `last_features`
@@ -328,7 +329,7 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
         }
         accuracy = (heldout(test_images).argmax(1) == test_labels).double().mean().item()
         floor["accuracy"] = {"mean": accuracy, "std": 0.0}
-    return Digits(base_path, spaces, real, heldout, real_heldout, floor)
+    return Digits(base_path, train_images, spaces, real, heldout, real_heldout, floor)
 
 
 def parse_args() -> argparse.Namespace:

@@ -32,7 +32,7 @@ class UpdateEMA(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
-            self.trainer.ema.update(self.trainer.network)
+            self.trainer.ema.update(self.trainer.network, state.global_step)
 
 
 class StopOnSIGTERM(TrainerCallback):

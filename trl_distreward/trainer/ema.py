@@ -14,8 +14,12 @@ class PolicyEMA:
     """
     Float32 average of a module's trainable parameters: `average = decay · average + (1 - decay) · parameter`.
 
+    It is of the weights after each update, with weights that sum to one as Adam's bias correction makes them: those
+    before the first update have no part in it, or a short run would mostly average where it started.
+
     Args:
-        model (`torch.nn.Module`): its parameters with `requires_grad` are averaged, starting at their values now.
+        model (`torch.nn.Module`): its parameters with `requires_grad` are averaged, and the average until the first update are
+            their values now.
         decay (`float`): in [0, 1).
     """
 
@@ -31,9 +35,11 @@ class PolicyEMA:
             copy_whole(self.averages[name], whole(average))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes in the weights after update `step`, 1 and on."""
+        share = (1 - self.decay) / (1 - self.decay**step)
         for name, parameter in _trainable(model):
-            self.averages[name].lerp_(parameter.detach().float(), 1 - self.decay)
+            self.averages[name].lerp_(parameter.detach().float(), share)
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:

@@ -1,0 +1,206 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""
+The paper's tables and figures as training runs of a small generator: which arms, on how many images, seen by what.
+
+Sizes follow the paper's by ratio: 1,000 reference images for 5,000, subsets of 8 for 50, 256 new images an update, 10
+steps in training and 50 at evaluation for its 50 and 250.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PAPER: dict[str, Any] = {
+    "replace_size": 8,
+    "reference_refresh_steps": 10,
+    "top_advantage_quantile": 0.25,
+    "ema_decay": 0.0,
+    "lr_scheduler_type": "constant",
+}
+ROLLING: dict[str, Any] = {
+    "replace_size": 1,
+    "reference_update": "rolling",
+    "top_advantage_quantile": 1.0,
+    "ema_decay": 0.9,
+    "lr_scheduler_type": "linear",
+}
+BACKPROP: dict[str, Any] = {**ROLLING, "loss_type": "backprop", "backprop_steps": 3, "sampler": "ode"}
+# Chosen on seed 100, which no other figure uses: python benchmarks/paper rates
+RATES: dict[str, dict[str, float]] = {
+    "digits": {"RL": 2e-4, "RS": 1e-5, "GRPO": 1e-4, "backprop": 2e-4},
+    "mnist": {"RL": 2e-4, "RS": 1e-5, "GRPO": 2e-4, "backprop": 2e-4},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One run: settings of the trainer, or several one after the other, each from where the last one ended.
+
+    Args:
+        kind (`str`): whose learning rate it takes, a key of `RATES`.
+        settings (`dict`): fields of the configuration.
+        reward (`dict`, *optional*): arguments of the reward.
+        after (`Arm`, *optional*): an arm that trains first, on half of the images.
+        sample_wise (`bool`, *optional*, defaults to `False`): whether there is a reward of single images beside.
+        rate_factor (`float`, *optional*, defaults to 1.0): on that rate.
+        rate (`float`, *optional*): another rate.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    reward: dict[str, Any] = field(default_factory=dict)
+    after: "Arm | None" = None
+    sample_wise: bool = False
+    rate_factor: float = 1.0
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    Arms that are compared at equal images generated.
+
+    Args:
+        about (`str`): what is asked.
+        arms (`dict[str, Arm]`): the arms by name.
+        budget (`int`): images of a run, reference sets counted.
+        evaluations (`int`, *optional*, defaults to 0): evaluations on the way.
+        heldout (`bool`, *optional*, defaults to `False`): whether Table 4's metrics are computed.
+        eval_steps (`list[int]`, *optional*, defaults to `[20]`): numbers of sampling steps at evaluation.
+    """
+
+    about: str
+    arms: dict[str, Arm]
+    budget: int
+    evaluations: int = 0
+    heldout: bool = False
+    eval_steps: tuple[int, ...] = (20,)
+
+
+def paper(**settings: Any) -> Arm:
+    return Arm("RL", {**PAPER, **settings})
+
+
+def rolling(reward: dict[str, Any] | None = None, **settings: Any) -> Arm:
+    return Arm("GRPO", {**ROLLING, **settings}, reward or {})
+
+
+RL = paper()
+RS = Arm("RS", {**PAPER, "loss_type": "rft"})
+SAMPLE_WISE = {**ROLLING, "multi_objective_aggregation": "normalize_then_sum"}
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "training": Experiment(
+        "Tables 1, 3, 4 and 6, Fig. 4b: rejection sampling, the paper's recipe and ours, over training",
+        {
+            "rejection sampling": RS,
+            "paper": RL,
+            "policy gradient": rolling(),
+            "recommended": Arm("backprop", BACKPROP),
+        },
+        budget=16_000,
+        evaluations=7,
+        heldout=True,
+        eval_steps=(10, 50),
+    ),
+    "reference_size": Experiment(
+        "Fig. 3a: images of the reference set",
+        {f"N = {size}": paper(reference_set_size=size) for size in (500, 1000, 1500, 2000)},
+        budget=12_000,
+    ),
+    "subset_size": Experiment(
+        "Fig. 3b: images of a subset, 256 in all",
+        {f"n = {size}": paper(replace_size=size) for size in (1, 2, 4, 8, 16, 32)},
+        budget=12_000,
+    ),
+    "selection": Experiment(
+        "Fig. 3c: which subsets are trained on",
+        {
+            "top 25%": RL,
+            "top 50%": paper(top_advantage_quantile=0.5),
+            "top and bottom 25%": paper(selection="top_bottom"),
+            "all": paper(top_advantage_quantile=1.0),
+        },
+        budget=12_000,
+    ),
+    "normalization": Experiment(
+        "Fig. 4a: what advantages are normalized over",
+        {
+            "batch": RL,
+            "group of 4": paper(advantage_normalization="group", num_generations=4),
+            "batch, same slots by 4": paper(num_generations=4),
+        },
+        budget=12_000,
+    ),
+    "stages": Experiment(
+        "Fig. 4c: policy gradients after rejection sampling",
+        {
+            "rejection sampling": RS,
+            "policy gradient": RL,
+            "policy gradient after rejection sampling": Arm("RL", PAPER, after=RS),
+        },
+        budget=12_000,
+    ),
+    "refresh": Experiment(
+        "Fig. 5: updates between two generations of the reference set",
+        {
+            **{f"every {steps}": paper(reference_refresh_steps=steps) for steps in (5, 10, 20)},
+            "auto": paper(reference_refresh_steps="auto"),
+            "rolling": paper(reference_update="rolling"),
+        },
+        budget=12_000,
+    ),
+    "sample_wise": Experiment(
+        "Fig. 1: a reward of single images, alone and beside the distance",
+        {
+            f"{name}{'' if factor == 1 else f', rate × {factor:g}'}": Arm(
+                "GRPO", {**SAMPLE_WISE, "reward_weights": weights}, sample_wise=True, rate_factor=factor
+            )
+            for factor in (1.0, 3.0)
+            for name, weights in (("sample-wise", [0.0, 1.0]), ("distribution", [1.0, 0.0]), ("both", [1.0, 0.5]))
+        },
+        budget=9_000,
+        heldout=True,
+    ),
+    "noise": Experiment(
+        "The SDE-ODE gap: noise in training by what the ODE gains",
+        {
+            "sit": rolling(),
+            "sit, level 0.35": rolling(noise_level=0.35),
+            "flow_grpo": rolling(noise_schedule="flow_grpo"),
+            "dance": rolling(noise_schedule="dance", last_step_size=0.04),
+            "cps": rolling(noise_schedule="cps"),
+            "sit, sliding window of 4": rolling(sde_window_size=4),
+            "sit, random window of 2": rolling(sde_window_size=2, sde_window="random"),
+            "sit, 5 steps": rolling(num_inference_steps=5),
+            "back-propagation, SDE": Arm("backprop", {**BACKPROP, "sampler": "sde"}),
+            "back-propagation, ODE": Arm("backprop", BACKPROP),
+        },
+        budget=7_000,
+    ),
+    "recipe": Experiment(
+        "A better recipe: each part alone on the paper's, and the recommended without it",
+        {
+            "paper": RL,
+            "+ all subsets": paper(top_advantage_quantile=1.0),
+            "+ one image a subset": paper(replace_size=1),
+            "+ leave-one-in credit": Arm("RL", PAPER, {"credit": "leave_one_in"}),
+            "+ control variate": Arm("RL", PAPER, {"control_variate": True}),
+            "+ debiased": Arm("RL", PAPER, {"debias": True}),
+            "+ rolling set": paper(reference_update="rolling"),
+            "+ automatic refresh": paper(reference_refresh_steps="auto"),
+            "+ averaged weights": paper(ema_decay=0.9),
+            "+ falling rate": paper(lr_scheduler_type="linear"),
+            "+ KL": paper(beta=0.01),
+            "policy gradient": rolling(),
+            "policy gradient, top 25%": rolling(top_advantage_quantile=0.25),
+            "policy gradient, n = 8": rolling(replace_size=8),
+            "policy gradient, refreshed": rolling(reference_update="refresh"),
+            "policy gradient, not averaged": rolling(ema_decay=0.0),
+            "policy gradient, constant rate": rolling(lr_scheduler_type="constant"),
+            "policy gradient, one space": rolling({"space_weights": {"middle": 0, "pixels": 0, "asked": 0}}),
+            "recommended": Arm("backprop", BACKPROP),
+        },
+        budget=7_000,
+    ),
+}

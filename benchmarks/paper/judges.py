@@ -1,0 +1,114 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""What no reward sees: the metrics of the paper's Table 4 in held-out features, and a second held-out network."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from runs import Digits
+from torch import Tensor, nn
+
+from trl_distreward import FeatureDistance, FeatureStatistics
+from trl_distreward.metrics import extract_features, feature_metrics
+
+NUM_REAL = 2000  # real images that generated ones are compared with one by one
+METRICS = ("kernel", "mmd", "precision", "recall", "density", "coverage")
+
+
+class Autoencoder(nn.Module):
+    """Two layers to a code of 32 numbers and two back, on uint8 images: features that no label has shaped."""
+
+    def __init__(self, num_pixels: int):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(num_pixels, 256), nn.GELU(), nn.Linear(256, 32))
+        self.decoder = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, num_pixels))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.encoder(images.flatten(1).float() / 127.5 - 1)
+
+    @classmethod
+    def trained(cls, images: Tensor, steps: int = 1000) -> "Autoencoder":
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = cls(images[0].numel())
+            optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+            for _ in range(steps):
+                part = images[torch.randint(0, len(images), (128,))]
+                loss = F.mse_loss(model.decoder(model.features(part)), part.flatten(1).float() / 127.5 - 1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return model.requires_grad_(False).eval()
+
+
+class HeldOutFeatures:
+    """Features of the generated images, collected once for all metrics."""
+
+    def __init__(self, extractor: Any, real: Tensor):
+        self.extractor, self.real = extractor, extract_features(extractor, real)
+        self.collected: list[Tensor] = []
+        self.values: dict[str, float] = {}
+
+    def metrics(self) -> dict[str, "OneOf"]:
+        return {name: OneOf(self, name, feeds=name == METRICS[0]) for name in METRICS}
+
+
+class OneOf:
+    """One metric of the collected features; the first of them collects."""
+
+    def __init__(self, features: HeldOutFeatures, name: str, feeds: bool):
+        self.features, self.name, self.feeds = features, name, feeds
+
+    def reset(self) -> None:
+        if self.feeds:
+            self.features.collected, self.features.values = [], {}
+
+    @torch.no_grad()
+    def update(self, images: Tensor, conditions: Any) -> None:
+        if self.feeds:
+            self.features.collected.append(extract_features(self.features.extractor, images))
+
+    def compute(self) -> float:
+        if not self.features.values:
+            collected = torch.cat(self.features.collected)
+            self.features.values = feature_metrics(self.features.real, collected, METRICS)
+        return self.features.values[self.name]
+
+
+def heldout_metrics(prepared: Digits) -> dict[str, Any]:
+    """Table 4's metrics beside the held-out Fréchet distance, which is evaluated anyway."""
+    autoencoder = Autoencoder.trained(prepared.images)
+    statistics = FeatureStatistics.from_features(extract_features(autoencoder.features, prepared.images))
+    heldout = HeldOutFeatures(prepared.heldout.last_features, prepared.images[:NUM_REAL])
+    return {**heldout.metrics(), "fd_autoencoder": FeatureDistance(autoencoder.features, statistics)}
+
+
+class LogOdds:
+    """Log-odds that a classifier gives the digit that was asked for, of each image."""
+
+    __name__ = "log_odds"
+
+    def __init__(self, classifier: nn.Module):
+        self.classifier = classifier
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, conditions: Tensor, **kwargs: Any) -> Tensor:
+        logits, asked = self.classifier(images), conditions[:, None].to(images.device)
+        return logits.gather(1, asked)[:, 0] - logits.scatter(1, asked, -torch.inf).logsumexp(dim=1)
+
+
+class MeanOf:
+    """Mean of a sample-wise reward, as a metric."""
+
+    def __init__(self, reward: LogOdds):
+        self.reward = reward
+        self.reset()
+
+    def reset(self) -> None:
+        self.values: list[Tensor] = []
+
+    def update(self, images: Tensor, conditions: Tensor) -> None:
+        self.values.append(self.reward(images=images, conditions=conditions))
+
+    def compute(self) -> float:
+        return torch.cat(self.values).mean().item()
