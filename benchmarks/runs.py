@@ -30,12 +30,12 @@ IMAGES_PER_UPDATE = 256
 class StopAtBudget(TrainerCallback):
     """
     Ends training before an update that would take more images, for rollouts and for reference sets. On the way it
-    evaluates `evaluations` times, at even distances in images.
+    evaluates after each number of images in `evaluations`.
     """
 
-    def __init__(self, budget: int, evaluations: int = 0):
+    def __init__(self, budget: int, evaluations: Sequence[int] = ()):
         self.budget = budget
-        self.marks = [budget * (i + 1) // (evaluations + 1) for i in range(evaluations)]
+        self.marks = list(evaluations)
         self.evaluated: list[int] = []  # images at each evaluation
         self.trainer: Any = None
 
@@ -114,7 +114,7 @@ def run(
     reward: dict[str, Any] | None = None,
     others: Sequence[Callable[..., Any]] = (),
     eval_metrics: dict[str, Any] | None = None,
-    evaluations: int = 0,
+    evaluations: Sequence[int] = (),
     save_to: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -128,8 +128,8 @@ def run(
         reward (`dict`, *optional*): further arguments of the reward.
         others (`Sequence[Callable]`, *optional*): further reward functions.
         eval_metrics (`dict`, *optional*): further metrics.
-        evaluations (`int`, *optional*, defaults to 0):
-            evaluations on the way, `"curve"` of the result. Their images are not counted.
+        evaluations (`Sequence[int]`, *optional*):
+            evaluations after so many images, `"curve"` of the result. Those they generate are not counted.
         save_to (`Path`, *optional*): folder for the trained pipeline.
         settings: further fields of the configuration.
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
 Tables and plots of what was measured, into the docs: a comment `<!-- table NAME DATA -->` is followed by that table,
-up to `<!-- end -->`.
+up to `<!-- end -->`. `<!-- table table_3 DATA ARM -->` names an arm.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 Runs = dict[str, list[dict[str, Any]]]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "source"
-PAGE = DOCS / "paper_in_miniature.md"
+MARK = re.compile(r"<!-- table (\w+) (\w+)(?: (.+?))? -->\n.*?<!-- end -->", re.DOTALL)
 TARGET = 0.7  # of the base's held-out distance: the paper's margin, 8.30 to 5.77
 TABLE_4 = {  # of the paper, in percent
     "fd_heldout": ("Fréchet distance", "FID -30.5%"),
@@ -227,15 +227,26 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
 }
 
 
+def pages() -> list[Path]:
+    """Those with tables to fill."""
+    return [path for path in sorted(DOCS.glob("*.md")) if MARK.search(path.read_text())]
+
+
+def asked(text: str) -> list[tuple[str, str]]:
+    """Tables of a page and the data they are of."""
+    return [(match[1], match[2]) for match in MARK.finditer(text)]
+
+
 def filled(text: str, folder: Path) -> str:
     """The page with every table as the results have it."""
 
     def fill(match: re.Match) -> str:
-        name, data, *more = match[1].split(" ", 2)
+        name, data, arm = match.groups()
         source, build = TABLES[name]
-        return f"<!-- table {match[1]} -->\n\n{build(load(folder, source, data), *more)}\n\n<!-- end -->"
+        made = build(load(folder, source, data), *([arm] if arm else []))
+        return f"<!-- table {' '.join(filter(None, match.groups()))} -->\n\n{made}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- table (.+?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return MARK.sub(fill, text)
 
 
 def draw_training(runs: Runs, path: Path) -> None:
@@ -262,7 +273,10 @@ def draw_training(runs: Runs, path: Path) -> None:
 
 
 def write_page(folder: Path) -> None:
-    PAGE.write_text(filled(PAGE.read_text(), folder))
+    """Fills every page's tables, and draws the plots beside them."""
+    for path in pages():
+        path.write_text(filled(path.read_text(), folder))
     for data in ("digits", "mnist"):
         if (folder / f"training_{data}.json").is_file():
+            (DOCS / "images").mkdir(exist_ok=True)
             draw_training(load(folder, "training", data), DOCS / "images" / f"training_{data}.png")

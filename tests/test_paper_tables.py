@@ -1,0 +1,52 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""The documented tables are those of the results that are kept."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "paper"
+
+
+@pytest.fixture
+def page(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("page")
+
+
+def test_documented_tables_are_those_of_the_results(page):
+    pages = page.pages()
+    assert pages
+    for path in pages:
+        text = path.read_text()
+        assert page.filled(text, FOLDER) == text, f"{path.name}: run python benchmarks/paper page"
+
+
+def test_every_result_is_shown_and_has_its_base(page):
+    shown = {page.TABLES[name][0] + "_" + data for path in page.pages() for name, data in page.asked(path.read_text())}
+    kept = {path.stem for path in FOLDER.glob("*.json")} - {"rates_digits", "rates_mnist"}
+    assert kept == shown
+    for path in FOLDER.glob("*.json"):
+        runs = page.load(FOLDER, *path.stem.rsplit("_", 1))
+        assert all(len(results) == len(next(iter(runs.values()))) for results in runs.values()), path.name
+
+
+def test_interval_is_that_of_the_mean(page):
+    low, high = page.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    # of all 3,125 resamples 1 in 3,125 has mean 1; 2.5% lie at or below 1.8
+    assert (low, high) == (1.8, 4.2)
+    assert page.interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_images_to_target_are_interpolated_and_a_miss_is_none(page):
+    def run(**values):
+        return {"seed": 0, **values}
+
+    runs = {
+        "base": [run(images=0, d=10.0)],
+        "reaches": [run(images=300, d=1.0, curve=[{"images": 100, "d": 8.0}, {"images": 200, "d": 6.0}])],
+        "misses": [run(images=300, d=9.0, curve=[{"images": 100, "d": 8.0}, {"images": 200, "d": 7.5}])],
+    }
+    assert page.images_to_target(runs, "reaches", "d") == [150.0]
+    assert page.images_to_target(runs, "misses", "d") == [float("inf")]
