@@ -12,6 +12,7 @@ _PUBLIC = {
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
+    "DiffusionTrainerConfig": "trainer.base_config",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
     "EDM2Pipeline": "pipelines.edm2",
     "EDM2UNet2DModel": "models.edm2",
@@ -65,6 +66,7 @@ __all__ = [
     "DebiasedDistance",
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
+    "DiffusionTrainerConfig",
     "DistributionRewardTrainer",
     "EDM2Pipeline",
     "EDM2UNet2DModel",
@@ -116,6 +118,7 @@ if TYPE_CHECKING:
     from .pipelines.sit import SiTPipeline
     from .policies import ClassConditionalPolicy, DiffusionPolicy, as_policy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward
+    from .trainer.base_config import DiffusionTrainerConfig
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer

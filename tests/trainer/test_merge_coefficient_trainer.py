@@ -428,6 +428,30 @@ def test_configurations_that_cannot_be_meant_are_refused(tmp_path, settings, mes
         MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
+def test_another_method_keeps_what_both_use_and_is_checked(tmp_path):
+    shared = {"output_dir": str(tmp_path), "use_cpu": True, "num_generations": 6, "checkpoint_stds": [0.1, 0.2]}
+    config = MergeCoefficientConfig(**shared, method="emanet", learning_rate=0.5, sampling_std=0.3)
+    for method in METHODS:
+        other = config.with_method(method, output_dir=str(tmp_path / method))
+        assert (other.method, other.num_generations, other.output_dir) == (method, 6, str(tmp_path / method))
+        assert other.learning_rate == (0.5 if method == "emanet" else 0.01)
+        assert other.sampling_std == (0.15 if method == "grid" else 0.3)
+    assert (config.method, config.learning_rate, config.output_dir) == ("emanet", 0.5, str(tmp_path))
+    softmax = MergeCoefficientConfig(**shared, coefficient_map="softmax")
+    with pytest.raises(ValueError, match="set coefficient_map='affine'"):
+        softmax.with_method("grid")
+
+
+def test_candidates_are_decoded_in_slices_and_guided_as_sit_guides(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, decode_batch_size=3, guidance_scale=1.5, guidance_channels=1)
+    sizes, decode = [], trainer.policy.decode
+    trainer.policy.decode = lambda x: sizes.append(len(x)) or decode(x)
+    trainer.judge.judge_one(trainer.initial_coefficients, step=1)
+    assert sum(sizes) == 20 and max(sizes) == 3 and trainer.policy.guidance_channels == 1
+    with pytest.raises(ValueError, match="guidance_channels=5 must lie in 1 to 1"):
+        tiny_merge_trainer(tmp_path, pool, guidance_channels=5)
+
+
 def test_start_is_a_word_or_numbers(tmp_path):
     for given in ("0.5, -0.5,1", [0.5, -0.5, 1]):
         config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=given)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..generation import image_generators, sample, take
 from ..merging.checkpoints import CheckpointPool
-from ..policies import DiffusionPolicy, to_uint8
+from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from .reward_functions import RewardFunctions
 
@@ -154,7 +154,7 @@ class CandidateJudge:
             generators = image_generators(self.args.seed, stream, noise, indices)
             with self.autocast():  # the network only: decoding and features stay in full precision
                 x = sample(self.policy, self.network, batch, self.args.rollout_schedule, generators).sample
-            images = to_uint8(self.policy.decode(x))
+            images = decode_uint8(self.policy, x, self.args.decode_batch_size)
             features = [r.extract(images, batch, check_finite=False) for r in self.rewards.distributional]
             if not all(bool(v.isfinite().all()) for v in (x, *(v for spaces in features for v in spaces.values()))):
                 return None, torch.full_like(values, torch.nan)

@@ -1,11 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from dataclasses import dataclass, field
 
-from trl.trainer.base_config import _BaseConfig
-
 from ..generation import SamplingSchedule
 from ..policies import DiffusionPolicy
-from ..sampling import ODE_SOLVERS, TIME_GRIDS
+from ..sampling import ODE_SOLVERS
+from .base_config import DiffusionTrainerConfig
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 
 REFERENCE_UPDATES = ("refresh", "rolling")
@@ -20,7 +19,6 @@ _CHOICES = {
     "selection_scope": ("global", "local"),
     "multi_objective_aggregation": AGGREGATIONS,
     "sde_window": ("sliding", "random"),
-    "time_grid": TIME_GRIDS,
     "step_weighting": ("uniform", "noise"),
 }
 # Fields of other loss types
@@ -46,18 +44,19 @@ _UNUSED = {
 
 
 @dataclass
-class DiffusionDistributionConfig(_BaseConfig):
+class DiffusionDistributionConfig(DiffusionTrainerConfig):
     r"""
     Configuration of the [`DistributionRewardTrainer`].
 
-    Besides the parameters below it takes all of [`~transformers.TrainingArguments`]. Defaults are those of the paper
+    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `reward_weights`,
+    `noise_schedule`, `noise_level`, `last_step_size`, `time_grid`, `time_shift`, `guidance_scale`,
+    `guidance_channels`, `decode_batch_size`, `max_skipped_updates`, `num_eval_images` and `eval_seed`; and all of
+    [`~transformers.TrainingArguments`]. Defaults are those of the paper
     ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)), Section 4.1, where it gives them.
 
     Parameters:
         > Parameters that control the reward
 
-        reference_set_size (`int`, *optional*, defaults to `5000`):
-            Images N of the generated reference set.
         num_subsets (`int`, *optional*, defaults to `128`):
             Subsets B generated and judged per update, over all processes; a multiple of their number.
         replace_size (`int`, *optional*, defaults to `50`):
@@ -78,8 +77,6 @@ class DiffusionDistributionConfig(_BaseConfig):
         best_of_n (`int`, *optional*, defaults to `1`):
             Candidates generated for every slot, of which the one with the best replaced distance by itself is kept
             before subsets are judged (Appendix C).
-        reward_weights (`list[float]`, *optional*):
-            Weights of several reward functions; all 1 by default.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             Whether several rewards are summed before advantages are normalized, or each is normalized first.
 
@@ -90,12 +87,6 @@ class DiffusionDistributionConfig(_BaseConfig):
             Euler's method, is for `loss_type="backprop"`.
         num_inference_steps (`int`, *optional*, defaults to `50`):
             Steps of the rollouts and of the reference set.
-        noise_schedule (`str`, *optional*, defaults to `"sit"`):
-            `"sit"`, `"flow_grpo"`, `"dance"` or `"cps"`, see [`~sampling.transition`].
-        noise_level (`float`, *optional*, defaults to `1.0`):
-            η of the noise schedule; with `"sit"`, 1 is SiT's own sampler.
-        last_step_size (`float`, *optional*, defaults to `0.04`):
-            Size of a last step without noise, SiT's "Mean" step, which is not trained. `None`: all steps are equal.
         sde_window_size (`int`, *optional*):
             Steps with noise; the others follow the ODE and are not trained. All steps by default. 1 or 2 with
             `sde_window="random"` is Flow-GRPO-Fast.
@@ -104,20 +95,8 @@ class DiffusionDistributionConfig(_BaseConfig):
             starts again (MixGRPO, arXiv 2507.21802). `"random"`: drawn anew at each generation.
         sde_window_interval (`int`, *optional*, defaults to `25`):
             Generations between two moves of the sliding window.
-        time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`; `"karras"`: EDM's noise levels; or `"scheduler"`: the times of the pipeline's own scheduler,
-            in training as in evaluation. The latter two need `last_step_size=None`.
-        time_shift (`float`, *optional*, defaults to `1.0`):
-            Resolution shift of the time grid; 1 is none.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Classifier-free guidance in rollouts, training and evaluation; 1 is none.
-        guidance_channels (`int`, *optional*):
-            Guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
         rollout_batch_size (`int`, *optional*):
             Images at a time per process in rollouts; `per_device_train_batch_size` by default.
-        decode_batch_size (`int`, *optional*):
-            Of these, and of those at evaluation, samples decoded to images at a time; all by default. The VAE then
-            never takes more memory than so many images need.
 
         > Parameters that control the update
 
@@ -171,8 +150,6 @@ class DiffusionDistributionConfig(_BaseConfig):
             [`~rewards.reward_diagnostics`]. At a generation whose reference set is new these are a placebo's.
         log_steps (`bool`, *optional*, defaults to `False`):
             Logs |Δ log p| between rollout and replay for every trained step, not only their mean.
-        max_skipped_updates (`int`, *optional*, defaults to `5`):
-            Updates in a row that may be skipped for values that are not finite before training stops.
 
         > Parameters that control evaluation
 
@@ -185,36 +162,23 @@ class DiffusionDistributionConfig(_BaseConfig):
             `"euler"`, `"heun"`, `"heun2"`, `"dopri5"`, or on the grid `"karras"` EDM's `"heun_sigma"`, see
             [`~sampling.solve_ode`]. `"dopri5"` chooses its steps itself: the ODE is then evaluated once, whatever
             `num_inference_steps_eval`.
-        num_eval_images (`int`, *optional*):
-            Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
-        eval_seed (`int`, *optional*, defaults to `0`):
-            Seed of the evaluation noise, the same at every evaluation.
 
-    > Parameters with other defaults than [`~transformers.TrainingArguments`]: `learning_rate=1e-5`,
-    > `lr_scheduler_type="constant"`, `max_steps=450`, `save_steps=50`, `logging_steps=1`,
-    > `ddp_find_unused_parameters=False`, `remove_unused_columns=False`. A lower value of `metric_for_best_model` is
-    > the better one unless `greater_is_better` says otherwise.
+    > Parameters with other defaults than [`~transformers.TrainingArguments`], besides those that
+    > [`DiffusionTrainerConfig`] names: `learning_rate=1e-5`, `max_steps=450`, `save_steps=50`,
+    > `ddp_find_unused_parameters=False`.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate; 1e-5 in the paper."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     max_steps: int = field(
         default=450,
         metadata={"help": "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."},
     )
     save_steps: float = field(default=50, metadata={"help": "Optimizer steps between two checkpoints."})
-    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two logs."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Alias of activation_checkpointing, which transformers prefers."}
-    )
-    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the network under bfloat16 autocast."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept False: columns are conditions."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for unused parameters."}
     )
 
     # Parameters that control the reward
-    reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated reference set."})
     num_subsets: int = field(default=128, metadata={"help": "Subsets judged per update, over all processes."})
     replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
     stratify_by: str | None = field(
@@ -231,9 +195,6 @@ class DiffusionDistributionConfig(_BaseConfig):
         default=0.5, metadata={"help": "Drift that brings a refresh under 'auto', in standard deviations."}
     )
     best_of_n: int = field(default=1, metadata={"help": "Candidates generated for every slot; the best is kept."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
-    )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={"help": "How several rewards become one advantage.", "choices": list(AGGREGATIONS)},
@@ -242,33 +203,13 @@ class DiffusionDistributionConfig(_BaseConfig):
     # Parameters that control generation
     sampler: str = field(default="sde", metadata={"help": "Sampler of the rollouts.", "choices": ["sde", "ode"]})
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the rollouts and of the reference set."})
-    noise_schedule: str = field(
-        default="sit",
-        metadata={"help": "Noise schedule of the SDE.", "choices": ["sit", "flow_grpo", "dance", "cps"]},
-    )
-    noise_level: float = field(default=1.0, metadata={"help": "Noise level of the SDE."})
-    last_step_size: float | None = field(
-        default=0.04, metadata={"help": "Size of a last step without noise; None: all steps are equal."}
-    )
     sde_window_size: int | None = field(default=None, metadata={"help": "Steps with noise; None: all."})
     sde_window: str = field(
         default="sliding", metadata={"help": "How the window of noise moves.", "choices": ["sliding", "random"]}
     )
     sde_window_interval: int = field(default=25, metadata={"help": "Generations between two moves of the window."})
-    time_grid: str = field(
-        default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
-    )
-    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
-    guidance_channels: int | None = field(
-        default=None, metadata={"help": "Guide so many of the first channels only; 3 is what SiT's code does."}
-    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Images at a time per process in rollouts."}
-    )
-
-    decode_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples decoded to images at a time; None: all of a rollout's batch."}
     )
 
     # Parameters that control the update
@@ -319,10 +260,6 @@ class DiffusionDistributionConfig(_BaseConfig):
         default=False, metadata={"help": "Logs how much of the rewards' spread is the images' doing."}
     )
     log_steps: bool = field(default=False, metadata={"help": "Logs the change of log p for every trained step."})
-    max_skipped_updates: int = field(
-        default=5, metadata={"help": "Updates in a row that may be skipped for values that are not finite."}
-    )
-
     # Parameters that control evaluation
     num_inference_steps_eval: list[int] = field(
         default_factory=lambda: [250], metadata={"help": "Steps at evaluation; several are evaluated in turn."}
@@ -333,26 +270,19 @@ class DiffusionDistributionConfig(_BaseConfig):
     eval_solver: str = field(
         default="euler", metadata={"help": "Solver of the evaluated ODE.", "choices": list(ODE_SOLVERS)}
     )
-    num_eval_images: int | None = field(default=None, metadata={"help": "Images per evaluation."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        self._check_choices(_CHOICES)
         self._check_reward()
         self._check_update()
-        self.rollout_schedule, self.eval_schedules = self._schedules()
+        self._set_schedules(*self._schedules())
         if self.time_grid != "scheduler":
             self._check_steps()
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better: bool | None = False
         super().__post_init__()
 
     def bind(self, policy: DiffusionPolicy) -> None:
         """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
-        self.rollout_schedule = self.rollout_schedule.on(policy)
-        self.eval_schedules = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
+        super().bind(policy)
         self._check_steps()
 
     def _check_steps(self) -> None:
@@ -378,12 +308,7 @@ class DiffusionDistributionConfig(_BaseConfig):
         counts = ["reference_set_size", "replace_size", "num_iterations", "best_of_n", "sde_window_interval"]
         if self.reference_refresh_steps != "auto":
             counts.append("reference_refresh_steps")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("rollout_batch_size", "decode_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or None.")
+        self._check_counts((*counts, "rollout_batch_size"))
         if self.replace_size >= self.reference_set_size:
             raise ValueError(
                 f"replace_size={self.replace_size} is not smaller than reference_set_size={self.reference_set_size}: "
@@ -421,7 +346,10 @@ class DiffusionDistributionConfig(_BaseConfig):
         self._check_backprop_steps()
         if self.loss_type == "backprop":
             self._check_backprop()
-        self._refuse_ignored()
+        # a share of 1.0 says what is done anyway
+        moot = {"top_advantage_quantile"} if self.top_advantage_quantile == 1.0 else set()
+        unused = [name for name in _UNUSED[self.loss_type] if name not in moot]
+        self._refuse_ignored(unused, f"loss_type={self.loss_type!r}", "choose another loss_type")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: every update already "
@@ -466,33 +394,14 @@ class DiffusionDistributionConfig(_BaseConfig):
                 "has not: use reference_update='rolling' or a number of steps."
             )
 
-    def _refuse_ignored(self) -> None:
-        """What the loss type has no use for must be at its default, so that nobody believes it does something."""
-        for name in _UNUSED[self.loss_type]:
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            # a share of 1.0 says what is done anyway
-            if str(value) != str(default) and not (name == "top_advantage_quantile" and value == 1.0):
-                raise ValueError(
-                    f"{name}={value!r} does nothing under loss_type={self.loss_type!r}: leave it at {default!r}, or "
-                    "choose another loss_type."
-                )
-
     def _schedules(self) -> tuple[SamplingSchedule, dict[str, SamplingSchedule]]:
         if self.sampler == "ode" and self.loss_type != "backprop":
             raise ValueError(
                 "sampler='ode': a policy gradient needs the density of each step, which the ODE has not; use "
                 "sampler='sde'. Evaluation runs the ODE besides, see eval_samplers."
             )
-        shared = {
-            "noise_schedule": self.noise_schedule,
-            "noise_level": self.noise_level,
-            "last_step_size": self.last_step_size,
-            "solver": self.eval_solver,
-            "time_grid": self.time_grid,
-            "time_shift": self.time_shift,
-        }
         # the steps of a rollout are Euler's, also of its ODE
-        rollout = SamplingSchedule(self.num_inference_steps, self.sampler, **{**shared, "solver": "euler"})  # type: ignore[arg-type]
+        rollout = self._schedule(self.num_inference_steps, self.sampler, "euler")
         if isinstance(self.num_inference_steps_eval, int):
             self.num_inference_steps_eval = [self.num_inference_steps_eval]
         counts = list(dict.fromkeys(self.num_inference_steps_eval))
@@ -501,7 +410,7 @@ class DiffusionDistributionConfig(_BaseConfig):
         evaluation = {}
         for name in self.eval_samplers:
             for count in counts:
-                schedule = SamplingSchedule(count, name, **shared)  # type: ignore[arg-type]
+                schedule = self._schedule(count, name, self.eval_solver)
                 one = len(counts) == 1 or schedule.num_evaluations is None
                 evaluation[name if one else f"{name}_{count}"] = schedule
         return rollout, evaluation

@@ -101,8 +101,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args if args is not None else DiffusionDistributionConfig(output_dir="distribution-reward")
-        channels = {} if args.guidance_channels is None else {"guidance_channels": args.guidance_channels}
-        policy = as_policy(model, args.guidance_scale, **channels)
+        policy = as_policy(model, **args.guidance())
         args.bind(policy)
         size, column = args.reference_set_size, args.stratify_by
         self.conditions = conditions_of_slots(policy, train_dataset, size, args.seed, column)

@@ -107,7 +107,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args if args is not None else MergeCoefficientConfig(output_dir="merge-coefficients")
-        policy = as_policy(model, args.guidance_scale)
+        policy = as_policy(model, **args.guidance())
         args.bind(policy)
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         for reward in self.rewards.distributional:
