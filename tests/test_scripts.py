@@ -194,6 +194,8 @@ def test_dry_run_prints_what_the_run_takes_and_leaves_nothing(recipe, tmp_path, 
     printed = capsys.readouterr().out
     assert "2 steps on CPU" in printed and "network evaluations" in printed and printed.rstrip().endswith("fits")
     assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "samples").exists()
+    train.main(["--config", str(recipe), "--dry-run", "--recipe", "recommended", "--log_rewards", "False"])
+    assert capsys.readouterr().out.rstrip().endswith("fits")
     monkeypatch.setattr("trl_distreward.trainer.dry_run.memory_capacity", lambda *_: 1000.0)
     with pytest.raises(SystemExit) as stopped:
         train.main(["--config", str(recipe), "--dry-run"])

@@ -27,6 +27,7 @@ _PUBLIC = {
     "LogSamplesCallback": "trainer.callbacks",
     "MergeCoefficientConfig": "trainer.merge_coefficient_config",
     "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
+    "RECIPES": "trainer.recipes",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SlicedWassersteinDistance": "metrics.sliced",
@@ -81,6 +82,7 @@ __all__ = [
     "LogSamplesCallback",
     "MergeCoefficientConfig",
     "MergeCoefficientTrainer",
+    "RECIPES",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SlicedWassersteinDistance",
@@ -125,6 +127,7 @@ if TYPE_CHECKING:
     from .trainer.dry_run import check_resources, dry_run
     from .trainer.merge_coefficient_config import MergeCoefficientConfig
     from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
+    from .trainer.recipes import RECIPES
 
 
 def __getattr__(name: str) -> Any:

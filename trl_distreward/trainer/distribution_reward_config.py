@@ -1,11 +1,13 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..generation import SamplingSchedule
 from ..policies import DiffusionPolicy
 from ..sampling import ODE_SOLVERS
 from .base_config import DiffusionTrainerConfig
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
+from .recipes import RECIPES, fill_in, recipe_field, with_values
 
 REFERENCE_UPDATES = ("refresh", "rolling")
 LOSS_TYPES = ("grpo", "rft", "backprop")
@@ -52,20 +54,27 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     `noise_schedule`, `noise_level`, `last_step_size`, `time_grid`, `time_shift`, `guidance_scale`,
     `guidance_channels`, `decode_batch_size`, `max_skipped_updates`, `num_eval_images` and `eval_seed`; and all of
     [`~transformers.TrainingArguments`]. Defaults are those of the paper
-    ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)), Section 4.1, where it gives them.
+    ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)), Section 4.1, where it gives them, unless `recipe`
+    is another.
 
     Parameters:
+        recipe (`str`, *optional*, defaults to `"paper"`):
+            The settings that `trl_distreward.RECIPES` has under this name. Whatever is given besides wins; a field of
+            a recipe left `None` has its value once the configuration is made. `"paper"`; `"recommended"`: the gradient
+            of the distance itself, which every reward must have; `"policy_gradient"`: the same settings for rewards
+            of any kind.
+
         > Parameters that control the reward
 
-        num_subsets (`int`, *optional*, defaults to `128`):
+        num_subsets (`int`, *optional*, defaults to the recipe's):
             Subsets B generated and judged per update, over all processes; a multiple of their number.
-        replace_size (`int`, *optional*, defaults to `50`):
+        replace_size (`int`, *optional*, defaults to the recipe's):
             Images n of a subset. 1 gives each image a reward of its own.
         stratify_by (`str`, *optional*):
             Column of the training dataset with strata, for example topics or clusters of prompts
             ([`~strata.cluster_embeddings`]). The reference set and every subset then have each stratum in proportion
             to its share of the dataset.
-        reference_update (`str`, *optional*, defaults to `"refresh"`):
+        reference_update (`str`, *optional*, defaults to the recipe's):
             `"refresh"`: the reference set is generated anew every `reference_refresh_steps`, as in the paper.
             `"rolling"`: new images stay in the places they were judged in, and nothing is generated twice; slots are
             then drawn without replacement over the whole batch.
@@ -82,7 +91,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
 
         > Parameters that control generation
 
-        sampler (`str`, *optional*, defaults to `"sde"`):
+        sampler (`str`, *optional*, defaults to the recipe's):
             Sampler of the rollouts. A policy gradient needs `"sde"`: the ODE's steps have no density. `"ode"`, by
             Euler's method, is for `loss_type="backprop"`.
         num_inference_steps (`int`, *optional*, defaults to `50`):
@@ -102,11 +111,11 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
 
         per_device_train_batch_size (`int`, *optional*, defaults to `8`):
             (Image, step) pairs in one forward-backward pass. It changes memory and speed, not the update.
-        loss_type (`str`, *optional*, defaults to `"grpo"`):
+        loss_type (`str`, *optional*, defaults to the recipe's):
             `"grpo"`: the clipped policy gradient (Eq. 6). `"rft"`: rejection sampling, the flow-matching loss (Eq. 2)
             on the selected images, whatever their advantages. `"backprop"`: the gradient of the distance itself,
             through the last `backprop_steps` of sampling; all images of an update replace their slots at once.
-        backprop_steps (`int` or `str`, *optional*, defaults to `1`):
+        backprop_steps (`int` or `str`, *optional*, defaults to the recipe's):
             Last steps that gradients go back through, under the SDE or the ODE. `"random"`: drawn anew at each update
             from 1 to all (AlignProp, arXiv 2310.03739). Memory grows with it, unless `checkpoint_steps`.
         backprop_draws (`int`, *optional*, defaults to `1`):
@@ -124,7 +133,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             `"top_bottom"`, that share from either end; `"all"`.
         selection_scope (`str`, *optional*, defaults to `"global"`):
             Whether the share is taken over all processes or in each.
-        top_advantage_quantile (`float`, *optional*, defaults to `0.25`):
+        top_advantage_quantile (`float`, *optional*, defaults to the recipe's):
             Share that is selected; 1.0 keeps all.
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the steps with noise that is trained, drawn anew at each generation.
@@ -139,7 +148,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             mean squared difference of the two velocities instead.
         num_iterations (`int`, *optional*, defaults to `1`):
             Updates made from each generation. 1 is strictly on-policy: the ratio is then exactly 1.
-        ema_decay (`float`, *optional*, defaults to `0.0`):
+        ema_decay (`float`, *optional*, defaults to the recipe's):
             Decay of a moving average of the weights, which is then what is evaluated and saved as the pipeline.
         offload_trajectories (`bool`, *optional*, defaults to `False`):
             Keeps the rollout's states in CPU memory until they are trained on.
@@ -165,9 +174,14 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
 
     > Parameters with other defaults than [`~transformers.TrainingArguments`], besides those that
     > [`DiffusionTrainerConfig`] names: `learning_rate=1e-5`, `max_steps=450`, `save_steps=50`,
-    > `ddp_find_unused_parameters=False`.
+    > `ddp_find_unused_parameters=False`, and the recipe's `lr_scheduler_type`.
     """
 
+    recipe: str = field(
+        default="paper",
+        metadata={"help": "Settings for what is not given besides.", "choices": list(RECIPES)},
+    )
+    lr_scheduler_type: str = recipe_field("lr_scheduler_type", "Learning rate schedule.")
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate; 1e-5 in the paper."})
     max_steps: int = field(
         default=450,
@@ -179,14 +193,13 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
 
     # Parameters that control the reward
-    num_subsets: int = field(default=128, metadata={"help": "Subsets judged per update, over all processes."})
-    replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
+    num_subsets: int = recipe_field("num_subsets", "Subsets judged per update, over all processes.")
+    replace_size: int = recipe_field("replace_size", "Images of a subset.")
     stratify_by: str | None = field(
         default=None, metadata={"help": "Column of strata that subsets have in proportion."}
     )
-    reference_update: str = field(
-        default="refresh",
-        metadata={"help": "How the reference set follows the policy.", "choices": list(REFERENCE_UPDATES)},
+    reference_update: str = recipe_field(
+        "reference_update", "How the reference set follows the policy.", choices=list(REFERENCE_UPDATES)
     )
     reference_refresh_steps: str = field(  # a number after __post_init__; the command line knows one type
         default="10", metadata={"help": "Optimizer steps between two generations of the reference set, or 'auto'."}
@@ -201,7 +214,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
 
     # Parameters that control generation
-    sampler: str = field(default="sde", metadata={"help": "Sampler of the rollouts.", "choices": ["sde", "ode"]})
+    sampler: str = recipe_field("sampler", "Sampler of the rollouts.", choices=["sde", "ode"])
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the rollouts and of the reference set."})
     sde_window_size: int | None = field(default=None, metadata={"help": "Steps with noise; None: all."})
     sde_window: str = field(
@@ -213,12 +226,11 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
 
     # Parameters that control the update
-    loss_type: str = field(
-        default="grpo",
-        metadata={"help": "Policy gradient, rejection sampling or back-propagation.", "choices": list(LOSS_TYPES)},
+    loss_type: str = recipe_field(
+        "loss_type", "Policy gradient, rejection sampling or back-propagation.", choices=list(LOSS_TYPES)
     )
-    backprop_steps: str = field(  # likewise
-        default="1", metadata={"help": "Last steps that gradients go back through, or 'random'."}
+    backprop_steps: str = recipe_field(  # likewise
+        "backprop_steps", "Last steps that gradients go back through, or 'random'."
     )
     backprop_draws: int = field(
         default=1, metadata={"help": "Draws of the last step that gradients are averaged over."}
@@ -238,8 +250,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         default="global",
         metadata={"help": "Over what the selected share is taken.", "choices": ["global", "local"]},
     )
-    top_advantage_quantile: float = field(
-        default=0.25, metadata={"help": "Share of the subsets, by advantage, that is trained on."}
+    top_advantage_quantile: float = recipe_field(
+        "top_advantage_quantile", "Share of the subsets, by advantage, that is trained on."
     )
     timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the steps with noise that is trained."})
     step_weighting: str = field(
@@ -251,7 +263,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the initial model."})
     num_iterations: int = field(default=1, metadata={"help": "Updates made from each generation."})
-    ema_decay: float = field(default=0.0, metadata={"help": "Decay of a moving average of the weights; 0 is none."})
+    ema_decay: float = recipe_field("ema_decay", "Decay of a moving average of the weights; 0 is none.")
     offload_trajectories: bool = field(
         default=False, metadata={"help": "Keeps the rollout's states in CPU memory until they are trained on."}
     )
@@ -272,6 +284,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_choices({"recipe": tuple(RECIPES)})
+        fill_in(self)
         self._check_choices(_CHOICES)
         self._check_reward()
         self._check_update()
@@ -365,7 +379,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
                 raise ValueError(
                     f"backprop_steps={self.backprop_steps!r} must be a number of steps or 'random'."
                 ) from None
-            if not 1 <= steps <= self.num_inference_steps:
+            if self.loss_type == "backprop" and not 1 <= steps <= self.num_inference_steps:
                 raise ValueError(
                     f"backprop_steps={self.backprop_steps} must lie in 1 to num_inference_steps="
                     f"{self.num_inference_steps}."
@@ -394,11 +408,14 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
                 "has not: use reference_update='rolling' or a number of steps."
             )
 
+    def _default(self, name: str) -> Any:
+        return RECIPES[self.recipe].get(name, super()._default(name))
+
     def _schedules(self) -> tuple[SamplingSchedule, dict[str, SamplingSchedule]]:
         if self.sampler == "ode" and self.loss_type != "backprop":
             raise ValueError(
                 "sampler='ode': a policy gradient needs the density of each step, which the ODE has not; use "
-                "sampler='sde'. Evaluation runs the ODE besides, see eval_samplers."
+                "sampler='sde', or recipe='policy_gradient'. Evaluation runs the ODE besides, see eval_samplers."
             )
         # the steps of a rollout are Euler's, also of its ODE
         rollout = self._schedule(self.num_inference_steps, self.sampler, "euler")
@@ -414,3 +431,6 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
                 one = len(counts) == 1 or schedule.num_evaluations is None
                 evaluation[name if one else f"{name}_{count}"] = schedule
         return rollout, evaluation
+
+
+DiffusionDistributionConfig.__doc__ = with_values(str(DiffusionDistributionConfig.__doc__))

@@ -177,7 +177,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def _check_gradients(self, images: Tensor, conditions: Any) -> None:
         """That every reward can be back-propagated."""
-        remedy = "use a policy gradient, loss_type='grpo', which needs no gradient of the reward"
+        remedy = (
+            "use a policy gradient, which needs no gradient of the reward: recipe='policy_gradient', or "
+            "loss_type='grpo' and sampler='sde'"
+        )
         grey = 64 + images.float() / 2  # a rounded or clamped image would tell nothing at its ends
 
         def blind(values: Tensor) -> bool:
