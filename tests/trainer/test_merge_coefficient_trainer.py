@@ -11,7 +11,14 @@ from transformers import TrainerCallback
 
 from tests.helpers import features, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
 from trl_distreward import EMANet, FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
-from trl_distreward.generation import SamplingSchedule, balanced_labels, image_generators, sample
+from trl_distreward.generation import (
+    SamplingSchedule,
+    balanced_labels,
+    image_generators,
+    rows_of_slots,
+    sample,
+    strata_of_slots,
+)
 from trl_distreward.merging.posthoc import LARGEST_SIGMA_REL
 from trl_distreward.policies import to_uint8
 from trl_distreward.trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
@@ -124,6 +131,31 @@ def test_replacements_average_over_subsets_and_draws(tmp_path, pool):
     assert trainer.args.images_per_candidate == 20 + 3 * 2 * 4
     again = tiny_merge_trainer(tmp_path, pool, **settings).judge.judge_one(coefficients, step=0)
     assert again.item() == value
+
+
+def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
+    labels = [0] * 24 + [1] * 12 + [2] * 12  # the strata are others than the classes
+    dataset = [{"class_labels": i % 3, "kind": kind} for i, kind in enumerate(labels)]
+    settings = {"num_subsets": 3, "num_replacements": 2, "replace_size": 4, "scale_set_size": 36}
+    trainer = tiny_merge_trainer(tmp_path, pool, stratify_by="kind", train_dataset=dataset, **settings)
+    strata = torch.tensor(strata_of_slots(dataset, "kind", 20, trainer.args.seed, None))
+    assert strata.bincount().tolist() == [10, 5, 5]
+    rows = rows_of_slots(48, 20, trainer.args.seed, labels)
+    assert torch.equal(trainer.conditions, rows % 3)
+    asked = []
+    (reward,) = trainer.rewards.distributional
+    subset_rewards, judge_start = reward.subset_rewards, trainer.judge.judge_start
+    reward.subset_rewards = lambda slots, new: asked.append(slots) or subset_rewards(slots, new)
+    trainer.judge.judge_start = lambda *args: asked.append(args[1]) or judge_start(*args)
+    trainer._judge_start()
+    scale = rows_of_slots(48, 36, trainer.args.seed, labels)
+    assert torch.equal(asked.pop(), scale % 3)
+    for step in (0, 0, 1):  # two candidates of one step, and another step
+        trainer.judge.judge_one(trainer.initial_coefficients, step)
+    assert all(strata[subset].bincount(minlength=3).tolist() == [2, 1, 1] for slots in asked for subset in slots)
+    assert torch.equal(asked[0], asked[1]) and not torch.equal(asked[0], asked[2])
+    with pytest.raises(ValueError, match="none of them 'topic'"):
+        tiny_merge_trainer(tmp_path, pool, stratify_by="topic", train_dataset=dataset)
 
 
 def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts(tmp_path, pool):

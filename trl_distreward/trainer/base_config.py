@@ -21,6 +21,10 @@ class DiffusionTrainerConfig(_BaseConfig):
 
         reference_set_size (`int`, *optional*, defaults to `5000`):
             Images N of the generated set.
+        stratify_by (`str`, *optional*):
+            Column of the training dataset with strata, for example topics or clusters of prompts
+            ([`~strata.cluster_embeddings`]). The generated set, and every subset of it that is replaced,
+            then have each stratum in proportion to its share of the dataset.
         reward_weights (`list[float]`, *optional*):
             Weights of several reward functions; all 1 by default.
 
@@ -70,6 +74,9 @@ class DiffusionTrainerConfig(_BaseConfig):
 
     # Parameters that control the reward
     reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated set."})
+    stratify_by: str | None = field(
+        default=None, metadata={"help": "Column of strata that the generated set and its subsets have in proportion."}
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
     )

@@ -50,8 +50,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     r"""
     Configuration of the [`DistributionRewardTrainer`].
 
-    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `reward_weights`,
-    `noise_schedule`, `noise_level`, `last_step_size`, `time_grid`, `time_shift`, `guidance_scale`,
+    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `stratify_by`,
+    `reward_weights`, `noise_schedule`, `noise_level`, `last_step_size`, `time_grid`, `time_shift`, `guidance_scale`,
     `guidance_channels`, `decode_batch_size`, `max_skipped_updates`, `num_eval_images` and `eval_seed`; and all of
     [`~transformers.TrainingArguments`]. Defaults are those of the paper
     ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)), Section 4.1, where it gives them, unless `recipe`
@@ -70,10 +70,6 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             Subsets B generated and judged per update, over all processes; a multiple of their number.
         replace_size (`int`, *optional*, defaults to the recipe's):
             Images n of a subset. 1 gives each image a reward of its own.
-        stratify_by (`str`, *optional*):
-            Column of the training dataset with strata, for example topics or clusters of prompts
-            ([`~strata.cluster_embeddings`]). The reference set and every subset then have each stratum in proportion
-            to its share of the dataset.
         reference_update (`str`, *optional*, defaults to the recipe's):
             `"refresh"`: the reference set is generated anew every `reference_refresh_steps`, as in the paper.
             `"rolling"`: new images stay in the places they were judged in, and nothing is generated twice; slots are
@@ -195,9 +191,6 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     # Parameters that control the reward
     num_subsets: int = recipe_field("num_subsets", "Subsets judged per update, over all processes.")
     replace_size: int = recipe_field("replace_size", "Images of a subset.")
-    stratify_by: str | None = field(
-        default=None, metadata={"help": "Column of strata that subsets have in proportion."}
-    )
     reference_update: str = recipe_field(
         "reference_update", "How the reference set follows the policy.", choices=list(REFERENCE_UPDATES)
     )

@@ -36,11 +36,12 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     r"""
     Configuration of the [`MergeCoefficientTrainer`].
 
-    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `reward_weights`,
-    `time_grid`, `time_shift`, `guidance_scale`, `guidance_channels`, `decode_batch_size`, `max_skipped_updates`,
-    `num_eval_images` and `eval_seed`; `noise_schedule`, `noise_level` and `last_step_size`, which are of the evaluated
-    SDE alone; and all of [`~transformers.TrainingArguments`], of which `per_device_eval_batch_size` is how many images
-    a process generates at a time. Each candidate generates a set of `reference_set_size` images.
+    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `stratify_by`,
+    `reward_weights`, `time_grid`, `time_shift`, `guidance_scale`, `guidance_channels`, `decode_batch_size`,
+    `max_skipped_updates`, `num_eval_images` and `eval_seed`; `noise_schedule`, `noise_level` and `last_step_size`,
+    which are of the evaluated SDE alone; and all of [`~transformers.TrainingArguments`], of which
+    `per_device_eval_batch_size` is how many images a process generates at a time. Each candidate generates a set of
+    `reference_set_size` images.
 
     Parameters:
         > Parameters that control the search
