@@ -135,7 +135,15 @@ def tiny_pool(folder, count=4):
     return paths
 
 
-def tiny_merge_trainer(output_dir, checkpoints=None, reward_funcs=None, eval_metrics=None, callbacks=None, **kwargs):
+def tiny_merge_trainer(
+    output_dir,
+    checkpoints=None,
+    reward_funcs=None,
+    eval_metrics=None,
+    callbacks=None,
+    train_dataset=None,
+    **kwargs,
+):
     if checkpoints is None:
         (output_dir / "pool").mkdir(parents=True, exist_ok=True)
         checkpoints = tiny_pool(output_dir / "pool")
@@ -155,6 +163,7 @@ def tiny_merge_trainer(output_dir, checkpoints=None, reward_funcs=None, eval_met
         checkpoints=checkpoints,
         reward_funcs=tiny_reward() if reward_funcs is None else reward_funcs,
         args=MergeCoefficientConfig(output_dir=str(output_dir), **{**defaults, **kwargs}),
+        train_dataset=train_dataset,
         eval_metrics=eval_metrics,
         callbacks=callbacks,
     )

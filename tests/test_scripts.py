@@ -68,6 +68,12 @@ def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_pa
     assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
     with pytest.raises(ValueError, match="are unknown, or the method itself: choose from emanet, cma, grid"):
         merge.main(["--config", str(recipe), "--baselines", "random"])
+    made = ["--initial_coefficients", "uniform", "--coefficient_map", "softmax", "--checkpoint_stds", *"1234"]
+    started = sorted(tmp_path.glob("new/**"))
+    with pytest.raises(ValueError, match="set coefficient_map='affine'"):  # before the method itself is run
+        options = ["--baselines", "grid", "--output_dir", str(tmp_path / "new")]
+        merge.main(["--config", str(recipe), *made, *options])
+    assert sorted(tmp_path.glob("new/**")) == started
     with pytest.raises(ValueError, match="nothing to merge"):
         merge.main(["--model", "m", "--output_dir", str(tmp_path / "none"), "--use_cpu", "True"])
 
@@ -188,6 +194,8 @@ def test_dry_run_prints_what_the_run_takes_and_leaves_nothing(recipe, tmp_path, 
     printed = capsys.readouterr().out
     assert "2 steps on CPU" in printed and "network evaluations" in printed and printed.rstrip().endswith("fits")
     assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "samples").exists()
+    train.main(["--config", str(recipe), "--dry-run", "--recipe", "recommended", "--log_rewards", "False"])
+    assert capsys.readouterr().out.rstrip().endswith("fits")
     monkeypatch.setattr("trl_distreward.trainer.dry_run.memory_capacity", lambda *_: 1000.0)
     with pytest.raises(SystemExit) as stopped:
         train.main(["--config", str(recipe), "--dry-run"])

@@ -12,6 +12,7 @@ _PUBLIC = {
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
+    "DiffusionTrainerConfig": "trainer.base_config",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
     "EDM2Pipeline": "pipelines.edm2",
     "EDM2UNet2DModel": "models.edm2",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "LogSamplesCallback": "trainer.callbacks",
     "MergeCoefficientConfig": "trainer.merge_coefficient_config",
     "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
+    "RECIPES": "trainer.recipes",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SlicedWassersteinDistance": "metrics.sliced",
@@ -65,6 +67,7 @@ __all__ = [
     "DebiasedDistance",
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
+    "DiffusionTrainerConfig",
     "DistributionRewardTrainer",
     "EDM2Pipeline",
     "EDM2UNet2DModel",
@@ -79,6 +82,7 @@ __all__ = [
     "LogSamplesCallback",
     "MergeCoefficientConfig",
     "MergeCoefficientTrainer",
+    "RECIPES",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SlicedWassersteinDistance",
@@ -116,12 +120,14 @@ if TYPE_CHECKING:
     from .pipelines.sit import SiTPipeline
     from .policies import ClassConditionalPolicy, DiffusionPolicy, as_policy, load_pipeline
     from .rewards.subset_replace import SubsetReplaceReward
+    from .trainer.base_config import DiffusionTrainerConfig
     from .trainer.callbacks import LogSamplesCallback
     from .trainer.distribution_reward_config import DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
     from .trainer.dry_run import check_resources, dry_run
     from .trainer.merge_coefficient_config import MergeCoefficientConfig
     from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
+    from .trainer.recipes import RECIPES
 
 
 def __getattr__(name: str) -> Any:

@@ -215,7 +215,9 @@ def test_what_cannot_be_back_propagated_is_refused(tmp_path):
     real = FeatureStatistics.from_features(features(real_images()))
     for rounding in (lambda images: images.to(torch.uint8), torch.round, lambda images: images.detach()):
         blind = SubsetReplaceReward(lambda images, r=rounding: features(r(images.float())), real)
-        with pytest.raises(ValueError, match="'features' passes no gradient.*loss_type='grpo'"):
+        with pytest.raises(
+            ValueError, match="'features' passes no gradient.*recipe='policy_gradient', or loss_type='grpo'"
+        ):
             backprop_trainer(tmp_path, reward_funcs=blind)
 
     def listed(images, **kwargs):

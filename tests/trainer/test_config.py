@@ -3,7 +3,7 @@ import pytest
 from trl import TrlParser
 
 from tests.helpers import tiny_config
-from trl_distreward import DiffusionDistributionConfig
+from trl_distreward import DiffusionDistributionConfig, MergeCoefficientConfig
 
 
 def test_defaults_are_the_papers(tmp_path):
@@ -20,6 +20,20 @@ def test_defaults_are_the_papers(tmp_path):
 def test_a_distance_is_better_when_lower(tmp_path):
     config = tiny_config(tmp_path, metric_for_best_model="eval_ode_distance_features")
     assert config.greater_is_better is False
+
+
+@pytest.mark.parametrize("config", [DiffusionDistributionConfig, MergeCoefficientConfig])
+def test_both_trainers_sample_alike(tmp_path, config):
+    shared = {"output_dir": str(tmp_path), "use_cpu": True, "eval_samplers": ["sde"]}
+    times = [config(**shared, last_step_size=size).eval_schedules["sde"].times for size in (0.0, None, 0.04)]
+    assert times[0] == times[1] != times[2] and times[2][-2] == 0.04
+    args = config(**shared, time_grid="karras", last_step_size=0)
+    assert args.rollout_schedule.times[0] == args.eval_schedules["sde"].times[0] < 1
+    for name, value in {"time_grid": "cosine", "noise_schedule": "ddpm"}.items():
+        with pytest.raises(ValueError, match=f"{name}='{value}' is unknown: choose one of"):
+            config(**shared, **{name: value})
+    with pytest.raises(ValueError, match="decode_batch_size=0 must be at least 1, or None"):
+        config(**shared, decode_batch_size=0)
 
 
 def test_fields_come_from_the_command_line_and_yaml(tmp_path):

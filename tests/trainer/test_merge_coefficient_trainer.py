@@ -11,7 +11,14 @@ from transformers import TrainerCallback
 
 from tests.helpers import features, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
 from trl_distreward import EMANet, FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
-from trl_distreward.generation import SamplingSchedule, balanced_labels, image_generators, sample
+from trl_distreward.generation import (
+    SamplingSchedule,
+    balanced_labels,
+    image_generators,
+    rows_of_slots,
+    sample,
+    strata_of_slots,
+)
 from trl_distreward.merging.posthoc import LARGEST_SIGMA_REL
 from trl_distreward.policies import to_uint8
 from trl_distreward.trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
@@ -124,6 +131,31 @@ def test_replacements_average_over_subsets_and_draws(tmp_path, pool):
     assert trainer.args.images_per_candidate == 20 + 3 * 2 * 4
     again = tiny_merge_trainer(tmp_path, pool, **settings).judge.judge_one(coefficients, step=0)
     assert again.item() == value
+
+
+def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
+    labels = [0] * 24 + [1] * 12 + [2] * 12  # the strata are others than the classes
+    dataset = [{"class_labels": i % 3, "kind": kind} for i, kind in enumerate(labels)]
+    settings = {"num_subsets": 3, "num_replacements": 2, "replace_size": 4, "scale_set_size": 36}
+    trainer = tiny_merge_trainer(tmp_path, pool, stratify_by="kind", train_dataset=dataset, **settings)
+    strata = torch.tensor(strata_of_slots(dataset, "kind", 20, trainer.args.seed, None))
+    assert strata.bincount().tolist() == [10, 5, 5]
+    rows = rows_of_slots(48, 20, trainer.args.seed, labels)
+    assert torch.equal(trainer.conditions, rows % 3)
+    asked = []
+    (reward,) = trainer.rewards.distributional
+    subset_rewards, judge_start = reward.subset_rewards, trainer.judge.judge_start
+    reward.subset_rewards = lambda slots, new: asked.append(slots) or subset_rewards(slots, new)
+    trainer.judge.judge_start = lambda *args: asked.append(args[1]) or judge_start(*args)
+    trainer._judge_start()
+    scale = rows_of_slots(48, 36, trainer.args.seed, labels)
+    assert torch.equal(asked.pop(), scale % 3)
+    for step in (0, 0, 1):  # two candidates of one step, and another step
+        trainer.judge.judge_one(trainer.initial_coefficients, step)
+    assert all(strata[subset].bincount(minlength=3).tolist() == [2, 1, 1] for slots in asked for subset in slots)
+    assert torch.equal(asked[0], asked[1]) and not torch.equal(asked[0], asked[2])
+    with pytest.raises(ValueError, match="none of them 'topic'"):
+        tiny_merge_trainer(tmp_path, pool, stratify_by="topic", train_dataset=dataset)
 
 
 def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts(tmp_path, pool):
@@ -426,6 +458,30 @@ def test_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
 def test_configurations_that_cannot_be_meant_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_another_method_keeps_what_both_use_and_is_checked(tmp_path):
+    shared = {"output_dir": str(tmp_path), "use_cpu": True, "num_generations": 6, "checkpoint_stds": [0.1, 0.2]}
+    config = MergeCoefficientConfig(**shared, method="emanet", learning_rate=0.5, sampling_std=0.3)
+    for method in METHODS:
+        other = config.with_method(method, output_dir=str(tmp_path / method))
+        assert (other.method, other.num_generations, other.output_dir) == (method, 6, str(tmp_path / method))
+        assert other.learning_rate == (0.5 if method == "emanet" else 0.01)
+        assert other.sampling_std == (0.15 if method == "grid" else 0.3)
+    assert (config.method, config.learning_rate, config.output_dir) == ("emanet", 0.5, str(tmp_path))
+    softmax = MergeCoefficientConfig(**shared, coefficient_map="softmax")
+    with pytest.raises(ValueError, match="set coefficient_map='affine'"):
+        softmax.with_method("grid")
+
+
+def test_candidates_are_decoded_in_slices_and_guided_as_sit_guides(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, decode_batch_size=3, guidance_scale=1.5, guidance_channels=1)
+    sizes, decode = [], trainer.policy.decode
+    trainer.policy.decode = lambda x: sizes.append(len(x)) or decode(x)
+    trainer.judge.judge_one(trainer.initial_coefficients, step=1)
+    assert sum(sizes) == 20 and max(sizes) == 3 and trainer.policy.guidance_channels == 1
+    with pytest.raises(ValueError, match="guidance_channels=5 must lie in 1 to 1"):
+        tiny_merge_trainer(tmp_path, pool, guidance_channels=5)
 
 
 def test_start_is_a_word_or_numbers(tmp_path):

@@ -10,7 +10,6 @@ Every field of MergeCoefficientConfig and of TrainingArguments is an option, on 
 the command line wins.
 """
 
-import copy
 import logging
 import os
 from dataclasses import dataclass, field
@@ -38,7 +37,10 @@ class MergeArguments(RewardArguments):
     )
     baselines: list[str] = field(
         default_factory=list,
-        metadata={"help": "Other methods to compare with, each with as many images: grid, random, cma, emanet."},
+        metadata={
+            "help": "Other methods to compare with, each with as many images: grid, random, cma, emanet. What only "
+            "they have a use for is at its default."
+        },
     )
 
 
@@ -61,14 +63,17 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
     if odd:
         others = ", ".join(method for method in METHODS if method != config.method)
         raise ValueError(f"baselines={odd} are unknown, or the method itself: choose from {others}.")
+    baselines = {
+        method: config.with_method(
+            method, push_to_hub=False, output_dir=os.path.join(str(config.output_dir), "baselines", method)
+        )
+        for method in arguments.baselines
+    }
     trainer = build_trainer(arguments, config, model, checkpoints)
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     found = {}
-    for method in arguments.baselines:
-        baseline = copy.copy(config)
-        baseline.method, baseline.push_to_hub = method, False
-        baseline.output_dir = os.path.join(config.output_dir, "baselines", method)
+    for method, baseline in baselines.items():
         other = build_trainer(arguments, baseline, model, checkpoints)
         last = get_last_checkpoint(baseline.output_dir) if os.path.isdir(baseline.output_dir) else None
         other.train(resume_from_checkpoint=last if config.resume_from_checkpoint else None)

@@ -79,7 +79,7 @@ class DiffusionTrainer(CheckpointingTrainer):
 
     Args:
         policy ([`DiffusionPolicy`]): what is trained.
-        args ([`~transformers.TrainingArguments`]): arguments.
+        args ([`DiffusionTrainerConfig`]): configuration.
         steps_per_epoch (`int`): optimizer steps that count as an epoch.
         eval_metrics (`dict[str, ImageMetric]`): metrics of the evaluated images.
         ema_decay (`float`): decay of the average of the weights; 0 keeps none.
@@ -334,7 +334,7 @@ class DiffusionTrainer(CheckpointingTrainer):
                 with self.autocast():  # the network only: decoding and features stay in full precision
                     x = sample(self.policy, model, batch, schedule, generators).sample
                 finite = x.flatten(1).isfinite().all(dim=1)
-                yield decode_uint8(self.policy, x, getattr(self.args, "decode_batch_size", None)), batch, valid, finite
+                yield decode_uint8(self.policy, x, self.args.decode_batch_size), batch, valid, finite
                 bar.update(valid)
 
     @torch.no_grad()

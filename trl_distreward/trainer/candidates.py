@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..generation import image_generators, sample, take
 from ..merging.checkpoints import CheckpointPool
-from ..policies import DiffusionPolicy, to_uint8
+from ..policies import DiffusionPolicy, decode_uint8
+from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward
 from .reward_functions import RewardFunctions
 
@@ -32,6 +33,7 @@ class CandidateJudge:
         rewards ([`RewardFunctions`]): what judges images.
         args ([`MergeCoefficientConfig`]): sizes, schedule and seed.
         conditions: one per image of a candidate's set.
+        slots ([`SlotSampler`] or [`StratifiedSlotSampler`]): draws the subsets of it that are replaced.
         accelerator (`accelerate.Accelerator`): tells the processes.
         autocast (`Callable`): makes the context that the network runs under.
         trainer_state (`Callable`): returns the trainer's state of now, for reward functions.
@@ -46,12 +48,13 @@ class CandidateJudge:
         rewards: RewardFunctions,
         args: Any,
         conditions: Any,
+        slots: SlotSampler | StratifiedSlotSampler,
         accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager],
         trainer_state: Callable[[], Any],
     ):
         self.policy, self.network, self.pool, self.groups = policy, network, pool, groups
-        self.rewards, self.args, self.conditions = rewards, args, conditions
+        self.rewards, self.args, self.conditions, self.slots = rewards, args, conditions, slots
         self.accelerator, self.autocast, self.trainer_state = accelerator, autocast, trainer_state
 
     def merge(self, coefficients: Tensor) -> None:
@@ -123,8 +126,8 @@ class CandidateJudge:
         """Eq. 10: the mean over N_s subsets of the set and N_r replacements of each."""
         args = self.args
         (generator,) = image_generators(args.seed, "subsets", self._noise_step(step), [0])
-        subsets = [torch.randperm(args.reference_set_size, generator=generator) for _ in range(args.num_subsets)]
-        slots = torch.stack(subsets)[:, : args.replace_size].repeat_interleave(args.num_replacements, dim=0)
+        self.slots.generator.manual_seed(generator.initial_seed())  # the same for all candidates of a step
+        slots = self.slots.draw(args.num_subsets, args.replace_size).repeat_interleave(args.num_replacements, dim=0)
         new, _ = self._generate(take(self.conditions, slots.flatten()), "replacement", step, single=False)
         if new is None:
             return torch.full_like(values, torch.nan)
@@ -154,7 +157,7 @@ class CandidateJudge:
             generators = image_generators(self.args.seed, stream, noise, indices)
             with self.autocast():  # the network only: decoding and features stay in full precision
                 x = sample(self.policy, self.network, batch, self.args.rollout_schedule, generators).sample
-            images = to_uint8(self.policy.decode(x))
+            images = decode_uint8(self.policy, x, self.args.decode_batch_size)
             features = [r.extract(images, batch, check_finite=False) for r in self.rewards.distributional]
             if not all(bool(v.isfinite().all()) for v in (x, *(v for spaces in features for v in spaces.values()))):
                 return None, torch.full_like(values, torch.nan)

@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from dataclasses import dataclass, field
-
-from trl.trainer.base_config import _BaseConfig
+from typing import Any
 
 from ..generation import SamplingSchedule
 from ..policies import DiffusionPolicy
-from ..sampling import ODE_SOLVERS, TIME_GRIDS
+from ..sampling import ODE_SOLVERS
+from .base_config import DiffusionTrainerConfig
 from .objective import ADVANTAGE_NORMALIZATIONS, SELECTIONS
+from .recipes import RECIPES, fill_in, recipe_field, with_values
 
 REFERENCE_UPDATES = ("refresh", "rolling")
 LOSS_TYPES = ("grpo", "rft", "backprop")
@@ -20,7 +21,6 @@ _CHOICES = {
     "selection_scope": ("global", "local"),
     "multi_objective_aggregation": AGGREGATIONS,
     "sde_window": ("sliding", "random"),
-    "time_grid": TIME_GRIDS,
     "step_weighting": ("uniform", "noise"),
 }
 # Fields of other loss types
@@ -46,27 +46,31 @@ _UNUSED = {
 
 
 @dataclass
-class DiffusionDistributionConfig(_BaseConfig):
+class DiffusionDistributionConfig(DiffusionTrainerConfig):
     r"""
     Configuration of the [`DistributionRewardTrainer`].
 
-    Besides the parameters below it takes all of [`~transformers.TrainingArguments`]. Defaults are those of the paper
-    ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)), Section 4.1, where it gives them.
+    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `stratify_by`,
+    `reward_weights`, `noise_schedule`, `noise_level`, `last_step_size`, `time_grid`, `time_shift`, `guidance_scale`,
+    `guidance_channels`, `decode_batch_size`, `max_skipped_updates`, `num_eval_images` and `eval_seed`; and all of
+    [`~transformers.TrainingArguments`]. Defaults are those of the paper
+    ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)), Section 4.1, where it gives them, unless `recipe`
+    is another.
 
     Parameters:
+        recipe (`str`, *optional*, defaults to `"paper"`):
+            The settings that `trl_distreward.RECIPES` has under this name. Whatever is given besides wins; a field of
+            a recipe left `None` has its value once the configuration is made. `"paper"`; `"recommended"`: the gradient
+            of the distance itself, which every reward must have; `"policy_gradient"`: the same settings for rewards
+            of any kind.
+
         > Parameters that control the reward
 
-        reference_set_size (`int`, *optional*, defaults to `5000`):
-            Images N of the generated reference set.
-        num_subsets (`int`, *optional*, defaults to `128`):
+        num_subsets (`int`, *optional*, defaults to the recipe's):
             Subsets B generated and judged per update, over all processes; a multiple of their number.
-        replace_size (`int`, *optional*, defaults to `50`):
+        replace_size (`int`, *optional*, defaults to the recipe's):
             Images n of a subset. 1 gives each image a reward of its own.
-        stratify_by (`str`, *optional*):
-            Column of the training dataset with strata, for example topics or clusters of prompts
-            ([`~strata.cluster_embeddings`]). The reference set and every subset then have each stratum in proportion
-            to its share of the dataset.
-        reference_update (`str`, *optional*, defaults to `"refresh"`):
+        reference_update (`str`, *optional*, defaults to the recipe's):
             `"refresh"`: the reference set is generated anew every `reference_refresh_steps`, as in the paper.
             `"rolling"`: new images stay in the places they were judged in, and nothing is generated twice; slots are
             then drawn without replacement over the whole batch.
@@ -78,24 +82,16 @@ class DiffusionDistributionConfig(_BaseConfig):
         best_of_n (`int`, *optional*, defaults to `1`):
             Candidates generated for every slot, of which the one with the best replaced distance by itself is kept
             before subsets are judged (Appendix C).
-        reward_weights (`list[float]`, *optional*):
-            Weights of several reward functions; all 1 by default.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             Whether several rewards are summed before advantages are normalized, or each is normalized first.
 
         > Parameters that control generation
 
-        sampler (`str`, *optional*, defaults to `"sde"`):
+        sampler (`str`, *optional*, defaults to the recipe's):
             Sampler of the rollouts. A policy gradient needs `"sde"`: the ODE's steps have no density. `"ode"`, by
             Euler's method, is for `loss_type="backprop"`.
         num_inference_steps (`int`, *optional*, defaults to `50`):
             Steps of the rollouts and of the reference set.
-        noise_schedule (`str`, *optional*, defaults to `"sit"`):
-            `"sit"`, `"flow_grpo"`, `"dance"` or `"cps"`, see [`~sampling.transition`].
-        noise_level (`float`, *optional*, defaults to `1.0`):
-            η of the noise schedule; with `"sit"`, 1 is SiT's own sampler.
-        last_step_size (`float`, *optional*, defaults to `0.04`):
-            Size of a last step without noise, SiT's "Mean" step, which is not trained. `None`: all steps are equal.
         sde_window_size (`int`, *optional*):
             Steps with noise; the others follow the ODE and are not trained. All steps by default. 1 or 2 with
             `sde_window="random"` is Flow-GRPO-Fast.
@@ -104,30 +100,18 @@ class DiffusionDistributionConfig(_BaseConfig):
             starts again (MixGRPO, arXiv 2507.21802). `"random"`: drawn anew at each generation.
         sde_window_interval (`int`, *optional*, defaults to `25`):
             Generations between two moves of the sliding window.
-        time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`; `"karras"`: EDM's noise levels; or `"scheduler"`: the times of the pipeline's own scheduler,
-            in training as in evaluation. The latter two need `last_step_size=None`.
-        time_shift (`float`, *optional*, defaults to `1.0`):
-            Resolution shift of the time grid; 1 is none.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Classifier-free guidance in rollouts, training and evaluation; 1 is none.
-        guidance_channels (`int`, *optional*):
-            Guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
         rollout_batch_size (`int`, *optional*):
             Images at a time per process in rollouts; `per_device_train_batch_size` by default.
-        decode_batch_size (`int`, *optional*):
-            Of these, and of those at evaluation, samples decoded to images at a time; all by default. The VAE then
-            never takes more memory than so many images need.
 
         > Parameters that control the update
 
         per_device_train_batch_size (`int`, *optional*, defaults to `8`):
             (Image, step) pairs in one forward-backward pass. It changes memory and speed, not the update.
-        loss_type (`str`, *optional*, defaults to `"grpo"`):
+        loss_type (`str`, *optional*, defaults to the recipe's):
             `"grpo"`: the clipped policy gradient (Eq. 6). `"rft"`: rejection sampling, the flow-matching loss (Eq. 2)
             on the selected images, whatever their advantages. `"backprop"`: the gradient of the distance itself,
             through the last `backprop_steps` of sampling; all images of an update replace their slots at once.
-        backprop_steps (`int` or `str`, *optional*, defaults to `1`):
+        backprop_steps (`int` or `str`, *optional*, defaults to the recipe's):
             Last steps that gradients go back through, under the SDE or the ODE. `"random"`: drawn anew at each update
             from 1 to all (AlignProp, arXiv 2310.03739). Memory grows with it, unless `checkpoint_steps`.
         backprop_draws (`int`, *optional*, defaults to `1`):
@@ -145,7 +129,7 @@ class DiffusionDistributionConfig(_BaseConfig):
             `"top_bottom"`, that share from either end; `"all"`.
         selection_scope (`str`, *optional*, defaults to `"global"`):
             Whether the share is taken over all processes or in each.
-        top_advantage_quantile (`float`, *optional*, defaults to `0.25`):
+        top_advantage_quantile (`float`, *optional*, defaults to the recipe's):
             Share that is selected; 1.0 keeps all.
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the steps with noise that is trained, drawn anew at each generation.
@@ -160,7 +144,7 @@ class DiffusionDistributionConfig(_BaseConfig):
             mean squared difference of the two velocities instead.
         num_iterations (`int`, *optional*, defaults to `1`):
             Updates made from each generation. 1 is strictly on-policy: the ratio is then exactly 1.
-        ema_decay (`float`, *optional*, defaults to `0.0`):
+        ema_decay (`float`, *optional*, defaults to the recipe's):
             Decay of a moving average of the weights, which is then what is evaluated and saved as the pipeline.
         offload_trajectories (`bool`, *optional*, defaults to `False`):
             Keeps the rollout's states in CPU memory until they are trained on.
@@ -171,8 +155,6 @@ class DiffusionDistributionConfig(_BaseConfig):
             [`~rewards.reward_diagnostics`]. At a generation whose reference set is new these are a placebo's.
         log_steps (`bool`, *optional*, defaults to `False`):
             Logs |Δ log p| between rollout and replay for every trained step, not only their mean.
-        max_skipped_updates (`int`, *optional*, defaults to `5`):
-            Updates in a row that may be skipped for values that are not finite before training stops.
 
         > Parameters that control evaluation
 
@@ -185,44 +167,32 @@ class DiffusionDistributionConfig(_BaseConfig):
             `"euler"`, `"heun"`, `"heun2"`, `"dopri5"`, or on the grid `"karras"` EDM's `"heun_sigma"`, see
             [`~sampling.solve_ode`]. `"dopri5"` chooses its steps itself: the ODE is then evaluated once, whatever
             `num_inference_steps_eval`.
-        num_eval_images (`int`, *optional*):
-            Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
-        eval_seed (`int`, *optional*, defaults to `0`):
-            Seed of the evaluation noise, the same at every evaluation.
 
-    > Parameters with other defaults than [`~transformers.TrainingArguments`]: `learning_rate=1e-5`,
-    > `lr_scheduler_type="constant"`, `max_steps=450`, `save_steps=50`, `logging_steps=1`,
-    > `ddp_find_unused_parameters=False`, `remove_unused_columns=False`. A lower value of `metric_for_best_model` is
-    > the better one unless `greater_is_better` says otherwise.
+    > Parameters with other defaults than [`~transformers.TrainingArguments`], besides those that
+    > [`DiffusionTrainerConfig`] names: `learning_rate=1e-5`, `max_steps=450`, `save_steps=50`,
+    > `ddp_find_unused_parameters=False`, and the recipe's `lr_scheduler_type`.
     """
 
+    recipe: str = field(
+        default="paper",
+        metadata={"help": "Settings for what is not given besides.", "choices": list(RECIPES)},
+    )
+    lr_scheduler_type: str = recipe_field("lr_scheduler_type", "Learning rate schedule.")
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate; 1e-5 in the paper."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     max_steps: int = field(
         default=450,
         metadata={"help": "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."},
     )
     save_steps: float = field(default=50, metadata={"help": "Optimizer steps between two checkpoints."})
-    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two logs."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Alias of activation_checkpointing, which transformers prefers."}
-    )
-    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the network under bfloat16 autocast."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept False: columns are conditions."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for unused parameters."}
     )
 
     # Parameters that control the reward
-    reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated reference set."})
-    num_subsets: int = field(default=128, metadata={"help": "Subsets judged per update, over all processes."})
-    replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
-    stratify_by: str | None = field(
-        default=None, metadata={"help": "Column of strata that subsets have in proportion."}
-    )
-    reference_update: str = field(
-        default="refresh",
-        metadata={"help": "How the reference set follows the policy.", "choices": list(REFERENCE_UPDATES)},
+    num_subsets: int = recipe_field("num_subsets", "Subsets judged per update, over all processes.")
+    replace_size: int = recipe_field("replace_size", "Images of a subset.")
+    reference_update: str = recipe_field(
+        "reference_update", "How the reference set follows the policy.", choices=list(REFERENCE_UPDATES)
     )
     reference_refresh_steps: str = field(  # a number after __post_init__; the command line knows one type
         default="10", metadata={"help": "Optimizer steps between two generations of the reference set, or 'auto'."}
@@ -231,53 +201,29 @@ class DiffusionDistributionConfig(_BaseConfig):
         default=0.5, metadata={"help": "Drift that brings a refresh under 'auto', in standard deviations."}
     )
     best_of_n: int = field(default=1, metadata={"help": "Candidates generated for every slot; the best is kept."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
-    )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={"help": "How several rewards become one advantage.", "choices": list(AGGREGATIONS)},
     )
 
     # Parameters that control generation
-    sampler: str = field(default="sde", metadata={"help": "Sampler of the rollouts.", "choices": ["sde", "ode"]})
+    sampler: str = recipe_field("sampler", "Sampler of the rollouts.", choices=["sde", "ode"])
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the rollouts and of the reference set."})
-    noise_schedule: str = field(
-        default="sit",
-        metadata={"help": "Noise schedule of the SDE.", "choices": ["sit", "flow_grpo", "dance", "cps"]},
-    )
-    noise_level: float = field(default=1.0, metadata={"help": "Noise level of the SDE."})
-    last_step_size: float | None = field(
-        default=0.04, metadata={"help": "Size of a last step without noise; None: all steps are equal."}
-    )
     sde_window_size: int | None = field(default=None, metadata={"help": "Steps with noise; None: all."})
     sde_window: str = field(
         default="sliding", metadata={"help": "How the window of noise moves.", "choices": ["sliding", "random"]}
     )
     sde_window_interval: int = field(default=25, metadata={"help": "Generations between two moves of the window."})
-    time_grid: str = field(
-        default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
-    )
-    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
-    guidance_channels: int | None = field(
-        default=None, metadata={"help": "Guide so many of the first channels only; 3 is what SiT's code does."}
-    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Images at a time per process in rollouts."}
     )
 
-    decode_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples decoded to images at a time; None: all of a rollout's batch."}
-    )
-
     # Parameters that control the update
-    loss_type: str = field(
-        default="grpo",
-        metadata={"help": "Policy gradient, rejection sampling or back-propagation.", "choices": list(LOSS_TYPES)},
+    loss_type: str = recipe_field(
+        "loss_type", "Policy gradient, rejection sampling or back-propagation.", choices=list(LOSS_TYPES)
     )
-    backprop_steps: str = field(  # likewise
-        default="1", metadata={"help": "Last steps that gradients go back through, or 'random'."}
+    backprop_steps: str = recipe_field(  # likewise
+        "backprop_steps", "Last steps that gradients go back through, or 'random'."
     )
     backprop_draws: int = field(
         default=1, metadata={"help": "Draws of the last step that gradients are averaged over."}
@@ -297,8 +243,8 @@ class DiffusionDistributionConfig(_BaseConfig):
         default="global",
         metadata={"help": "Over what the selected share is taken.", "choices": ["global", "local"]},
     )
-    top_advantage_quantile: float = field(
-        default=0.25, metadata={"help": "Share of the subsets, by advantage, that is trained on."}
+    top_advantage_quantile: float = recipe_field(
+        "top_advantage_quantile", "Share of the subsets, by advantage, that is trained on."
     )
     timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the steps with noise that is trained."})
     step_weighting: str = field(
@@ -310,7 +256,7 @@ class DiffusionDistributionConfig(_BaseConfig):
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the initial model."})
     num_iterations: int = field(default=1, metadata={"help": "Updates made from each generation."})
-    ema_decay: float = field(default=0.0, metadata={"help": "Decay of a moving average of the weights; 0 is none."})
+    ema_decay: float = recipe_field("ema_decay", "Decay of a moving average of the weights; 0 is none.")
     offload_trajectories: bool = field(
         default=False, metadata={"help": "Keeps the rollout's states in CPU memory until they are trained on."}
     )
@@ -319,10 +265,6 @@ class DiffusionDistributionConfig(_BaseConfig):
         default=False, metadata={"help": "Logs how much of the rewards' spread is the images' doing."}
     )
     log_steps: bool = field(default=False, metadata={"help": "Logs the change of log p for every trained step."})
-    max_skipped_updates: int = field(
-        default=5, metadata={"help": "Updates in a row that may be skipped for values that are not finite."}
-    )
-
     # Parameters that control evaluation
     num_inference_steps_eval: list[int] = field(
         default_factory=lambda: [250], metadata={"help": "Steps at evaluation; several are evaluated in turn."}
@@ -333,26 +275,21 @@ class DiffusionDistributionConfig(_BaseConfig):
     eval_solver: str = field(
         default="euler", metadata={"help": "Solver of the evaluated ODE.", "choices": list(ODE_SOLVERS)}
     )
-    num_eval_images: int | None = field(default=None, metadata={"help": "Images per evaluation."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        self._check_choices({"recipe": tuple(RECIPES)})
+        fill_in(self)
+        self._check_choices(_CHOICES)
         self._check_reward()
         self._check_update()
-        self.rollout_schedule, self.eval_schedules = self._schedules()
+        self._set_schedules(*self._schedules())
         if self.time_grid != "scheduler":
             self._check_steps()
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better: bool | None = False
         super().__post_init__()
 
     def bind(self, policy: DiffusionPolicy) -> None:
         """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
-        self.rollout_schedule = self.rollout_schedule.on(policy)
-        self.eval_schedules = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
+        super().bind(policy)
         self._check_steps()
 
     def _check_steps(self) -> None:
@@ -378,12 +315,7 @@ class DiffusionDistributionConfig(_BaseConfig):
         counts = ["reference_set_size", "replace_size", "num_iterations", "best_of_n", "sde_window_interval"]
         if self.reference_refresh_steps != "auto":
             counts.append("reference_refresh_steps")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("rollout_batch_size", "decode_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or None.")
+        self._check_counts((*counts, "rollout_batch_size"))
         if self.replace_size >= self.reference_set_size:
             raise ValueError(
                 f"replace_size={self.replace_size} is not smaller than reference_set_size={self.reference_set_size}: "
@@ -421,7 +353,10 @@ class DiffusionDistributionConfig(_BaseConfig):
         self._check_backprop_steps()
         if self.loss_type == "backprop":
             self._check_backprop()
-        self._refuse_ignored()
+        # a share of 1.0 says what is done anyway
+        moot = {"top_advantage_quantile"} if self.top_advantage_quantile == 1.0 else set()
+        unused = [name for name in _UNUSED[self.loss_type] if name not in moot]
+        self._refuse_ignored(unused, f"loss_type={self.loss_type!r}", "choose another loss_type")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: every update already "
@@ -437,7 +372,7 @@ class DiffusionDistributionConfig(_BaseConfig):
                 raise ValueError(
                     f"backprop_steps={self.backprop_steps!r} must be a number of steps or 'random'."
                 ) from None
-            if not 1 <= steps <= self.num_inference_steps:
+            if self.loss_type == "backprop" and not 1 <= steps <= self.num_inference_steps:
                 raise ValueError(
                     f"backprop_steps={self.backprop_steps} must lie in 1 to num_inference_steps="
                     f"{self.num_inference_steps}."
@@ -466,33 +401,17 @@ class DiffusionDistributionConfig(_BaseConfig):
                 "has not: use reference_update='rolling' or a number of steps."
             )
 
-    def _refuse_ignored(self) -> None:
-        """What the loss type has no use for must be at its default, so that nobody believes it does something."""
-        for name in _UNUSED[self.loss_type]:
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            # a share of 1.0 says what is done anyway
-            if str(value) != str(default) and not (name == "top_advantage_quantile" and value == 1.0):
-                raise ValueError(
-                    f"{name}={value!r} does nothing under loss_type={self.loss_type!r}: leave it at {default!r}, or "
-                    "choose another loss_type."
-                )
+    def _default(self, name: str) -> Any:
+        return RECIPES[self.recipe].get(name, super()._default(name))
 
     def _schedules(self) -> tuple[SamplingSchedule, dict[str, SamplingSchedule]]:
         if self.sampler == "ode" and self.loss_type != "backprop":
             raise ValueError(
                 "sampler='ode': a policy gradient needs the density of each step, which the ODE has not; use "
-                "sampler='sde'. Evaluation runs the ODE besides, see eval_samplers."
+                "sampler='sde', or recipe='policy_gradient'. Evaluation runs the ODE besides, see eval_samplers."
             )
-        shared = {
-            "noise_schedule": self.noise_schedule,
-            "noise_level": self.noise_level,
-            "last_step_size": self.last_step_size,
-            "solver": self.eval_solver,
-            "time_grid": self.time_grid,
-            "time_shift": self.time_shift,
-        }
         # the steps of a rollout are Euler's, also of its ODE
-        rollout = SamplingSchedule(self.num_inference_steps, self.sampler, **{**shared, "solver": "euler"})  # type: ignore[arg-type]
+        rollout = self._schedule(self.num_inference_steps, self.sampler, "euler")
         if isinstance(self.num_inference_steps_eval, int):
             self.num_inference_steps_eval = [self.num_inference_steps_eval]
         counts = list(dict.fromkeys(self.num_inference_steps_eval))
@@ -501,7 +420,10 @@ class DiffusionDistributionConfig(_BaseConfig):
         evaluation = {}
         for name in self.eval_samplers:
             for count in counts:
-                schedule = SamplingSchedule(count, name, **shared)  # type: ignore[arg-type]
+                schedule = self._schedule(count, name, self.eval_solver)
                 one = len(counts) == 1 or schedule.num_evaluations is None
                 evaluation[name if one else f"{name}_{count}"] = schedule
         return rollout, evaluation
+
+
+DiffusionDistributionConfig.__doc__ = with_values(str(DiffusionDistributionConfig.__doc__))

@@ -12,12 +12,11 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..generation import conditions_of_slots, image_generators, strata_of_slots, take
+from ..generation import image_generators, take
 from ..metrics.composite import supports
 from ..metrics.report import ImageMetric
 from ..policies import as_policy
 from ..rewards.diagnostics import reward_diagnostics
-from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts
 from .base import DiffusionTrainer
@@ -25,7 +24,7 @@ from .callbacks import print_rewards
 from .distribution_reward_config import DiffusionDistributionConfig
 from .objective import normalize_advantages, select
 from .pair_loss import PairLoss, UpdateStatistics
-from .reference_set import ReferenceSet
+from .reference_set import ReferenceSet, conditions_and_slots
 from .reward_functions import RewardFunctions, check_best_metric, check_on, images_of_noise
 from .rollout_batch import RolloutBatch
 from .rollouts import Rollouts
@@ -101,12 +100,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args if args is not None else DiffusionDistributionConfig(output_dir="distribution-reward")
-        channels = {} if args.guidance_channels is None else {"guidance_channels": args.guidance_channels}
-        policy = as_policy(model, args.guidance_scale, **channels)
+        policy = as_policy(model, **args.guidance())
         args.bind(policy)
-        size, column = args.reference_set_size, args.stratify_by
-        self.conditions = conditions_of_slots(policy, train_dataset, size, args.seed, column)
-
+        self.conditions, self.slot_sampler = conditions_and_slots(policy, train_dataset, args)
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         self.reward_funcs, self.reward_names = self.rewards.functions, self.rewards.names
         self.reward_weights = self.rewards.weights
@@ -115,10 +111,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 f"best_of_n={args.best_of_n} chooses by the replaced distance, but no reward is a "
                 "SubsetReplaceReward: set best_of_n=1."
             )
-        self.slot_sampler: SlotSampler | StratifiedSlotSampler = SlotSampler(size, seed=args.seed)
-        if column is not None:
-            strata = strata_of_slots(train_dataset, column, size, args.seed, self.conditions)
-            self.slot_sampler = StratifiedSlotSampler(strata, seed=args.seed)
 
         images_per_step = args.num_subsets * args.replace_size
         reference = None
@@ -178,7 +170,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def _check_gradients(self, images: Tensor, conditions: Any) -> None:
         """That every reward can be back-propagated."""
-        remedy = "use a policy gradient, loss_type='grpo', which needs no gradient of the reward"
+        remedy = (
+            "use a policy gradient, which needs no gradient of the reward: recipe='policy_gradient', or "
+            "loss_type='grpo' and sampler='sde'"
+        )
         grey = 64 + images.float() / 2  # a rounded or clamped image would tell nothing at its ends
 
         def blind(values: Tensor) -> bool:

@@ -1,12 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from trl.trainer.base_config import _BaseConfig
-
-from ..generation import SamplingSchedule
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
-from ..policies import DiffusionPolicy
-from ..sampling import ODE_SOLVERS, TIME_GRIDS
+from ..sampling import ODE_SOLVERS
+from .base_config import DiffusionTrainerConfig
 
 METHODS = ("emanet", "cma", "grid", "random")
 STARTS = ("post_hoc", "uniform", "last")
@@ -27,13 +25,23 @@ _EMANET_ONLY = (
 )
 
 
+def _not_of(method: str) -> tuple[str, ...]:
+    """Fields that a method has no use for."""
+    ignored = () if method == "emanet" else _EMANET_ONLY
+    return (*ignored, "sampling_std") if method == "grid" else ignored
+
+
 @dataclass
-class MergeCoefficientConfig(_BaseConfig):
+class MergeCoefficientConfig(DiffusionTrainerConfig):
     r"""
     Configuration of the [`MergeCoefficientTrainer`].
 
-    Besides the parameters below it takes all of [`~transformers.TrainingArguments`], of which
-    `per_device_eval_batch_size` is how many images a process generates at a time.
+    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `stratify_by`,
+    `reward_weights`, `time_grid`, `time_shift`, `guidance_scale`, `guidance_channels`, `decode_batch_size`,
+    `max_skipped_updates`, `num_eval_images` and `eval_seed`; `noise_schedule`, `noise_level` and `last_step_size`,
+    which are of the evaluated SDE alone; and all of [`~transformers.TrainingArguments`], of which
+    `per_device_eval_batch_size` is how many images a process generates at a time. Each candidate generates a set of
+    `reference_set_size` images.
 
     Parameters:
         > Parameters that control the search
@@ -76,8 +84,6 @@ class MergeCoefficientConfig(_BaseConfig):
 
         > Parameters that control the reward
 
-        reference_set_size (`int`, *optional*, defaults to `5000`):
-            Images N of a candidate's own set.
         scale_set_size (`int`, *optional*):
             Images of the start's set, by whose distances those of several feature spaces are divided;
             `reference_set_size` by default. Small sets overstate distances, in some spaces more than in others: give
@@ -89,8 +95,6 @@ class MergeCoefficientConfig(_BaseConfig):
             Subsets N_s of the set that are replaced.
         replace_size (`int`, *optional*, defaults to `50`):
             Images n of a subset.
-        reward_weights (`list[float]`, *optional*):
-            Weights of several reward functions; all 1 by default.
         fresh_noise (`bool`, *optional*, defaults to `True`):
             Whether each step has noise of its own, the same for all of its candidates. Otherwise all steps have the
             first one's, and coefficients can be fitted to it.
@@ -102,15 +106,6 @@ class MergeCoefficientConfig(_BaseConfig):
         solver (`str`, *optional*, defaults to `"euler"`):
             As in [`~sampling.solve_ode`], e.g. `"euler"`, `"heun"`, or `"heun_sigma"`, Heun's steps in the noise level
             as EDM takes them.
-        time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`; `"karras"`: EDM's noise levels, which EDM2 is sampled with; `"scheduler"`: that of the
-            pipeline's own scheduler. Evaluating the SDE on the last two needs `last_step_size=None`.
-        time_shift (`float`, *optional*, defaults to `1.0`):
-            Resolution shift of the time grid; 1 is none.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Classifier-free guidance in training and evaluation; 1 is none.
-        max_skipped_updates (`int`, *optional*, defaults to `5`):
-            Steps in a row that may be skipped, because no candidate's images are finite, before training stops.
 
         > Parameters that control evaluation
 
@@ -118,32 +113,15 @@ class MergeCoefficientConfig(_BaseConfig):
             Steps at evaluation; `num_inference_steps` by default.
         eval_samplers (`list[str]`, *optional*, defaults to `["ode"]`):
             Samplers evaluated, of `"ode"` and `"sde"`.
-        noise_schedule (`str`, *optional*, defaults to `"sit"`):
-            Noise schedule of the evaluated SDE, see [`~sampling.transition`].
-        noise_level (`float`, *optional*, defaults to `1.0`):
-            Its noise level.
-        last_step_size (`float`, *optional*, defaults to `0.04`):
-            Size of its last step without noise. `None`: all steps are equal.
-        num_eval_images (`int`, *optional*):
-            Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
-        eval_seed (`int`, *optional*, defaults to `0`):
-            Seed of the evaluation noise, the same at every evaluation and never that of training.
 
-    > Parameters with other defaults than [`~transformers.TrainingArguments`]: `learning_rate=0.01`,
-    > `lr_scheduler_type="constant"`, `max_steps=15`, `save_steps=5`, `logging_steps=1`,
-    > `remove_unused_columns=False`. A lower value of `metric_for_best_model` is the better one unless
-    > `greater_is_better` says otherwise.
+    > Parameters with other defaults than [`~transformers.TrainingArguments`], besides those that
+    > [`DiffusionTrainerConfig`] names: `learning_rate=0.01`, `max_steps=15`, `save_steps=5`.
     """
 
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the EMANet."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     max_steps: int = field(default=15, metadata={"help": "Steps; each judges num_generations candidates."})
     save_steps: float = field(default=5, metadata={"help": "Steps between two checkpoints."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Not used: nothing is stored."})
-    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the network under bfloat16 autocast."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept False: columns are conditions."})
-
     # Parameters that control the search
     method: str = field(default="cma", metadata={"help": "How coefficients are found.", "choices": list(METHODS)})
     num_generations: int = field(default=16, metadata={"help": "Candidates of a step, over all processes."})
@@ -174,7 +152,6 @@ class MergeCoefficientConfig(_BaseConfig):
     policy_hidden_size: int = field(default=64, metadata={"help": "Width of the EMANet."})
 
     # Parameters that control the reward
-    reference_set_size: int = field(default=5000, metadata={"help": "Images of a candidate's own set."})
     scale_set_size: int | None = field(
         default=None, metadata={"help": "Images of the set that tells the feature spaces' units."}
     )
@@ -183,66 +160,28 @@ class MergeCoefficientConfig(_BaseConfig):
     )
     num_subsets: int = field(default=1, metadata={"help": "Subsets of the set that are replaced."})
     replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
-    )
     fresh_noise: bool = field(default=True, metadata={"help": "Whether each step has noise of its own."})
 
     # Parameters that control generation
     num_inference_steps: int = field(default=32, metadata={"help": "Steps of the ODE."})
     solver: str = field(default="euler", metadata={"help": "Solver of the ODE.", "choices": list(ODE_SOLVERS)})
-    time_grid: str = field(
-        default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
-    )
-    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
-    max_skipped_updates: int = field(default=5, metadata={"help": "Steps in a row that may be skipped."})
-
     # Parameters that control evaluation
     num_inference_steps_eval: int | None = field(default=None, metadata={"help": "Steps at evaluation."})
     eval_samplers: list[str] = field(
         default_factory=lambda: ["ode"], metadata={"help": "Samplers that are evaluated."}
     )
-    noise_schedule: str = field(
-        default="sit",
-        metadata={"help": "Noise schedule of the evaluated SDE.", "choices": ["sit", "flow_grpo", "dance", "cps"]},
-    )
-    noise_level: float = field(default=1.0, metadata={"help": "Noise level of the evaluated SDE."})
-    last_step_size: float | None = field(
-        default=0.04, metadata={"help": "Size of its last step without noise; None: all steps are equal."}
-    )
-    num_eval_images: int | None = field(default=None, metadata={"help": "Images per evaluation."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        self._check_choices(_CHOICES)
         self._read_start()
         self._check_numbers()
-        self._refuse_ignored()
-        shared = {
-            "noise_schedule": self.noise_schedule,
-            "noise_level": self.noise_level,
-            "last_step_size": self.last_step_size,
-            "solver": self.solver,
-            "time_grid": self.time_grid,
-            "time_shift": self.time_shift,
-        }
-        self.rollout_schedule = SamplingSchedule(self.num_inference_steps, "ode", **shared)  # type: ignore[arg-type]
+        self._check_ignored()
         steps = self.num_inference_steps_eval or self.num_inference_steps
-        self.eval_schedules = {
-            name: SamplingSchedule(steps, name, **shared)  # type: ignore[arg-type]
-            for name in self.eval_samplers
-        }
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better: bool | None = False
+        self._set_schedules(
+            self._schedule(self.num_inference_steps, "ode", self.solver),
+            {name: self._schedule(steps, name, self.solver) for name in self.eval_samplers},
+        )
         super().__post_init__()
-
-    def bind(self, policy: DiffusionPolicy) -> None:
-        """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
-        self.rollout_schedule = self.rollout_schedule.on(policy)
-        self.eval_schedules = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
 
     def _read_start(self) -> None:
         start = self.initial_coefficients
@@ -258,15 +197,9 @@ class MergeCoefficientConfig(_BaseConfig):
         setattr(self, "initial_coefficients", numbers)  # noqa: B010
 
     def _check_numbers(self) -> None:
-        for name in ("num_subsets", "replace_size", "policy_hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("num_replacements", "policy_num_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
-        for name in ("num_generations", "reference_set_size", "scale_set_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 2:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 2.")
+        self._check_counts(("num_subsets", "replace_size", "policy_hidden_size"))
+        self._check_counts(("num_replacements", "policy_num_layers"), least=0)
+        self._check_counts(("num_generations", "reference_set_size", "scale_set_size"), least=2)
         if not self.sampling_std > 0:
             raise ValueError(f"sampling_std={self.sampling_std} must be positive.")
         if not 0 < self.sampling_std_decay <= 1:
@@ -298,24 +231,29 @@ class MergeCoefficientConfig(_BaseConfig):
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1: there are no epochs here.")
 
-    def _refuse_ignored(self) -> None:
-        """What nothing has a use for must be at its default, so that nobody believes it does something."""
+    def _check_ignored(self) -> None:
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError("torch_compile does nothing here, where no network is trained: leave it False.")
-        method, start = f"method={self.method!r}", f"initial_coefficients={self.initial_coefficients!r}"
-        ignored = (
-            (self.method != "emanet", _EMANET_ONLY, method, "method='emanet'"),
-            (self.method == "grid", ("sampling_std",), method, "another method"),
-            (not self.num_replacements, ("num_subsets", "replace_size"), "num_replacements=0", "num_replacements"),
-            (self.initial_coefficients != "post_hoc", ("initial_std",), start, "initial_coefficients='post_hoc'"),
-        )
-        for unused, names, because, remedy in ignored:
-            for name in names if unused else ():
-                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-                if value != default:
-                    raise ValueError(
-                        f"{name}={value!r} does nothing under {because}: leave it at {default!r}, or set {remedy}."
-                    )
+        self._refuse_ignored(_not_of(self.method), f"method={self.method!r}", "set another method")
+        if not self.num_replacements:
+            self._refuse_ignored(("num_subsets", "replace_size"), "num_replacements=0", "set num_replacements")
+        if self.initial_coefficients != "post_hoc":
+            start = f"initial_coefficients={self.initial_coefficients!r}"
+            self._refuse_ignored(("initial_std",), start, "set initial_coefficients='post_hoc'")
+
+    def with_method(self, method: str, **changes: Any) -> "MergeCoefficientConfig":
+        """
+        The same search by another method. What only one of the two has a use for is at its default.
+
+        Args:
+            method (`str`): the other method.
+            changes: further fields to change, such as `output_dir`.
+
+        Raises:
+            ValueError: the settings do not fit the other method.
+        """
+        defaults = {name: self._default(name) for name in _not_of(method)}
+        return replace(self, **{**defaults, **changes, "method": method})
 
     @property
     def images_per_candidate(self) -> int:

@@ -37,6 +37,7 @@ from .merge_coefficient_config import MergeCoefficientConfig
 from .merge_state import check_identity, identity_of, read_state
 from .model_card import recipe_of
 from .objective import normalize_advantages
+from .reference_set import conditions_and_slots
 from .reward_functions import RewardFunctions, check_best_metric, check_on, images_of_noise
 
 logger = get_logger(__name__)
@@ -78,7 +79,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             returns one float per image, whose mean counts. Several are weighted by `reward_weights` and summed.
         args ([`MergeCoefficientConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
-            Conditions of a candidate's images, in a column `class_labels`. Without one all classes are balanced.
+            Conditions of a candidate's images, in a column `class_labels`, or `prompt` for a text-to-image policy.
+            Without a dataset all classes are balanced. A further column of strata may be named by `stratify_by`.
         eval_dataset (`datasets.Dataset`, *optional*): conditions of the evaluated images, likewise.
         eval_metrics (`dict[str, ImageMetric]`, *optional*):
             Metrics of generated sets to evaluate besides the reward's own distances.
@@ -107,7 +109,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args if args is not None else MergeCoefficientConfig(output_dir="merge-coefficients")
-        policy = as_policy(model, args.guidance_scale)
+        policy = as_policy(model, **args.guidance())
         args.bind(policy)
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         for reward in self.rewards.distributional:
@@ -127,7 +129,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         )
         self.initial_coefficients = start.expand(len(self.group_names), -1).clone()  # (G, N_c)
         self.merged_network = self._prepare_merged_network(policy)
-        self.conditions = conditions_of_slots(policy, train_dataset, args.reference_set_size, args.seed)
+        self.conditions, slots = conditions_and_slots(policy, train_dataset, args)
         super().__init__(
             policy=policy,
             args=args,
@@ -155,6 +157,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             self.rewards,
             args,
             self.conditions,
+            slots,
             self.accelerator,
             self.autocast,
             lambda: self.state,
@@ -272,7 +275,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     def _judge_start(self) -> None:
         """The first set is the start's, by whose distances those of several feature spaces are divided."""
         size = self.args.scale_set_size or self.args.reference_set_size
-        conditions = conditions_of_slots(self.policy, self.train_dataset, size, self.args.seed)
+        conditions = conditions_of_slots(self.policy, self.train_dataset, size, self.args.seed, self.args.stratify_by)
         values = self.judge.judge_start(self.initial_coefficients, conditions)
         self.num_images += size
         logger.info(f"Reward of the initial coefficients: {self._total(values[None]).item():.6g}.")

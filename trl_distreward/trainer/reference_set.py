@@ -10,9 +10,34 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch import Tensor
 
+from ..generation import conditions_of_slots, strata_of_slots
+from ..policies import DiffusionPolicy
+from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward
 
 logger = get_logger(__name__)
+
+
+def conditions_and_slots(
+    policy: DiffusionPolicy, dataset: Any, args: Any
+) -> tuple[Any, SlotSampler | StratifiedSlotSampler]:
+    """
+    The conditions of a generated set, and what draws subsets of it; both in proportion over strata, if there are any.
+
+    Args:
+        policy ([`DiffusionPolicy`]): generator.
+        dataset (`datasets.Dataset`, *optional*): conditions and strata.
+        args ([`DiffusionTrainerConfig`]): size, seed and the strata's column.
+
+    Raises:
+        ValueError: no such columns, or conditions that the model does not know.
+    """
+    size, column = args.reference_set_size, args.stratify_by
+    conditions = conditions_of_slots(policy, dataset, size, args.seed, column)
+    if column is None:
+        return conditions, SlotSampler(size, seed=args.seed)
+    strata = strata_of_slots(dataset, column, size, args.seed, conditions)
+    return conditions, StratifiedSlotSampler(strata, seed=args.seed)
 
 
 class ReferenceSet:
