@@ -44,6 +44,11 @@ RATE_EXPERIMENT = Experiment(
 )
 
 
+def sized(settings: dict[str, Any]) -> dict[str, Any]:
+    """As many subsets as make the images of an update."""
+    return {**settings, "num_subsets": IMAGES_PER_UPDATE // settings["replace_size"]}
+
+
 def train_arm(
     prepared: Digits, arm: Arm, experiment: Experiment, seed: int, rates: dict[str, float], metrics: dict[str, Any]
 ) -> dict[str, Any]:
@@ -52,11 +57,12 @@ def train_arm(
     with tempfile.TemporaryDirectory() as folder:
         if arm.after is not None:
             budget //= 2
-            first = {**arm.after.settings, "learning_rate": rates[arm.after.kind], "num_eval_images": 100}
+            first = {**sized(arm.after.settings), "learning_rate": rates[arm.after.kind], "num_eval_images": 100}
             spent = run(prepared, seed, budget, arm.after.reward, save_to=Path(folder), **first)["images"]
             start = replace(prepared, base_path=Path(folder))
         rate = arm.rate or rates[arm.kind] * arm.rate_factor
-        settings = {"num_inference_steps_eval": list(experiment.eval_steps), **arm.settings, "learning_rate": rate}
+        steps = list(experiment.eval_steps)
+        settings = {"num_inference_steps_eval": steps, **sized(arm.settings), "learning_rate": rate}
         if settings["lr_scheduler_type"] == "linear":  # falls to 0 when the images are spent
             size = settings.get("reference_set_size", 1000)
             settings["max_steps"] = max(1, (budget - size) // IMAGES_PER_UPDATE)

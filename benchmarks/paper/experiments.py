@@ -9,21 +9,11 @@ steps in training and 50 at evaluation for its 50 and 250.
 from dataclasses import dataclass, field
 from typing import Any
 
-PAPER: dict[str, Any] = {
-    "replace_size": 8,
-    "reference_refresh_steps": 10,
-    "top_advantage_quantile": 0.25,
-    "ema_decay": 0.0,
-    "lr_scheduler_type": "constant",
-}
-ROLLING: dict[str, Any] = {
-    "replace_size": 1,
-    "reference_update": "rolling",
-    "top_advantage_quantile": 1.0,
-    "ema_decay": 0.9,
-    "lr_scheduler_type": "linear",
-}
-BACKPROP: dict[str, Any] = {**ROLLING, "loss_type": "backprop", "backprop_steps": 3, "sampler": "ode"}
+from trl_distreward import RECIPES
+
+PAPER: dict[str, Any] = {**RECIPES["paper"], "replace_size": 8}
+ROLLING: dict[str, Any] = RECIPES["policy_gradient"]
+BACKPROP: dict[str, Any] = RECIPES["recommended"]
 # Chosen on seed 100, which no other figure uses: python benchmarks/paper rates
 RATES: dict[str, dict[str, float]] = {
     "digits": {"RL": 5e-5, "RS": 3e-6, "GRPO": 1e-4, "backprop": 1e-4},

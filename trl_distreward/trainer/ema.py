@@ -18,8 +18,8 @@ class PolicyEMA:
     before the first update have no part in it, or a short run would mostly average where it started.
 
     Args:
-        model (`torch.nn.Module`): its parameters with `requires_grad` are averaged, and the average until the first update are
-            their values now.
+        model (`torch.nn.Module`): its parameters with `requires_grad` are averaged; until the first update
+            the averages are their values now.
         decay (`float`): in [0, 1).
     """
 
