@@ -1,5 +1,4 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-import copy
 import json
 import math
 from functools import partial
@@ -22,6 +21,7 @@ from trl_distreward import (
 )
 from trl_distreward.generation import generate_images
 from trl_distreward.sampling import transition
+from trl_distreward.trainer.checks import check_sizes
 
 
 def weights(model):
@@ -414,7 +414,6 @@ def test_unknown_pipeline_is_refused_with_a_pointer_to_the_protocol(tmp_path):
 
 def test_subsets_must_divide_among_processes(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    trainer.accelerator = copy.copy(trainer.accelerator)
-    trainer.accelerator.__class__ = type("Four", (type(trainer.accelerator),), {"num_processes": 4})
+    check_sizes(trainer.args, trainer.rewards, 3)
     with pytest.raises(ValueError, match="num_subsets=6 is not divisible among 4 processes"):
-        trainer._check_processes()
+        check_sizes(trainer.args, trainer.rewards, 4)
