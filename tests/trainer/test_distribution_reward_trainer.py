@@ -11,7 +11,16 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
-from tests.helpers import features, real_images, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import (
+    features,
+    first_gradients,
+    logged,
+    real_images,
+    tiny_pipeline,
+    tiny_reward,
+    tiny_trainer,
+    weights,
+)
 from trl_distreward import (
     DistributionRewardTrainer,
     FeatureDistance,
@@ -24,29 +33,9 @@ from trl_distreward.sampling import transition
 from trl_distreward.trainer.checks import check_sizes
 
 
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-class Recorder(TrainerCallback):
-    """Gradients of every update, before the optimizer uses them."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
 def recorded(tmp_path, **kwargs):
-    trainer, recorder = tiny_trainer(tmp_path, max_steps=1, max_grad_norm=0, **kwargs), Recorder()
-    trainer.add_callback(recorder)
-    trainer.train()
-    return trainer, recorder.gradients[0]
+    trainer = tiny_trainer(tmp_path, max_steps=1, max_grad_norm=0, **kwargs)
+    return trainer, first_gradients(trainer)
 
 
 def test_on_policy_ratio_is_exactly_one_though_label_dropout_is_configured(tmp_path):
