@@ -1,10 +1,16 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Small parts the tests share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainerCallback
 
 from trl_distreward import (
     DiffusionDistributionConfig,
@@ -166,4 +172,43 @@ def tiny_merge_trainer(
         train_dataset=train_dataset,
         eval_metrics=eval_metrics,
         callbacks=callbacks,
+    )
+
+
+def weights(model):
+    """Copies of a network's parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def logged(trainer, key):
+    """Every value of a key that a run has logged."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+class _Gradients(TrainerCallback):
+    def __init__(self):
+        self.first = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.first is None:
+            self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def first_gradients(trainer):
+    """Trains; returns the gradients that the first update is made with."""
+    gradients = _Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    return gradients.first
+
+
+def launch(*command, processes=2, **environment):
+    """Runs a script, or `-m` and a module, in several processes of this interpreter; returns what became of them."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment}
+    return subprocess.run(
+        [*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -3,8 +3,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +12,6 @@ from PIL import Image
 
 def pixels(count, height=8, width=8, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
-
-
-def launch(module, arguments, processes=2, **environment):
-    """Runs a module of the package as a command in several processes; returns what became of them."""
-    root = Path(__file__).parents[2]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **environment}
-    command = [*launcher, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def write_folder(folder, count=20, **kwargs):

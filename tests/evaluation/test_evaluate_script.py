@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from tests.evaluation.images import launch, pixels, project, write_folder
-from tests.helpers import tiny_pipeline
+from tests.evaluation.images import pixels, project, write_folder
+from tests.helpers import launch, tiny_pipeline
 from trl_distreward import FeatureStatistics, frechet_distance
 from trl_distreward.evaluation.measure import fewest_images
 from trl_distreward.metrics import feature_metrics
@@ -320,6 +320,6 @@ def test_inception_score_is_of_the_logits_in_the_same_pass(folder, monkeypatch):
 def test_two_processes_report_what_one_does(folder):
     arguments = ["--model", folder / "base", "--real", folder / "real.npz", *SMALL]
     alone = run(*arguments)
-    result = launch("trl_distreward.scripts.evaluate", [*arguments, *EXTRACTOR, "--output", folder / "two.json"])
+    result = launch("-m", "trl_distreward.scripts.evaluate", *arguments, *EXTRACTOR, "--output", folder / "two.json")
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((folder / "two.json").read_text()) == alone

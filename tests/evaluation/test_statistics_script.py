@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.evaluation.images import launch, pixels, project, write_folder
+from tests.evaluation.images import pixels, project, write_folder
+from tests.helpers import launch
 from trl_distreward import FeatureStatistics
 from trl_distreward.metrics.checks import load_real_features
 from trl_distreward.scripts import statistics
@@ -47,11 +48,11 @@ def test_processes_that_were_killed_end_with_the_file_that_one_writes_undisturbe
     shared += ["--feature-extractor", "tests.evaluation.images.project_or_die"]
     statistics.main([*map(str, shared), "--output", str(tmp_path / "one.safetensors")])
     output = tmp_path / "two.safetensors"
-    killed = launch("trl_distreward.scripts.statistics", [*shared, "--output", output], DIES_IN="8")
+    killed = launch("-m", "trl_distreward.scripts.statistics", *shared, "--output", output, DIES_IN="8")
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr[-2000:]
     done = [json.loads(path.read_text())["rows"] for path in tmp_path.glob("two.safetensors.work/lane-*.json")]
     assert 0 < sum(done) < 200 and not output.exists()
-    result = launch("trl_distreward.scripts.statistics", [*shared, "--output", output])
+    result = launch("-m", "trl_distreward.scripts.statistics", *shared, "--output", output)
     assert result.returncode == 0, result.stderr[-3000:]
     assert output.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
 

@@ -5,7 +5,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
-from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import (
+    features,
+    first_gradients,
+    logged,
+    real_images,
+    tiny_config,
+    tiny_pipeline,
+    tiny_reward,
+    tiny_trainer,
+    weights,
+)
 from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
 from trl_distreward.sampling import replay, rollout
@@ -15,19 +25,6 @@ BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_st
 
 def backprop_trainer(folder, **kwargs):
     return tiny_trainer(folder, **{**BACKPROP, **kwargs})
-
-
-def gradients_of_first_update(trainer):
-    seen = {}
-    norm = trainer._get_grad_norm
-
-    def spy(model, grad_norm=None):
-        seen.update({name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None})
-        return norm(model, grad_norm)
-
-    trainer._get_grad_norm = spy
-    trainer.train()
-    return seen
 
 
 def distance(rows, real):
@@ -62,7 +59,7 @@ def test_update_is_the_gradient_of_the_whole_sets_distance(tmp_path, sampler, st
         roll(slots, new, generator)
 
     trainer.reference_set.roll = spy
-    found = gradients_of_first_update(trainer)
+    found = first_gradients(trainer)
 
     policy, network, args = trainer.policy, trainer.network, trainer.args
     network.zero_grad()
@@ -137,7 +134,7 @@ def test_memory_grows_with_the_steps_gone_back_not_with_all_of_them(tmp_path):
 
 def test_micro_batches_change_nothing(tmp_path):
     sizes = [
-        gradients_of_first_update(backprop_trainer(tmp_path / str(n), max_steps=1, per_device_train_batch_size=n))
+        first_gradients(backprop_trainer(tmp_path / str(n), max_steps=1, per_device_train_batch_size=n))
         for n in (3, 12)
     ]
     for name, value in sizes[0].items():
@@ -171,17 +168,16 @@ def test_modes_train_and_resume_exactly(tmp_path, settings):
         k: v for k, v in settings.items() if k != "lora"
     }
     whole = backprop_trainer(tmp_path / "whole", **settings, **lora)
-    start = {name: p.detach().clone() for name, p in whole.network.named_parameters()}
+    start = weights(whole.network)
     whole.train()
     assert any(not torch.equal(p, start[name]) for name, p in whole.network.named_parameters())
     resumed = backprop_trainer(tmp_path / "resumed", **settings, **lora)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for (name, p), q in zip(whole.network.named_parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(p, q), name
-    rewards = [[e["reward"] for e in t.state.log_history if "reward" in e] for t in (whole, resumed)]
-    assert rewards[0][-1] == rewards[1][-1]
+    assert logged(whole, "reward")[-1] == logged(resumed, "reward")[-1]
     if "beta" in settings:
-        kl = [e["kl"] for e in whole.state.log_history if "kl" in e]
+        kl = logged(whole, "kl")
         assert kl[0] == pytest.approx(0, abs=1e-12) and kl[-1] > 0
 
 

@@ -1,9 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from tests.helpers import tiny_merge_trainer, tiny_pool, tiny_trainer
+from tests.helpers import launch, tiny_merge_trainer, tiny_pool, tiny_trainer
 from tests.trainer.sharded_launch import DEEPSPEED, FSDP2
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -21,17 +18,7 @@ SCRIPT = Path(__file__).with_name("distributed_run.py")
 
 def run(output, processes, settings):
     output.mkdir()
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(SCRIPT.parents[2]),
-    }
-    command = [*launcher, str(SCRIPT), str(output), json.dumps(settings)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = launch(SCRIPT, output, json.dumps(settings), processes=processes, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(output / "weights"), json.loads((output / "log.json").read_text())
 

@@ -1,5 +1,4 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-import copy
 import json
 import math
 from functools import partial
@@ -12,7 +11,16 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
-from tests.helpers import features, real_images, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import (
+    features,
+    first_gradients,
+    logged,
+    real_images,
+    tiny_pipeline,
+    tiny_reward,
+    tiny_trainer,
+    weights,
+)
 from trl_distreward import (
     DistributionRewardTrainer,
     FeatureDistance,
@@ -22,31 +30,12 @@ from trl_distreward import (
 )
 from trl_distreward.generation import generate_images
 from trl_distreward.sampling import transition
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-class Recorder(TrainerCallback):
-    """Gradients of every update, before the optimizer uses them."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+from trl_distreward.trainer.checks import check_sizes
 
 
 def recorded(tmp_path, **kwargs):
-    trainer, recorder = tiny_trainer(tmp_path, max_steps=1, max_grad_norm=0, **kwargs), Recorder()
-    trainer.add_callback(recorder)
-    trainer.train()
-    return trainer, recorder.gradients[0]
+    trainer = tiny_trainer(tmp_path, max_steps=1, max_grad_norm=0, **kwargs)
+    return trainer, first_gradients(trainer)
 
 
 def test_on_policy_ratio_is_exactly_one_though_label_dropout_is_configured(tmp_path):
@@ -413,7 +402,6 @@ def test_unknown_pipeline_is_refused_with_a_pointer_to_the_protocol(tmp_path):
 
 def test_subsets_must_divide_among_processes(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    trainer.accelerator = copy.copy(trainer.accelerator)
-    trainer.accelerator.__class__ = type("Four", (type(trainer.accelerator),), {"num_processes": 4})
+    check_sizes(trainer.args, trainer.rewards, 3)
     with pytest.raises(ValueError, match="num_subsets=6 is not divisible among 4 processes"):
-        trainer._check_processes()
+        check_sizes(trainer.args, trainer.rewards, 4)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.helpers import features, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
+from tests.helpers import features, logged, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
 from trl_distreward import EMANet, FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
 from trl_distreward.generation import (
     SamplingSchedule,
@@ -29,10 +29,6 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     return tiny_pool(tmp_path_factory.mktemp("pool"))
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 def weighted(pool, coefficients):

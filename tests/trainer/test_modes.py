@@ -4,18 +4,10 @@
 import pytest
 import torch
 
-from tests.helpers import features, tiny_pipeline, tiny_reward, tiny_sit, tiny_trainer, tiny_vae
+from tests.helpers import features, logged, tiny_pipeline, tiny_reward, tiny_sit, tiny_trainer, tiny_vae, weights
 from trl_distreward import SiTPipeline
 from trl_distreward.generation import image_generators, sample, take
 from trl_distreward.policies import as_policy, decode_uint8, to_uint8
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def trained(tmp_path, **kwargs):

@@ -14,17 +14,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests.helpers import tiny_trainer
+from tests.helpers import logged, tiny_trainer, weights
 from trl_distreward import load_pipeline
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
 
 # (settings, steps at which the run is interrupted)
 CASES = {
@@ -138,7 +129,7 @@ def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from tests.helpers import tiny_trainer
+from tests.helpers import logged, tiny_trainer, weights
 trainer = tiny_trainer(Path(sys.argv[1]), max_steps=100000, save_strategy="steps", save_steps=1, save_total_limit=2,
                        ema_decay=0.5)
 print("ready", flush=True)

@@ -14,28 +14,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_features, check_fitted, check_replacement
+from .frechet_eigenvalues import FittedSet, clean, symmetric, symmetric_sqrt
 from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, whitened_resolvents
 from .precision import full_precision
 from .quadrature import Quadrature, elliptic_quadrature
 from .statistics import FeatureStatistics
-
-
-def symmetric_sqrt(matrix: Tensor, rank: int | None = None) -> Tensor:
-    """Square root of a symmetric positive semi-definite matrix, keeping at most the `rank` largest eigenvalues."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return (eigenvectors * _clean(eigenvalues, rank).sqrt()) @ eigenvectors.mT
-
-
-def _clean(eigenvalues: Tensor, rank: int | None) -> Tensor:
-    """Ascending eigenvalues with rounding noise removed: below zero, and beyond what the rank allows, they are 0.
-
-    Left in, a zero eigenvalue of a rank-deficient covariance returns as about 1e-16 of the largest, whose square root
-    is 1e-8 of it: with hundreds of them the trace is wrong in the sixth digit.
-    """
-    eigenvalues = eigenvalues.clamp(min=0)
-    if rank is not None and rank < eigenvalues.shape[-1]:
-        eigenvalues[..., : eigenvalues.shape[-1] - rank] = 0
-    return eigenvalues
 
 
 def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, real_root: Tensor | None = None) -> float:
@@ -61,14 +44,10 @@ def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, real
     covariance, real_covariance = generated.covariance, real.covariance.to(generated.mean.device)
     root = symmetric_sqrt(real_covariance, real.rank_bound) if real_root is None else real_root.to(covariance.device)
     rank = min(generated.rank_bound, real.rank_bound)
-    spectrum = _clean(torch.linalg.eigvalsh(_symmetric(root @ covariance @ root)), rank)
+    spectrum = clean(torch.linalg.eigvalsh(symmetric(root @ covariance @ root)), rank)
     mean_term = (generated.mean - real.mean.to(generated.mean.device)).square().sum()
     distance = mean_term + covariance.trace() + real_covariance.trace() - 2 * spectrum.sqrt().sum()
     return max(distance.item(), 0.0)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
 
 
 # Square roots of eigenvalues are known to this part of the largest: that of float64's resolution.
@@ -162,7 +141,7 @@ class FrechetDistance:
             )
         self.real, self.method, self.num_nodes, self.dtype = real, method, num_nodes, dtype
         values, vectors = torch.linalg.eigh(real.covariance)
-        values = _clean(values, real.rank_bound)
+        values = clean(values, real.rank_bound)
         self._root = (vectors * values.sqrt()) @ vectors.mT  # R = S_r^½
         self._real_largest = values[-1].item()
         self.features: Tensor | None = None
@@ -185,40 +164,23 @@ class FrechetDistance:
         features = check_features(features, "reference features", self.dimension)
         if len(features) < 2:
             raise ValueError(f"the reference set has {len(features)} row: a covariance needs at least 2.")
-        device, count = features.device, len(features)
-        self._root, self._real_mean = self._root.to(device), self.real.mean.to(device)
-        self._real_trace = self.real.covariance.trace().to(device)
-        self._rank = self._rank_of(count)
-        # A rank-deficient A is ill-posed in float32: new rows that leave its range meet shifts near 0.
-        self._dtype = self.dtype if self._rank == self.dimension else torch.float64
-        self._mean = features.mean(dim=0)
-        centred = torch.empty_like(features, dtype=self._dtype)  # about the mean, so that products do not cancel
-        scatter = features.new_zeros(self.dimension, self.dimension)
-        for rows, kept in zip(features.split(4096), centred.split(4096), strict=True):
-            rows = rows - self._mean
-            scatter.addmm_(rows.T, rows)
-            kept.copy_(rows)
-        self.features, self._count = centred, count
-        covariance = scatter / (count - 1)
-        self._trace = covariance.trace()
-        self._product = _symmetric(self._root @ covariance @ self._root)  # A = R S R
+        self._root = self._root.to(features.device)
+        self._set = FittedSet.of(features, self.real, self._root, self.dtype)
+        self.features = self._set.rows
         self._basis: _Basis | None = None
         self._value: float | None = None
         self._quadratures: dict[tuple[int, bool], tuple[Quadrature, ShiftedGrams]] = {}
         self._checked = self._gave_up = False
         return self
 
-    def _rank_of(self, count: int) -> int:
-        """The most that the rank of A can be for `count` rows."""
-        return min(count - 1, self.real.rank_bound, self.dimension)
-
     @property
     def value(self) -> float:
         if self.features is None:
             raise ValueError("value needs a reference set: call fit(features) first.")
         if self._value is None:
-            roots = self._root_trace(self._product) if self._basis is None else self._basis.eigenvalues.sqrt().sum()
-            self._value = self._distance(self._mean - self._real_mean, self._trace, roots).item()
+            own = self._set
+            roots = own.root_trace(own.product) if self._basis is None else self._basis.eigenvalues.sqrt().sum()
+            self._value = own.distance(own.offset, own.trace, roots).item()
         return self._value
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
@@ -289,10 +251,10 @@ class FrechetDistance:
             ValueError: as in [`~FrechetDistance.replaced`].
         """
         check_replacement(indices, features, self._require_rows("gradient", 2), self.dimension)
-        indices, features = indices.to(self._mean.device), features.to(self._mean.device)
+        indices, features = indices.to(self._set.device), features.to(self._set.device)
         chunk = max(1, self.memory_budget // (8 * self.dimension * (6 * self.dimension + 7 * indices.shape[1])))
         pieces = zip(indices.split(chunk), features.split(chunk), strict=True)
-        return torch.cat([self._gradient_chunk(idx, new) for idx, new in pieces])
+        return torch.cat([self._set.gradient(idx, new) for idx, new in pieces])
 
     def delete_one(self, indices: Tensor) -> Tensor:
         """
@@ -306,7 +268,7 @@ class FrechetDistance:
         count = self._require_rows("delete_one", 3)
         if indices.ndim != 1 or (len(indices) and not 0 <= indices.min() <= indices.max() < count):
             raise ValueError(f"indices of shape {tuple(indices.shape)} must be (M,), from 0 to {count - 1}.")
-        rows, chunks = self._eigenbasis().rows, indices.to(self._mean.device).split(4096)  # of what may be gigabytes
+        rows, chunks = self._eigenbasis().rows, indices.to(self._set.device).split(4096)  # of what may be gigabytes
         assert self.features is not None
         return torch.cat([self._one_image(self.features[chunk], rows[chunk], -1) for chunk in chunks])
 
@@ -324,10 +286,10 @@ class FrechetDistance:
             ValueError: before `fit`, wrong shape or dimension, NaN or infinite values.
         """
         self._require_rows("add_one", 2)
-        features = check_features(features, "new features", self.dimension).to(self._mean.device) - self._mean
+        features = check_features(features, "new features", self.dimension).to(self._set.device) - self._set.mean
         projection = self._eigenbasis().projection
         with full_precision():
-            return self._one_image(features, features.to(self._dtype) @ projection.mT, 1)
+            return self._one_image(features, features.to(self._set.rows.dtype) @ projection.mT, 1)
 
     def _require_rows(self, name: str, least: int) -> int:
         count = len(check_fitted(self.features, name))
@@ -337,7 +299,7 @@ class FrechetDistance:
 
     def _one_image(self, centred: Tensor, projected: Tensor, sign: int) -> Tensor:
         """Change of the distance for rows z and y = Pz `(M, d)`, each added (`sign` 1) or removed (-1) alone."""
-        count = self._count
+        count = self._set.count
         other = count + sign
         ratio = count / (other * (count - 1))  # c: A' = growth · (A + sign · c · yyᵀ)
         growth = (count - 1) / (other - 1)
@@ -354,13 +316,13 @@ class FrechetDistance:
         logs = torch.log1p((sign * ratio * forms).clamp(min=-1 + 1e-15))
         roots = eigenvalues.sqrt().sum()
         new_roots = growth**0.5 * (roots + logs @ rule.weights.to(logs.device))
-        mean_term = 2 * sign * (centred.double() @ (self._mean - self._real_mean)) / other + squares / other**2
-        return mean_term + (growth - 1) * self._trace + growth * sign * ratio * squares - 2 * (new_roots - roots)
+        mean_term = 2 * sign * (centred.double() @ self._set.offset) / other + squares / other**2
+        return mean_term + (growth - 1) * self._set.trace + growth * sign * ratio * squares - 2 * (new_roots - roots)
 
     def _changed(self, indices: Tensor, features: Tensor, name: str, leave_one_in: bool) -> Tensor:
         count = self._require_rows(name, 3 if leave_one_in else 2)
         check_replacement(indices, features, count, self.dimension)
-        indices, features = indices.to(self._mean.device), features.to(self._mean.device)
+        indices, features = indices.to(self._set.device), features.to(self._set.device)
         self.error_bound = 0.0
         if not self._uses_logdet(indices.shape[1], leave_one_in):
             return self._direct(indices, features, leave_one_in)
@@ -391,15 +353,15 @@ class FrechetDistance:
 
     def _rise(self, features: Tensor) -> float:
         """The most by which rows added, of `features` `(B, n, d)`, can raise an eigenvalue of A."""
-        squares = (features.double() - self._mean).square().sum((1, 2)).max().item()
-        return squares * self._real_largest / (self._count - 1)
+        squares = (features.double() - self._set.mean).square().sum((1, 2)).max().item()
+        return squares * self._real_largest / (self._set.count - 1)
 
     def _eigenbasis(self) -> _Basis:
         if self._basis is None:
-            eigenvalues, vectors = torch.linalg.eigh(self._product)
-            eigenvalues = _clean(eigenvalues, self._rank)
+            eigenvalues, vectors = torch.linalg.eigh(self._set.product)
+            eigenvalues = clean(eigenvalues, self._set.rank)
             projection = vectors.mT @ self._root / torch.where(eigenvalues > 0, eigenvalues, 1.0).sqrt()[:, None]
-            projection = projection.to(self._dtype)
+            projection = projection.to(self._set.rows.dtype)
             with full_precision():
                 rows = self.features @ projection.mT
             self._basis = _Basis(eigenvalues, projection, rows)
@@ -422,37 +384,39 @@ class FrechetDistance:
             lower = floor if full_range else max(self._eigenbasis().smallest / 2, floor)
             rule = elliptic_quadrature(lower, upper, self.tolerance, None if full_range else self.num_nodes)
             shifts = torch.cat([rule.nodes.new_tensor([-lower]), rule.nodes]).to(eigenvalues.device)
-            self._quadratures[key] = rule, ShiftedGrams(eigenvalues, shifts * shifts.abs(), self._dtype)
+            self._quadratures[key] = rule, ShiftedGrams(eigenvalues, shifts * shifts.abs(), self._set.rows.dtype)
         return self._quadratures[key]
 
     def _change(
         self, indices: Tensor, features: Tensor, rule: Quadrature, shifted: ShiftedGrams, leave_one_in: bool
     ) -> _Change:
-        count, size, basis = self._count, indices.shape[1], self._eigenbasis()
-        added, removed = features.double() - self._mean, self.features[indices]  # type: ignore[index]  # (B, n, d)
+        count, size, basis = self._set.count, indices.shape[1], self._eigenbasis()
+        added, removed = features.double() - self._set.mean, self.features[indices]  # type: ignore[index]  # (B, n, d)
         shift = (added.sum(1) - removed.sum(1, dtype=torch.float64)) / count  # new mean minus old, (B, d)
         squares = added.square().sum((1, 2)) - removed.double().square().sum((1, 2)) - count * shift.square().sum(1)
-        trace = self._trace + squares / (count - 1)
-        mean = self._mean + shift - self._real_mean
+        trace = self._set.trace + squares / (count - 1)
+        mean = self._set.mean + shift - self._set.real_mean
 
         # A' - A = W₊ᵀW₊ - W₋ᵀW₋ in the eigenbasis, with the shift of the mean as the last row of W₋
         with full_precision():
-            y_added, y_removed = added.to(self._dtype) @ basis.projection.mT, basis.rows[indices]
+            y_added, y_removed = added.to(self._set.rows.dtype) @ basis.projection.mT, basis.rows[indices]
             y_shift = (y_added.sum(1, dtype=torch.float64) - y_removed.sum(1, dtype=torch.float64)) / count**0.5
-            rows = torch.cat([y_added, y_removed, y_shift[:, None].to(self._dtype)], dim=1) / (count - 1) ** 0.5
+            rows = (
+                torch.cat([y_added, y_removed, y_shift[:, None].to(self._set.rows.dtype)], dim=1) / (count - 1) ** 0.5
+            )
             grams = shifted(rows)  # (1 + J, B, 2n + 1, 2n + 1), J the number of nodes
         factors = factorize(grams[1:], size)
         weights, coarse = rule.weights.to(rows.device), rule.coarse.to(rows.device)
         rise, fall = weights @ factors.rise, weights @ factors.fall
         root_trace = basis.eigenvalues.sqrt().sum() + rise - fall
-        distance = self._distance(mean, trace, root_trace)
+        distance = self._set.distance(mean, trace, root_trace)
 
         # Trusted where the bound's premises hold: no eigenvalue fell out of the rule's interval, and the rule of every
         # third node is as near as its own bound says.
         movement = rise + fall
         difference = (rise - fall - coarse @ (factors.rise - factors.fall)).abs()
         trusted = (
-            difference <= (rule.bound + rule.coarse_bound + self.check_tolerance) * movement + 1e-12 * self._trace
+            difference <= (rule.bound + rule.coarse_bound + self.check_tolerance) * movement + 1e-12 * self._set.trace
         )
         if rule.lower > ROUNDING * rule.upper:
             trusted &= eigenvalues_above(grams[0], size)
@@ -471,7 +435,7 @@ class FrechetDistance:
         With `c = N/(N - 1)²` the change of `Tr A'^½` needs `1 - c y'ᵀ(A' + s²)⁻¹y'`. By Woodbury this is
         `c · uᵀ(C + M)⁻¹u` with `u = √(N - 1) (e_j + e_shift/√N)`: the 1 cancels on paper, not in floating point.
         """
-        count, size = self._count, rows.shape[1]
+        count, size = self._set.count, rows.shape[1]
         ratio, growth = count / (count - 1) ** 2, (count - 1) / (count - 2)
         unit = torch.eye(size, dtype=torch.float64, device=rows.device) * (count - 1) ** 0.5
         tail = unit.new_zeros(size + 1, size)
@@ -481,7 +445,7 @@ class FrechetDistance:
         logs = (ratio * forms).clamp(min=1e-30).log()  # (J, B, n)
         weights, nodes = rule.weights.to(logs.device), rule.nodes.to(logs.device)[:, None, None]
         emptied = 0.0
-        if self._rank_of(count - 1) < self._rank_of(count):
+        if self._set.rank_of(count - 1) < self._set.rank_of(count):
             # one eigenvalue becomes exactly 0, below any interval: let it end inside, and take the rest analytically
             emptied = 2 * rule.lower
             logs = logs - (nodes**2 / (emptied**2 + nodes**2)).log()
@@ -502,7 +466,7 @@ class FrechetDistance:
             return
         sample = trusted[:1]
         error = (change.distance[sample] - self._direct(indices[sample], features[sample])).abs().item()
-        allowed = self.check_tolerance * change.movement[sample].item() + 1e-9 * self._trace.item()
+        allowed = self.check_tolerance * change.movement[sample].item() + 1e-9 * self._set.trace.item()
         if not error <= allowed:
             self._gave_up = True
             warnings.warn(
@@ -516,59 +480,4 @@ class FrechetDistance:
         """The same from the eigenvalues of each changed product."""
         chunk = max(1, self.memory_budget // (8 * self.dimension * (3 * self.dimension + 4 * indices.shape[1])))
         pieces = zip(indices.split(chunk), features.split(chunk), strict=True)
-        return torch.cat([self._direct_chunk(idx, new, leave_one_in) for idx, new in pieces])
-
-    def _direct_chunk(self, indices: Tensor, features: Tensor, leave_one_in: bool) -> Tensor:
-        count = self._count
-        added, removed, shift = self._moved(indices, features)
-        added_r, shift_r = added @ self._root, shift @ self._root
-        product = self._updated_product(added_r.mT @ added_r, removed, shift_r)
-        squares = added.square().sum((1, 2)) - removed.square().sum((1, 2)) - count * shift.square().sum(1)
-        mean, trace = self._mean + shift - self._real_mean, self._trace + squares / (count - 1)
-        distance = self._distance(mean, trace, self._root_trace(product))
-        if not leave_one_in:
-            return distance
-        ratio, growth, rank = count / (count - 1) ** 2, (count - 1) / (count - 2), self._rank_of(count - 1)
-        credits = []
-        for j in range(indices.shape[1]):
-            z, y = added[:, j] - shift, added_r[:, j] - shift_r
-            roots = self._root_trace(growth * (product - ratio * y[:, :, None] * y[:, None, :]), rank)
-            rest = growth * (trace - ratio * z.square().sum(1))
-            credits.append(distance - self._distance(mean - z / (count - 1), rest, roots))
-        return torch.stack(credits, dim=1)
-
-    def _gradient_chunk(self, indices: Tensor, features: Tensor) -> Tensor:
-        count = self._count
-        added, removed, shift = self._moved(indices, features)
-        added_r = added @ self._root
-        gain = added_r.mT @ added_r
-        # A' ≤ A + gain / (N - 1): their rounding is what a zero eigenvalue of A' comes back as. Its rows hold rounding
-        # too, and one divided by the root of the other would cost half of the digits, or all of them by bad luck.
-        largest = torch.linalg.matrix_norm(self._product) + torch.linalg.matrix_norm(gain) / (count - 1)  # (B,)
-        product = self._updated_product(gain, removed, shift @ self._root)
-        eigenvalues, vectors = torch.linalg.eigh(product)
-        eigenvalues = _clean(eigenvalues, self._rank)
-        zero = eigenvalues <= self.dimension * torch.finfo(torch.float64).eps * largest[:, None]
-        scales = eigenvalues.masked_fill(zero, torch.inf) ** -0.25  # (B, d), 0 for eigenvalues 0
-        half = scales[:, :, None] * (vectors.mT @ self._root)  # G = I - halfᵀ half
-        rows = added - shift[:, None]
-        mean = self._mean + shift - self._real_mean
-        return 2 / (count - 1) * (rows - rows @ half.mT @ half) + 2 / count * mean[:, None]
-
-    def _moved(self, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Added and removed rows about the old mean, (B, n, d), and how far the mean moves, (B, d); float64."""
-        added, removed = features.double() - self._mean, self.features[indices].double()  # type: ignore[index]
-        return added, removed, (added.sum(dim=1) - removed.sum(dim=1)) / self._count
-
-    def _updated_product(self, gain: Tensor, removed: Tensor, shift_r: Tensor) -> Tensor:
-        """A' (B, d, d), from the added rows' scatter times R on both sides, removed rows, and the mean's shift · R."""
-        removed_r = removed @ self._root
-        change = gain - removed_r.mT @ removed_r - self._count * shift_r[:, :, None] * shift_r[:, None, :]
-        return self._product + change / (self._count - 1)
-
-    def _root_trace(self, product: Tensor, rank: int | None = None) -> Tensor:
-        return _clean(torch.linalg.eigvalsh(product), self._rank if rank is None else rank).sqrt().sum(-1)
-
-    def _distance(self, mean: Tensor, trace: Tensor, root_trace: Tensor) -> Tensor:
-        """From the means' difference and the traces of `S` and `A^½`."""
-        return mean.square().sum(-1) + trace + self._real_trace - 2 * root_trace
+        return torch.cat([self._set.direct(idx, new, leave_one_in) for idx, new in pieces])

@@ -1,4 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..generation import image_generators, take
-from ..metrics.composite import supports
 from ..metrics.report import ImageMetric
 from ..policies import as_policy
 from ..rewards.diagnostics import reward_diagnostics
@@ -21,11 +21,13 @@ from ..rewards.subset_replace import SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts
 from .base import DiffusionTrainer
 from .callbacks import print_rewards
+from .checks import check_best_metric, check_gradients, check_on, check_sizes, images_of_noise
 from .distribution_reward_config import DiffusionDistributionConfig
+from .estimates import batch_arithmetic
 from .objective import normalize_advantages, select
 from .pair_loss import PairLoss, UpdateStatistics
 from .reference_set import ReferenceSet, conditions_and_slots
-from .reward_functions import RewardFunctions, check_best_metric, check_on, images_of_noise
+from .reward_functions import RewardFunctions
 from .rollout_batch import RolloutBatch
 from .rollouts import Rollouts
 
@@ -106,16 +108,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         self.reward_funcs, self.reward_names = self.rewards.functions, self.rewards.names
         self.reward_weights = self.rewards.weights
-        if args.best_of_n > 1 and not self.distribution_rewards:
-            raise ValueError(
-                f"best_of_n={args.best_of_n} chooses by the replaced distance, but no reward is a "
-                "SubsetReplaceReward: set best_of_n=1."
-            )
-
         images_per_step = args.num_subsets * args.replace_size
         reference = None
         if args.beta > 0 and peft_config is None:
-            reference = _frozen_copy(policy.model)
+            reference = copy.deepcopy(policy.model).requires_grad_(False).eval()
         super().__init__(
             policy=policy,
             args=args,
@@ -135,14 +131,18 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.pair_loss = PairLoss(args, self._velocity, self._initial_velocity)
         kind = TailRollouts if args.loss_type == "backprop" else Rollouts
         self.rollouts = kind(policy, args, self.conditions, self.accelerator, self.autocast)
-        self._check_processes()
         self.rewards.to(self.accelerator.device)
-        self._check_halves()
-        self._check_rewards()
-        check_best_metric(args, self.eval_metrics)
-        self._announce()
+        self._check()
+        logger.info(batch_arithmetic(args, self.accelerator.num_processes))
 
-    # ---- checks at the door ----
+    def _check(self) -> None:
+        """That configuration, rewards and metrics fit together."""
+        check_sizes(self.args, self.rewards, self.accelerator.num_processes)
+        images, conditions = images_of_noise(self.policy, self.conditions, self.accelerator.device)
+        check_on(images, conditions, self.rewards, self.eval_metrics)
+        if self.args.loss_type == "backprop":
+            check_gradients(images, conditions, self.rewards, self.state)
+        check_best_metric(self.args, self.eval_metrics)
 
     @property
     def distribution_rewards(self) -> list[SubsetReplaceReward]:
@@ -153,108 +153,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
         """The distribution rewards and their weights."""
         weighted = zip(self.reward_funcs, self.reward_weights, strict=True)
         return [(function, weight) for function, weight in weighted if isinstance(function, SubsetReplaceReward)]
-
-    def _check_processes(self) -> None:
-        processes = self.accelerator.num_processes
-        if self.args.num_subsets % processes:
-            raise ValueError(
-                f"num_subsets={self.args.num_subsets} is not divisible among {processes} processes: choose a multiple "
-                f"of {processes}."
-            )
-
-    def _check_rewards(self) -> None:
-        images, conditions = images_of_noise(self.policy, self.conditions, self.accelerator.device)
-        check_on(images, conditions, self.rewards, self.eval_metrics)
-        if self.args.loss_type == "backprop":
-            self._check_gradients(images, conditions)
-
-    def _check_gradients(self, images: Tensor, conditions: Any) -> None:
-        """That every reward can be back-propagated."""
-        remedy = (
-            "use a policy gradient, which needs no gradient of the reward: recipe='policy_gradient', or "
-            "loss_type='grpo' and sampler='sde'"
-        )
-        grey = 64 + images.float() / 2  # a rounded or clamped image would tell nothing at its ends
-
-        def blind(values: Tensor) -> bool:
-            if not values.requires_grad:
-                return True
-            (gradient,) = torch.autograd.grad(values.square().sum(), tracked, allow_unused=True)
-            return gradient is None or not bool((gradient != 0).any())
-
-        for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
-            with torch.enable_grad():
-                tracked = grey.clone().requires_grad_()
-                if not isinstance(function, SubsetReplaceReward):
-                    if not getattr(function, "differentiable", False):
-                        raise ValueError(
-                            f"reward function {name!r} does not say that it is differentiable: if it returns a tensor "
-                            "with gradients to float32 images in [0, 255], set its attribute differentiable=True; "
-                            f"else {remedy}."
-                        )
-                    slots = torch.arange(2, device=images.device)
-                    scores = function(images=tracked, conditions=conditions, slots=slots, trainer_state=self.state)
-                    if not isinstance(scores, Tensor) or scores.shape != (2,) or blind(scores):
-                        raise ValueError(
-                            f"reward function {name!r} returned {scores!r} for 2 images: it must return a tensor of "
-                            f"shape (2,) with a gradient to them; else {remedy}."
-                        )
-                    continue
-                self._check_differentiable(function, remedy)
-                for space, values in function.extract(tracked, conditions, gradient=True).items():
-                    if blind(values):
-                        raise ValueError(f"feature extractor {space!r} passes no gradient to its images: {remedy}.")
-
-    def _check_differentiable(self, function: SubsetReplaceReward, remedy: str) -> None:
-        if function.credit != "shared" or function.control_variate:
-            raise ValueError(
-                "loss_type='backprop' takes the gradient of the distance itself: leave credit='shared' and "
-                "control_variate=False."
-            )
-        lacking = [space for space, distance in function.distances.items() if not supports(distance, "gradient")]
-        if lacking:
-            raise ValueError(f"the distances of {lacking} have no gradient: {remedy}.")
-
-    def _check_halves(self) -> None:
-        """A debiased distance needs members of both halves to stay."""
-        args, together = self.args, self.args.loss_type == "backprop"
-        replaced = args.replace_size * (args.num_subsets if together else 1)
-        if replaced >= args.reference_set_size // 2 and any(r.debias for r in self.distribution_rewards):
-            raise ValueError(
-                f"{replaced} images are replaced at once, not fewer than half of reference_set_size="
-                f"{args.reference_set_size}, which debias=True compares with the other half: lower "
-                f"{'num_subsets' if together else 'replace_size'} or raise reference_set_size."
-            )
-
-    def _announce(self) -> None:
-        """The batch arithmetic, in one line."""
-        args, processes = self.args, self.accelerator.num_processes
-        images, schedule = args.num_subsets * args.replace_size, args.rollout_schedule
-        steps = len(schedule.trainable_steps) if args.sde_window_size is None else args.sde_window_size
-        steps = 1 if args.loss_type == "rft" else max(1, round(args.timestep_fraction * steps))
-        if args.loss_type == "backprop":
-            self._announce_backprop(images, schedule.num_steps)
-            return
-        share = {"all": 1.0, "top": args.top_advantage_quantile, "top_bottom": min(1, 2 * args.top_advantage_quantile)}
-        kept = round(args.num_subsets * share[args.selection]) * args.replace_size
-        micro_batches = math.ceil(math.ceil(kept / processes) * steps / args.per_device_train_batch_size)
-        evaluations = images * args.best_of_n * schedule.num_steps
-        logger.info(
-            f"One generation: {args.num_subsets} subsets x {args.replace_size} = {images} images "
-            f"({images // processes} per process), {evaluations} network evaluations. One update: about {kept} images "
-            f"x {steps} steps = {kept * steps} pairs, {micro_batches} micro-batches of at most "
-            f"{args.per_device_train_batch_size} per process, forward and backward."
-        )
-
-    def _announce_backprop(self, images: int, evaluations: int) -> None:
-        args, processes = self.args, self.accelerator.num_processes
-        steps = "a random number of" if args.backprop_steps == "random" else f"the last {args.backprop_steps}"
-        draws = f", {args.backprop_draws} times" if args.backprop_draws > 1 else ""
-        logger.info(
-            f"One update: {images} images ({images // processes} per process), {images * evaluations} network "
-            f"evaluations, then forward and backward through {steps} steps of each{draws}, "
-            f"{args.per_device_train_batch_size} images at a time."
-        )
 
     # ---- one step ----
 
@@ -600,9 +498,3 @@ class DistributionRewardTrainer(DiffusionTrainer):
         super().load_training_state(state)
         self.reference_set.load_state_dict(state["reference_set"])
         self.slot_sampler.load_state_dict(state["slots"])
-
-
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model).requires_grad_(False).eval()

@@ -77,6 +77,29 @@ def rows_per_process(count: int, batch_size: int, processes: int) -> int:
     )
 
 
+def batch_arithmetic(args: Any, processes: int) -> str:
+    """What a generation and an update are made of, in words."""
+    images, evaluations = args.num_subsets * args.replace_size, args.rollout_schedule.num_steps
+    own, size = images // processes, args.per_device_train_batch_size
+    if args.loss_type == "backprop":
+        steps = "a random number of" if args.backprop_steps == "random" else f"the last {args.backprop_steps}"
+        draws = f", {args.backprop_draws} times" if args.backprop_draws > 1 else ""
+        return (
+            f"One update: {images} images ({own} per process), {images * evaluations} network evaluations, then "
+            f"forward and backward through {steps} steps of each{draws}, {size} images at a time."
+        )
+    trained, quantile = num_trained_steps(args), args.top_advantage_quantile
+    share = {"all": 1.0, "top": quantile, "top_bottom": min(1, 2 * quantile)}
+    kept = round(args.num_subsets * share[args.selection]) * args.replace_size
+    micro_batches = math.ceil(math.ceil(kept / processes) * trained / size)
+    return (
+        f"One generation: {args.num_subsets} subsets x {args.replace_size} = {images} images ({own} per process), "
+        f"{images * args.best_of_n * evaluations} network evaluations. One update: about {kept} images x {trained} "
+        f"steps = {kept * trained} pairs, {micro_batches} micro-batches of at most {size} per process, forward and "
+        "backward."
+    )
+
+
 @dataclass(frozen=True)
 class Evaluations:
     """

@@ -32,13 +32,14 @@ from ..policies import as_policy
 from .base import DiffusionTrainer, disable_dropout
 from .candidates import CandidateJudge
 from .checkpoints import ADAPTER_FOLDER
+from .checks import check_best_metric, check_on, images_of_noise
 from .merge_card import PLOT, coefficient_section, comparison_table, plot_coefficients
 from .merge_coefficient_config import MergeCoefficientConfig
 from .merge_state import check_identity, identity_of, read_state
 from .model_card import recipe_of
 from .objective import normalize_advantages
 from .reference_set import conditions_and_slots
-from .reward_functions import RewardFunctions, check_best_metric, check_on, images_of_noise
+from .reward_functions import RewardFunctions
 
 logger = get_logger(__name__)
 
