@@ -14,33 +14,19 @@ are computed first (--real_images): a folder, an .npz, or a dataset, e.g. ILSVRC
 Options are those of `trl-distreward train`, and these:
 """
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from trl import TrlParser
+from imagenet import ImageNetArguments, random_vae, run
 
-from trl_distreward import (
-    ClassConditionalPolicy,
-    DiffusionDistributionConfig,
-    FeatureStatistics,
-    SiTPipeline,
-    SiTTransformer2DModel,
-    load_pipeline,
-)
-from trl_distreward.generation import SamplingSchedule, balanced_labels, generate_images
-from trl_distreward.metrics.features import load_feature_extractor
-from trl_distreward.scripts import train
-
-NUM_GENERATED = 32  # images that stand in for real ones in the smoke test
+from trl_distreward import DiffusionDistributionConfig, SiTPipeline, SiTTransformer2DModel, load_pipeline
+from trl_distreward.scripts import cli
+from trl_distreward.scripts.common import make_trl_parser
 
 
 @dataclass
-class SiTImageNetArguments(train.TrainArguments):
+class SiTImageNetArguments(ImageNetArguments):
     model: str = field(
         default="SiT-XL-2-256x256.pt",
         metadata={"help": "The original checkpoint (.pt), the folder or Hub id of a pipeline, or random:SIZE."},
@@ -49,11 +35,6 @@ class SiTImageNetArguments(train.TrainArguments):
         default="stabilityai/sd-vae-ft-ema",
         metadata={"help": "Decoder of an original checkpoint: folder or Hub id, or random."},
     )
-    real_images: str | None = field(
-        default=None,
-        metadata={"help": "Images to compute real_statistics from: a folder, .npz or dataset; or generated."},
-    )
-    real_split: str = field(default="train", metadata={"help": "Split of that dataset."})
 
 
 def load_sit(name: str, vae: str) -> SiTPipeline:
@@ -67,60 +48,14 @@ def load_sit(name: str, vae: str) -> SiTPipeline:
         transformer = load_original_sit(name)
     else:
         return load_pipeline(name)
-    return SiTPipeline(transformer, random_vae() if vae == "random" else AutoencoderKL.from_pretrained(vae))
-
-
-def random_vae() -> AutoencoderKL:
-    """A small decoder of the real one's shapes: latents 4x32x32, images 3x256x256."""
-    torch.manual_seed(1)
-    levels = 4
-    return AutoencoderKL(
-        block_out_channels=(4,) * levels,
-        norm_num_groups=2,
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        sample_size=256,
-    )
-
-
-def thumbnails(images: torch.Tensor) -> torch.Tensor:
-    """Features for the smoke test, which must not need a network: colours of a 4x4 image."""
-    return F.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)  # (B, 48)
-
-
-def real_statistics(
-    arguments: SiTImageNetArguments, config: DiffusionDistributionConfig, pipeline: SiTPipeline
-) -> Any:
-    """What the reward compares with: the statistics that were given, or those of the images that were."""
-    if arguments.real_images is None:
-        return arguments.real_statistics
-    if arguments.real_images == "generated":
-        extractor = load_feature_extractor(arguments.feature_extractor)
-        policy, labels = (
-            ClassConditionalPolicy(pipeline),
-            balanced_labels(NUM_GENERATED, pipeline.transformer.config.num_classes),
-        )
-        batches = generate_images(policy, labels, SamplingSchedule(4, "ode"), seed=1, stream="real")
-        return FeatureStatistics.from_features(torch.cat([extractor(images) for images, _ in batches]))
-    from trl_distreward.scripts import statistics
-
-    path = Path(arguments.real_statistics or Path(config.output_dir) / "real_statistics.safetensors")
-    if not path.is_file():
-        options = ["--output", str(path), "--feature-extractor", arguments.feature_extractor, "--resize", "256"]
-        if not os.path.exists(arguments.real_images):
-            options += ["--split", arguments.real_split, "--streaming"]
-        statistics.main([arguments.real_images, *options])
-    return str(path)
+    return SiTPipeline(transformer, random_vae(256) if vae == "random" else AutoencoderKL.from_pretrained(vae))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((SiTImageNetArguments, DiffusionDistributionConfig), description=__doc__)
+    parser = make_trl_parser((SiTImageNetArguments, DiffusionDistributionConfig), __doc__)
     arguments, config = parser.parse_args_and_config(argv)
-    pipeline = load_sit(arguments.model, arguments.vae)
-    arguments.real_statistics = real_statistics(arguments, config, pipeline)
-    train.run(arguments, config, pipeline)
+    run(arguments, config, load_sit(arguments.model, arguments.vae))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("sit_imagenet.py", main)

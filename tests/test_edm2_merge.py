@@ -91,9 +91,10 @@ def test_the_start_is_the_post_hoc_average_of_the_snapshots_own_widths(example, 
 
 
 def test_names_that_do_not_tell_time_and_width_are_refused(example, tmp_path):
-    arguments = example.EDM2MergeArguments(snapshots=["edm2.pkl", "b.pkl"], pool_dir=str(tmp_path))
+    given = {"pool_dir": str(tmp_path), "feature_extractor": "inception", "real_statistics": "img512.pkl"}
+    arguments = example.EDM2MergeArguments(snapshots=["edm2.pkl", "b.pkl"], **given)
     with pytest.raises(ValueError, match="does not tell its training time and width"):
         example.convert_snapshots(arguments)
-    arguments = example.EDM2MergeArguments(snapshots=["a-2147483-0.100.pkl"], pool_dir=str(tmp_path))
+    arguments = example.EDM2MergeArguments(snapshots=["a-2147483-0.100.pkl"], **given)
     with pytest.raises(ValueError, match="give at least 2"):
         example.convert_snapshots(arguments)

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,99 +9,187 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from trl import TrlParser
 
 from trl_distreward import DiffusionDistributionConfig, FeatureStatistics, load_pipeline
+from trl_distreward.scripts.arguments import find_real_statistics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = sorted((EXAMPLES / "configs").glob("sit_*.yaml"))
+CONFIGS = EXAMPLES / "configs"
+ARGUMENTS = {
+    "sit_imagenet": "SiTImageNetArguments",
+    "dit_imagenet": "DiTImageNetArguments",
+    "sd3_lora": "SD3Arguments",
+}
+RECIPES = sorted(path for script in ARGUMENTS for path in CONFIGS.glob(f"{script.partition('_')[0]}_*.yaml"))
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """The example as a module, importable by the name that its recipes know."""
+    """Examples as modules, importable by the names that recipes know."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("sit_imagenet")
+    return importlib.import_module
+
+
+def parsed(example, recipe, *options):
+    name = next(name for name in ARGUMENTS if name.partition("_")[0] == recipe.stem.partition("_")[0])
+    parser = TrlParser((getattr(example(name), ARGUMENTS[name]), DiffusionDistributionConfig))
+    return parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True", *options])
+
+
+def launch(script, *options):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    result = subprocess.run(
+        [*command, f"examples/{script}.py", *map(str, options)],
+        capture_output=True,
+        text=True,
+        cwd=EXAMPLES.parent,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def logs(folder, step):
+    return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def changed(first, second):
+    """Names of the tensors in which two modules differ."""
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    return {name for name, value in first.items() if not torch.equal(value, second[name])}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_say_nothing_that_the_options_do_not_know(example, recipe, tmp_path):
-    parser = TrlParser((example.SiTImageNetArguments, DiffusionDistributionConfig))
-    arguments, config = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True"])
-    assert arguments.feature_extractor and config.metric_for_best_model.removeprefix("eval_").startswith("sde")
+def test_recipes_say_nothing_that_the_options_do_not_know(example, recipe):
+    given = (
+        [] if "real_images" in recipe.read_text() and "smoke" in recipe.stem else ["--real_statistics", "given.npz"]
+    )
+    if recipe.stem == "sd3_medium_lora":
+        given += ["--dataset_name", "given"]
+    arguments, config = parsed(example, recipe, *given)
+    assert arguments.feature_extractor or arguments.prompt_encoder
+    assert config.metric_for_best_model.removeprefix("eval_").removesuffix("_distance_features") in (
+        config.eval_schedules
+    )
     counts = {schedule.num_steps for schedule in config.eval_schedules.values()}
-    assert len(config.eval_schedules) == 4 and config.num_inference_steps in counts
+    assert {schedule.sampler for schedule in config.eval_schedules.values()} == {"sde", "ode"}
+    assert config.num_inference_steps in counts
 
 
-def test_the_recipe_is_the_papers(example):
-    parser = TrlParser((example.SiTImageNetArguments, DiffusionDistributionConfig))
-    recipe = str(EXAMPLES / "configs" / "sit_xl_imagenet256.yaml")
-    _, config = parser.parse_args_and_config(["--config", recipe, "--use_cpu", "True"])
+@pytest.mark.parametrize(
+    ("recipe", "own"),
+    [("sit_xl_imagenet256", ()), ("dit_xl_imagenet256", ("rollout_schedule",))],
+)
+def test_the_recipe_is_the_papers(example, recipe, own):
+    _, config = parsed(example, CONFIGS / f"{recipe}.yaml", "--real_statistics", "given.npz")
     paper = DiffusionDistributionConfig(output_dir="x", use_cpu=True)
     for name in ("reference_set_size", "num_subsets", "replace_size", "reference_refresh_steps", "learning_rate"):
         assert getattr(config, name) == getattr(paper, name), name
     for name in ("rollout_schedule", "epsilon", "beta", "top_advantage_quantile", "max_steps", "adam_beta2"):
-        assert getattr(config, name) == getattr(paper, name), name
+        if name not in own:
+            assert getattr(config, name) == getattr(paper, name), name
 
 
-def test_models_and_real_data_are_found_by_what_they_are_called(example, tmp_path, monkeypatch):
-    pipeline = example.load_sit("random:S/8", "random")
+def test_sit_is_found_by_what_it_is_called(example, tmp_path):
+    load_sit = example("sit_imagenet").load_sit
+    pipeline = load_sit("random:S/8", "random")
     assert pipeline.decode(torch.zeros(1, 4, 32, 32)).shape == (1, 3, 256, 256)
     pipeline.save_pretrained(tmp_path / "sit")
-    loaded = example.load_sit(str(tmp_path / "sit"), "random")
+    loaded = load_sit(str(tmp_path / "sit"), "random")
     torch.save(pipeline.transformer.state_dict(), tmp_path / "original.pt")
-    converted = example.load_sit(str(tmp_path / "original.pt"), "random")
+    converted = load_sit(str(tmp_path / "original.pt"), "random")
     x, t, label = torch.randn(1, 4, 32, 32), torch.tensor([0.3]), torch.tensor([7])
     with torch.no_grad():
         velocities = [p.transformer.eval()(x, t, label).sample for p in (pipeline, loaded, converted)]
     assert torch.equal(velocities[0], velocities[1]) and torch.equal(velocities[0], velocities[2])
 
-    config = DiffusionDistributionConfig(output_dir=str(tmp_path), use_cpu=True)
-    arguments = example.SiTImageNetArguments(feature_extractor="inception", real_statistics="given.npz")
-    assert example.real_statistics(arguments, config, pipeline) == "given.npz"
-    arguments = example.SiTImageNetArguments(feature_extractor="sit_imagenet.thumbnails", real_images="generated")
-    monkeypatch.setattr(example, "NUM_GENERATED", 4)
-    statistics = example.real_statistics(arguments, config, pipeline)
-    assert isinstance(statistics, FeatureStatistics) and (statistics.count, statistics.dimension) == (4, 48)
-
 
 def test_statistics_of_real_images_are_computed_once(example, tmp_path):
     for i in range(3):
         Image.effect_noise((300, 260), 50 + i).convert("RGB").save(tmp_path / f"{i}.png")
-    config = DiffusionDistributionConfig(output_dir=str(tmp_path / "out"), use_cpu=True)
-    arguments = example.SiTImageNetArguments(feature_extractor="sit_imagenet.thumbnails", real_images=str(tmp_path))
-    path = example.real_statistics(arguments, config, None)
+    given = {"feature_extractor": "imagenet.thumbnails", "real_images": str(tmp_path)}
+    arguments = example("sit_imagenet").SiTImageNetArguments(**given)
+    path = find_real_statistics(arguments, str(tmp_path / "out"))
     assert FeatureStatistics.load(path).count == 3
     written = Path(path).stat().st_mtime_ns
-    assert example.real_statistics(arguments, config, None) == path
+    assert find_real_statistics(arguments, str(tmp_path / "out")) == path
     assert Path(path).stat().st_mtime_ns == written
+    arguments.real_images = "others"
+    with pytest.raises(ValueError, match="real_statistics.safetensors is of .*, not of real_images='others'"):
+        find_real_statistics(arguments, str(tmp_path / "out"))
+    arguments.real_images, arguments.real_statistics = None, "given.npz"
+    assert find_real_statistics(arguments, str(tmp_path / "out")) == "given.npz"
 
 
 @pytest.mark.slow
-def test_smoke_recipe_runs_through_accelerate_and_resumes(tmp_path):
-    options = ["--config", "examples/configs/sit_s_smoke.yaml", "--output_dir", str(tmp_path)]
-
-    def launch(*more):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        result = subprocess.run(
-            [*command, "examples/sit_imagenet.py", *options, *more],
-            capture_output=True,
-            text=True,
-            cwd=EXAMPLES.parent,
-            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        return result.stdout
-
-    assert "device-hours" in launch("--dry-run") and not list(tmp_path.glob("checkpoint-*"))
-    launch()
+def test_sit_smoke_recipe_runs_through_accelerate_and_resumes(tmp_path):
+    options = ["sit_imagenet", "--config", "examples/configs/sit_s_smoke.yaml", "--output_dir", tmp_path]
+    assert "device-hours" in launch(*options, "--dry-run") and not list(tmp_path.glob("checkpoint-*"))
+    launch(*options)
     assert load_pipeline(tmp_path).transformer.config.patch_size == 8
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{i}.png" for i in range(3)}
-    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    evaluated = {key for entry in state["log_history"] for key in entry if key.endswith("distance_features")}
+    history = logs(tmp_path, 2)
+    evaluated = {key for entry in history for key in entry if key.endswith("distance_features")}
     assert {f"eval_{sampler}_{steps}_distance_features" for sampler in ("sde", "ode") for steps in (2, 4)} <= evaluated
-    best = min(entry["eval_sde_4_distance_features"] for entry in state["log_history"] if "eval_runtime" in entry)
+    best = min(entry["eval_sde_4_distance_features"] for entry in history if "eval_runtime" in entry)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_metric"] == best
-    launch("--resume_from_checkpoint", "true", "--max_steps", "3")
+    launch(*options, "--resume_from_checkpoint", "true", "--max_steps", "3")
     assert (tmp_path / "checkpoint-3" / "model_index.json").is_file()
+
+
+def test_dit_smoke_recipe_gives_a_pipeline_of_diffusers_and_resumes(example, tmp_path, capsys):
+    options = ["--config", str(CONFIGS / "dit_smoke.yaml"), "--output_dir", str(tmp_path)]
+    launch("dit_imagenet", *options)
+    values = [value for entry in logs(tmp_path, 2) for key, value in entry.items() if key.startswith("eval_")]
+    assert len(values) == 2 * (4 + 2) and all(math.isfinite(value) for value in values)
+    assert FeatureStatistics.load(tmp_path / "real_statistics.safetensors").count == 32
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{i}.png" for i in range(3)}
+
+    dit = example("dit_imagenet")
+    saved, start = DiTPipeline.from_pretrained(tmp_path), dit.load_dit("random")
+    assert saved.get_label_ids(["class 7", "class 999"]) == [7, 999]
+    images = saved([7, 999], num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+    assert images.shape == (2, 64, 64, 3) and images.std() > 0.01
+    assert not changed(saved.vae, start.vae) and len(changed(saved.transformer, start.transformer)) > 20
+
+    dit.main([*options, "--resume_from_checkpoint", "true", "--max_steps", "3"])
+    assert [entry["step"] for entry in logs(tmp_path, 3) if "loss" in entry] == [1, 2, 3]
+    dit.main([*options, "--dry-run"])
+    assert "device-hours" in capsys.readouterr().out
+
+
+def test_sd3_smoke_recipe_gives_an_adapter_that_diffusers_loads_and_resumes(example, tmp_path):
+    options = ["--config", str(CONFIGS / "sd3_smoke.yaml"), "--output_dir", str(tmp_path)]
+    launch("sd3_lora", *options)
+    evaluations = [entry for entry in logs(tmp_path, 2) if "eval_runtime" in entry]
+    names = {f"eval_{sampler}_{name}" for sampler in ("sde", "ode") for name in ("distance_features", "pick_score")}
+    assert len(evaluations) == 2 and all(math.isfinite(entry[name]) for entry in evaluations for name in names)
+    statistics = FeatureStatistics.load(tmp_path / "real_statistics.safetensors")
+    assert (statistics.count, statistics.dimension) == (64, 8 + 8)  # of images and of prompts
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{i}.png" for i in range(3)}
+
+    start, merged, adapted = (
+        StableDiffusion3Pipeline.from_pretrained(folder)
+        for folder in (tmp_path / "random" / "pipeline", tmp_path, tmp_path / "random" / "pipeline")
+    )
+    parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    assert not any(changed(getattr(start, part), getattr(merged, part)) for part in parts)
+    moved = changed(start.transformer, merged.transformer)
+    assert len(moved) == 2 * 4 and all(".attn.to_" in name for name in moved)
+    adapted.load_lora_weights(str(tmp_path), subfolder="adapter", weight_name="pytorch_lora_weights.safetensors")
+
+    def images(pipeline):
+        noise = torch.Generator().manual_seed(0)
+        return pipeline("a red cat", num_inference_steps=4, output_type="pt", generator=noise).images
+
+    made = images(merged)
+    torch.testing.assert_close(images(adapted), made, rtol=0, atol=1e-5)
+    assert made.shape == (1, 3, 16, 16) and (made - images(start)).abs().max() > 1e-4
+
+    example("sd3_lora").main([*options, "--resume_from_checkpoint", "true", "--max_steps", "3"])
+    assert [entry["step"] for entry in logs(tmp_path, 3) if "loss" in entry] == [1, 2, 3]

@@ -139,6 +139,12 @@ def check_update(family, lora, folder):
     if hasattr(pipeline, "default_sample_size"):
         loaded.default_sample_size = pipeline.default_sample_size
     torch.testing.assert_close(called(family, loaded, family.guidance_scales[-1]), trained, rtol=0, atol=1e-4)
+    if lora and hasattr(pipeline, "load_lora_weights"):
+        adapted = build(family)
+        adapted.load_lora_weights(
+            str(folder / "saved"), subfolder="adapter", weight_name="pytorch_lora_weights.safetensors"
+        )
+        torch.testing.assert_close(called(family, adapted, family.guidance_scales[-1]), trained, rtol=0, atol=1e-4)
     assert (trained - called(family, build(family), family.guidance_scales[-1])).abs().max() > 1e-2
 
 

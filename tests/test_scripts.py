@@ -5,10 +5,15 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors.torch import save_file
 
-from tests.helpers import features, real_images, tiny_pipeline, tiny_pool
+from tests.clip import coloured, save_tiny_clip
+from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
+from tests.policies_tiny import sd3
 from trl_distreward import FeatureStatistics, load_pipeline
+from trl_distreward.rewards import aesthetic_score, clip_score, hps_score, pick_score
 from trl_distreward.scripts import arguments, cli, evaluate, merge, statistics, train
 
 RECIPE = """
@@ -75,7 +80,8 @@ def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_pa
         merge.main(["--config", str(recipe), *made, *options])
     assert sorted(tmp_path.glob("new/**")) == started
     with pytest.raises(ValueError, match="nothing to merge"):
-        merge.main(["--model", "m", "--output_dir", str(tmp_path / "none"), "--use_cpu", "True"])
+        given = ["--model", "m", "--reward_funcs", "my.reward", "--use_cpu", "True"]
+        merge.main([*given, "--output_dir", str(tmp_path / "none")])
 
 
 @pytest.mark.parametrize(
@@ -90,11 +96,115 @@ def test_paths_that_do_not_import_are_named(recipe, extra, message):
         train.main(["--config", str(recipe), *extra])
 
 
-def test_reward_is_required(tmp_path):
-    with pytest.raises(ValueError, match="there is no reward"):
-        arguments.build_rewards(train.TrainArguments(model="x"))
-    with pytest.raises(ValueError, match="go together"):
-        arguments.build_rewards(train.TrainArguments(model="x", feature_extractor="tests.helpers.features"))
+def test_clusters_of_prompts_become_strata(tmp_path):
+    clip = save_tiny_clip(tmp_path / "clip")
+    prompts = coloured(9)[1]
+    given = {"model": "x", "real_statistics": "r", "prompt_encoder": clip, "dataset_name": "d"}
+    config = tiny_config(tmp_path)
+    dataset = train.with_clusters(
+        train.TrainArguments(**given, prompt_clusters=3), config, Dataset.from_dict({"prompt": prompts})
+    )
+    clusters = dataset[config.stratify_by]
+    assert len(set(clusters)) == len(set(zip(clusters, prompts, strict=True))) == 3
+    for options, stratify_by, rows in (
+        (given, "topic", dataset),
+        (given, None, None),
+        ({"model": "x", "reward_funcs": ["my.reward"]}, None, dataset),
+    ):
+        config.stratify_by = stratify_by
+        with pytest.raises(ValueError, match="give dataset_name and prompt_encoder, and leave stratify_by out"):
+            train.with_clusters(train.TrainArguments(**options, prompt_clusters=3), config, rows)
+
+
+def test_options_of_the_policy_are_passed_on(tmp_path):
+    sd3().save_pretrained(tmp_path / "sd3")
+    given = {"model": "x", "reward_funcs": ["my.reward"]}
+    options = {"height": 4, "width": 8, "offload_text_encoders": True, "cache_size": 7, "dtype": "bfloat16"}
+    config = tiny_config(tmp_path, guidance_scale=3.0)
+    policy = train.load_policy(train.TrainArguments(**given, **options), config, str(tmp_path / "sd3"))
+    assert (policy.size, policy.offload_text_encoders, policy.cache_size) == ((4, 8), True, 7)
+    assert policy.guidance_scale == 3.0 and policy.model.dtype == torch.bfloat16
+    pipeline = tiny_pipeline()
+    assert train.load_policy(train.TrainArguments(**given), config, pipeline).model.dtype == torch.float32
+    policy = train.load_policy(train.TrainArguments(**given, dtype="bfloat16"), config, pipeline)
+    assert policy.model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="height=4: ClassConditionalPolicy has no such argument"):
+        train.load_policy(train.TrainArguments(**given, height=4), config, pipeline)
+
+
+EXTRACTOR = {"feature_extractor": "tests.helpers.features"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "there is no reward"),
+        (EXTRACTOR, "goes together with real_statistics or real_images"),
+        ({"real_images": "folder"}, "goes together with"),
+        ({"prompt_encoder": "clip", "real_statistics": "r"}, "without prompts: give dataset_name"),
+        ({**EXTRACTOR, "real_statistics": "r", "heldout_extractor": "clip"}, "heldout_statistics go together"),
+        ({"reward_funcs": ["pickscore"]}, "'pickscore' is unknown: give one of clip_score, pick_score, hps_score"),
+        ({"reward_funcs": ["clip_score,colour=3"]}, "no option colour: clip_score takes source, tokenizer"),
+        ({"reward_funcs": ["aesthetic_score"]}, "lacks head: write 'aesthetic_score,head=…'"),
+        ({"reward_funcs": ["hps_score,source="]}, "lacks source: write 'hps_score,source=…'"),
+        ({"reward_funcs": ["my.reward,source=x"]}, "a function of your own: it takes no source"),
+    ],
+)
+def test_rewards_that_cannot_be_are_told_before_anything_is_loaded(options, message):
+    with pytest.raises(ValueError, match=message):
+        train.TrainArguments(model="x", **options)
+
+
+def test_rewards_are_known_by_name(tmp_path):
+    clip, layers = save_tiny_clip(tmp_path / "clip"), torch.nn.Linear(6, 1)
+    save_file(layers.state_dict(), tmp_path / "head.safetensors")
+    images, prompts = coloured(4)
+    specs = {
+        f"clip_score,source={clip},resize=torch": clip_score(clip, resize="torch"),
+        f"pick_score,source={clip}": pick_score(clip),
+        f"hps_score,source={clip}": hps_score(clip),
+        f"aesthetic_score,source={clip},head={tmp_path}/head.safetensors": aesthetic_score(
+            tmp_path / "head.safetensors", clip
+        ),
+        "tests.helpers.features": features,
+    }
+    given = train.TrainArguments(model="x", reward_funcs=list(specs))
+    rewards = arguments.build_rewards(given, str(tmp_path))
+    for reward, expected in zip(rewards[:-1], list(specs.values())[:-1], strict=True):
+        assert torch.equal(reward(images, conditions=prompts), expected(images, conditions=prompts))
+    assert rewards[-1] is features
+    metrics = arguments.build_metrics(given, rewards)
+    assert list(metrics) == ["clip_score", "pick_score", "hps_score", "aesthetic_score"]
+    for part in (slice(0, 3), slice(3, 4)):
+        metrics["pick_score"].update(images[part], prompts[part])
+    mean = rewards[1](images, conditions=prompts).double().mean().item()
+    assert metrics["pick_score"].compute() == pytest.approx(mean, rel=1e-6)
+    metrics["pick_score"].reset()
+    with pytest.raises(ValueError, match="no images were given"):
+        metrics["pick_score"].compute()
+
+
+def test_prompts_may_be_in_any_column_of_a_saved_dataset(tmp_path):
+    rows = {"caption": ["a cat", "a dog"], "prompt": ["x", "y"], "image": [1, 2]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "one")
+    DatasetDict(test=Dataset.from_dict(rows)).save_to_disk(tmp_path / "split")
+    given = {"model": "x", "reward_funcs": ["tests.helpers.features"]}
+
+    def load(name, **options):
+        return arguments.load_conditions(train.TrainArguments(dataset_name=str(tmp_path / name), **given, **options))
+
+    assert load("one")["prompt"] == ["x", "y"]
+    assert load("one", prompt_column="caption")["prompt"] == ["a cat", "a dog"]
+    assert load("split", prompt_column="caption", dataset_split="test")["prompt"] == ["a cat", "a dog"]
+    for name, options, message in (
+        ("one", {"prompt_column": "text"}, r"columns \['caption', 'prompt', 'image'\], none of them 'text'"),
+        ("one", {"dataset_split": "test"}, "has no splits"),
+        ("split", {}, "dataset_split='train' is not in .*, which has test"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(name, **options)
+    with pytest.raises(OSError, match="the dataset my-org/none cannot be loaded"):
+        arguments.load_conditions(train.TrainArguments(dataset_name="my-org/none", **given))
 
 
 def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
@@ -134,7 +244,7 @@ def told(monkeypatch, *argv):
         (["convert", "sit", "none.pt", "taken"], "convert: taken is not empty: name a folder that is not there yet."),
         (["train", "--model", "m", "--output_dir", "out", "--use_cpu", "True"], "train: there is no reward"),
         (["train", "--model", "m", "--oops", "1"], "train: "),
-        (["merge", "--model", "m", "--output_dir", "out", "--use_cpu", "True"], "merge: there is nothing to merge"),
+        (["merge", "--model", "m", "--output_dir", "out", "--use_cpu", "True"], "merge: there is no reward"),
     ],
 )
 def test_errors_of_use_are_told_in_a_line_and_may_be_traced(argv, message, tmp_path, monkeypatch):
@@ -180,7 +290,7 @@ def test_help_is_a_manual(command, options):
 
 
 def test_fields_that_take_a_number_or_a_word_take_both_from_the_command_line(tmp_path):
-    shared = ["--model", "m", "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    shared = ["--model", "m", "--reward_funcs", "my.reward", "--output_dir", str(tmp_path), "--use_cpu", "True"]
     _, config = train.make_parser().parse_args_and_config([*shared, "--reference_refresh_steps", "auto"])
     assert config.reference_refresh_steps == "auto"
     words = ["--loss_type", "backprop", "--num_subsets", "10", "--backprop_steps"]

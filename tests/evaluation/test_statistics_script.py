@@ -4,11 +4,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
+from PIL import Image
 from safetensors import safe_open
 
+from tests.clip import coloured, save_tiny_clip
 from tests.evaluation.images import pixels, project, write_folder
 from tests.helpers import launch
-from trl_distreward import FeatureStatistics
+from trl_distreward import FeatureStatistics, JointTextFeatures, load_clip
 from trl_distreward.metrics.checks import load_real_features
 from trl_distreward.scripts import statistics
 
@@ -39,6 +43,44 @@ def test_file_holds_moments_features_and_what_they_are_of(tmp_path, capsys):
     assert torch.equal(moments_only.mean, loaded.mean)
     with safe_open(tmp_path / "moments.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["covariance", "mean"]
+
+
+def test_features_stand_beside_prompts(tmp_path):
+    clip, (images, prompts) = load_clip(save_tiny_clip(tmp_path / "clip")), coloured(9)
+    columns = {
+        "picture": [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images],
+        "caption": prompts,
+        "number": range(9),
+    }
+    kinds = {"picture": ImageColumn(), "caption": Value("string"), "number": Value("int64")}
+    dataset = Dataset.from_dict(columns, features=Features(kinds))
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "part.parquet")
+    encoder = ["--prompt-encoder", tmp_path / "clip", "--prompt-column", "caption"]
+    stream = ["--data-files", tmp_path / "part.parquet", "--streaming", "--split", "train"]
+    for number, (source, extractor, scale) in enumerate(
+        (("saved", None, 1.0), ("parquet", None, 1.0), ("saved", "tests.evaluation.images.project", 2.0))
+    ):
+        more = stream if source == "parquet" else []
+        options = [] if extractor is None else ["--feature-extractor", extractor]
+        at = "parquet" if source == "parquet" else tmp_path / source
+        output = tmp_path / f"{number}.safetensors"
+        made = run(at, output, *encoder, "--prompt-scale", scale, "--batch-size", 4, *more, extractor=options)
+        joint = JointTextFeatures(clip if extractor is None else project, clip.prompts, scale)
+        expected = FeatureStatistics.from_features(joint(images, prompts))
+        torch.testing.assert_close(made.mean, expected.mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(made.covariance, expected.covariance, rtol=1e-4, atol=1e-5)
+        assert made.metadata["extractor"].endswith(f"+text-{scale:g}")
+    for options, message in (
+        (
+            ["--prompt-encoder", tmp_path / "clip"],
+            r"prompt_column='prompt' is not in .*\['picture', 'caption', 'number'\]",
+        ),
+        ([*encoder[:2], "--prompt-column", "number"], "row 0 of .* holds 0 in 'number', not a prompt"),
+        (["--prompt-column", "caption"], "say how --prompt-encoder is used, which is missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "saved", tmp_path / "wrong.safetensors", *options, extractor=[])
 
 
 @pytest.mark.distributed

@@ -256,5 +256,5 @@ def test_command_line_takes_the_same_names(vit, tmp_path):
     arguments = train.TrainArguments(
         model="x", feature_extractor=vit, real_statistics=str(tmp_path / "real.safetensors")
     )
-    (reward,) = train.build_rewards(arguments)
+    (reward,) = train.build_rewards(arguments, str(tmp_path))
     assert torch.equal(reward.extract(IMAGES)["features"], extractor(IMAGES))

@@ -36,6 +36,7 @@ _PROGRESS_PATTERN = "lane-*.json"
 _BLOCK = 4096  # rows of a step of the moments: a constant, for the sums depend on it in their last bits
 
 Decoder = Callable[[StoredImage], tuple[Tensor, str]]
+Loaded = tuple[str, Tensor, str | None]  # name, image, prompt
 
 
 @dataclass
@@ -177,7 +178,7 @@ def collect_features(
 
     Args:
         source ([`ImageSource`]): the images.
-        extractor (`Callable`): uint8 images `(B, 3, H, W)` to features `(B, d)`.
+        extractor (`Callable`): uint8 images `(B, 3, H, W)`, and prompts if it needs conditions, to features `(B, d)`.
         folder (`str` or `os.PathLike`): where features are kept; on a file system that all processes share.
         name (`str`): of the extractor, for messages.
         description (`dict`, *optional*): what else the features depend on, recorded to be compared on resuming.
@@ -218,7 +219,7 @@ def collect_features(
             batches = _decoded(source.lane(index, batch_size, lane.progress.position), batch_size, pool, decode)
             while not lane.progress.done:
                 loaded = _load(next(batches, []), lane.progress, skip_corrupt)
-                for image_name, image in loaded:
+                for image_name, image, _ in loaded:
                     if resize is None and tuple(image.shape[1:]) != size:
                         raise _mixed_sizes(first_name, size, image_name, tuple(image.shape[1:]), folder)
                 lane.write(_extract(extractor, loaded, name, state.device) if loaded else None)
@@ -291,26 +292,27 @@ def _decoded(
     yield from ahead
 
 
-def _read_and_decode(reading: Callable[[], StoredImage], decode: Decoder) -> tuple[str, Tensor, str]:
+def _read_and_decode(reading: Callable[[], StoredImage], decode: Decoder) -> tuple[str, Tensor, str, str | None]:
+    """Name, image, stored mode and prompt."""
     stored = reading()
-    return (stored.name, *decode(stored))
+    return (stored.name, *decode(stored), stored.prompt)
 
 
-def _load(batch: list[Future], progress: LaneProgress, skip_corrupt: bool) -> list[tuple[str, Tensor]]:
-    """Names and images of a batch, counted; an empty batch is the lane's end."""
+def _load(batch: list[Future], progress: LaneProgress, skip_corrupt: bool) -> list[Loaded]:
+    """A batch, counted; an empty batch is the lane's end."""
     progress.done = not batch
     loaded = []
     for future in batch:
         progress.position += 1
         try:
-            name, image, mode = future.result()
+            name, image, mode, prompt = future.result()
         except UnreadableImage as error:
             if not skip_corrupt:
                 raise
             progress.skipped.append(str(error))
             continue
         progress.modes[mode] = progress.modes.get(mode, 0) + 1
-        loaded.append((name, image))
+        loaded.append((name, image, prompt))
     return loaded
 
 
@@ -320,7 +322,7 @@ def _first_size(
     """Name and size of the first image that can be read, with which all others are compared."""
     for reading in chain_lanes(source, batch_size):
         try:
-            name, image, _ = _read_and_decode(reading, decode)
+            name, image, *_ = _read_and_decode(reading, decode)
         except UnreadableImage:
             if not skip_corrupt:
                 raise
@@ -342,10 +344,10 @@ def _mixed_sizes(first: str, first_size: tuple, second: str, second_size: tuple,
     )
 
 
-def _extract(extractor: FeatureExtractor, loaded: list[tuple[str, Tensor]], name: str, device: torch.device) -> Tensor:
-    images = torch.stack([image for _, image in loaded]).to(device)
+def _extract(extractor: FeatureExtractor, loaded: list[Loaded], name: str, device: torch.device) -> Tensor:
+    images, prompts = torch.stack([image for _, image, _ in loaded]).to(device), [prompt for *_, prompt in loaded]
     with torch.inference_mode():
-        features = extract_features(extractor, images, name=name, check_finite=False, batch_size=len(images))
+        features = extract_features(extractor, images, prompts, name=name, check_finite=False, batch_size=len(images))
     bad = (~features.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         names = ", ".join(loaded[i][0] for i in bad[:3]) + (", …" if len(bad) > 3 else "")

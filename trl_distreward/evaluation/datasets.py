@@ -19,24 +19,29 @@ from .sources import _MAX_LANES, ImageSource, IndexedImages
 class DatasetImages(IndexedImages):
     """A dataset whose rows are read by number."""
 
-    def __init__(self, dataset: Dataset, column: str, description: Mapping[str, Any]):
-        self.rows = dataset.select_columns([column])
-        self.column = column
+    def __init__(
+        self, dataset: Dataset, column: str, description: Mapping[str, Any], prompt_column: str | None = None
+    ):
+        self.rows = dataset.select_columns([name for name in (column, prompt_column) if name is not None])
+        self.column, self.prompt_column = column, prompt_column
         self.description = {**description, "images": len(dataset), "fingerprint": dataset._fingerprint}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, index: int) -> StoredImage:
-        name = f"row {index} of {self.description['source']}"
-        return stored_image(name, self.rows[index][self.column])
+        name, row = f"row {index} of {self.description['source']}", self.rows[index]
+        return stored_image(name, row[self.column], prompt_of(name, row, self.prompt_column))
 
 
 class StreamedImages(ImageSource):
     """A dataset that is read as a stream; lanes are its files, or groups of them."""
 
-    def __init__(self, dataset: IterableDataset, column: str, description: Mapping[str, Any]):
-        self.rows, self.column = dataset.select_columns([column]), column
+    def __init__(
+        self, dataset: IterableDataset, column: str, description: Mapping[str, Any], prompt_column: str | None = None
+    ):
+        self.rows = dataset.select_columns([name for name in (column, prompt_column) if name is not None])
+        self.column, self.prompt_column = column, prompt_column
         self.description = {**description, "files": dataset.num_shards}
 
     def num_lanes(self, batch_size: int) -> int:
@@ -46,21 +51,30 @@ class StreamedImages(ImageSource):
         rows = self.rows.shard(self.num_lanes(batch_size), index, contiguous=True)
         for i, row in enumerate(rows.skip(skip) if skip else rows, start=skip):
             name = f"row {i} of part {index} of {self.description['source']}"
-            yield partial(stored_image, name, row[self.column])
+            yield partial(stored_image, name, row[self.column], prompt_of(name, row, self.prompt_column))
 
 
-def stored_image(name: str, value: Any) -> StoredImage:
-    """An image column's value, undecoded; raises `ValueError` where it is none."""
+def prompt_of(name: str, row: Mapping[str, Any], column: str | None) -> str | None:
+    """A row's prompt, where there is a column of them; raises `ValueError` where it is none."""
+    if column is None:
+        return None
+    if not isinstance(row[column], str):
+        raise ValueError(f"{name} holds {row[column]!r} in {column!r}, not a prompt: each image has one string.")
+    return row[column]
+
+
+def stored_image(name: str, value: Any, prompt: str | None = None) -> StoredImage:
+    """An image column's value, undecoded, with its prompt; raises `ValueError` where it is none."""
     if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path")):
         shown = f"{name} ({value['path']})" if value.get("path") else name
         if value.get("bytes") is not None:
-            return StoredImage(shown, value["bytes"])
+            return StoredImage(shown, value["bytes"], prompt)
         with fsspec.open(value["path"], "rb") as file:
-            return StoredImage(shown, file.read())
+            return StoredImage(shown, file.read(), prompt)
     if isinstance(value, bytes):
-        return StoredImage(name, value)
+        return StoredImage(name, value, prompt)
     if isinstance(value, list):
-        return StoredImage(name, np.asarray(value, dtype=np.uint8))
+        return StoredImage(name, np.asarray(value, dtype=np.uint8), prompt)
     raise ValueError(f"{name} holds {type(value).__name__}, not an image.")
 
 
@@ -86,6 +100,25 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
         return revision
 
 
+def read_dataset(source: str, **kwargs: Any) -> Any:
+    """
+    A dataset from a folder that `datasets` saved, or else what `datasets.load_dataset` makes of its name and `kwargs`.
+
+    Raises:
+        OSError: it is neither here nor to be had.
+    """
+    folder = Path(source)
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return load_from_disk(source)
+    try:
+        return load_dataset(source, **kwargs)
+    except OSError as error:  # FileNotFoundError and ConnectionError too
+        raise OSError(
+            f"the dataset {source} cannot be loaded ({error}): give the folder of one, or the id of one on the Hub, "
+            "which must be within reach or in the cache."
+        ) from error
+
+
 def open_dataset(
     source: str,
     *,
@@ -95,6 +128,7 @@ def open_dataset(
     data_files: list[str] | None = None,
     streaming: bool = False,
     image_column: str | None = None,
+    prompt_column: str | None = None,
 ) -> ImageSource:
     """
     Args:
@@ -103,15 +137,13 @@ def open_dataset(
         split (`str`, *optional*): needed where there are several.
         config, revision, data_files, streaming: as in `datasets.load_dataset`; the revision is recorded as a commit.
         image_column (`str`, *optional*): the only column of images by default.
+        prompt_column (`str`, *optional*): of the images' prompts, for features that need them.
     """
     description: dict[str, Any] = {"source": source}
-    if Path(source).is_dir():
-        rows = load_from_disk(source)
-    else:
-        on_hub = data_files is None
-        revision = resolve_revision(source, revision) if on_hub else revision
-        rows = load_dataset(source, config, data_files=data_files, revision=revision, streaming=streaming)
+    if not Path(source).is_dir():
+        revision = resolve_revision(source, revision) if data_files is None else revision
         description |= {"config": config, "revision": revision, "data_files": data_files}
+    rows = read_dataset(source, name=config, data_files=data_files, revision=revision, streaming=streaming)
     if isinstance(rows, Mapping):
         if split is None and len(rows) > 1:
             raise ValueError(f"{source} has the splits {', '.join(rows)}: name one with --split.")
@@ -122,8 +154,14 @@ def open_dataset(
     elif split is not None:
         raise ValueError(f"split={split!r}: {source} has no splits: leave it out.")
     column = find_image_column(rows.features, image_column, source)
+    if prompt_column is not None and prompt_column not in (rows.features or [prompt_column]):
+        raise ValueError(
+            f"prompt_column={prompt_column!r} is not in {source}, which has {list(rows.features)}: name one of them."
+        )
     if rows.features is None or isinstance(rows.features[column], Image):
         rows = rows.cast_column(column, Image(decode=False))
-    description = {k: v for k, v in {**description, "column": column}.items() if v is not None}
+    description = {
+        k: v for k, v in {**description, "column": column, "prompt_column": prompt_column}.items() if v is not None
+    }
     kind = StreamedImages if isinstance(rows, IterableDataset) else DatasetImages
-    return kind(rows, column, description)
+    return kind(rows, column, description, prompt_column)

@@ -26,10 +26,11 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image's name, and its content: a file's bytes, or pixels `(H, W)` or `(H, W, C)`."""
+    """An image's name, its content, a file's bytes or pixels `(H, W)` or `(H, W, C)`, and its prompt if it has one."""
 
     name: str
     content: bytes | np.ndarray
+    prompt: str | None = None
 
 
 def decode_image(stored: StoredImage, resize: int | None = None) -> tuple[Tensor, str]:

@@ -126,6 +126,36 @@ def extract_features(
     return values.float()
 
 
+class MeanScore:
+    """
+    Mean of a reward of single images over a generated set, e.g. of [`~rewards.per_image.pick_score`].
+
+    Args:
+        reward (`Callable`): `reward(images=…, conditions=…)`, one number per image.
+    """
+
+    def __init__(self, reward: Callable[..., Any]):
+        self.reward = reward
+        self._scores: list[Tensor] = []
+
+    def to(self, device: torch.device) -> None:
+        module = module_of(self.reward)
+        if module is not None:
+            module.to(device)
+
+    def reset(self) -> None:
+        self._scores = []
+
+    def update(self, images: Tensor, conditions: Any = None) -> None:
+        scores = self.reward(images=images, conditions=conditions)
+        self._scores.append(torch.as_tensor(scores, dtype=torch.float64).flatten().cpu())
+
+    def compute(self) -> float:
+        if not self._scores:
+            raise ValueError("no images were given: call update(images, conditions) before compute().")
+        return torch.cat(self._scores).mean().item()
+
+
 class FeatureDistance:
     """
     Distance of a generated set from real data in one feature space.

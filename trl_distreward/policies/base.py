@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..sampling import Generators, gaussian_noise
+
+# What diffusers needs to make the adapter anew; more would tie it to this release of peft
+_LORA_METADATA = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", "use_rslora", "use_dora")
 
 
 @runtime_checkable
@@ -144,6 +148,25 @@ class PipelinePolicy:
             self.pipeline.save_pretrained(path)
         finally:
             setattr(self.pipeline, self.component, trained)
+
+    def save_adapter(self, path: str | os.PathLike, network: PeftModel) -> None:
+        """
+        Writes the adapter of `network` as peft does, and beside it, where the pipeline has `load_lora_weights`, the
+        file that this reads.
+        """
+        network.save_pretrained(path)
+        save, config = getattr(self.pipeline, "save_lora_weights", None), network.peft_config["default"]
+        if save is None or not isinstance(config, LoraConfig):
+            return
+        layers = {
+            name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(network).items()
+        }
+        metadata = {name: getattr(config, name) for name in _LORA_METADATA}
+        metadata["target_modules"] = sorted(network.targeted_module_names)
+        save(
+            path,
+            **{f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": metadata},
+        )
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
         return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()

@@ -91,6 +91,11 @@ class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
         super().__init__(pipeline, guidance_scale)
         self.num_conditions = self.config.num_embeds_ada_norm
         self.null_class = self.num_conditions  # DiTPipeline has 1000 here, whatever the number of classes
+        names: dict[int, list[str]] = {}
+        for name, label in pipeline.labels.items():
+            names.setdefault(label, []).append(name)
+        if names:  # DiTPipeline reads them from its config, but does not put them back there to be saved
+            pipeline.register_to_config(id2label={str(label): ", ".join(names[label]) for label in sorted(names)})
         self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -54,7 +54,7 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     Args:
         name_or_path (`str`): folder, or Hub id.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
-        kwargs: passed to `from_pretrained`, e.g. `torch_dtype`.
+        kwargs: passed to `from_pretrained`, e.g. `dtype`.
 
     Raises:
         FileNotFoundError: the folder has no `model_index.json`, or there is no such folder, repository or revision.

@@ -1,16 +1,30 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """What the training scripts share: a model, what judges it, and conditions."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-
+from ..evaluation.datasets import read_dataset
 from ..importing import resolve
 from ..metrics.distances import DISTANCES
 from ..metrics.features import load_feature_extractor
-from ..metrics.report import FeatureDistance
+from ..metrics.report import FeatureDistance, ImageMetric, MeanScore
+from ..metrics.statistics import FeatureStatistics
+from ..rewards.per_image import aesthetic_score, clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
+from . import statistics
+from .common import beside_prompts, split_spec
+
+# Rewards of single images by name
+REWARDS: dict[str, Callable[..., Any]] = {
+    "clip_score": clip_score,
+    "pick_score": pick_score,
+    "hps_score": hps_score,
+    "aesthetic_score": aesthetic_score,
+}
 
 
 @dataclass
@@ -29,16 +43,41 @@ class RewardArguments:
         default=None,
         metadata={
             "help": "Statistics file of real data in that extractor's features; for other distances than frechet, "
-            "a .safetensors file of the features."
+            "a .safetensors file of the features. Where real_images are given, what is computed of them is kept here."
         },
     )
+    real_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images to compute real_statistics of, once: a folder, an .npz or a dataset; kept in output_dir "
+            "unless real_statistics names another file."
+        },
+    )
+    real_split: str | None = field(
+        default=None, metadata={"help": "Split of that dataset; train, for one that is streamed from the Hub."}
+    )
+    real_resize: int | None = field(
+        default=None, metadata={"help": "Crop the centre of real images and resize it to so many pixels a side."}
+    )
+    prompt_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a CLIP model: its embeddings of prompts are put beside the features of "
+            "images, which are its own if there is no feature_extractor."
+        },
+    )
+    prompt_scale: float = field(default=1.0, metadata={"help": "Factor of the embeddings of prompts."})
     distance: str = field(
         default="frechet", metadata={"help": "Distance of the reward.", "choices": sorted(DISTANCES)}
     )
     debias: bool = field(default=False, metadata={"help": "Extrapolate the distance to an infinite generated set."})
     reward_funcs: list[str] = field(
         default_factory=list,
-        metadata={"help": "Dotted paths of further reward functions, e.g. 'my_package.aesthetic'."},
+        metadata={
+            "help": "Further reward functions: clip_score, pick_score, hps_score or aesthetic_score, with options "
+            "after commas, e.g. 'pick_score,source=FOLDER_OR_ID' or 'aesthetic_score,head=FILE', or dotted paths, "
+            "e.g. 'my_package.my_reward'."
+        },
     )
     heldout_extractor: str | None = field(
         default=None, metadata={"help": "An extractor that the reward does not see, to evaluate; named likewise."}
@@ -47,41 +86,154 @@ class RewardArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels' or 'prompt'."}
     )
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column of the prompts, in the dataset and in real_images."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
 
+    def __post_init__(self) -> None:
+        of_sets = self.feature_extractor is not None or self.prompt_encoder is not None
+        if of_sets != (self.real_statistics is not None or self.real_images is not None):
+            raise ValueError(
+                "feature_extractor or prompt_encoder goes together with real_statistics or real_images: give both or "
+                "neither."
+            )
+        if not of_sets and not self.reward_funcs:
+            raise ValueError(
+                "there is no reward: give feature_extractor or prompt_encoder, with real_statistics or real_images, "
+                "or reward_funcs."
+            )
+        if self.prompt_encoder is not None and self.dataset_name is None:
+            raise ValueError(
+                f"prompt_encoder={self.prompt_encoder!r} without prompts: give dataset_name, a dataset with a column "
+                "of prompts."
+            )
+        if (self.heldout_extractor is None) != (self.heldout_statistics is None):
+            raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
+        for spec in self.reward_funcs:
+            check_reward(spec)
 
-def build_rewards(arguments: RewardArguments, **options: Any) -> list[Any]:
-    """The reward functions; `options` go to the [`SubsetReplaceReward`]."""
-    rewards: list[Any] = [resolve(path) for path in arguments.reward_funcs]
-    if (arguments.feature_extractor is None) != (arguments.real_statistics is None):
-        raise ValueError("feature_extractor and real_statistics go together: give both or neither.")
-    if arguments.feature_extractor is not None:
+
+def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -> list[Any]:
+    """The reward functions; `options` go to the [`SubsetReplaceReward`]. Statistics may be computed first."""
+    name, encoder = arguments.feature_extractor, arguments.prompt_encoder
+    rewards = [find_reward(spec) for spec in arguments.reward_funcs]
+    if name is not None or encoder is not None:
+        extractor: Any = None if name is None else load_feature_extractor(name)
         reward = SubsetReplaceReward(
-            load_feature_extractor(arguments.feature_extractor),
-            arguments.real_statistics,
+            extractor if encoder is None else beside_prompts(extractor, encoder, arguments.prompt_scale),
+            find_real_statistics(arguments, output_dir),
             arguments.distance,
             debias=arguments.debias,
             **options,
         )
         rewards.insert(0, reward)
-    if not rewards:
-        raise ValueError("there is no reward: give feature_extractor and real_statistics, or reward_funcs.")
     return rewards
 
 
-def build_metrics(arguments: RewardArguments) -> dict[str, FeatureDistance]:
-    """The held-out metric, if one is asked for."""
-    if (arguments.heldout_extractor is None) != (arguments.heldout_statistics is None):
-        raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
-    if arguments.heldout_extractor is None:
-        return {}
-    return {
-        "heldout": FeatureDistance(load_feature_extractor(arguments.heldout_extractor), arguments.heldout_statistics)
-    }
+def find_reward(spec: str) -> Any:
+    """A reward of single images by its name, `NAME[,option=value…]`, or the object at a dotted path."""
+    name, options = check_reward(spec)
+    return REWARDS[name](**options) if name in REWARDS else resolve(name)
+
+
+def check_reward(spec: str) -> tuple[str, dict[str, str]]:
+    """
+    Name and options of a reward.
+
+    Raises:
+        ValueError: no such name, or options that it has not or lacks.
+    """
+    name, options = split_spec(spec)
+    if name not in REWARDS:
+        if "." not in name:
+            raise ValueError(f"reward {name!r} is unknown: give one of {', '.join(REWARDS)}, or a dotted path.")
+        if options:
+            raise ValueError(f"{name} is a function of your own: it takes no {', '.join(options)}.")
+        return name, options
+    parameters = inspect.signature(REWARDS[name]).parameters.values()
+    own = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+    required = [p.name for p in parameters if p.name in own and p.default is p.empty]
+    known = [*own, "tokenizer", "revision", "resize"]
+    if odd := [key for key in options if key not in known]:
+        raise ValueError(f"{spec!r} has no option {', '.join(odd)}: {name} takes {', '.join(known)}.")
+    if lacking := [key for key in required if not options.get(key)]:
+        raise ValueError(f"{spec!r} lacks {', '.join(lacking)}: write '{name},{lacking[0]}=…'.")
+    return name, options
+
+
+def find_real_statistics(arguments: RewardArguments, output_dir: str) -> str | None:
+    """
+    The statistics file of real data: the one that was given, or that of `real_images`, computed where there is none.
+
+    Raises:
+        ValueError: the file is of other images.
+    """
+    images = arguments.real_images
+    if images is None:
+        return arguments.real_statistics
+    path = Path(arguments.real_statistics or Path(output_dir) / "real_statistics.safetensors")
+    if path.is_file():
+        source = FeatureStatistics.load(path).metadata.get("source")
+        if source != images:
+            raise ValueError(
+                f"{path} is of {source}, not of real_images={images!r}: name another file as real_statistics, or "
+                "leave real_images out."
+            )
+        return str(path)
+    options = ["--output", str(path)]
+    if arguments.feature_extractor is not None:
+        options += ["--feature-extractor", arguments.feature_extractor]
+    if arguments.prompt_encoder is not None:
+        options += ["--prompt-encoder", arguments.prompt_encoder, "--prompt-scale", str(arguments.prompt_scale)]
+        options += ["--prompt-column", arguments.prompt_column]
+    if arguments.real_resize is not None:
+        options += ["--resize", str(arguments.real_resize)]
+    if arguments.distance != "frechet":
+        options += ["--features"]
+    if Path(images).exists():
+        options += [] if arguments.real_split is None else ["--split", arguments.real_split]
+    else:
+        options += ["--split", arguments.real_split or "train", "--streaming"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    statistics.main([images, *options])
+    return str(path)
+
+
+def build_metrics(arguments: RewardArguments, rewards: list[Any]) -> dict[str, ImageMetric]:
+    """Means of the rewards of single images that are known by name, and the held-out metric if one is asked for."""
+    named = [reward for reward in rewards if getattr(reward, "__name__", None) in REWARDS]
+    metrics: dict[str, ImageMetric] = {reward.__name__: MeanScore(reward) for reward in named}
+    if arguments.heldout_extractor is not None:
+        extractor = load_feature_extractor(arguments.heldout_extractor)
+        metrics["heldout"] = FeatureDistance(extractor, arguments.heldout_statistics)
+    return metrics
 
 
 def load_conditions(arguments: RewardArguments) -> Any:
-    """The dataset of conditions, if one is named."""
-    if arguments.dataset_name is None:
+    """
+    The dataset of conditions, if one is named.
+
+    Raises:
+        OSError: it is neither here nor to be had.
+        ValueError: it lacks the split, or the column of prompts.
+    """
+    name, split, column = arguments.dataset_name, arguments.dataset_split, arguments.prompt_column
+    if name is None:
         return None
-    return load_dataset(arguments.dataset_name, split=arguments.dataset_split)
+    dataset = read_dataset(name)
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise ValueError(f"dataset_split={split!r} is not in {name}, which has {', '.join(dataset)}.")
+        dataset = dataset[split]
+    elif split != "train":
+        raise ValueError(f"dataset_split={split!r}: {name} has no splits: leave it out.")
+    names = dataset.column_names
+    if column not in names and "class_labels" not in names:
+        raise ValueError(
+            f"the dataset {name} has columns {names}, none of them {column!r}: name that of the prompts as "
+            "prompt_column, or have class labels in a column 'class_labels'."
+        )
+    if column == "prompt" or column not in names:
+        return dataset
+    return dataset.remove_columns([c for c in ("prompt",) if c in names]).rename_column(column, "prompt")

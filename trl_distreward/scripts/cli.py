@@ -17,6 +17,7 @@ import linecache
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from importlib import import_module
 
 # Modules that say what is wrong with what they were given; the same errors of others are faults, and keep their trace.
@@ -32,12 +33,17 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         sys.exit(f"trl-distreward: no command {arguments[0]!r}; there is: {', '.join(COMMANDS)}.")
     command = import_module(f"trl_distreward.scripts.{arguments[0]}")
+    run(f"trl-distreward {arguments[0]}", command.main, arguments[1:])
+
+
+def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
+    """Runs a command; errors of use end it with a line that starts with its name."""
     try:
-        command.main(arguments[1:])
+        command(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError) as error:
         if not is_of_use(error) or os.environ.get("TRL_DISTREWARD_TRACEBACK"):
             raise
-        sys.exit(f"trl-distreward {arguments[0]}: {error}")
+        sys.exit(f"{name}: {error}")
 
 
 def is_of_use(error: ValueError | OSError) -> bool:

@@ -2,12 +2,15 @@
 """What several commands need: feature extractors by name, processes, and shared options."""
 
 import argparse
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from trl import TrlParser
 
+from ..metrics.clip import JointTextFeatures, load_clip
 from ..metrics.features import load_feature_extractor
 
 _EXTRACTOR_OPTIONS = ("source", "resize", "output", "sha256", "pooling", "size", "mean", "std", "mode", "revision")
@@ -19,13 +22,22 @@ EXTRACTOR_HELP = (
 _DATASET_OPTIONS = ("split", "config", "revision", "data_files", "streaming", "image_column")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and every option with its default."""
+
+
+def make_trl_parser(dataclasses: Sequence[type], description: str | None) -> TrlParser:
+    """A parser whose options are the fields of dataclasses, on the command line and in a YAML file."""
+    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"  # there are some two hundred
+    return TrlParser(dataclasses, usage=usage, description=description, formatter_class=HelpFormatter)
+
+
 def find_extractor(spec: str) -> Any:
     """
     The feature extractor that `NAME[,option=value…]` names, in CPU memory; options are those of
     [`~metrics.features.load_feature_extractor`].
     """
-    name, *pairs = spec.split(",")
-    options: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs)
+    name, options = split_spec(spec)
     unknown = [key for key in options if key not in _EXTRACTOR_OPTIONS]
     if unknown:
         raise ValueError(f"{spec!r} has options {unknown}: a feature extractor has {', '.join(_EXTRACTOR_OPTIONS)}.")
@@ -37,6 +49,21 @@ def find_extractor(spec: str) -> Any:
             f"{name} needs the images' conditions, but a set of images has none: name one of images alone."
         )
     return extractor
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """`NAME[,option=value…]` as a name and its options."""
+    name, *pairs = spec.split(",")
+    return name, dict(pair.partition("=")[::2] for pair in pairs)
+
+
+def beside_prompts(feature_extractor: Any, prompt_encoder: str, prompt_scale: float) -> JointTextFeatures:
+    """
+    Features of images beside the embeddings of their prompts by a CLIP model, whose own embeddings of images they are
+    where `feature_extractor` is `None`.
+    """
+    clip = load_clip(prompt_encoder)
+    return JointTextFeatures(clip if feature_extractor is None else feature_extractor, clip.prompts, prompt_scale)
 
 
 def _numbers(option: str, text: str) -> int | tuple[float, ...]:

@@ -22,6 +22,7 @@ from ..trainer.merge_card import comparison_table
 from ..trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
+from .common import make_trl_parser
 
 
 @dataclass
@@ -45,7 +46,7 @@ class MergeArguments(RewardArguments):
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((MergeArguments, MergeCoefficientConfig), description=__doc__)
+    return make_trl_parser((MergeArguments, MergeCoefficientConfig), __doc__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,13 +95,15 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
 def build_trainer(
     arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, checkpoints: list[str]
 ) -> MergeCoefficientTrainer:
+    dataset = load_conditions(arguments)
+    rewards = build_rewards(arguments, config.output_dir)
     return MergeCoefficientTrainer(
         model=model,
         checkpoints=checkpoints,
-        reward_funcs=build_rewards(arguments),
+        reward_funcs=rewards,
         args=config,
-        train_dataset=load_conditions(arguments),
-        eval_metrics=build_metrics(arguments),
+        train_dataset=dataset,
+        eval_metrics=build_metrics(arguments, rewards),
     )
 
 

@@ -6,6 +6,7 @@ Computes the statistics of a set of images in the features of a network: what re
     trl-distreward statistics imagenet.npz --output real.safetensors --feature-extractor dinov2
     trl-distreward statistics ILSVRC/imagenet-1k --split train --streaming --resize 256 --output real.safetensors
     trl-distreward statistics webdataset --data-files 'shards/*.tar' --streaming --output real.safetensors
+    trl-distreward statistics captions/ --prompt-encoder openai/clip-vit-large-patch14 --output joint.safetensors
     torchrun --standalone --nproc_per_node 8 -m trl_distreward.scripts.statistics images/ --output real.safetensors
 
 Killed at any moment, the same command goes on where it was. The file is the same to the last bit with any number of
@@ -14,6 +15,7 @@ processes, and however often it was interrupted.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.collect import collect_features
 from ..evaluation.sources import open_images
@@ -22,6 +24,7 @@ from .common import (
     EXTRACTOR_HELP,
     add_dataset_options,
     add_image_options,
+    beside_prompts,
     dataset_options,
     find_extractor,
     start_processes,
@@ -41,9 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="The .safetensors file to write.")
     parser.add_argument(
         "--feature-extractor",
-        default="inception",
         metavar="NAME",
-        help=f"{EXTRACTOR_HELP} (default: inception).",
+        help=f"{EXTRACTOR_HELP} (default: inception; with --prompt-encoder, that model).",
     )
     parser.add_argument(
         "--features",
@@ -58,6 +60,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_image_options(parser)
     add_dataset_options(parser, "SOURCE")
+    prompts = parser.add_argument_group("where SOURCE is a dataset of images with prompts")
+    prompts.add_argument(
+        "--prompt-encoder",
+        metavar="CLIP",
+        help="Hub id or folder of a CLIP model whose embeddings of the prompts are put beside the features of the "
+        "images: what rewards with the same prompt_encoder compare with.",
+    )
+    prompts.add_argument("--prompt-scale", type=float, default=1.0, help="Factor of the embeddings (default: 1).")
+    prompts.add_argument("--prompt-column", help="Column of the prompts (default: prompt).")
     return parser
 
 
@@ -66,9 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(arguments.output)
     if output.suffix != ".safetensors":
         raise ValueError(f"output={arguments.output!r} must end in .safetensors.")
+    if arguments.prompt_encoder is None and (arguments.prompt_column or arguments.prompt_scale != 1.0):
+        raise ValueError("--prompt-column and --prompt-scale say how --prompt-encoder is used, which is missing.")
     state = start_processes()
-    source = open_images(arguments.source, **dataset_options(arguments))
-    extractor = find_extractor(arguments.feature_extractor)
+    prompt_column = arguments.prompt_column or ("prompt" if arguments.prompt_encoder else None)
+    source = open_images(arguments.source, **dataset_options(arguments), prompt_column=prompt_column)
+    extractor = find_features(arguments)
     work_dir = Path(arguments.work_dir or f"{output}.work")
     collected = collect_features(
         source,
@@ -94,6 +108,14 @@ def main(argv: list[str] | None = None) -> None:
         )
         collected.remove()
     state.wait_for_everyone()
+
+
+def find_features(arguments: argparse.Namespace) -> Any:
+    """The extractor that the options name, beside the embeddings of prompts where they are asked for."""
+    name, encoder = arguments.feature_extractor, arguments.prompt_encoder
+    if encoder is None:
+        return find_extractor(name or "inception")
+    return beside_prompts(None if name is None else find_extractor(name), encoder, arguments.prompt_scale)
 
 
 if __name__ == "__main__":

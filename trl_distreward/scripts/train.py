@@ -5,6 +5,9 @@ Fine-tunes a pipeline on distribution-wise rewards.
     trl-distreward train --config recipe.yaml
     accelerate launch --multi_gpu -m trl_distreward.scripts.train --config recipe.yaml --learning_rate 2e-5
     trl-distreward train --config recipe.yaml --dry-run
+    trl-distreward train --model stabilityai/stable-diffusion-3.5-medium --use_peft --output_dir OUTPUT \\
+        --dataset_name DATASET --real_images DATASET --real_resize 512 \\
+        --prompt_encoder openai/clip-vit-large-patch14 --reward_funcs pick_score --reward_weights 1.0 0.5 ...
 
 --dry-run measures one micro-batch and prints what the run would take: memory, seconds, device-hours, disk. A run that
 cannot fit is refused.
@@ -18,15 +21,22 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from trl import TrlParser
 
+from ..metrics.clip import load_clip
+from ..policies import DiffusionPolicy, as_policy, load_pipeline
 from ..rewards.subset_replace import CREDITS
+from ..strata import cluster_embeddings, column_of
 from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
 from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
+from .common import make_trl_parser
 
 
 @dataclass
@@ -45,6 +55,29 @@ class TrainArguments(RewardArguments):
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that are adapted; attention and MLP by default."}
     )
+    prompt_clusters: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep so many clusters of prompts, by prompt_encoder, in proportion, as stratify_by does strata."
+        },
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the pipeline's weights as they are loaded; those that are trained are float32 all the same.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    height: int | None = field(
+        default=None, metadata={"help": "Of a text-to-image model's images; what it was made for by default."}
+    )
+    width: int | None = field(default=None, metadata={"help": "Likewise."})
+    offload_text_encoders: bool = field(
+        default=False, metadata={"help": "Keep text encoders in CPU memory but while they encode."}
+    )
+    cache_size: int | None = field(
+        default=None, metadata={"help": "Prompts whose embeddings are kept in CPU memory; 10000 by default."}
+    )
     log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
     dry_run: bool = field(
         default=False, metadata={"help": "Print what the run would take, measured on one micro-batch, and stop."}
@@ -52,7 +85,7 @@ class TrainArguments(RewardArguments):
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((TrainArguments, DiffusionDistributionConfig), description=__doc__)
+    return make_trl_parser((TrainArguments, DiffusionDistributionConfig), __doc__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,18 +124,54 @@ def build_trainer(
     arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any
 ) -> DistributionRewardTrainer:
     peft_config = None
+    policy = load_policy(arguments, config, model)
+    dataset = with_clusters(arguments, config, load_conditions(arguments))
+    rewards = build_rewards(
+        arguments, config.output_dir, credit=arguments.credit, control_variate=arguments.control_variate
+    )
     if arguments.use_peft:
         peft_config = LoraConfig(
             r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=arguments.lora_target_modules
         )
     return DistributionRewardTrainer(
-        model=model,
-        reward_funcs=build_rewards(arguments, credit=arguments.credit, control_variate=arguments.control_variate),
+        model=policy,
+        reward_funcs=rewards,
         args=config,
-        train_dataset=load_conditions(arguments),
-        eval_metrics=build_metrics(arguments),
+        train_dataset=dataset,
+        eval_metrics=build_metrics(arguments, rewards),
         peft_config=peft_config,
     )
+
+
+def load_policy(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any) -> DiffusionPolicy:
+    """The policy of a pipeline, or of its folder or Hub id, as the options say."""
+    if isinstance(model, str):
+        model = load_pipeline(model, dtype=getattr(torch, arguments.dtype))
+    elif isinstance(model, DiffusionPipeline) and arguments.dtype != "float32":
+        model.to(getattr(torch, arguments.dtype))
+    names = ("height", "width", "offload_text_encoders", "cache_size")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    if config.guidance_channels is not None:
+        options["guidance_channels"] = config.guidance_channels
+    return as_policy(model, config.guidance_scale, **options)
+
+
+def with_clusters(arguments: TrainArguments, config: DiffusionDistributionConfig, dataset: Any) -> Any:
+    """The dataset, with a column of its prompts' clusters if they are asked for, which `config.stratify_by` names."""
+    count = arguments.prompt_clusters
+    if count is None:
+        return dataset
+    if arguments.prompt_encoder is None or dataset is None or config.stratify_by is not None:
+        raise ValueError(
+            f"prompt_clusters={count} are those of a dataset's prompts by prompt_encoder, in place of stratify_by: "
+            "give dataset_name and prompt_encoder, and leave stratify_by out."
+        )
+    prompts, found = column_of(dataset, "prompt"), [[0]]
+    if config.process_index == 0:  # processes might round differently
+        clip = load_clip(arguments.prompt_encoder, config.device, cache_size=len(prompts))
+        found = [cluster_embeddings(clip.prompts(prompts), count, config.seed).tolist()]
+    config.stratify_by = "prompt_cluster"
+    return dataset.add_column(config.stratify_by, broadcast_object_list(found)[0])
 
 
 def finish(trainer: DistributionRewardTrainer) -> None:

@@ -112,7 +112,10 @@ class CheckpointingTrainer(_BaseTrainer):
                 return
             os.makedirs(output_dir, exist_ok=True)
             if isinstance(network, PeftModel):
-                network.save_pretrained(os.path.join(output_dir, ADAPTER_FOLDER))
+                save_adapter = getattr(
+                    self.policy, "save_adapter", lambda path, adapted: adapted.save_pretrained(path)
+                )
+                save_adapter(os.path.join(output_dir, ADAPTER_FOLDER), network)
                 network = copy.deepcopy(network).merge_and_unload()
             self.policy.save_pretrained(output_dir, model=network)
         # not transformers' training_args.bin: a pickle, with the Hub token in plain text
