@@ -61,8 +61,12 @@ def train_arm(
             spent = run(prepared, seed, budget, arm.after.reward, save_to=Path(folder), **first)["images"]
             start = replace(prepared, base_path=Path(folder))
         rate = arm.rate or rates[arm.kind] * arm.rate_factor
-        steps = list(experiment.eval_steps)
-        settings = {"num_inference_steps_eval": steps, **sized(arm.settings), "learning_rate": rate}
+        settings = {
+            "num_inference_steps_eval": list(experiment.eval_steps),
+            "num_eval_images": experiment.eval_images,
+            **sized(arm.settings),
+            "learning_rate": rate,
+        }
         if settings["lr_scheduler_type"] == "linear":  # falls to 0 when the images are spent
             size = settings.get("reference_set_size", 1000)
             settings["max_steps"] = max(1, (budget - size) // IMAGES_PER_UPDATE)

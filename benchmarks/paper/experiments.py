@@ -56,7 +56,8 @@ class Experiment:
         budget (`int`): images of a run, reference sets counted.
         evaluations (`tuple[int, ...]`, *optional*): evaluations after so many images.
         heldout (`bool`, *optional*, defaults to `False`): whether Table 4's metrics are computed.
-        eval_steps (`list[int]`, *optional*, defaults to `[20]`): numbers of sampling steps at evaluation.
+        eval_steps (`tuple[int, ...]`, *optional*, defaults to `(20,)`): numbers of sampling steps at evaluation.
+        eval_images (`int`, *optional*, defaults to 2000): images of an evaluation.
     """
 
     about: str
@@ -65,6 +66,7 @@ class Experiment:
     evaluations: tuple[int, ...] = ()
     heldout: bool = False
     eval_steps: tuple[int, ...] = (20,)
+    eval_images: int = 2000
 
 
 def paper(**settings: Any) -> Arm:
@@ -92,6 +94,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         evaluations=(2_000, 4_000, 8_000, 12_000),
         heldout=True,
         eval_steps=(10, 50),
+        eval_images=1000,
     ),
     "reference_size": Experiment(
         "Fig. 3a: images of the reference set",
