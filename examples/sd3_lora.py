@@ -6,10 +6,10 @@ with theirs, and by a preference model.
     accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/sd3_lora.py \\
         --config examples/configs/sd3_medium_lora.yaml --dataset_name DATASET --real_images DATASET
 
-DATASET has a column of prompts, and real images beside them: an id on the Hub, or a folder. Columns may have other
-names (--prompt_column caption). Prompts and real images may be of different datasets, or the real side be a file that
-`trl-distreward statistics --prompt-encoder` wrote (--real_statistics). Prompts need not be real images' captions, but
-are to be of the kind that these are: the distance is between images beside their prompts.
+DATASET, an id on the Hub or a folder that `datasets` saved, has a column of prompts (--prompt_column caption if it has
+another name) and one of real images beside them. Prompts and real images may be of different datasets, or the real
+side a file that `trl-distreward statistics --prompt-encoder` wrote (--real_statistics). The prompts are to be of the
+kind that the real images' captions are: the distance is between images beside their prompts.
 
 What it would take on this machine, before it starts:     … --dry-run
 Another text-to-image pipeline:                           … --model FOLDER_OR_ID

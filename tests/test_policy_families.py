@@ -114,7 +114,7 @@ def check_update(family, lora, folder):
             learning_rate=1e-2,
         ),
         train_dataset=Dataset.from_dict({column: list(family.conditions)}),
-        peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
+        peft_config=LoraConfig(r=2, lora_alpha=3, init_lora_weights=False) if lora else None,
     )
     initial = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
     trainer.train()

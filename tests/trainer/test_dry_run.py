@@ -3,9 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
-from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import tiny_config, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.policies_parts import PROMPTS, ddim
+from tests.policies_tiny import stable_diffusion
+from trl_distreward import DistributionRewardTrainer
 from trl_distreward.trainer import dry_run as module
 from trl_distreward.trainer.dry_run import check_resources, dry_run, evaluations_of, format_prediction, networks
 from trl_distreward.trainer.estimates import num_events, num_refreshes, rows_per_process
@@ -82,6 +86,19 @@ def test_predicted_checkpoint_weighs_what_a_real_one_does(tmp_path, kwargs, adap
     folder = tmp_path / "real" / "checkpoint-1"
     real = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert sum(prediction.checkpoint.values()) == pytest.approx(real, rel=0.1)
+
+
+def test_an_adapter_counts_for_every_file_it_is_saved_in(tmp_path):
+    trainer = DistributionRewardTrainer(
+        model=stable_diffusion(ddim(set_alpha_to_one=True)),
+        reward_funcs=lambda images, **kwargs: images.float().mean(dim=(1, 2, 3)),
+        args=tiny_config(tmp_path, num_subsets=2, replace_size=1, reference_set_size=4),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=LoraConfig(r=256),
+    )
+    trainer.save_model()
+    files = list((tmp_path / "adapter").glob("*.safetensors"))
+    assert networks(trainer).adapter == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)
 
 
 @pytest.mark.parametrize(

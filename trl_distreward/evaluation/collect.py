@@ -226,6 +226,7 @@ def collect_features(
                 bar.update(len(loaded))
     state.wait_for_everyone()
     collected = CollectedFeatures(folder, [read_progress(folder, index) for index in range(num_lanes)], size, weights)
+    state.wait_for_everyone()  # whoever is first may remove the files
     if not all(lane.done for lane in collected.lanes):
         raise ValueError(f"{folder} lacks the features of other processes: put it on a file system that all share.")
     if collected.count == 0:

@@ -51,12 +51,13 @@ def networks(trainer: Any) -> Network:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     adapted = FLOAT * trained if trainer.policy.model is not network else 0
     weights = _bytes(network)
+    copies = 2 if hasattr(pipeline, "save_lora_weights") else 1  # peft's file, and diffusers'
     return Network(
         weights=weights,
         trained=trained,
         frozen=sum(t.nbytes for t in beside.values()),
         saved=weights - adapted + sum(map(_bytes, parts)),
-        adapter=adapted,
+        adapter=copies * adapted,
     )
 
 
