@@ -53,6 +53,7 @@ _SUBMODULES = {
     "pipelines",
     "policies",
     "rewards",
+    "run_report",
     "sampling",
     "scripts",
     "strata",
