@@ -9,7 +9,8 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 6, 10, 44
+INSET = 16  # of the data from either side, for the text below it
 NUM_STYLES = 6  # of lines, in the style sheet
 _MOST_POINTS = 800  # that are drawn one by one
 _MOST_MARKERS = 40
@@ -100,8 +101,8 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float]], note: str = "") -> 
     low, high = min(0.0, *values), max(0.0, *values)
     margin = (high - low) * 0.06 or 1.0
     scale = _Scale(0.5, len(rows) + 0.5, low - (margin if low < 0 else 0), high + margin)
-    body = [_axes(scale, (), x_label="checkpoint")]
-    width = min(40.0, 0.7 * (WIDTH - LEFT - RIGHT) / len(rows))
+    body = [_axes(scale, (), x_label="number")]
+    width = min(40.0, 0.7 * (WIDTH - LEFT - RIGHT - 2 * INSET) / len(rows))
     for place, (name, value) in enumerate(rows, start=1):
         if math.isfinite(value):
             top, bottom = sorted((scale.y(value), scale.y(0)))
@@ -141,7 +142,8 @@ class _Scale:
     y_high: float
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        width = WIDTH - LEFT - RIGHT - 2 * INSET
+        return LEFT + INSET + (value - self.x_low) / (self.x_high - self.x_low) * width
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - BOTTOM - TOP)

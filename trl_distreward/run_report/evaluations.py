@@ -26,7 +26,7 @@ def change(before: float, after: float, higher: bool | None) -> Markup:
     if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
         return Markup("undefined")
     percent = 100 * (after - before) / abs(before)
-    shown = f"{percent:+.1f} %".replace("-", "\N{MINUS SIGN}")
+    shown = (f"{percent:+.1f} %" if abs(percent) >= 0.05 else f"{percent:+.1g} %").replace("-", "\N{MINUS SIGN}")
     if higher is None or before == after:
         return Markup(shown)
     word = "better" if (after > before) == higher else "worse"
@@ -45,7 +45,7 @@ def evaluation_section(run: Run) -> str:
     return section(
         "Evaluation",
         _summary_table(run, f"Evaluations of {images}all from the noise of seed {run.seed}."),
-        _seeds_table(run),
+        details("Over several seeds of the noise", _seeds_table(run)),
         f'<div class="charts">{"".join(_metric_charts(run))}</div>',
         details("All evaluations", _all_evaluations(run)),
         details("Evaluations of something else", _other_evaluations(run)),
@@ -183,7 +183,7 @@ def coefficients_section(run: Run) -> str:
     numbered = list(enumerate(places, start=1))
     means = [statistics.fmean(column) for column in zip(*learnt.values(), strict=True)]
     if len(learnt) == 1:
-        title, over_updates = "Learnt coefficients", _coefficients_over_updates(run, count)
+        title, over_updates = "Learnt coefficients by number of checkpoint", _coefficients_over_updates(run, count)
         start = (run.record.get("initial_coefficients") or {}).values()
         columns = list(zip(*start, *learnt.values(), strict=True))
         head = ("number", "checkpoint", *(["start"] if start else []), "learnt")

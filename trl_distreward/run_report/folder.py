@@ -60,12 +60,17 @@ class Run:
 
     @cached_property
     def logs(self) -> list[dict[str, Any]]:
-        """Of updates, without the summary at the end."""
-        return [entry for entry in self.record["log_history"] if "train_runtime" not in entry and "step" in entry]
+        """Of updates; those since the last log are in transformers' summary of the training."""
+        summary = ("train_", "total_flos")
+        return [
+            {name: value for name, value in entry.items() if not name.startswith(summary)}
+            for entry in self.record["log_history"]
+            if "step" in entry
+        ]
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """What was logged under a name, by step."""
-        return [(e["step"], e[key]) for e in self.logs if isinstance(e.get(key), int | float)]
+        return list({e["step"]: e[key] for e in self.logs if isinstance(e.get(key), int | float)}.items())
 
     @cached_property
     def logged(self) -> list[str]:
@@ -75,7 +80,8 @@ class Run:
     @cached_property
     def images_by_step(self) -> list[tuple[float, float]]:
         """Images generated for training by some steps, ascending."""
-        known = dict(self.series("num_images"))
+        evaluated = {e["step"]: e["num_images"] for e in self.record["evaluations"] if "num_images" in e}
+        known = dict(self.series("num_images")) | evaluated
         return sorted(({0: 0} | known).items()) if known else []
 
     def split_metric(self, name: str) -> tuple[str, str]:

@@ -51,9 +51,10 @@ def table(
     def line(cells: Sequence[Any], heads: bool = False) -> str:
         return f"<tr>{''.join(cell(value, column, heads) for column, value in enumerate(cells))}</tr>"
 
-    told = f"<caption>{escape(caption)}</caption>" if caption else ""
+    told, label = (paragraph(caption, "note"), f' aria-label="{escape(caption)}"') if caption else ("", "")
     body = "".join(line(row) for row in rows)
-    return f'<div class="scroll"><table>{told}<thead>{line(head, True)}</thead><tbody>{body}</tbody></table></div>'
+    rows_of_all = f"<thead>{line(head, True)}</thead><tbody>{body}</tbody>"
+    return f'{told}<div class="scroll" tabindex="0"><table{label}>{rows_of_all}</table></div>'
 
 
 def details(summary: str, content: str) -> str:

@@ -19,12 +19,13 @@ p { margin: .5rem 0; max-width: 72ch; }
 .status { border-left: 4px solid var(--c1); padding: .2rem .8rem; background: var(--wash); }
 a { color: var(--c0); }
 nav { font-size: .9rem; margin: .8rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem 1.2rem;
+dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 210px), 1fr)); gap: .8rem 1.2rem;
   margin: 1.2rem 0; }
 dl.facts div { border-top: 2px solid var(--rule); padding-top: .35rem; }
 dt { color: var(--faint); font-size: .84rem; }
 dd { margin: 0; font-size: 1.05rem; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 1.4rem 1.6rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 1.4rem 1.6rem;
+  margin: 1rem 0; }
 figure { margin: 0; min-width: 0; break-inside: avoid; }
 figure.chart { max-width: 520px; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .15rem; overflow-wrap: anywhere; }
@@ -49,7 +50,6 @@ svg.shares { width: 100%; height: 1.6rem; display: block; margin: .6rem 0; }
 svg.swatch { width: .8rem; height: .8rem; margin-right: .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--faint); font-size: .84rem; padding-bottom: .3rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 thead th { color: var(--faint); font-weight: 600; font-size: .84rem; }
 tbody th { font-weight: 500; }

@@ -115,10 +115,17 @@ def reward_section(run: Run, used: set[str]) -> str:
     distributional = run.record["trainer"] == "DistributionRewardTrainer"
     return section(
         "Reward",
-        paragraph(f"Reward: {named}." if named else ""),
+        paragraph(f"{f'Reward: {named}. ' if named else ''}{_averaged(run)}"),
         charts,
         _charts(run, _REWARD, used),
         paragraph(hint if distributional and not diagnosed else "", "note"),
+    )
+
+
+def _averaged(run: Run) -> str:
+    every = run.settings.get("logging_steps", 1)
+    return (
+        f"Each point is a mean over the {every} updates before it, or those since the last log." if every > 1 else ""
     )
 
 

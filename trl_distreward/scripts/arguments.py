@@ -48,6 +48,7 @@ class RewardArguments:
         default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels' or 'prompt'."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
 
 
 def build_rewards(arguments: RewardArguments, **options: Any) -> list[Any]:

@@ -45,7 +45,6 @@ class TrainArguments(RewardArguments):
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that are adapted; attention and MLP by default."}
     )
-    log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
     dry_run: bool = field(
         default=False, metadata={"help": "Print what the run would take, measured on one micro-batch, and stop."}
     )
