@@ -34,7 +34,7 @@ _PACKAGES = (
     "scipy",
 )
 # Set by TrainingArguments to follow others, the machine or the folder; or masked
-_DERIVED = ("output_dir", "do_eval", "disable_tqdm", "dataloader_pin_memory", "hub_token")
+_DERIVED = ("output_dir", "do_eval", "disable_tqdm", "dataloader_pin_memory", "accelerator_config", "hub_token")
 _REST = "the optimizer and the run"  # of transformers' own arguments
 
 
@@ -158,7 +158,7 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()}, {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{device.type.upper()} {platform.machine()}, torch's threads: {torch.get_num_threads()}"
 
 
 def describe_config(args: Any) -> dict[str, Any]:
@@ -191,8 +191,8 @@ def describe_config(args: Any) -> dict[str, Any]:
 def _alike(value: Any, default: Any) -> bool:
     """Whether a value is a default, or what `TrainingArguments` makes of it."""
     default = getattr(default, "value", default)
-    if default is None:  # often filled in by what is derived, and then with nothing that was chosen
-        return value in (None, False, 0, -1, "none") or isinstance(value, dict)
+    if default is None:
+        return value in (None, False, [])
     if isinstance(value, list) and not isinstance(default, list):
-        return value in ([default], []) or (default == "none" and not value)
+        return value == [default] or (default in ("", "none") and not value)
     return str(value) == str(default)
