@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -17,6 +16,7 @@ from trl_distreward import LogSamplesCallback
 from trl_distreward.run_report import render_report, write_report
 from trl_distreward.run_report.html import LARGEST_SIDE, picture
 from trl_distreward.scripts import cli
+from trl_distreward.scripts.report import make_parser
 
 EVIL = '<script>document.title = "taken"</script><img src="https://example.com/x.png">'
 TOKEN = "hf_" + "aBcD" * 8
@@ -194,6 +194,8 @@ def test_merge_shows_coefficients_and_what_it_is_compared_with(merged):
     assert f"({100 * (after / before - 1):+.1f} %".replace("-", "−") in rows["uniform"]
     # the given coefficients are no point of the curve
     assert [e["step"] for e in record["evaluations"] if "of" not in e] == [3]
+    (_, row) = rows_of(page, "Evaluations of 20 images")
+    assert row[4] == f"{record['comparison']['learnt']['ode_distance_features']:.4g} (update 3)"
     assert "Evaluations of something else" in page and "[0.25, 0.25, 0.25, 0.25]" in page
 
 
@@ -285,6 +287,5 @@ def test_large_grids_are_shown_smaller_and_broken_ones_named(run, tmp_path):
 
 
 def test_command_explains_itself():
-    command = [sys.executable, "-m", "trl_distreward.scripts.cli", "report", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and "RUN_DIR/report.html" in result.stdout, result.stderr
+    shown = make_parser().format_help()
+    assert "RUN_DIR/report.html" in shown and "trl-distreward report merged --output merged.html" in shown
