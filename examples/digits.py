@@ -5,6 +5,7 @@ distribution-wise reward.
 
     python examples/digits.py
     python examples/digits.py --seed 10 --output-dir outputs/digits-10
+    trl-distreward report outputs/digits/policy_gradient
 
 Two estimators of the update are compared: policy gradients, one image a subset, and the distance back-propagated
 through the last three steps of the ODE. Two different networks judge the images: the reward sees the first one's
@@ -38,6 +39,7 @@ from trl_distreward import (
     FeatureDistance,
     FeatureStatistics,
     JointFeatures,
+    LogSamplesCallback,
     SiTPipeline,
     SiTTransformer2DModel,
     SubsetReplaceReward,
@@ -97,6 +99,8 @@ def pixel_features(images: Tensor) -> Tensor:
 
 class Accuracy:
     """Share of generated images that a classifier recognizes as the class that was asked for."""
+
+    higher_is_better = True
 
     def __init__(self, classifier: nn.Module):
         self.classifier = classifier
@@ -387,7 +391,7 @@ def build_trainer(digits: Digits, args: argparse.Namespace, name: str, settings:
             save_strategy="no",
             report_to="none",
             use_cpu=True,
-            logging_steps=10,
+            logging_steps=5,
             **settings,
         ),
         eval_metrics=digits.eval_metrics(),
@@ -413,6 +417,9 @@ def main() -> None:
             base_runs = [trainer.evaluate(seed=seed) for seed in range(args.eval_seeds)]
             base_run, report["base"] = base_runs[0], summarize(base_runs)
             sample_grid(trainer.policy.pipeline, out / "before.png")
+        else:
+            trainer.evaluate()  # the same once more, for this run's own report
+        trainer.add_callback(LogSamplesCallback(trainer))
         training = time.perf_counter()
         trainer.train()
         seconds[name] = time.perf_counter() - training
@@ -426,7 +433,9 @@ def main() -> None:
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     table = report_table(report)
     (out / "report.md").write_text(f"# Digits\n\n{table}\n")
-    print(f"\n{table}\n\nWritten to {out} in {report['seconds']['total']:.0f} s.")
+    print(f"\n{table}\n\nWritten to {out} in {report['seconds']['total']:.0f} s. A run as a page:")
+    for name in ESTIMATORS:
+        print(f"  trl-distreward report {out / name}")
 
 
 if __name__ == "__main__":

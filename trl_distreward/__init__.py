@@ -55,6 +55,7 @@ _SUBMODULES = {
     "pipelines",
     "policies",
     "rewards",
+    "run_report",
     "sampling",
     "scripts",
     "strata",

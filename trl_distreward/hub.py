@@ -5,6 +5,7 @@ Messages are written from the status of an answer alone: what a server or a clie
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,6 +27,11 @@ ATTEMPTS = 4
 BACKOFF = 1.0  # seconds before the second attempt; doubled before each further one
 
 REMEDY_FOR_ACCESS = "log in with `hf auth login`, or pass a token that may read it"
+
+
+def without_tokens(text: str) -> str:
+    """The text with everything that looks like a token of the Hub left out."""
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", text)
 
 
 def _origin(error: BaseException) -> BaseException:

@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Metrics of generated sets: fed with batches of images, computed at the end.
 
-Anything with `reset()`, `update(images, conditions)` and `compute() -> float` serves as a metric.
+Anything with `reset()`, `update(images, conditions)` and `compute() -> float` serves as a metric. An attribute
+`higher_is_better` tells the report of a run which way is up.
 """
 
 from collections.abc import Callable
@@ -174,6 +175,8 @@ class FeatureDistance:
     >>> metric.compute()
     ```
     """
+
+    higher_is_better = False
 
     def __init__(
         self, feature_extractor: FeatureExtractor, real: Any, distance: str | Callable[[Any], Any] = "frechet"

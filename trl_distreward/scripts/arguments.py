@@ -90,6 +90,7 @@ class RewardArguments:
         default="prompt", metadata={"help": "Column of the prompts, in the dataset and in real_images."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
 
     def __post_init__(self) -> None:
         of_sets = self.feature_extractor is not None or self.prompt_encoder is not None

@@ -8,6 +8,7 @@ Commands:
   train       fine-tune a pipeline on distribution-wise rewards
   merge       learn with which coefficients to merge checkpoints
   evaluate    measure how far generated images are from real ones
+  report      write a run as one HTML file
 
 trl-distreward COMMAND --help shows a command's options. What is wrong with the options, files or repositories of a
 command is told in a line; with TRL_DISTREWARD_TRACEBACK=1 in the environment, with where in the code it was noticed.
@@ -22,7 +23,7 @@ from importlib import import_module
 
 # Modules that say what is wrong with what they were given; the same errors of others are faults, and keep their trace.
 _OURS = ("trl_distreward.", "trl.scripts.", "transformers.hf_argparser")
-COMMANDS = ("convert", "statistics", "train", "merge", "evaluate")
+COMMANDS = ("convert", "statistics", "train", "merge", "evaluate", "report")
 
 
 def main() -> None:

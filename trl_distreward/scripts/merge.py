@@ -18,6 +18,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.merge_card import comparison_table
 from ..trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
@@ -71,6 +72,9 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
         for method in arguments.baselines
     }
     trainer = build_trainer(arguments, config, model, checkpoints)
+    if arguments.log_samples:
+        sampler = "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]
+        trainer.add_callback(LogSamplesCallback(trainer, sampler=sampler))
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     found = {}

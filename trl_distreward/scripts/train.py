@@ -78,7 +78,6 @@ class TrainArguments(RewardArguments):
     cache_size: int | None = field(
         default=None, metadata={"help": "Prompts whose embeddings are kept in CPU memory; 10000 by default."}
     )
-    log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
     dry_run: bool = field(
         default=False, metadata={"help": "Print what the run would take, measured on one micro-batch, and stop."}
     )

@@ -36,6 +36,7 @@ from ..policies import DiffusionPolicy, decode_uint8
 from .callbacks import StopOnSIGTERM, UpdateEMA
 from .checkpoints import CheckpointingTrainer
 from .ema import PolicyEMA
+from .run_record import KeepRecord, RunRecord
 from .sharding import is_split, without_weights
 
 logger = get_logger(__name__)
@@ -116,6 +117,8 @@ class DiffusionTrainer(CheckpointingTrainer):
         self.control: Any
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._uploads: list[Future] = []
+        self.num_images = 0  # generated for training
+        self.run_record = RunRecord()
         self._skipped_in_a_row = 0
         self._without_update = False
         network = self._prepare_network(policy.model, args, peft_config)
@@ -128,7 +131,7 @@ class DiffusionTrainer(CheckpointingTrainer):
             train_dataset=train_dataset,
             # evaluation generates its own images; transformers only asks that something be there
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[UpdateEMA(self), self._stop_on_sigterm, *(callbacks or [])],
+            callbacks=[UpdateEMA(self), self._stop_on_sigterm, KeepRecord(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         self._check_launch(ema_decay)
@@ -203,10 +206,13 @@ class DiffusionTrainer(CheckpointingTrainer):
     # ---- pacing and logging ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.run_record.begin()
         try:
-            return super().train(*args, **kwargs)
+            with self.run_record.running():
+                return super().train(*args, **kwargs)
         finally:
             self._stop_on_sigterm.restore()
+            self.write_record()
 
     def get_train_dataloader(self) -> DataLoader:
         """Numbers that pace the steps; no state rides on their order."""
@@ -222,6 +228,7 @@ class DiffusionTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(key.startswith("eval_") for key in logs):
             logs = {**logs, **{key: sum(values) / len(values) for key, values in self._metrics.items()}}
+            logs["num_images"] = self.num_images  # as it is now, and no mean over steps
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -246,7 +253,9 @@ class DiffusionTrainer(CheckpointingTrainer):
         yield
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        self.record(f"seconds/{phase}", time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.record(f"seconds/{phase}", seconds)
+        self.run_record.seconds[phase] += seconds
 
     # ---- guards ----
 
@@ -258,7 +267,7 @@ class DiffusionTrainer(CheckpointingTrainer):
             RuntimeError: more than `max_skipped_updates` in a row.
         """
         self._skipped_in_a_row += 1
-        self.record("skipped_updates", 1.0)
+        self._note_skipped(reason)
         step, limit = self.state.global_step, self.args.max_skipped_updates
         path = os.path.join(self.args.output_dir, "skipped", f"step-{step}.pt")
         if self.accelerator.is_main_process:
@@ -272,6 +281,10 @@ class DiffusionTrainer(CheckpointingTrainer):
                 f"{self._skipped_in_a_row} updates in a row were skipped (max_skipped_updates={limit}), the last "
                 f"because {reason}: lower the learning rate or noise_level, then {remedy}."
             )
+
+    def _note_skipped(self, reason: str) -> None:
+        self.record("skipped_updates", 1.0)
+        self.run_record.skipped.append({"step": self.state.global_step, "reason": reason})
 
     def _last_checkpoint(self) -> str | None:
         return get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
@@ -361,15 +374,24 @@ class DiffusionTrainer(CheckpointingTrainer):
         if eval_dataset is not None:
             number = self.args.num_eval_images or len(eval_dataset)
             conditions = conditions_of_slots(self.policy, eval_dataset, number, self.args.eval_seed)
-        values = self._evaluate_samplers(conditions, self.args.eval_seed if seed is None else seed)
+        seed = self.args.eval_seed if seed is None else seed
+        values = self._evaluate_samplers(conditions, seed)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         number = len(conditions) * len(self.args.eval_schedules)
         elapsed = time.perf_counter() - started
         metrics.update(speed_metrics(metric_key_prefix, time.time() - elapsed, num_samples=number))
         metrics = broadcast_object_list([metrics])[0]  # what is best must be so on every process
+        self._note_evaluation(values, seed, metric_key_prefix, eval_dataset is not None)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.write_record()
         return metrics
+
+    def _note_evaluation(self, values: dict[str, float], seed: int, prefix: str, other_conditions: bool) -> None:
+        about: dict[str, Any] = {"step": self.state.global_step, "num_images": self.num_images, "seed": seed}
+        if prefix != "eval" or other_conditions:
+            about["of"] = f"{prefix}, {'other' if other_conditions else 'the same'} conditions"
+        self.run_record.evaluations.append(about | {"values": values})
 
     @property
     def sampled_model(self) -> nn.Module:
@@ -388,9 +410,10 @@ class DiffusionTrainer(CheckpointingTrainer):
         model = self.sampled_model
         training = model.training
         model.eval()
+        self.run_record.images["evaluation"] += len(conditions) * len(self.args.eval_schedules)
         metrics: dict[str, float] = {}
         try:
-            with self.evaluation_weights():
+            with self.run_record.running(), self.run_record.timed("evaluation"), self.evaluation_weights():
                 for sampler, schedule in self.args.eval_schedules.items():
                     values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
                     metrics.update({f"{sampler}_{name}": value for name, value in values.items()})

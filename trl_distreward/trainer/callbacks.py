@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from ..evaluation.files import written_whole
 from ..generation import generate_images
 from .sharding import is_split
 
@@ -87,7 +89,8 @@ def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> 
 
 class LogSamplesCallback(TrainerCallback):
     """
-    Writes a grid of images from the same noise every few steps, so that what changes is the model.
+    Writes a grid of images from the same noise before training, every few steps, and at the end, so that what changes
+    is the model.
 
     Grids are saved as `samples/step-N.png` in the output folder, and sent to TensorBoard, Weights & Biases and Trackio
     where the run reports to them. The weights are those that are evaluated: the average where there is one.
@@ -128,7 +131,7 @@ class LogSamplesCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         freq = self.freq or int(args.eval_steps or state.save_steps)
-        if state.global_step % freq == 0:
+        if state.global_step % freq == 0 or control.should_training_stop:
             self._log(args, state)
 
     def _log(self, args: Any, state: Any) -> None:
@@ -136,7 +139,9 @@ class LogSamplesCallback(TrainerCallback):
         split = is_split(trainer.sampled_network)  # then a forward pass takes all processes
         if not (split or state.is_world_process_zero):
             return
-        with trainer.evaluation_weights(), trainer.autocast() if split else nullcontext():
+        autocast = trainer.autocast() if split else nullcontext()
+        trainer.run_record.images["samples"] += len(self.conditions)
+        with trainer.run_record.timed("samples"), trainer.evaluation_weights(), autocast:
             batches = generate_images(
                 trainer.policy,
                 self.conditions,
@@ -151,9 +156,17 @@ class LogSamplesCallback(TrainerCallback):
             return
         grid, step = image_grid(images), state.global_step
         path = Path(args.output_dir) / "samples" / f"step-{step}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
+        with written_whole(path) as file:
+            grid.save(file, format="PNG", pnginfo=self._description(len(images)))
         self._report(args, grid, step)
+
+    def _description(self, count: int) -> PngInfo:
+        """What the report says below a grid."""
+        about = PngInfo()
+        steps = f", {self.schedule.num_steps} steps" if self.schedule.num_evaluations is not None else ""
+        text = f"{count} images, {self.schedule.sampler.upper()}{steps}, noise of seed {self.seed}"
+        about.add_text("Description", text)
+        return about
 
     def _report(self, args: Any, grid: Image.Image, step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:

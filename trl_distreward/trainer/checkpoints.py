@@ -6,6 +6,7 @@ model, and upload its arguments as a pickle with the token in it.
 """
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,10 +34,12 @@ from transformers.trainer_utils import (
 )
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..hub import push_folder, with_retries
+from ..evaluation.files import written_whole
+from ..hub import push_folder, with_retries, without_tokens
 from ..policies import DiffusionPolicy
 from .ema import PolicyEMA
 from .model_card import build_model_card, recipe_of
+from .run_record import RUN_RECORD, RunRecord, describe_config, device_name, now, versions
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict
 
 logger = get_logger(__name__)
@@ -67,13 +70,16 @@ class CheckpointingTrainer(_BaseTrainer):
     """
     TRL's base trainer, saving and loading pipelines in place of language models.
 
-    A subclass sets `policy`, `ema`, `eval_conditions`, `_uploads` and `_skeleton`, the network without its weights as
-    it was before processes shared it out.
+    A subclass sets `policy`, `ema`, `eval_conditions`, `eval_metrics`, `num_images`, `run_record`, `_uploads` and
+    `_skeleton`, the network without its weights as it was before processes shared it out.
     """
 
     policy: DiffusionPolicy
     ema: PolicyEMA | None
     eval_conditions: Any
+    eval_metrics: dict[str, Any]
+    num_images: int
+    run_record: RunRecord
     _uploads: list[Future]
     _skeleton: nn.Module
 
@@ -141,6 +147,11 @@ class CheckpointingTrainer(_BaseTrainer):
         Killed at any moment, a run therefore has only whole folders named `checkpoint-*`, and
         `resume_from_checkpoint=True` finds the newest of them.
         """
+        with self.run_record.timed("checkpoints"):
+            self._save_whole_checkpoint(trial)
+        self.write_record()
+
+    def _save_whole_checkpoint(self, trial: Any) -> None:
         self.create_model_card(model_name=self._hub_name())
         run_dir = Path(self._get_output_dir(trial=trial))
         final, partial = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", run_dir / PARTIAL_CHECKPOINT
@@ -208,10 +219,17 @@ class CheckpointingTrainer(_BaseTrainer):
 
     def training_state(self) -> dict[str, Any]:
         """State of this trainer beyond what transformers saves; subclasses add theirs. Called on all processes."""
-        return {"ema": self.ema.state_dict(keep=self.args.should_save) if self.ema is not None else None}
+        return {
+            "ema": self.ema.state_dict(keep=self.args.should_save) if self.ema is not None else None,
+            "num_images": self.num_images,
+            "run_record": self.run_record.state_dict(),
+        }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Takes back what subclasses added; the average comes back with the weights it belongs to."""
+        """Takes back what `training_state` gave; the average comes back with the weights it belongs to."""
+        if "run_record" in state:  # checkpoints of version 0.1.0 have none
+            self.num_images = state["num_images"]
+            self.run_record.load_state_dict(state["run_record"])
 
     def process_state(self) -> dict[str, Any]:
         """State that differs between processes; subclasses add theirs."""
@@ -257,6 +275,51 @@ class CheckpointingTrainer(_BaseTrainer):
                 "that all nodes share, with as many processes as wrote it."
             )
         return bool(everyone.all())
+
+    # ---- the record of the run ----
+
+    def write_record(self) -> None:
+        """Writes `run.json`, which `trl-distreward report` reads, once there was an update."""
+        if not (self.run_record.live and self.is_world_process_zero()):
+            return
+        path = Path(self.args.output_dir, RUN_RECORD)
+        try:
+            with self.run_record.writing(), written_whole(path, "w") as file:
+                file.write(without_tokens(json.dumps(self._describe_run(), indent=1, default=str)) + "\n")
+        except OSError as error:  # no reason to end a run
+            logger.warning(f"{path} could not be written, and stays as it was: {error}.")
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What the record holds; subclasses add theirs."""
+        pipeline = getattr(self.policy, "pipeline", None)
+        parameters = list(self._skeleton.parameters())
+        logs = [entry for entry in self.state.log_history if not any(name.startswith("eval_") for name in entry)]
+        return {
+            "trainer": type(self).__name__,
+            "paper": self._paper,
+            "updated": now(),
+            "step": self.state.global_step,
+            "max_steps": self.state.max_steps,
+            "model": {
+                "source": getattr(pipeline, "config", {}).get("_name_or_path"),
+                "pipeline": type(pipeline if pipeline is not None else self.policy).__name__,
+                "network": type(self.policy.model).__name__,
+                "parameters": sum(p.numel() for p in parameters),
+                "trained": sum(p.numel() for p in parameters if p.requires_grad),
+            },
+            "num_eval_images": len(self.eval_conditions),
+            "eval_schedules": list(self.args.eval_schedules),
+            "higher_is_better": {
+                name: getattr(metric, "higher_is_better", None) for name, metric in self.eval_metrics.items()
+            },
+            "device": device_name(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "versions": versions(),
+            "config": describe_config(self.args),
+            "num_images": self.num_images,
+            **self.run_record.state_dict(),
+            "log_history": logs,
+        }
 
     # ---- loading ----
 

@@ -157,7 +157,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
     # ---- one step ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._buffer = None
+        self._buffer, self.num_images = None, 0
         self.reference_set.reset()  # a checkpoint that is resumed from restores its own
         return super().train(*args, **kwargs)
 
@@ -201,6 +201,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
             slots = slots.to(self.accelerator.device)
             with self._timed("rollout"):
                 tails = self.rollouts.tails(model, slots.flatten(), step)
+            self._count_images("rollout", slots.numel())
             with self._timed("reward"):
                 features = []
                 for tail in tails:
@@ -319,6 +320,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
             local, images = self.rollouts.generate(model, slots, self.state.global_step, self._judges)
+        self._count_images("rollout", slots.numel() * args.best_of_n)
         with self._timed("reward"):
             features = self._features(images, slots, local.finite)
             if features is None:
@@ -335,7 +337,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 self.reference_set.roll(slots, everyone, self.slot_sampler.generator)
         if not (advantages != 0).any():
             logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
-            self.record("skipped_updates", 1.0)
+            self._note_skipped("all rewards are equal")
             return replace(local, num_images=0)
         batch = self._select(local, advantages, slots.shape)
         if args.num_iterations > 1:
@@ -455,6 +457,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
             schedule = self.rollouts.schedule(step)
             batches = self._share_of_images(model, self.conditions, schedule, noise, "Reference set")
             self.reference_set.refresh(batches, step)
+        self._count_images("refresh", len(self.conditions))
+
+    def _count_images(self, phase: str, number: int) -> None:
+        self.num_images += number
+        self.run_record.images[phase] += number
 
     # ---- logging ----
 
@@ -475,6 +482,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
             "reference_set": self.reference_set.state_dict(),
             "slots": self.slot_sampler.state_dict(),
         }
+
+    def _describe_run(self) -> dict[str, Any]:
+        return super()._describe_run() | {"rewards": dict(zip(self.reward_names, self.reward_weights, strict=True))}
 
     def process_state(self) -> dict[str, Any]:
         """The rollout buffer, where more updates are to be made from it."""

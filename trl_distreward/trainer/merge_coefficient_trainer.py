@@ -33,7 +33,7 @@ from .base import DiffusionTrainer, disable_dropout
 from .candidates import CandidateJudge
 from .checkpoints import ADAPTER_FOLDER
 from .checks import check_best_metric, check_on, images_of_noise
-from .merge_card import PLOT, coefficient_section, comparison_table, plot_coefficients
+from .merge_card import PLOT, coefficient_section, comparison_table, place_of, plot_coefficients
 from .merge_coefficient_config import MergeCoefficientConfig
 from .merge_state import check_identity, identity_of, read_state
 from .model_card import recipe_of
@@ -142,7 +142,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             optimizers=optimizers,
         )
         self.search = self._build_search()
-        self.num_images = 0  # generated to judge candidates
         self.comparison: dict[str, dict[str, float]] = {}
         self._shown: Tensor | None = None  # coefficients that are evaluated in place of the learnt ones
         device = self.accelerator.device
@@ -258,7 +257,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         candidates = coefficients_of(samples, args.coefficient_map)
         with self._timed("candidates"):
             values = self.judge.judge(candidates, step)  # (B, functions)
-        self.num_images += len(samples) * args.images_per_candidate
+        self._count_images(len(samples) * args.images_per_candidate)
         rewards = self._total(values)
         finite = rewards.isfinite()
         if not bool(finite.any()):
@@ -278,8 +277,12 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         size = self.args.scale_set_size or self.args.reference_set_size
         conditions = conditions_of_slots(self.policy, self.train_dataset, size, self.args.seed, self.args.stratify_by)
         values = self.judge.judge_start(self.initial_coefficients, conditions)
-        self.num_images += size
+        self._count_images(size)
         logger.info(f"Reward of the initial coefficients: {self._total(values[None]).item():.6g}.")
+
+    def _count_images(self, number: int) -> None:
+        self.num_images += number
+        self.run_record.images["candidates"] += number
 
     def _total(self, values: Tensor) -> Tensor:
         return values @ torch.tensor(self.rewards.weights, dtype=torch.float64)
@@ -316,11 +319,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(key.startswith("eval_") for key in logs):
-            logs = {**logs, "num_images": self.num_images}  # as it is now, and no mean over steps
             if "reward_best" in self._metrics:
                 self._metrics["reward_best"] = [max(self._metrics["reward_best"])]
             if len(self.group_names) == 1:
-                logs |= {f"coefficients/{i}": w for i, w in enumerate(self.coefficients[0].tolist())}
+                logs = logs | {f"coefficients/{i}": w for i, w in enumerate(self.coefficients[0].tolist())}
         super().log(logs, start_time)
 
     # ---- evaluation and results ----
@@ -378,7 +380,30 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         for name, coefficients in rows.items():
             with self._showing(coefficients), torch.no_grad():
                 self.comparison[name] = self._evaluate_samplers(self.eval_conditions, seed)
+        self.write_record()
         return self.comparison
+
+    def _note_evaluation(self, values: dict[str, float], seed: int, prefix: str, other_conditions: bool) -> None:
+        super()._note_evaluation(values, seed, prefix, other_conditions)
+        if self._shown is not None:
+            self.run_record.evaluations[-1]["of"] = f"coefficients {self._shown.tolist()}"
+
+    def _describe_run(self) -> dict[str, Any]:
+        def by_group(coefficients: Tensor) -> dict[str, list[float]]:
+            return dict(zip(self.group_names, coefficients.tolist(), strict=True))
+
+        described = super()._describe_run()
+        described["model"] |= {
+            "parameters": sum(p.numel() for p in self.merged_network.parameters()),
+            "trained": self.initial_coefficients.numel(),
+        }
+        return described | {
+            "rewards": dict(zip(self.rewards.names, self.rewards.weights, strict=True)),
+            "coefficients": by_group(self.coefficients),
+            "initial_coefficients": by_group(self.initial_coefficients),
+            "pool": [place_of(member) for member in self.pool_description["members"]],
+            "comparison": self.comparison,
+        }
 
     def merge(self, coefficients: Any = None) -> Any:
         """
@@ -439,7 +464,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             "search": None if self.search is None else self.search.state_dict(),
             # every candidate has a set of its own; the scales of distances stay
             "rewards": [{**state, "features": {}} for state in states],
-            "num_images": self.num_images,
             "comparison": self.comparison,
         }
 
@@ -453,7 +477,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self._load_learnt(state)
         for reward, saved in zip(self.rewards.distributional, state["rewards"], strict=True):
             reward.load_state_dict(saved)
-        self.num_images, self.comparison = state["num_images"], state["comparison"]
+        self.comparison = state["comparison"]
 
     def _load_learnt(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])

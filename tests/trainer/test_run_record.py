@@ -1,0 +1,61 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import json
+import logging
+
+import pytest
+
+from tests.helpers import tiny_config, tiny_trainer
+from trl_distreward import DiffusionDistributionConfig, MergeCoefficientConfig
+from trl_distreward.trainer import checkpoints
+from trl_distreward.trainer.run_record import RunRecord, describe_config
+
+
+@pytest.mark.parametrize("kind", [DiffusionDistributionConfig, MergeCoefficientConfig])
+def test_only_what_was_chosen_differs_from_the_defaults(tmp_path, kind):
+    assert set(describe_config(kind(output_dir=str(tmp_path), use_cpu=True))["defaults"]) == {"use_cpu"}
+    chosen = {"lr_scheduler_kwargs": {"num_cycles": 2}, "report_to": "tensorboard", "save_strategy": "no", "seed": 7}
+    described = describe_config(kind(output_dir=str(tmp_path), use_cpu=True, **chosen))
+    assert set(described["defaults"]) == {"use_cpu", *chosen} and described["defaults"]["seed"] == 42
+
+
+def test_every_setting_is_in_one_group_and_own_ones_in_those_of_the_docstring(tmp_path):
+    described = describe_config(tiny_config(tmp_path))
+    grouped = [name for names in described["groups"].values() for name in names]
+    assert sorted(grouped) == sorted(described["values"])
+    assert "replace_size" in described["groups"]["the reward"] and "beta" in described["groups"]["the update"]
+    assert "weight_decay" in list(described["groups"].values())[-1]
+
+
+def test_training_again_forgets_the_first_run(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    assert [e["step"] for e in trainer.run_record.evaluations] == [0, 1]
+    trainer.train()
+    assert trainer.run_record.evaluations == [] and trainer.num_images == 24 + 12
+    assert json.loads((tmp_path / "run.json").read_text())["images"] == {"refresh": 24, "rollout": 12}
+
+
+def test_nested_running_is_counted_once_and_a_resumed_total_goes_on():
+    record = RunRecord()
+    with record.running():
+        with record.running():
+            pass
+        inside = record.total_seconds
+        record.load_state_dict({**record.state_dict(), "total_seconds": 100.0})
+        assert 100 <= record.total_seconds < 100 + inside + 60
+    assert record.total_seconds >= 100 and record.total_seconds == record.total_seconds
+
+
+def test_run_outlives_a_record_that_cannot_be_written(tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "written_whole", full)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 1 and not (tmp_path / "run.json").exists()
+    assert "run.json could not be written" in caplog.text
