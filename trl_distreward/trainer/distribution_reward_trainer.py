@@ -280,6 +280,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if batch.num_images == 0:
             return self._no_update()
         statistics = UpdateStatistics()
+        self.hold_gradients()
         with self._timed("training"):
             for micro, is_last in self._micro_batches(batch):
                 # split weights have split gradients, unless they wait whole for the last micro-batch
@@ -335,6 +336,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
             for batch in tail.micro_batches(args.per_device_train_batch_size, device)
         ]
         statistics, total = UpdateStatistics(), torch.zeros((), device=device)
+        self.hold_gradients()
         with self._timed("training"), self.accelerator.no_sync(model) if shared else nullcontext():
             for number, (tail, gradient, batch) in enumerate(batches, start=1):
                 self.accelerator.gradient_state._set_sync_gradients(number == len(batches))  # DeepSpeed steps by it

@@ -276,6 +276,7 @@ def _update(trainer: Any, model: nn.Module, size: int) -> Callable[[], None]:
         loss_of = partial(trainer.compute_loss, model, micro)
 
     def action() -> None:
+        trainer.hold_gradients()
         # what sends gradients to other processes is not timed: it happens once an update
         with nullcontext() if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else accelerator.no_sync(model):
             accelerator.backward(loss_of())
