@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """What `torch.compile` asks of its callers where it records CUDA graphs.
 
-Graphs are replayed in the same memory: a call overwrites what the last one returned, unless a backward pass is pending.
+Graphs run in the same memory again: a call overwrites what the last one returned, unless a backward pass is pending.
 The gradients of a backward pass are overwritten by the next one.
 """
 
