@@ -5,9 +5,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.helpers import real_images, tiny_trainer
+from tests.helpers import real_images, tiny_merge_trainer, tiny_trainer
 from tests.pretend_cuda import pretend_cuda
 from trl_distreward import FeatureStatistics, LogSamplesCallback, SubsetReplaceReward
+from trl_distreward.trainer.dry_run import dry_run
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 MODES = {
@@ -80,6 +81,47 @@ def test_a_run_is_the_same_and_leaves_no_tensor_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_is_the_same(tmp_path, monkeypatch, mode):
     assert_trains_as_on_a_cpu(tmp_path, monkeypatch, {**MODES[mode], **EVERY_STEP})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"offload_trajectories": True, "ratio_normalization": True}])
+def test_what_resumes_is_put_back_where_it_was(tmp_path, monkeypatch, settings):
+    """In the middle of a generation, with the rollout's states in the checkpoint."""
+    settings = {"num_iterations": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, **settings}
+    with pretend_cuda(monkeypatch):
+        whole = tiny_trainer(tmp_path, use_cpu=False, **options(settings))
+        whole.train()
+        expected = {name: value.detach().clone() for name, value in whole.network.named_parameters()}
+        resumed = tiny_trainer(tmp_path, use_cpu=False, **options(settings))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert all(torch.equal(value, expected[name]) for name, value in resumed.network.named_parameters())
+
+
+@pytest.mark.slow
+def test_coefficients_are_searched_for(tmp_path, monkeypatch):
+    expected = tiny_merge_trainer(tmp_path)
+    expected.train()
+    with monkeypatch.context() as patch, pretend_cuda(patch):
+        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**30, 2**30))
+        trainer = tiny_merge_trainer(tmp_path, use_cpu=False)
+        trainer.train()
+    for log, other in zip(trainer.state.log_history, expected.state.log_history, strict=True):
+        assert judged(log) == pytest.approx(judged(other), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "backprop", "top_advantage_quantile": 0.25, "num_subsets": 2}])
+def test_what_a_run_takes_is_measured_by_the_devices_counters(tmp_path, monkeypatch, settings):
+    counters = {"memory_allocated": 1000, "max_memory_allocated": 5000, "memory_reserved": 0}
+    with pretend_cuda(monkeypatch) as device:
+        for name, value in counters.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**30, 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
+        prediction = dry_run(tiny_trainer(tmp_path, use_cpu=False, **settings))
+    assert prediction.device == "pretended" and prediction.capacity == 2**30 and prediction.fits
+    assert device.waits["synchronize"] > 10  # or the clock would stop before the device does
 
 
 def test_what_a_gpu_would_not_take_is_an_error(monkeypatch):
