@@ -2,16 +2,22 @@
 """
 How fast a training step of SiT is on this machine, beside what the machine can do.
 
-    python benchmarks/step.py --sizes S B XL --subsets 16 --replace-size 8 --micro-batch 64 --bf16
-    OMP_NUM_THREADS=1 python benchmarks/step.py --sizes S --subsets 2 --replace-size 1 --steps 4 --micro-batch 2
+    python benchmarks/step.py --bf16 --micro-batch 64 --budget 120 --output step.json          # on a GPU
+    python benchmarks/step.py --bf16 --micro-batch 64 --budget 120 --compile --output step.json
+    OMP_NUM_THREADS=1 python benchmarks/step.py --sizes S --micro-batch 2 --budget 60          # on a CPU
 
-Weights are random, times are not: rollout, update and reward are those of a real step, the last of --updates; besides,
-what --dry-run would have predicted. The ceiling is the rate of a large matrix product; model-FLOP utilisation is the
-network's counted operations (a multiplication and an addition are two) over time, as a share of it. What
-checkpointing computes again counts as time, not as operations.
+The step is the paper's, 128 subsets of 50 and 50 steps, or with --budget as much of it as is predicted to take so many
+seconds for each size, reference set and all updates. What the whole step would take is predicted, as --dry-run does,
+from micro-batches and the reward at its full size.
+
+Weights are random, times are not: rollout, update and reward are those of a real step, the last of --updates. The
+ceiling is the rate of a large matrix product; model-FLOP utilisation is the network's counted operations (a
+multiplication and an addition are two) over time, as a share of it. The rollout's time has decoding in it, but not the
+features, which are the reward's. What checkpointing computes again counts as time, not as operations.
 """
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -35,7 +41,7 @@ from trl_distreward import (
     SubsetReplaceReward,
 )
 from trl_distreward.metrics.inception import InceptionV3
-from trl_distreward.trainer.dry_run import dry_run
+from trl_distreward.trainer.dry_run import Prediction, dry_run
 
 # Widths of the decoder's levels: of Stable Diffusion's, which SiT's latents are of, and of one that costs nothing
 DECODERS = {"sd": (128, 256, 512, 512), "tiny": (4, 4, 4, 4)}
@@ -103,7 +109,7 @@ def build(size: str, args: argparse.Namespace, folder: str) -> DistributionRewar
     config = DiffusionDistributionConfig(
         output_dir=folder,
         max_steps=args.updates,
-        reference_set_size=max(args.reference_set, args.subsets * args.replace_size + 1),
+        reference_set_size=args.reference_set,
         num_subsets=args.subsets,
         replace_size=args.replace_size,
         top_advantage_quantile=args.top,
@@ -112,6 +118,7 @@ def build(size: str, args: argparse.Namespace, folder: str) -> DistributionRewar
         per_device_eval_batch_size=args.rollout_batch or args.micro_batch,
         rollout_batch_size=args.rollout_batch,
         bf16=args.bf16,
+        torch_compile=args.compile,
         activation_checkpointing=args.activation_checkpointing,
         use_cpu=args.device.type == "cpu",
         eval_strategy="no",
@@ -122,10 +129,32 @@ def build(size: str, args: argparse.Namespace, folder: str) -> DistributionRewar
     return DistributionRewardTrainer(SiTPipeline(transformer, vae), SubsetReplaceReward(extractor, real), config)
 
 
+def within_budget(args: argparse.Namespace, prediction: Prediction) -> argparse.Namespace:
+    """As much of the step as fits `args.budget` seconds: fewer subsets, then smaller ones, then fewer steps."""
+    if args.budget is None:
+        return args
+    asked = args.subsets * args.replace_size
+    step = sum(prediction.seconds[phase] for phase in PHASES) / asked  # seconds per new image
+    reference = prediction.seconds["rollout"] / asked  # and per image of the reference set
+    images = args.budget / (args.updates * step + reference)  # with a reference set of as many
+    scaled = copy.copy(args)
+    if images >= asked:
+        scaled.reference_set = min(args.reference_set, int(images))
+        return scaled
+    least = 4  # subsets that leave one to train on
+    scaled.replace_size = max(1, min(args.replace_size, int(images / least)))
+    scaled.subsets = max(least, int(images / scaled.replace_size))
+    scaled.steps = max(3, min(args.steps, int(args.steps * images / least)))
+    scaled.reference_set = scaled.subsets * scaled.replace_size + 1
+    return scaled
+
+
 def run(size: str, args: argparse.Namespace, ceiling: float) -> dict:
     forward, both = counted_flops(size)
     with tempfile.TemporaryDirectory() as folder:
-        prediction = dry_run(build(size, args, folder))
+        whole = prediction = dry_run(build(size, args, folder))
+        args = within_budget(args, whole)
+        prediction = dry_run(build(size, args, folder)) if args.budget else whole
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -137,10 +166,12 @@ def run(size: str, args: argparse.Namespace, ceiling: float) -> dict:
     pairs = round(prediction.evaluations.update)
     evaluations = prediction.evaluations.rollout
     measured = {
+        "step": {name: getattr(args, name) for name in ("subsets", "replace_size", "steps", "reference_set")},
         "seconds": seconds,
         "rollout_images_per_second": images / seconds["rollout"],
         "update_pairs_per_second": pairs / seconds["update"],
         "reward_seconds": seconds["reward"],
+        "reward_share": seconds["reward"] / sum(seconds.values()),
         "rollout_utilisation": forward * evaluations / seconds["rollout"] / ceiling,
         "update_utilisation": both * pairs / seconds["update"] / ceiling,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None,
@@ -150,14 +181,17 @@ def run(size: str, args: argparse.Namespace, ceiling: float) -> dict:
         f"{measured['rollout_utilisation']:.1%}, update {measured['update_pairs_per_second']:.2f} pairs/s at "
         f"{measured['update_utilisation']:.1%} of the matrix-product rate, reward {seconds['reward']:.3f} s"
     )
-    predicted = {phase: prediction.seconds[phase] for phase in PHASES}
-    print(f"  seconds {rounded(seconds)}, predicted {rounded(predicted)}")
+    predicted, full = ({phase: p.seconds[phase] for phase in PHASES} for p in (prediction, whole))
+    print(f"  of {images} images, {args.steps} steps: seconds {rounded(seconds)}, predicted {rounded(predicted)}")
+    print(f"  the step asked for, predicted: {rounded(full)}, reward {full['reward'] / sum(full.values()):.2%}")
     return {
         "forward_flops": forward,
         "forward_backward_flops": both,
         **measured,
         "predicted_seconds": predicted,
         "predicted_peak_memory_bytes": max(prediction.memory[phase] for phase in PHASES),
+        "predicted_whole_step_seconds": full,
+        "predicted_whole_step_reward_share": full["reward"] / sum(full.values()),
     }
 
 
@@ -171,15 +205,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", nargs="+", default=["S", "B", "XL"], help="S, B, L, XL, with patches of 2 or /4, /8"
     )
-    parser.add_argument("--subsets", type=int, default=16)
-    parser.add_argument("--replace-size", type=int, default=8)
-    parser.add_argument("--reference-set", type=int, default=64)
+    parser.add_argument("--subsets", type=int, default=128)
+    parser.add_argument("--replace-size", type=int, default=50)
+    parser.add_argument("--reference-set", type=int, default=5000)
+    parser.add_argument("--budget", type=float, help="seconds for each size's updates; the step is cut to fit")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--top", type=float, default=0.25, help="share of the subsets that is trained on")
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--rollout-batch", type=int)
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--decoder", choices=sorted(DECODERS), default="sd" if cuda else "tiny")
     parser.add_argument(

@@ -60,7 +60,7 @@ def features(images):
     """Eight fixed random features of a 4x4 image."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(16, 8, generator=generator)
-    return (images.float().flatten(1) / 127.5 - 1) @ weight
+    return (images.float().flatten(1) / 127.5 - 1) @ weight.to(images.device)
 
 
 def real_images(count=200):

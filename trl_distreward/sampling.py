@@ -111,6 +111,16 @@ def karras_grid(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 
     return [sigma / (1 + sigma) for sigma in sigmas] + [0.0]
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """
+    The tensor on `device`. The host does not wait for what is queued on a GPU: copies from pinned memory queue up too,
+    while those from other memory begin when the queue is empty.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal noise of `shape`; a list of generators gives row `i` from generator `i`.
 
@@ -120,11 +130,11 @@ def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.de
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
     if isinstance(generator, torch.Generator):
-        return torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype).to(device)
+        return send(torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype), device)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}: pass one per row, or a single one.")
     rows = [torch.randn(*shape[1:], generator=g, device=g.device, dtype=dtype) for g in generator]
-    return torch.stack(rows).to(device, non_blocking=True)
+    return send(torch.stack(rows), device)
 
 
 def _diffusion(t: Tensor, t_next: Tensor, noise_schedule: str, noise_level: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTPipeline
 
 from tests.conversion.snapshots import snapshot
 from tests.edm2 import tiny_edm2
@@ -139,6 +140,40 @@ def test_pushed_pipelines_load_with_the_library_and_without(originals):
         assert str(originals).encode() not in commit[1]["model_index.json"]
         assert all(b"hf_secret" not in data for data in commit[1].values())
         assert b"trust_remote_code=True" in commit[1]["README.md"]
+
+
+def test_a_checkpoint_and_its_pipeline_become_the_same_pipeline_of_diffusers(originals, capsys):
+    convert.main(convert_both(originals)[0])
+    (originals / "labels.json").write_text('{"0": "tench", "2": "shark"}')
+    vae = ["--vae", str(originals / "vae")]
+    original = ["dit", str(originals / "sit.pt"), str(originals / "a"), "--num-attention-heads", "2", *vae]
+    convert.main(original)
+    convert.main(["dit", str(originals / "sit"), str(originals / "b"), "--labels", str(originals / "labels.json")])
+    assert "b: DiTPipeline of" in capsys.readouterr().out
+    pipelines = [load_pipeline(originals / "sit"), *(DiTPipeline.from_pretrained(originals / n) for n in ("a", "b"))]
+    assert pipelines[2].get_label_ids(["shark"]) == [2] and not pipelines[1].labels
+    made = []
+    for pipeline in pipelines:
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": generator, "output_type": "pt"}
+        made.append(pipeline([0, 2], **settings).images)
+    assert torch.equal(made[1], made[2]) and (made[0] - made[1]).abs().max() < 1e-4
+    card = (originals / "b" / "README.md").read_text()
+    assert "DiTPipeline.from_pretrained" in card and "no guidance for 3 classes" in card
+    assert code_of(pipelines[1]) == {}  # diffusers has it
+
+
+def test_what_cannot_be_a_pipeline_of_diffusers_is_refused(originals):
+    for command in convert_both(originals):
+        convert.main(command)
+    for source, extra, reason in (
+        ("edm2", [], "is a EDM2Pipeline: only a SiTPipeline"),
+        ("sit", ["--num-classes", "3"], "num_classes is for original checkpoints"),
+        ("sit", ["--labels", str(originals / "sit.pt")], "must be JSON"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            convert.main(["dit", str(originals / source), str(originals / "out"), *extra])
+    assert not (originals / "out").exists()
 
 
 @pytest.mark.parametrize("family", ["sit", "edm2"])

@@ -3,10 +3,16 @@ import math
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
-from tests.helpers import tiny_pipeline, tiny_sit
-from trl_distreward.conversion import to_diffusers_dit
+from tests.helpers import tiny_pipeline, tiny_sit, tiny_vae
+from trl_distreward import SiTPipeline
+from trl_distreward.conversion import to_diffusers_dit, to_diffusers_pipeline
 from trl_distreward.conversion.diffusers_dit import timestep_map
 
 LATENT = {"in_channels": 4, "sample_size": 8, "hidden_size": 32}
@@ -37,6 +43,34 @@ def test_diffusers_flow_scheduler_samples_as_the_pipeline_does():
         for t in scheduler.timesteps:
             x = scheduler.step(exported(x, t.expand(3), labels).sample[:, :4], t, x).prev_sample
     assert (x - expected).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_the_exported_pipeline_makes_the_same_images(tmp_path, guidance_scale):
+    """Written by diffusers, loaded by diffusers, with nothing of this library: guidance needs 1000 classes."""
+    pipeline = SiTPipeline(tiny_sit(**LATENT, learn_sigma=True, num_classes=1000), tiny_vae())
+    labels = {3: "great white shark, man-eater", 999: "toilet tissue"}
+    to_diffusers_pipeline(pipeline, labels).save_pretrained(tmp_path)
+    loaded = DiTPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is FlowMapEulerDiscreteScheduler
+    chosen = loaded.get_label_ids(["man-eater", "toilet tissue"])
+    assert chosen == [3, 999]
+    settings = {"num_inference_steps": 7, "guidance_scale": guidance_scale}
+    expected, found = (
+        p(class_labels=chosen, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
+        for p in (pipeline, loaded)
+    )
+    assert expected.shape == (2, 3, 16, 16) and expected.std() > 0.05
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_pipelines_that_diffusers_cannot_have_are_refused():
+    with pytest.raises(ValueError, match="has no VAE"):
+        to_diffusers_pipeline(tiny_pipeline(**LATENT))
+    with pytest.raises(ValueError, match="num_classes=1001: DiTPipeline would guide away"):
+        to_diffusers_pipeline(SiTPipeline(tiny_sit(**LATENT, num_classes=1001), tiny_vae()))
+    with pytest.raises(ValueError, match="names class 3: classes go from 0 to 2"):
+        to_diffusers_pipeline(SiTPipeline(tiny_sit(**LATENT), tiny_vae()), {3: "none"})
 
 
 def test_times_are_embedded_exactly_and_without_amplifying_rounding():

@@ -257,7 +257,8 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
 def test_rollout_images_do_not_depend_on_the_batch_they_are_drawn_in(tmp_path):
     trainer = tiny_trainer(tmp_path)
     slots = torch.arange(12).view(6, 2)
-    _, images = trainer.rollouts.generate(trainer.network, slots, step=0)
+    trainer.rollouts.judge.keep_images = True
+    images = trainer.rollouts.generate(trainer.network, slots, step=0)[1].images
     schedule, conditions = trainer.args.rollout_schedule, take(trainer.conditions, torch.tensor([5]))
     generators = image_generators(42, "rollout", 0, [5])
     alone = sample(trainer.policy, trainer.network, conditions, schedule, generators).sample
@@ -299,7 +300,8 @@ def test_samples_are_decoded_in_slices_to_the_same_images(tmp_path, settings):
         trainer.train()
         assert max(sizes) == (size or 7)
         logs.append((logged(trainer, "reward"), logged(trainer, "reference_distance/features")))
-    assert logs[0] == logs[1]
+    for whole, sliced in zip(*logs, strict=True):  # features of other batches differ by rounding
+        assert whole == pytest.approx(sliced, rel=1e-6)
 
 
 def test_slices_must_have_an_image(tmp_path):

@@ -1,17 +1,59 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""SiT as diffusers' own `DiTTransformer2DModel`, for code that knows that class and not this library."""
+"""SiT as diffusers' own `DiTPipeline` or `DiTTransformer2DModel`, for code that knows those and not this library."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel, FlowMapEulerDiscreteScheduler
 from torch import Tensor
 
 from ..models.sit import SiTTransformer2DModel
+from ..pipelines.sit import SiTPipeline
 
 # diffusers' clock: 0 at data, this at noise
 NUM_TRAIN_TIMESTEPS = 1000
+# DiTPipeline's, whatever the number of classes
+NULL_CLASS = 1000
+
+
+def to_diffusers_pipeline(pipeline: SiTPipeline, id2label: Mapping[int, str] | None = None) -> DiTPipeline:
+    """
+    A [`~diffusers.DiTPipeline`] that makes the images of [`SiTPipeline`]'s ODE under Euler, of as many steps, from the
+    same noise. `save_pretrained` writes a folder that `DiTPipeline.from_pretrained` loads.
+
+    Of diffusers' schedulers for velocities `FlowMapEulerDiscreteScheduler` is the one that `DiTPipeline` can call and
+    that takes even steps from 1 to 0 without rounding their times. SiT's SDE is not among its samplers.
+
+    `DiTPipeline` guides by 4.0 unless `guidance_scale=1.0` says otherwise, on all channels, towards what it takes for
+    the null class, 1000: with another number of classes only `guidance_scale=1.0` works.
+
+    Args:
+        pipeline ([`SiTPipeline`]): with a VAE, which is shared; the network is copied.
+        id2label (`dict[int, str]`, *optional*): names of classes, for `DiTPipeline.get_label_ids`; commas separate
+            several names of one.
+
+    Raises:
+        ValueError: there is no VAE; class 1000 is one of more; a name of no class; as in [`to_diffusers_dit`].
+    """
+    config = pipeline.transformer.config
+    if pipeline.vae is None:
+        raise ValueError("the pipeline has no VAE, and DiTPipeline always has one: load it with vae=….")
+    if config.num_classes > NULL_CLASS:
+        raise ValueError(
+            f"num_classes={config.num_classes}: DiTPipeline would guide away from class {NULL_CLASS}, which is one of "
+            "them; export the network alone with to_diffusers_dit."
+        )
+    unknown = [label for label in id2label or {} if not 0 <= label < config.num_classes]
+    if unknown:
+        raise ValueError(f"id2label names class {unknown[0]}: classes go from 0 to {config.num_classes - 1}.")
+    exported = DiTPipeline(
+        to_diffusers_dit(pipeline.transformer), pipeline.vae, FlowMapEulerDiscreteScheduler(), id2label=id2label
+    )
+    if id2label is not None:  # which DiTPipeline takes from a saved folder but does not write to it
+        exported.register_to_config(id2label={str(label): name for label, name in id2label.items()})
+    return exported
 
 
 def to_diffusers_dit(model: SiTTransformer2DModel) -> DiTTransformer2DModel:

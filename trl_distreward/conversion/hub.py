@@ -21,18 +21,24 @@ def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
 
     Returns:
         `dict[str, bytes]`: `pipeline.py`, each network's module in its component's folder, and the `model_index.json`
-        that names them in place of the library's modules.
+        that names them in place of the library's modules. Nothing for a pipeline of diffusers.
     """
+    if not _is_ours(pipeline):
+        return {}
     index = json.loads(pipeline.to_json_string())
     index["_class_name"] = ["pipeline", type(pipeline).__name__]
     index.pop("_name_or_path", None)  # a folder of this machine, if it was loaded from one
     files = {"pipeline.py": _source(pipeline)}
     for name, part in pipeline.components.items():
-        if type(part).__module__.startswith(__package__.split(".")[0] + "."):
+        if _is_ours(part):
             module = type(part).__module__.rsplit(".", 1)[1]
             files[f"{name}/{module}.py"] = _source(part)
             index[name] = [module, type(part).__name__]
     return {**files, "model_index.json": (json.dumps(index, indent=2) + "\n").encode()}
+
+
+def _is_ours(part: object) -> bool:
+    return type(part).__module__.startswith(__package__.split(".")[0] + ".")
 
 
 def _source(part: object) -> bytes:

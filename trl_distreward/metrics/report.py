@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sampling import send
 from .distances import build_distance
 
 FeatureExtractor = Callable[..., Tensor]
@@ -47,7 +48,7 @@ class JointFeatures:
 
     def __call__(self, images: Tensor, conditions: Any) -> Tensor:
         features = self.extractor(images)  # (B, d)
-        labels = torch.as_tensor(conditions, device=features.device)
+        labels = send(torch.as_tensor(conditions), features.device)
         return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
 
 

@@ -2,7 +2,7 @@
 """What a trainer needs of a generator, and what all policies of diffusers pipelines share."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -172,9 +172,15 @@ class PipelinePolicy:
         return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
 
 
+def decode_slices(policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
+    """uint8 images `(b, C, H, W)` of samples, `batch_size` at a time, each slice decoded when it is asked for."""
+    for part in x.split(batch_size or len(x)):
+        yield to_uint8(policy.decode(part))
+
+
 def decode_uint8(policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None) -> Tensor:
     """uint8 images `(B, C, H, W)` of samples, decoded `batch_size` at a time; all at once by default."""
-    return torch.cat([to_uint8(policy.decode(part)) for part in x.split(batch_size or len(x))])
+    return torch.cat(list(decode_slices(policy, x, batch_size)))
 
 
 def to_uint8(images: Tensor) -> Tensor:

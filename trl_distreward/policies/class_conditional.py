@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sampling import send
 from .base import PipelinePolicy
 from .paths import DiscreteTimePolicy
 
@@ -29,7 +30,7 @@ class ClassLabelPolicy(PipelinePolicy):
             )
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
-        return {"class_labels": torch.as_tensor(conditions, device=self.device).long()}
+        return {"class_labels": send(torch.as_tensor(conditions), self.device).long()}
 
     def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
         labels = cond["class_labels"]

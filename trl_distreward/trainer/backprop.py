@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..generation import SamplingSchedule, image_generators, sample, take
-from ..policies import DiffusionPolicy, decode_uint8
+from ..policies import DiffusionPolicy
 from ..rewards.subset_replace import SubsetReplaceReward
-from ..sampling import replay
+from ..sampling import replay, send
+from .judged import Judge, Judged
 from .rollouts import Rollouts
 
 
@@ -34,7 +35,7 @@ class Tail:
         cond (`dict[str, torch.Tensor]` of shapes `(K, ...)`): encoded.
         states (`dict[int, torch.Tensor]` of shape `(K, ...)`): samples at grid index `first` and after.
         first (`int`): grid index where gradients begin.
-        images (`torch.Tensor` of shape `(K, C, H, W)`, uint8).
+        judged ([`Judged`]): what the rewards of sets need of the images.
         finite (`bool`): whether all samples are.
     """
 
@@ -42,20 +43,25 @@ class Tail:
     cond: dict[str, Tensor]
     states: dict[int, Tensor]
     first: int
-    images: Tensor
+    judged: Judged
     finite: bool
 
     def micro_batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, dict[str, Tensor], Any, Any]]:
         """Rows, and their encoded conditions, conditions and states on `device`, at most `size` at a time."""
-        for rows in torch.arange(len(self.images)).split(size):
+        for rows in torch.arange(len(self.states[self.first])).split(size):
             here = slice(int(rows[0]), int(rows[-1]) + 1)
             cond = {name: value[here] for name, value in self.cond.items()}
-            states = {i: state[here].to(device) for i, state in self.states.items()}
-            yield rows.to(device), cond, take(self.conditions, rows), states
+            states = {i: send(state[here], device) for i, state in self.states.items()}
+            yield send(rows, device), cond, take(self.conditions, rows), states
 
 
 class TailRollouts(Rollouts):
     """Rollouts that keep their last steps."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        size = self.args.decode_batch_size or self.args.per_device_train_batch_size
+        self.judge = Judge(self.policy, self.rewards, size, self.accelerator.device)
 
     def num_steps(self, step: int) -> int:
         """How many of the last steps the update at optimizer step `step` goes back."""
@@ -70,19 +76,19 @@ class TailRollouts(Rollouts):
         New images for `slots` `(M,)`, each process a share: the first [`Tail`] is the sampler's. With several
         `backprop_draws` (DRaFT-LV) as many follow, whose last step starts from the same images noised again.
         """
-        args, schedule, mine = self.args, self.schedule(step), self.local(slots)
+        args, schedule, mine = self.args, self.schedule(step), self.local(slots).cpu()
         last = len(schedule.times) - 1
         first = last - self.num_steps(step)
         offset = self.accelerator.process_index * len(mine)
         parts: list[tuple[dict[int, Tensor], dict[str, Tensor], Tensor]] = []
         for chunk in torch.arange(len(mine)).split(args.rollout_batch_size or args.per_device_train_batch_size):
-            conditions = take(self.conditions, mine[chunk[0] : chunk[-1] + 1].cpu())
+            conditions = take(self.conditions, mine[chunk])
             generators = self._generators("rollout", step, chunk + offset)
             keep = range(first, last + 1)
             with self.autocast():
                 trajectory = sample(self.policy, model, conditions, schedule, generators, keep_states=keep)
             parts.append((trajectory.states, self.policy.encode(conditions), trajectory.sample))
-        conditions = take(self.conditions, mine.cpu())
+        conditions = take(self.conditions, mine)
         cond = {name: torch.cat([c[name] for _, c, _ in parts]) for name in parts[0][1]}
         data = torch.cat([final for _, _, final in parts])
         # each part goes as it is joined, or all states would be held twice
@@ -94,12 +100,11 @@ class TailRollouts(Rollouts):
             ]
         tails = []
         for kept in states:
-            size = args.decode_batch_size or args.per_device_train_batch_size
-            images = decode_uint8(self.policy, kept[last], size)
+            judged = self.judge(kept[last], conditions)
             finite = bool(kept[last].isfinite().all())
             if args.offload_trajectories:
                 kept = {i: state.cpu() for i, state in kept.items()}
-            tails.append(Tail(conditions, cond, kept, first, images, finite))
+            tails.append(Tail(conditions, cond, kept, first, judged, finite))
         return tails
 
     def _noised_again(

@@ -35,6 +35,7 @@ from ..metrics.report import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
 from .callbacks import StopOnSIGTERM, UpdateEMA
 from .checkpoints import CheckpointingTrainer
+from .cuda_graphs import copy_outputs, hold_gradients, uses_cuda_graphs
 from .ema import PolicyEMA
 from .run_record import KeepRecord, RunRecord
 from .sharding import is_split, without_weights
@@ -201,7 +202,14 @@ class DiffusionTrainer(CheckpointingTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.ema is not None and is_split(self.network):
             self.ema.share_out(self.network)
+        if uses_cuda_graphs(self.args):
+            copy_outputs(self.model_wrapped)
         return prepared
+
+    def hold_gradients(self) -> None:
+        """Before the micro-batches of an update, where the compiler's graphs would keep gradients in their memory."""
+        if uses_cuda_graphs(self.args) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            hold_gradients(self.network)
 
     # ---- pacing and logging ----
 

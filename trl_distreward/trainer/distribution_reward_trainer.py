@@ -24,6 +24,7 @@ from .callbacks import print_rewards
 from .checks import check_best_metric, check_gradients, check_on, check_sizes, images_of_noise
 from .distribution_reward_config import DiffusionDistributionConfig
 from .estimates import batch_arithmetic
+from .judged import Judged
 from .objective import normalize_advantages, select
 from .pair_loss import PairLoss, UpdateStatistics
 from .reference_set import ReferenceSet, conditions_and_slots
@@ -130,7 +131,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.reference_set = ReferenceSet(self.distribution_rewards, args, self.accelerator)
         self.pair_loss = PairLoss(args, self._velocity, self._initial_velocity)
         kind = TailRollouts if args.loss_type == "backprop" else Rollouts
-        self.rollouts = kind(policy, args, self.conditions, self.accelerator, self.autocast)
+        self.rollouts = kind(policy, args, self.conditions, self.rewards, self.accelerator, self.autocast)
         self.rewards.to(self.accelerator.device)
         self._check()
         logger.info(batch_arithmetic(args, self.accelerator.num_processes))
@@ -172,6 +173,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if batch.num_images == 0:
             return self._no_update()
         statistics = UpdateStatistics()
+        self.hold_gradients()
         with self._timed("training"):
             for micro, is_last in self._micro_batches(batch):
                 # split weights have split gradients, unless they wait whole for the last micro-batch
@@ -205,15 +207,15 @@ class DistributionRewardTrainer(DiffusionTrainer):
             with self._timed("reward"):
                 features = []
                 for tail in tails:
-                    own = self._features(tail.images, slots, tail.finite)
-                    if own is None:
+                    if not self._all_finite(tail.finite and tail.judged.finite):
                         self.skip_update("an image or its features are not finite", slots=slots)
                         return self._no_update()
-                    features.append(self._gather_features(own))
+                    features.append(self._gather_features(tail.judged.features))
                 self._record_reward(slots.flatten(), features[0])
                 # of several draws, the sampler's own images are what is rolled, the draws what is trained on
                 trained = list(zip(tails, features, strict=True))[1 if len(tails) > 1 else 0 :]
                 gradients = [self._feature_gradients(slots.flatten(), spaces) for _, spaces in trained]
+        self._count_features_as_reward()
         if args.reference_update == "rolling":
             self.reference_set.roll(slots, features[0], self.slot_sampler.generator)
         rewards = list(zip(self.reward_names, self.reward_funcs, self.reward_weights, strict=True))
@@ -228,6 +230,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
             for batch in tail.micro_batches(args.per_device_train_batch_size, device)
         ]
         statistics, total = UpdateStatistics(), torch.zeros((), device=device)
+        self.hold_gradients()
         with self._timed("training"), self.accelerator.no_sync(model) if shared else nullcontext():
             for number, (tail, gradient, batch) in enumerate(batches, start=1):
                 self.accelerator.gradient_state._set_sync_gradients(number == len(batches))  # DeepSpeed steps by it
@@ -319,18 +322,18 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._prepare_reference(model)
         slots = self._draw_slots().to(self.accelerator.device)  # (B, n), the same on every process
         with self._timed("rollout"):
-            local, images = self.rollouts.generate(model, slots, self.state.global_step, self._judges)
+            local, judged = self.rollouts.generate(model, slots, self.state.global_step)
         self._count_images("rollout", slots.numel() * args.best_of_n)
         with self._timed("reward"):
-            features = self._features(images, slots, local.finite)
-            if features is None:
+            if not self._all_finite(local.finite and judged.finite):
                 return self._skip(local, "an image or its features are not finite", slots=slots)
-            rewards = self._rewards(images, slots, features)  # per function (B, 1) or (B, n) float64
+            rewards = self._rewards(judged, slots)  # per function (B, 1) or (B, n) float64
+        self._count_features_as_reward()
         if not all(bool(values.isfinite().all()) for values in rewards):
             return self._skip(local, "a reward is not finite", slots=slots, rewards=rewards)
         advantages = self._advantages(rewards)
         if args.log_reward_diagnostics or args.reference_update == "rolling":
-            everyone = self._gather_features(features)
+            everyone = self._gather_features(judged.features)
             if args.log_reward_diagnostics:
                 self._diagnose(slots, everyone)
             if args.reference_update == "rolling":
@@ -354,33 +357,39 @@ class DistributionRewardTrainer(DiffusionTrainer):
         slots = self.slot_sampler.draw(groups, args.replace_size, distinct=args.reference_update == "rolling")
         return slots.repeat_interleave(args.num_generations, dim=0)
 
-    def _features(self, images: Tensor, slots: Tensor, finite: bool) -> list[dict[str, Tensor]] | None:
-        """Features of this process's images for every distribution reward; `None` if any process has bad ones."""
-        conditions = take(self.conditions, self.rollouts.local(slots).cpu())
-        features = [r.extract(images, conditions, check_finite=False) for r in self.distribution_rewards]
-        finite = finite and all(bool(v.isfinite().all()) for spaces in features for v in spaces.values())
+    def _all_finite(self, finite: bool) -> bool:
+        """Whether every process says so."""
         flags = self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device))
-        return features if bool(flags.all()) else None
+        return bool(flags.all())
+
+    def _count_features_as_reward(self) -> None:
+        """Features are taken between samples, but they are the reward's: so is their time."""
+        seconds = self.rollouts.judge.stopwatch.read()
+        for phase, more in (("rollout", -seconds), ("reward", seconds)):
+            self._metrics[f"seconds/{phase}"][-1] += more
+            self.run_record.seconds[phase] += more
 
     def _gather_features(self, features: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Of all processes' images."""
         return [{space: self.accelerator.gather(rows) for space, rows in spaces.items()} for spaces in features]
 
-    def _rewards(self, images: Tensor, slots: Tensor, features: list[dict[str, Tensor]]) -> list[Tensor]:
+    def _rewards(self, judged: Judged, slots: Tensor) -> list[Tensor]:
         """Of every reward function: `(B, 1)` if a subset's images share their reward, else `(B, n)`."""
-        local_slots, known = self.rollouts.local(slots).view(-1, slots.shape[1]), iter(features)
+        local_slots, known = self.rollouts.local(slots).view(-1, slots.shape[1]), iter(judged.features)
         conditions = take(self.conditions, local_slots.flatten().cpu())
         rewards = []
         for name, function in zip(self.reward_names, self.reward_funcs, strict=True):
             if isinstance(function, SubsetReplaceReward):
                 values = self.accelerator.gather(function.score(local_slots, next(known))).view(len(slots), -1)
             else:
-                returned = function(images=images, conditions=conditions, slots=local_slots, trainer_state=self.state)
+                returned = function(
+                    images=judged.images, conditions=conditions, slots=local_slots, trainer_state=self.state
+                )
                 local = torch.as_tensor(returned, dtype=torch.float64, device=slots.device).flatten()
-                if len(local) != len(images):
+                if len(local) != local_slots.numel():
                     raise ValueError(
-                        f"reward function {name!r} returned {len(local)} values for {len(images)} images: it must "
-                        "return one float per image."
+                        f"reward function {name!r} returned {len(local)} values for {local_slots.numel()} images: it "
+                        "must return one float per image."
                     )
                 values = self.accelerator.gather(local).view(slots.shape)
             if len(self.reward_funcs) > 1:

@@ -181,7 +181,8 @@ def predict(
     gradients = FLOAT * network.trained / state_shards
     if processes > 1 and state_shards == 1:
         gradients *= 2  # DDP sends them from buckets of its own
-    trajectories = trajectory_bytes(args, sample, image, processes, per_image)
+    kept = image if trainer.rollouts.judge.keep_images else 0
+    trajectories = trajectory_bytes(args, sample, kept, processes, per_image)
     memory = peak_memory(args, resident, gradients, trajectories, measurement.transients)
 
     seconds = seconds_per_step(trainer, measurement, evaluations, refreshes, steps)

@@ -239,10 +239,10 @@ def num_states(args: Any) -> int:
 
 def trajectory_bytes(args: Any, sample: int, image: int, processes: int, per_image: bool) -> tuple[float, float]:
     """
-    Bytes of one process's trajectories on the device: as generated with their images, and as dealt out for the update.
+    Bytes of one process's trajectories on the device: as generated, and as dealt out for the update.
 
     Args:
-        sample, image (`int`): bytes of one float32 sample and of one uint8 image.
+        sample, image (`int`): bytes of one float32 sample, and of what is kept of its image: of uint8, or 0.
     """
     images = args.num_subsets * args.replace_size / processes
     kept = images
@@ -285,8 +285,8 @@ def peak_memory(
     swapped = resident["average"]  # the trained weights wait while the average is evaluated
     return {
         # the last update's trajectories are let go only when there are new ones
-        "rollout": base + dealt + generated + max(transients.rollout, transients.decoding),
-        "reward": base + dealt + generated + max(transients.features, transients.reward),
+        "rollout": base + dealt + generated + max(transients.rollout, transients.decoding, transients.features),
+        "reward": base + dealt + generated + transients.reward,
         "update": base + gradients + dealt + transients.update,
         "evaluation": base + swapped + dealt + transients.evaluation,
     }

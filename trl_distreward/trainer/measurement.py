@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..generation import SamplingSchedule, sample, take
-from ..metrics.report import FEATURE_BATCH
 from ..policies import decode_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts
@@ -202,14 +201,12 @@ def _measure_generation(
     features, feature_bytes = measured(device, lambda: _judge(trainer, images, conditions))
     judging, judging_bytes = measured(device, lambda: _evaluate(trainer, images, conditions))
     scoring, fitting, reward_bytes, reference_bytes = _measure_reward(trainer, images, conditions)
-    # features are taken of all images of a generation, so many at a time; evaluation judges its own batches
-    local = args.num_subsets * args.replace_size // trainer.accelerator.num_processes
-    at_a_time, evaluated = min(FEATURE_BATCH, local) / rollout_size, eval_size / rollout_size
+    evaluated = eval_size / rollout_size  # evaluation judges its own batches
     return Measurement(
         Transients(
             rollout=rollout_bytes,
             decoding=decoding_bytes,
-            features=feature_bytes * at_a_time,
+            features=feature_bytes,
             update=update_bytes,
             evaluation=max(eval_bytes, decoding_bytes * evaluated, judging_bytes * evaluated),
             reward=reward_bytes,
@@ -279,6 +276,7 @@ def _update(trainer: Any, model: nn.Module, size: int) -> Callable[[], None]:
         loss_of = partial(trainer.compute_loss, model, micro)
 
     def action() -> None:
+        trainer.hold_gradients()
         # what sends gradients to other processes is not timed: it happens once an update
         with nullcontext() if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else accelerator.no_sync(model):
             accelerator.backward(loss_of())
@@ -304,12 +302,13 @@ def _backprop_loss(trainer: Any, model: nn.Module, x: Tensor, conditions: Any, c
 
 
 def _judge(trainer: Any, images: Tensor, conditions: Any) -> None:
-    """Features for every distribution reward, and the scores of every other."""
+    """Features for every distribution reward, a slice of images at a time, and the scores of every other."""
     slots = torch.arange(len(images), device=images.device)
+    for rows in torch.arange(len(images)).split(trainer.rollouts.judge.batch_size or len(images)):
+        for reward in trainer.distribution_rewards:
+            reward.extract(images[rows[0] : rows[-1] + 1], take(conditions, rows), check_finite=False)
     for function in trainer.reward_funcs:
-        if isinstance(function, SubsetReplaceReward):
-            function.extract(images, conditions, check_finite=False)
-        else:
+        if not isinstance(function, SubsetReplaceReward):
             function(images=images, conditions=conditions, slots=slots[None], trainer_state=trainer.state)
 
 

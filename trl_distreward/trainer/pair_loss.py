@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..sampling import Transition, transition
+from ..sampling import Transition, send, transition
 from .objective import clipped_policy_loss, gaussian_kl, normalize_ratio
 
 
@@ -131,4 +131,4 @@ class PairLoss:
             noise_level=self.args.noise_level,
             prev_sample=nothing,
         )
-        return (step.std / step.std.mean()).float().to(device)
+        return send((step.std / step.std.mean()).float(), device)

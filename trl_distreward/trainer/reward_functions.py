@@ -42,6 +42,11 @@ class RewardFunctions:
         """Those of sets."""
         return [function for function in self.functions if isinstance(function, SubsetReplaceReward)]
 
+    @property
+    def need_images(self) -> bool:
+        """Whether a function looks at images, where those of sets need no more than features."""
+        return len(self.distributional) < len(self.functions)
+
     def to(self, device: torch.device) -> None:
         """Moves the networks behind all functions."""
         for function in self.functions:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sampling import send
+
 
 @dataclass
 class RolloutBatch:
@@ -115,42 +117,45 @@ class RolloutBatch:
         Yields:
             the micro-batch's tensors `(P, ...)`, and whether it is the last.
         """
-        device, steps = self.advantages.device, torch.tensor(self.steps, device=self.advantages.device)
-        grid = torch.tensor(times, dtype=torch.float64, device=device)
+        device, steps = self.advantages.device, torch.tensor(self.steps)
+        grid = torch.tensor(times, dtype=torch.float64)
         pairs = self.num_own * len(steps)
         most = math.ceil(self.num_images / processes) * len(steps)
         weight = 1.0 / (self.num_images * len(steps))
         for start in range(0, most, size):
-            index = torch.arange(start, min(start + size, most), device=device)
+            # which pairs these are is known to the host: it never asks the device, which is busy with the last ones
+            index = torch.arange(start, min(start + size, most))
             weights = torch.where(index < pairs, weight, 0.0)
             index = index.clamp(max=max(pairs - 1, 0))
             image, column = index // len(steps), index % len(steps)
             step = steps[column]
+            rows, columns = send(image, device), send(column, device)
+            weights = send(weights, device)
             if step_weights is not None:
-                weights = weights * step_weights[column]
+                weights = weights * step_weights[columns]
             micro = {
-                "cond": {name: value[image] for name, value in self.cond.items()},
-                "x": _pick(self.states, image, step),
-                "next_x": _pick(self.states, image, step + 1),
-                "t": grid[step] if self.times is None else self.times[image],
-                "t_next": grid[step + 1],
-                "step": step,
-                "advantages": self.advantages[image],
+                "cond": {name: value[rows] for name, value in self.cond.items()},
+                "x": _pick(self.states, image, step, device),
+                "next_x": _pick(self.states, image, step + 1, device),
+                "t": send(grid[step], device) if self.times is None else self.times[rows],
+                "t_next": send(grid[step + 1], device),
+                "step": send(step, device),
+                "advantages": self.advantages[rows],
                 "weights": weights,
-                "drawn_log_probs": self.drawn_log_probs[image, column],
+                "drawn_log_probs": self.drawn_log_probs[rows, columns],
             }
             if self.old_log_probs is not None:
-                micro["old_log_probs"] = self.old_log_probs[image, column]
+                micro["old_log_probs"] = self.old_log_probs[rows, columns]
             if self.old_means is not None:
-                micro["old_means"] = self.old_means[image, column]
+                micro["old_means"] = self.old_means[rows, columns]
             yield micro, start + size >= most
 
 
-def _pick(states: dict[int, Tensor], image: Tensor, index: Tensor) -> Tensor:
-    """Rows `states[index[p]][image[p]]` for every pair p, on the device of `image`."""
-    first = next(iter(states.values()))
-    out = first.new_empty(len(image), *first.shape[1:], device=image.device)
-    for i, values in states.items():
-        where = (index == i).nonzero().flatten()
-        out[where] = values[image[where].to(values.device)].to(image.device)
-    return out
+def _pick(states: dict[int, Tensor], image: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Rows `states[index[p]][image[p]]` for every pair p, on `device`; `image` and `index` are in CPU memory."""
+    order, parts = index.argsort(stable=True), []
+    for i in index.unique().tolist():
+        rows = image[index == i]
+        values = states[i]
+        parts.append(send(values[send(rows, values.device)], device))
+    return torch.cat(parts)[send(order.argsort(), device)]

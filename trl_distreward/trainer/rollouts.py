@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """New images for slots of the reference set, each process a share, with the states that will be trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -11,8 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..generation import SamplingSchedule, image_generators, sample, take
-from ..policies import DiffusionPolicy, decode_uint8
+from ..policies import DiffusionPolicy
 from ..rewards.subset_replace import SubsetReplaceReward
+from ..sampling import send
+from .judged import Judge, Judged
+from .reward_functions import RewardFunctions
 from .rollout_batch import RolloutBatch
 
 
@@ -24,6 +27,7 @@ class Rollouts:
         policy ([`DiffusionPolicy`]): generator.
         args ([`DiffusionDistributionConfig`]): schedule, window, share of steps, seed, batch sizes.
         conditions: one per slot.
+        rewards ([`RewardFunctions`]): what judges the images.
         accelerator (`accelerate.Accelerator`): tells the processes.
         autocast (`Callable`): makes the context that the network runs under in training.
     """
@@ -33,12 +37,15 @@ class Rollouts:
         policy: DiffusionPolicy,
         args: Any,
         conditions: Any,
+        rewards: RewardFunctions,
         accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager],
     ):
         self.policy = policy
         self.args = args
         self.conditions = conditions
+        self.rewards = rewards
+        self.judge = Judge(policy, rewards, args.decode_batch_size, accelerator.device, rewards.need_images)
         self.accelerator = accelerator
         self.autocast = autocast
 
@@ -66,18 +73,15 @@ class Rollouts:
         count = max(1, round(self.args.timestep_fraction * len(steps)))
         return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
 
-    def generate(
-        self, model: nn.Module, slots: Tensor, step: int, judges: Sequence[tuple[SubsetReplaceReward, float]] = ()
-    ) -> tuple[RolloutBatch, Tensor]:
+    def generate(self, model: nn.Module, slots: Tensor, step: int) -> tuple[RolloutBatch, Judged]:
         """
         Args:
             model (`nn.Module`): the network as it trains, wrapped.
             slots (`torch.LongTensor` of shape `(B, n)`): places to generate for, the same on every process.
             step (`int`): optimizer step, which noise, windows and shares of steps follow from.
-            judges (`Sequence`, *optional*): rewards and their weights, which choose among `best_of_n` candidates.
 
         Returns:
-            this process's trajectories, and its uint8 images `(B n / processes, C, H, W)`.
+            this process's `B n / processes` trajectories, and what the rewards need of their images.
         """
         candidates = [
             self.generate_once(model, slots, step, first_index=candidate * slots.numel())
@@ -86,18 +90,10 @@ class Rollouts:
         if len(candidates) == 1:
             return candidates[0]
         # Appendix C: of a slot's candidates stays the one whose replaced distance is best by itself.
-        local_slots, scores = self.local(slots).view(-1, 1), []
-        conditions = take(self.conditions, local_slots.flatten().cpu())
-        for _, images in candidates:
-            score = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-            for reward, weight in judges:
-                features = reward.extract(images, conditions, check_finite=False)
-                finite = torch.stack([values.isfinite().all(dim=1) for values in features.values()]).all(dim=0)
-                known = {space: torch.where(finite[:, None], values, 0.0) for space, values in features.items()}
-                score += torch.where(finite, weight * reward.subset_rewards(local_slots, known), -torch.inf)
-            scores.append(score)
+        local_slots = self.local(slots).view(-1, 1)
+        scores = [self._scores(local_slots, judged.features) for _, judged in candidates]
         best = torch.stack(scores).argmax(dim=0)
-        batches, images = [batch for batch, _ in candidates], torch.stack([images for _, images in candidates])
+        batches = [batch for batch, _ in candidates]
         rows = torch.arange(len(best), device=best.device)
 
         def pick(values: list[Tensor]) -> Tensor:
@@ -111,7 +107,19 @@ class Rollouts:
             finite=all(b.finite for b in batches),
             times=None if batches[0].times is None else pick([b.times for b in batches if b.times is not None]),
         )
-        return batch, images[best, rows]
+        return batch, Judged.pick([judged for _, judged in candidates], best)
+
+    def _scores(self, slots: Tensor, features: list[dict[str, Tensor]]) -> Tensor:
+        """Of single images in `slots` `(K, 1)`, by the rewards of sets: `(K,)`, float64."""
+        total, known = torch.zeros(len(slots), dtype=torch.float64, device=slots.device), iter(features)
+        for function, weight in zip(self.rewards.functions, self.rewards.weights, strict=True):
+            if not isinstance(function, SubsetReplaceReward):
+                continue
+            spaces = next(known)
+            finite = torch.stack([values.isfinite().all(dim=1) for values in spaces.values()]).all(dim=0)
+            filled = {space: torch.where(finite[:, None], values, 0.0) for space, values in spaces.items()}
+            total += torch.where(finite, weight * function.subset_rewards(slots, filled), -torch.inf)
+        return total
 
     def local(self, values: Tensor) -> Tensor:
         """This process's contiguous share of a flattened tensor."""
@@ -120,21 +128,22 @@ class Rollouts:
 
     def generate_once(
         self, model: nn.Module, slots: Tensor, step: int, first_index: int = 0
-    ) -> tuple[RolloutBatch, Tensor]:
+    ) -> tuple[RolloutBatch, Judged]:
         """One image per slot; `first_index` is the image index of the first, which its noise follows from."""
         schedule = self.schedule(step)
         args, mine = self.args, self.local(slots)
+        places = mine.cpu()  # once: reading waits for all that is queued
         offset = first_index + self.accelerator.process_index * len(mine)
         size = args.rollout_batch_size or args.per_device_train_batch_size
         rejection = args.loss_type == "rft"
         steps = () if rejection else self.trained_steps(schedule, step)
-        trajectories, images, conds = [], [], []
+        trajectories, judged, conds = [], [], []
         for chunk in torch.arange(len(mine)).split(size):
-            conditions = take(self.conditions, mine[chunk[0] : chunk[-1] + 1].cpu())
+            conditions = take(self.conditions, places[chunk])
             generators = self._generators("rollout", step, chunk + offset)
             with self.autocast():  # the network only: decoding and features stay in full precision
                 trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
-            images.append(decode_uint8(self.policy, trajectory.sample, args.decode_batch_size))
+            judged.append(self.judge(trajectory.sample, conditions))
             conds.append(self.policy.encode(conditions))
             if rejection:  # pairs of noise and data take the place of a step's two ends
                 noise = self.policy.noise(conditions, self._generators("flow_matching", step, chunk + offset))
@@ -151,14 +160,14 @@ class Rollouts:
             advantages=torch.zeros(len(mine), device=mine.device),
             num_own=len(mine),
             num_images=slots.numel(),
-            finite=all(bool(t.sample.isfinite().all()) for t in trajectories),
+            finite=bool(torch.stack([t.sample.isfinite().all() for t in trajectories]).all()),
         )
         if rejection:
             generators = self._generators("time", step, torch.arange(len(mine)) + offset)
             draws = [torch.rand(1, generator=generator) for generator in generators]
             nothing = torch.zeros(len(mine), 1, device=mine.device)
-            batch = replace(batch, steps=(0,), times=torch.cat(draws).to(mine.device), drawn_log_probs=nothing)
-        return batch, torch.cat(images)
+            batch = replace(batch, steps=(0,), times=send(torch.cat(draws), mine.device), drawn_log_probs=nothing)
+        return batch, Judged.cat(judged)
 
     def _generators(self, stream: str, step: int, indices: Tensor) -> list[torch.Generator]:
         return image_generators(self.args.seed, stream, step, indices.tolist())
