@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from .. import __version__
+from .recipes import RECIPES
 
 RUN_RECORD = "run.json"
 # Share of a run's time that writing its record may take
@@ -163,26 +164,29 @@ def device_name(device: torch.device) -> str:
 
 def describe_config(args: Any) -> dict[str, Any]:
     """
-    The configuration without secrets, what of it is not as it would be by default, and in which groups its class's
-    docstring explains it.
+    The configuration without secrets, what of it is not as it would be by default or by its recipe, and in which groups
+    the docstrings of its class and that one's bases explain it.
 
     Returns:
         `dict`: `values`, `defaults` of those that differ, and `groups` of names.
     """
     values = args.to_dict()  # which masks tokens
+    recipe = RECIPES.get(getattr(args, "recipe", ""), {})
     defaults = {}
     for field in dataclasses.fields(args):
         if field.init and field.name in values and field.name not in _DERIVED:
-            default = field.default
+            default = recipe.get(field.name, field.default)
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             if default is not dataclasses.MISSING and not _alike(values[field.name], default):
                 defaults[field.name] = getattr(default, "value", default)
     groups: dict[str, list[str]] = {}
-    parts = re.split(r"> Parameters that control ([^\n]+)", type(args).__doc__ or "")[1:]
-    for title, text in zip(parts[::2], parts[1::2], strict=True):
-        own = text.split("\n    >")[0]
-        groups[title] = [name for name in re.findall(r"^ +(\w+) \(`", own, flags=re.MULTILINE) if name in values]
+    for kind in type(args).__mro__:
+        parts = re.split(r"> Parameters that control ([^\n]+)", vars(kind).get("__doc__") or "")[1:]
+        for title, text in zip(parts[::2], parts[1::2], strict=True):
+            own = text.split("\n    >")[0]
+            named = [name for name in re.findall(r"^ +(\w+) \(`", own, flags=re.MULTILINE) if name in values]
+            groups[title] = [*groups.get(title, []), *named]
     known = {name for names in groups.values() for name in names}
     groups[_REST] = [name for name in values if name not in known]
     return {"values": values, "defaults": defaults, "groups": groups}
