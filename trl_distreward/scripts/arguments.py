@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """What the training scripts share: a model, what judges it, and conditions."""
 
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,10 @@ from ..metrics.distances import DISTANCES
 from ..metrics.features import load_feature_extractor
 from ..metrics.report import FeatureDistance
 from ..rewards.subset_replace import SubsetReplaceReward
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the description as they are."""
 
 
 @dataclass

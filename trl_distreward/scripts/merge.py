@@ -22,7 +22,7 @@ from trl import TrlParser
 from ..trainer.merge_card import comparison_table
 from ..trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
-from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
+from .arguments import HelpFormatter, RewardArguments, build_metrics, build_rewards, load_conditions
 
 
 @dataclass
@@ -43,7 +43,12 @@ class MergeArguments(RewardArguments):
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((MergeArguments, MergeCoefficientConfig), description=__doc__)
+    return TrlParser(
+        (MergeArguments, MergeCoefficientConfig),
+        prog="trl-distreward merge",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

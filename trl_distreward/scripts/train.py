@@ -26,7 +26,7 @@ from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
-from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
+from .arguments import HelpFormatter, RewardArguments, build_metrics, build_rewards, load_conditions
 
 
 @dataclass
@@ -52,7 +52,12 @@ class TrainArguments(RewardArguments):
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((TrainArguments, DiffusionDistributionConfig), description=__doc__)
+    return TrlParser(
+        (TrainArguments, DiffusionDistributionConfig),
+        prog="trl-distreward train",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
