@@ -198,7 +198,7 @@ def plane(axes: Any, title: str) -> None:
 
 
 def draw_sets(sets: dict[str, Tensor], path: Path) -> None:
-    figure, panels = pyplot.subplots(1, len(sets), figsize=(3 * len(sets), 3.3), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(sets), figsize=(2.25 * len(sets), 2.55), layout="constrained")
     for axes, (name, points) in zip(panels, sets.items(), strict=True):
         plane(axes, name)
         axes.scatter(*points[:1000].T, s=3, alpha=0.4, linewidths=0, color="C0")
