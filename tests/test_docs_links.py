@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import trl_distreward
-from tests.docs_pages import PAGES, ROOT, SOURCE, anchors, prose
+from tests.docs_pages import PAGES, ROOT, SOURCE, anchors, code_spans, prose
 
 LINK = re.compile(r"(!?)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 DOCUMENTED = set(re.findall(r"\[\[autodoc\]\] ([\w.]+)", (SOURCE / "api.md").read_text()))
@@ -103,3 +103,23 @@ def test_references_of_docstrings_resolve():
             except AttributeError:  # then of the module itself, which the API page need not have
                 module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
                 resolve(name, import_module(module))
+
+
+def test_files_that_pages_name_are_there():
+    for page in PAGES:
+        for span in code_spans(page):
+            for name in re.findall(r"\b(?:benchmarks|examples|tests)/[\w/]+\.\w+", span):
+                assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_paper_index_names_what_there_is():
+    """Its functions exist, and its fields are fields or options."""
+    parsers = [import_module(f"trl_distreward.scripts.{command}").make_parser() for command in ("train", "merge")]
+    fields = {action.dest for parser in parsers for action in parser._actions}
+    spans = code_spans(SOURCE / "paper_index.md")
+    functions = [span for span in spans if re.fullmatch(r"\w+\.[\w.]+", span) and not span.endswith(".yaml")]
+    named = {match[1] for span in spans if (match := re.fullmatch(r"([a-z]+(?:_[a-z]+)*)(?:=.*)?", span))}
+    assert len(functions) > 5 and len(named) > 20
+    for function in functions:
+        assert callable(resolve(function)), function
+    assert named <= fields, sorted(named - fields)

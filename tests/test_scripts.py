@@ -164,7 +164,10 @@ def test_model_that_is_nowhere_is_told_as_no_folder_and_no_repository(monkeypatc
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        (train, ("usage: trl-distreward train ", "\n    trl-distreward train --config recipe.yaml\n", "default: 5000")),
+        (
+            train,
+            ("usage: trl-distreward train ", "\n    trl-distreward train --config recipe.yaml\n", "default: 5000"),
+        ),
         (merge, ("usage: trl-distreward merge ", "\n    trl-distreward merge --config recipe.yaml\n")),
         (statistics, ("--output", "--features", "--skip-corrupt", "--streaming", "--work-dir")),
         (evaluate, ("--model", "--compare", "--real", "--spread", "--num-images", "--save-npz", "--image-column")),
