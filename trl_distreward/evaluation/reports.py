@@ -4,7 +4,7 @@ Reports of an evaluation: tables for the terminal and for Markdown, results for 
 report to another.
 
 A report is a dictionary, as it is written to JSON: `model`, `images` (how many), `image_resize` and `skip_corrupt` as
-[`collect_features`] was given them, `settings` of the generation, `library`, and `results`, one for each feature
+`collect_features` was given them, `settings` of the generation, `library`, and `results`, one for each feature
 extractor: `extractor`, `resize`, `real` (`path`, `count`, `mean_norm`) and `metrics`, names to values, a value's
 spread beside it as `<name>_std`.
 """

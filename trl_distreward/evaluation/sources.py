@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Sets of stored images: folders, ADM samples (`.npz`), datasets, and what [`generate_shards`] wrote.
+Sets of stored images: folders, ADM samples (`.npz`), datasets, and what `generate_shards` wrote.
 
 A set is read in lanes, which processes share out and which resume one by one. Lanes and their batches depend on the
 set and the batch size alone, so that any number of processes sees the same batches.
@@ -161,7 +161,7 @@ def _identity(stored: StoredImage) -> StoredImage:
 
 class ShardedImages(IndexedImages):
     """
-    Images in `images-*.npy` files, uint8 `(n, H, W, C)`, as [`generate_shards`] writes them.
+    Images in `images-*.npy` files, uint8 `(n, H, W, C)`, as `generate_shards` writes them.
 
     Args:
         folder (`str` or `os.PathLike`): of the files, and of the settings that they were made with.

@@ -83,7 +83,7 @@ class FrechetDistance:
     Fréchet distance of a reference set from real data, and its exact values after some of its rows are replaced.
 
     Replacing n rows changes `A = S_r^½ S S_r^½` by a term of rank 2n + 1. The change of `Tr A^½` then is an integral
-    of log-determinants of that size ([`~quadrature.elliptic_quadrature`]), with one eigendecomposition per reference
+    of log-determinants of that size (`quadrature.elliptic_quadrature`), with one eigendecomposition per reference
     set in place of one per subset. Moments, eigendecomposition and determinants are float64; projections and Gram
     products too, unless `dtype` says float32.
 

@@ -245,7 +245,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     Denoiser of EDM2 with its preconditioning: noisy samples and noise levels to denoised samples.
 
     Weights are normalized wherever they are used, so only their direction matters. Training should keep their size
-    at one all the same, or steps of a given learning rate turn them less and less: call [`normalize_weights`] after
+    at one all the same, or steps of a given learning rate turn them less and less: call `normalize_weights` after
     each optimizer step, or set `forced_weight_normalization`. Neither happens by itself.
 
     There is no adapter support: a low-rank update added beside a normalized weight is not what merging it yields.

@@ -26,10 +26,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The description as it is written, and every option with its default."""
 
 
-def make_trl_parser(dataclasses: Sequence[type], description: str | None) -> TrlParser:
+def make_trl_parser(dataclasses: Sequence[type], description: str | None, prog: str | None = None) -> TrlParser:
     """A parser whose options are the fields of dataclasses, on the command line and in a YAML file."""
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"  # there are some two hundred
-    return TrlParser(dataclasses, usage=usage, description=description, formatter_class=HelpFormatter)
+    return TrlParser(dataclasses, prog=prog, usage=usage, description=description, formatter_class=HelpFormatter)
 
 
 def find_extractor(spec: str) -> Any:

@@ -47,7 +47,7 @@ class MergeArguments(RewardArguments):
 
 
 def make_parser() -> TrlParser:
-    return make_trl_parser((MergeArguments, MergeCoefficientConfig), __doc__)
+    return make_trl_parser((MergeArguments, MergeCoefficientConfig), __doc__, "trl-distreward merge")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -84,7 +84,7 @@ class TrainArguments(RewardArguments):
 
 
 def make_parser() -> TrlParser:
-    return make_trl_parser((TrainArguments, DiffusionDistributionConfig), __doc__)
+    return make_trl_parser((TrainArguments, DiffusionDistributionConfig), __doc__, "trl-distreward train")
 
 
 def main(argv: list[str] | None = None) -> None:

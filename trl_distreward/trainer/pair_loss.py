@@ -66,7 +66,7 @@ class PairLoss:
         self.args, self.velocity, self.initial_velocity = args, velocity, initial_velocity
 
     def __call__(self, model: nn.Module, pairs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss `(P,)` of a micro-batch of [`RolloutBatch.micro_batches`], and what is logged of it, each `(P,)`."""
+        """Loss `(P,)` of a micro-batch of `RolloutBatch.micro_batches`, and what is logged of it, each `(P,)`."""
         velocity = partial(self.velocity, model)
         if self.args.loss_type == "rft":
             return self.flow_matching(velocity, pairs)

@@ -164,8 +164,8 @@ def device_name(device: torch.device) -> str:
 
 def describe_config(args: Any) -> dict[str, Any]:
     """
-    The configuration without secrets, what of it is not as it would be by default or by its recipe, and in which groups
-    the docstrings of its class and that one's bases explain it.
+    The configuration without secrets, what of it is not as it would be by default or by its recipe, and in which
+    groups the docstrings of its class and that one's bases explain it.
 
     Returns:
         `dict`: `values`, `defaults` of those that differ, and `groups` of names.
