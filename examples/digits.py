@@ -7,11 +7,11 @@ distribution-wise reward.
     python examples/digits.py --seed 10 --output-dir outputs/digits-10
     trl-distreward report outputs/digits/policy_gradient
 
-Two estimators of the update are compared: policy gradients, one image a subset, and the distance back-propagated
+Two recipes are compared: policy gradients, one image a subset, and the recommended one, the distance back-propagated
 through the last three steps of the ODE. Two different networks judge the images: the reward sees the first one's
 features, pixels, and the first one's class probabilities beside the labels that were asked for; the second is held
 out.
-Written to the output folder: report.json and report.md, before.png, and for each estimator its pipeline, after_*.png
+Written to the output folder: report.json and report.md, before.png, and for each recipe its pipeline, after_*.png
 and curve_*.png.
 """
 
@@ -242,7 +242,7 @@ def report_table(report: dict) -> str:
     for sampler in ("sde", "ode"):
         base = report["base"][sampler]
         lines.append(f"| base, {sampler.upper()} | {cells(base)} |")
-        for stage in ESTIMATORS:
+        for stage in RECIPES:
             values = report[stage][sampler]
             lines.append(f"| {stage}, {sampler.upper()} | {cells(values)} |")
             change = [f"{values[name]['mean'] / base[name]['mean'] - 1:+.1%}" for name in METRICS]
@@ -340,43 +340,37 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of all training")
-    parser.add_argument("--num-updates", type=int, default=60, help="updates by each estimator")
+    parser.add_argument("--num-updates", type=int, default=60, help="updates by each recipe")
     parser.add_argument("--pretraining-steps", type=int, default=600, help="steps of the base model's training")
     parser.add_argument("--noise-schedule", default="sit", help="of the SDE: sit, flow_grpo, dance or cps")
     parser.add_argument("--noise-level", type=float, default=0.7, help="of the SDE")
     parser.add_argument("--last-step-size", type=float, default=None, help="of the SDE")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="of the updates, decaying to 0")
-    parser.add_argument("--num-subsets", type=int, default=256, help="subsets per update")
-    parser.add_argument("--replace-size", type=int, default=1, help="images of a subset")
+    parser.add_argument("--num-subsets", type=int, help="subsets per update; the recipe's by default")
+    parser.add_argument("--replace-size", type=int, help="images of a subset; likewise")
     parser.add_argument("--reference-set-size", type=int, default=1000)
-    parser.add_argument("--ema-decay", type=float, default=0.9)
+    parser.add_argument("--ema-decay", type=float, help="of the average of the weights; likewise")
     parser.add_argument("--label-weight", type=float, default=1.5, help="weight of answering the label in the reward")
     parser.add_argument("--eval-seeds", type=int, default=2, help="evaluations with different noise")
     return parser.parse_args()
 
 
-# Two estimators of the same gradient, see docs/source/estimators.md
-ESTIMATORS: dict[str, dict[str, Any]] = {
-    "policy_gradient": {"loss_type": "grpo", "sampler": "sde"},
-    "backprop": {"loss_type": "backprop", "sampler": "ode", "backprop_steps": 3},
-}
+RECIPES = ("policy_gradient", "recommended")  # see docs/source/training.md
 
 
-def build_trainer(digits: Digits, args: argparse.Namespace, name: str, settings: dict) -> DistributionRewardTrainer:
+def build_trainer(digits: Digits, args: argparse.Namespace, recipe: str) -> DistributionRewardTrainer:
     return DistributionRewardTrainer(
         model=str(digits.base_path),
         reward_funcs=digits.reward(args.label_weight),
         args=DiffusionDistributionConfig(
-            output_dir=str(args.output_dir / name),
+            output_dir=str(args.output_dir / recipe),
+            recipe=recipe,
             seed=args.seed,
             max_steps=args.num_updates,
             learning_rate=args.learning_rate,
-            lr_scheduler_type="linear",
             reference_set_size=args.reference_set_size,
             num_subsets=args.num_subsets,
             replace_size=args.replace_size,
-            reference_update="rolling",
-            top_advantage_quantile=1.0,
             ema_decay=args.ema_decay,
             num_inference_steps=10,
             noise_schedule=args.noise_schedule,
@@ -392,7 +386,6 @@ def build_trainer(digits: Digits, args: argparse.Namespace, name: str, settings:
             report_to="none",
             use_cpu=True,
             logging_steps=5,
-            **settings,
         ),
         eval_metrics=digits.eval_metrics(),
     )
@@ -411,8 +404,8 @@ def main() -> None:
     report: dict[str, Any] = {}
     seconds = {"pretraining": pretrained - started}
     base_run: dict[str, float] = {}
-    for name, settings in ESTIMATORS.items():
-        trainer = build_trainer(digits, args, name, settings)
+    for name in RECIPES:
+        trainer = build_trainer(digits, args, name)
         if not report:
             base_runs = [trainer.evaluate(seed=seed) for seed in range(args.eval_seeds)]
             base_run, report["base"] = base_runs[0], summarize(base_runs)
@@ -434,7 +427,7 @@ def main() -> None:
     table = report_table(report)
     (out / "report.md").write_text(f"# Digits\n\n{table}\n")
     print(f"\n{table}\n\nWritten to {out} in {report['seconds']['total']:.0f} s. A run as a page:")
-    for name in ESTIMATORS:
+    for name in RECIPES:
         print(f"  trl-distreward report {out / name}")
 
 

@@ -77,7 +77,8 @@ def test_a_stochastic_rollout_replays(family):
             assert replayed.requires_grad
             assert torch.equal((replayed - drawn).exp(), torch.ones(count))
             alone = torch.cat([log_prob(step, torch.tensor([i])) for i in range(count)])
-            torch.testing.assert_close(alone, drawn, rtol=0, atol=1e-5)
+            # convolutions round differently in batches of another size, and on another processor
+            torch.testing.assert_close(alone, drawn, rtol=0, atol=1e-4)
 
 
 def projection(images):
