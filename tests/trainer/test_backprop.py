@@ -19,6 +19,7 @@ from tests.helpers import (
 from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
 from trl_distreward.sampling import replay, rollout
+from trl_distreward.trainer.checks import _is_blind
 
 BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3, "top_advantage_quantile": 1.0}
 
@@ -193,6 +194,12 @@ def test_differentiable_sample_rewards_add_their_gradient(tmp_path):
     assert values[-1] > values[0] + 0.05
     mixed = backprop_trainer(tmp_path / "mixed", reward_funcs=[tiny_reward(), brightness], reward_weights=[0.1, 1.0])
     mixed.train()
+
+
+@pytest.mark.parametrize("score", [lambda x: (x - 3.0).mean(1), lambda x: x.softmax(1)])
+def test_gradient_is_found_where_scores_are_zero_or_their_sum_is_fixed(score):
+    tracked = torch.tensor([[1.0, 2.0, 4.0, 5.0]] * 2, requires_grad=True)
+    assert not _is_blind(score(tracked), tracked) and _is_blind(score(tracked.round()), tracked)
 
 
 def test_training_ends_early_on_a_held_out_distance(tmp_path):
