@@ -87,6 +87,7 @@ def test_only_what_was_given_can_be_in_vain():
         config_of("recommended", top_advantage_quantile=0.5)
     with pytest.raises(ValueError, match="backprop_steps=2 does nothing under loss_type='grpo': leave it at 1,"):
         config_of("policy_gradient", backprop_steps=2)
+    assert config_of("paper", loss_type="rft", timestep_fraction=1).timestep_fraction == 1
     with pytest.raises(ValueError, match="use sampler='sde', or recipe='policy_gradient'"):
         config_of("recommended", loss_type="grpo")
 

@@ -160,7 +160,7 @@ class DiffusionTrainerConfig(_BaseConfig):
         """What nothing has a use for must be at its default, so that nobody believes it does something."""
         for name in names:
             value, default = getattr(self, name), self._default(name)
-            if str(value) != str(default):
+            if value != default and str(value) != str(default):
                 raise ValueError(
                     f"{name}={value!r} does nothing under {because}: leave it at {default!r}, or {remedy}."
                 )
