@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -243,6 +244,24 @@ def test_evaluation_before_resuming_leaves_the_earlier_record(tmp_path):
     before = (tmp_path / "run.json").read_text()
     tiny_trainer(tmp_path).evaluate()
     assert (tmp_path / "run.json").read_text() == before
+
+
+def test_grids_of_a_longer_run_before_are_not_this_runs(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.copy(folder / "samples" / "step-0.png", folder / "samples" / "step-9.png")
+    assert "update 9" in render_report(folder)  # written since: the record may be a little behind
+    os.utime(folder / "samples" / "step-9.png", (0, 0))
+    assert "update 9" not in render_report(folder) and "update 3" in render_report(folder)
+
+
+def test_evaluations_from_other_noise_alone_are_shown(run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    other = next(e for e in record["evaluations"] if e["seed"] == 1)
+    (tmp_path / "run.json").write_text(json.dumps({**record, "evaluations": [other]}))
+    page = render_report(tmp_path)
+    assert "Nothing was evaluated" not in page and "ode_distance_features" in page
+    (tmp_path / "run.json").write_text(json.dumps({**record, "evaluations": []}))
+    assert "Nothing was evaluated" in render_report(tmp_path)
 
 
 def test_folders_that_are_no_run_are_refused(run, tmp_path):

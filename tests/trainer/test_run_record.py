@@ -3,8 +3,9 @@ import json
 import logging
 
 import pytest
+import torch
 
-from tests.helpers import tiny_config, tiny_trainer
+from tests.helpers import tiny_config, tiny_merge_trainer, tiny_trainer
 from trl_distreward import DiffusionDistributionConfig, MergeCoefficientConfig
 from trl_distreward.trainer import checkpoints
 from trl_distreward.trainer.run_record import RunRecord, describe_config
@@ -16,6 +17,8 @@ def test_only_what_was_chosen_differs_from_the_defaults(tmp_path, kind):
     chosen = {"lr_scheduler_kwargs": {"num_cycles": 2}, "report_to": "tensorboard", "save_strategy": "no", "seed": 7}
     described = describe_config(kind(output_dir=str(tmp_path), use_cpu=True, **chosen))
     assert set(described["defaults"]) == {"use_cpu", *chosen} and described["defaults"]["seed"] == 42
+    whole = kind(output_dir=str(tmp_path), use_cpu=True, logging_steps=1.0, weight_decay=0)
+    assert set(describe_config(whole)["defaults"]) == {"use_cpu"}
 
 
 def test_every_setting_is_in_one_group_and_own_ones_in_those_of_the_docstring(tmp_path):
@@ -59,3 +62,46 @@ def test_run_outlives_a_record_that_cannot_be_written(tmp_path, monkeypatch, cap
         trainer.train()
     assert trainer.state.global_step == 1 and not (tmp_path / "run.json").exists()
     assert "run.json could not be written" in caplog.text
+
+
+class Rising:
+    """A metric that is worse at each evaluation."""
+
+    count = 0
+
+    def reset(self):
+        pass
+
+    def update(self, images, conditions):
+        pass
+
+    def compute(self):
+        self.count += 1
+        return float(self.count)
+
+
+@pytest.mark.parametrize("kind", [tiny_trainer, tiny_merge_trainer])
+def test_evaluation_of_the_best_model_is_not_that_of_the_last_update(tmp_path, kind):
+    every = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"metric_for_best_model": "ode_rising", "load_best_model_at_end": True}
+    trainer = kind(tmp_path, eval_metrics={"rising": Rising()}, eval_samplers=["ode"], **every, **best)
+    trainer.train()
+    trainer.evaluate()
+    found = json.loads((tmp_path / "run.json").read_text())["evaluations"]
+    assert [(e["step"], e.get("of")) for e in found] == [(1, None), (2, None), (2, "the best model, of update 1")]
+
+
+def test_merge_without_differences_of_reward_is_a_skipped_update(tmp_path):
+    trainer = tiny_merge_trainer(tmp_path, method="emanet", max_steps=2)
+    trainer.judge.judge = lambda candidates, step: torch.zeros(len(candidates), 1, dtype=torch.float64)
+    trainer.train()
+    skipped = [{"step": step, "reason": "all rewards are equal"} for step in (0, 1)]
+    assert json.loads((tmp_path / "run.json").read_text())["skipped"] == skipped
+
+
+def test_merge_resumed_from_a_state_without_a_record_keeps_its_count_of_images(tmp_path):
+    trainer = tiny_merge_trainer(tmp_path)
+    state = trainer.training_state() | {"num_images": 120}
+    del state["run_record"]
+    trainer.load_training_state(state)
+    assert trainer.num_images == 120

@@ -34,12 +34,11 @@ def change(before: float, after: float, higher: bool | None) -> Markup:
 
 
 def evaluation_section(run: Run) -> str:
-    found = run.evaluations
-    if not found:
-        return section(
-            "Evaluation",
-            paragraph("Nothing was evaluated: set eval_strategy and eval_steps, or call trainer.evaluate()."),
-        )
+    others = details("Evaluations of something else, or from other noise", _other_evaluations(run))
+    if not run.evaluations:
+        alone = f"No model was evaluated as it was from the noise of seed {run.seed}." if others else ""
+        nothing = "Nothing was evaluated: set eval_strategy and eval_steps, or call trainer.evaluate()."
+        return section("Evaluation", paragraph(alone or nothing), others)
     number_of = run.record.get("num_eval_images")
     images = f"{number_of:,} images each, " if number_of else ""
     return section(
@@ -48,7 +47,7 @@ def evaluation_section(run: Run) -> str:
         details("Over several seeds of the noise", _seeds_table(run)),
         f'<div class="charts">{"".join(_metric_charts(run))}</div>',
         details("All evaluations", _all_evaluations(run)),
-        details("Evaluations of something else", _other_evaluations(run)),
+        others,
     )
 
 
@@ -132,13 +131,12 @@ def _all_evaluations(run: Run) -> str:
 def _other_evaluations(run: Run) -> str:
     rows = [
         (
-            e["of"],
+            e.get("of", "the model"),
             e["step"],
             e.get("seed", "\N{EN DASH}"),
             ", ".join(f"{k} {number(v)}" for k, v in e["values"].items()),
         )
-        for e in run.record["evaluations"]
-        if "of" in e
+        for e in run.other_evaluations
     ]
     return table(("what", "update", "seed", "values"), rows, numbers=(1, 2))
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,15 @@ class Run:
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """Of the model as it was, from the noise that all share; the last one of each step."""
-        own = [e for e in self.record["evaluations"] if "of" not in e and e.get("seed", self.seed) == self.seed]
-        by_step = {evaluation["step"]: evaluation for evaluation in own}
+        by_step = {e["step"]: e for e in self.record["evaluations"] if self._is_own(e)}
         return [by_step[step] for step in sorted(by_step)]
+
+    @property
+    def other_evaluations(self) -> list[dict[str, Any]]:
+        return [e for e in self.record["evaluations"] if not self._is_own(e)]
+
+    def _is_own(self, evaluation: Mapping[str, Any]) -> bool:
+        return "of" not in evaluation and evaluation.get("seed", self.seed) == self.seed
 
     @cached_property
     def logs(self) -> list[dict[str, Any]]:
@@ -111,7 +118,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         lacking = [name for name in _ESSENTIAL if name not in record]
         if lacking:
             raise ValueError(f"{path} is not the record of a run: it has no {', '.join(lacking)}.")
-        return Run(folder, record, True, _grids(folder))
+        return Run(folder, record, True, [grid for grid in _grids(folder) if not _is_of_earlier_run(grid, record)])
     states = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of)
     if not states:
         raise ValueError(
@@ -174,3 +181,10 @@ def _record_of_checkpoint(path: Path) -> dict[str, Any]:
 def _grids(folder: Path) -> list[Grid]:
     paths = [path for path in (folder / "samples").glob("step-*.png") if _step_of(path) >= 0]
     return [Grid(_step_of(path), path) for path in sorted(paths, key=_step_of)]
+
+
+def _is_of_earlier_run(grid: Grid, record: Mapping[str, Any]) -> bool:
+    """Whether a run that went further left it in this folder before this one started."""
+    if grid.step <= record["step"] or "started" not in record:
+        return False
+    return grid.path.stat().st_mtime < datetime.fromisoformat(record["started"]).timestamp()

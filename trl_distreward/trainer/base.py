@@ -122,6 +122,7 @@ class DiffusionTrainer(CheckpointingTrainer):
         self.run_record = RunRecord()
         self._skipped_in_a_row = 0
         self._without_update = False
+        self._holds_best = False  # what is evaluated is of an earlier update than the last
         network = self._prepare_network(policy.model, args, peft_config)
         self._skeleton = without_weights(network)
         self._stop_on_sigterm = StopOnSIGTERM()
@@ -215,9 +216,13 @@ class DiffusionTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.run_record.begin()
+        self._holds_best = False
         try:
             with self.run_record.running():
-                return super().train(*args, **kwargs)
+                result = super().train(*args, **kwargs)
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._holds_best = self.state.best_global_step != self.state.global_step
+            return result
         finally:
             self._stop_on_sigterm.restore()
             self.write_record()
@@ -397,8 +402,11 @@ class DiffusionTrainer(CheckpointingTrainer):
 
     def _note_evaluation(self, values: dict[str, float], seed: int, prefix: str, other_conditions: bool) -> None:
         about: dict[str, Any] = {"step": self.state.global_step, "num_images": self.num_images, "seed": seed}
+        of = [f"the best model, of update {self.state.best_global_step}"] if self._holds_best else []
         if prefix != "eval" or other_conditions:
-            about["of"] = f"{prefix}, {'other' if other_conditions else 'the same'} conditions"
+            of.append(f"{prefix}, {'other' if other_conditions else 'the same'} conditions")
+        if of:
+            about["of"] = ", ".join(of)
         self.run_record.evaluations.append(about | {"values": values})
 
     @property

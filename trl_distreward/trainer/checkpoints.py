@@ -227,8 +227,8 @@ class CheckpointingTrainer(_BaseTrainer):
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Takes back what `training_state` gave; the average comes back with the weights it belongs to."""
-        if "run_record" in state:  # checkpoints of version 0.1.0 have none
-            self.num_images = state["num_images"]
+        self.num_images = state.get("num_images", self.num_images)  # version 0.1.0 kept it of merges alone
+        if "run_record" in state:
             self.run_record.load_state_dict(state["run_record"])
 
     def process_state(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ class PolicyEMA:
     Float32 average of a module's trainable parameters: `average = decay · average + (1 - decay) · parameter`.
 
     It is of the weights after each update, with weights that sum to one as Adam's bias correction makes them: those
-    before the first update have no part in it, or a short run would mostly average where it started.
+    before the first update have no part in it, or a short run would mostly average where it started. An update that is
+    skipped counts as one that changes nothing.
 
     Args:
         model (`torch.nn.Module`): its parameters with `requires_grad` are averaged; until the first update

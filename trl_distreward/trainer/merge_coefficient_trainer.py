@@ -295,6 +295,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         advantages = normalize_advantages(rewards[:, None])[:, 0]
         if not bool((advantages != 0).any()):
             logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
+            self._note_skipped("all rewards are equal")
             return self._no_update()
         if self.args.advantage_normalization == "rank":
             advantages = normalize_advantages(rewards.argsort().argsort().double()[:, None])[:, 0]

@@ -199,4 +199,4 @@ def _alike(value: Any, default: Any) -> bool:
         return value in (None, False, [])
     if isinstance(value, list) and not isinstance(default, list):
         return value == [default] or (default in ("", "none") and not value)
-    return str(value) == str(default)
+    return value == default or str(value) == str(default)
