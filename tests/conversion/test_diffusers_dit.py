@@ -14,6 +14,7 @@ from tests.helpers import tiny_pipeline, tiny_sit, tiny_vae
 from trl_distreward import SiTPipeline
 from trl_distreward.conversion import to_diffusers_dit, to_diffusers_pipeline
 from trl_distreward.conversion.diffusers_dit import timestep_map
+from trl_distreward.policies import as_policy
 
 LATENT = {"in_channels": 4, "sample_size": 8, "hidden_size": 32}
 
@@ -102,3 +103,9 @@ def test_what_diffusers_cannot_be_is_refused():
     model.pos_embed.data[0, 1, 2] += 0.01
     with pytest.raises(ValueError, match="position embeddings"):
         to_diffusers_dit(model)
+
+
+def test_an_exported_pipeline_is_not_taken_for_one_of_predicted_noise():
+    exported = to_diffusers_pipeline(SiTPipeline(tiny_sit(**LATENT), tiny_vae()))
+    with pytest.raises(ValueError, match=r"FlowMapEulerDiscreteScheduler is not of .*train the SiTPipeline"):
+        as_policy(exported)

@@ -19,6 +19,7 @@ from tests.helpers import (
 from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
 from trl_distreward.sampling import replay, rollout
+from trl_distreward.trainer.backprop import Tail
 from trl_distreward.trainer.checks import _is_blind
 
 BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3, "top_advantage_quantile": 1.0}
@@ -140,6 +141,21 @@ def test_micro_batches_change_nothing(tmp_path):
     ]
     for name, value in sizes[0].items():
         torch.testing.assert_close(sizes[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_states_are_fetched_for_one_micro_batch_at_a_time(tmp_path, monkeypatch):
+    trainer, events, fetch = backprop_trainer(tmp_path, max_steps=1), [], Tail.micro_batches
+    backward = trainer.accelerator.backward
+
+    def micro_batches(*args):
+        for batch in fetch(*args):
+            events.append("fetched")
+            yield batch
+
+    monkeypatch.setattr(Tail, "micro_batches", micro_batches)
+    trainer.accelerator.backward = lambda loss: (events.append("used"), backward(loss))
+    trainer.train()
+    assert events == ["fetched", "used"] * 2  # 12 images, 7 at a time
 
 
 def test_distances_fall(tmp_path):

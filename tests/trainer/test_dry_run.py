@@ -1,4 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,16 @@ from tests.policies_parts import PROMPTS, ddim
 from tests.policies_tiny import stable_diffusion
 from trl_distreward import DistributionRewardTrainer
 from trl_distreward.trainer import dry_run as module
-from trl_distreward.trainer.dry_run import check_resources, dry_run, evaluations_of, format_prediction, networks
+from trl_distreward.trainer.dry_run import (
+    check_resources,
+    dry_run,
+    evaluations_of,
+    format_prediction,
+    networks,
+    seconds_per_step,
+)
 from trl_distreward.trainer.estimates import num_events, num_refreshes, rows_per_process
-from trl_distreward.trainer.measurement import AllocatedBytes
+from trl_distreward.trainer.measurement import AllocatedBytes, Measurement
 
 BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 0.25}
 
@@ -62,6 +70,23 @@ def test_predictions_hold_for_any_number_of_processes():
     assert num_events("steps", 4, 10, epoch=3) == 2 and num_events("steps", 4, 10, epoch=3, at_end=True) == 3
     assert num_events("no", 5, 10, epoch=3, at_end=True) == 0 and num_events("steps", 0.25, 10, epoch=3) == 3
     assert num_events("epoch", 500, 10, epoch=3) == 3
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_predicted_time_is_that_of_all_images_that_are_judged(tmp_path, draws):
+    trainer = tiny_trainer(tmp_path, **BACKPROP, backprop_steps="1", backprop_draws=draws)
+    judged = []
+    extract = trainer.rewards.functions[0].extract
+    trainer.rewards.functions[0].extract = lambda images, *args, **kw: (
+        judged.append(images) or extract(images, *args, **kw)
+    )
+    tails = trainer.rollouts.tails(trainer.network, torch.arange(12), 0)
+    nothing = dict.fromkeys((field.name for field in fields(Measurement)), 0.0)
+    of_images = Measurement(**nothing | {"decoding": 2.0, "features": 1.0})
+    seconds = seconds_per_step(trainer, of_images, evaluations_of(trainer), 0, 1)
+    assert sum(map(len, judged)) == 12 * len(tails) == seconds["reward"] == seconds["rollout"] / 2
+    scored = seconds_per_step(trainer, Measurement(**nothing | {"scoring": 1.0}), evaluations_of(trainer), 0, 1)
+    assert scored["reward"] == draws
 
 
 @pytest.mark.parametrize(

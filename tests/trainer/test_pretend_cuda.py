@@ -1,16 +1,21 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The whole path of training on a GPU that is not there: see `tests/pretend_cuda.py`."""
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig
 
 from tests.helpers import real_images, tiny_merge_trainer, tiny_trainer
 from tests.pretend_cuda import pretend_cuda
-from trl_distreward import FeatureStatistics, LogSamplesCallback, SubsetReplaceReward
+from trl_distreward import DistributionRewardTrainer, FeatureStatistics, LogSamplesCallback, SubsetReplaceReward
+from trl_distreward.trainer import backprop, rollouts
 from trl_distreward.trainer.dry_run import dry_run
+from trl_distreward.trainer.judged import Judged
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+BACKPROP = {"loss_type": "backprop", "num_subsets": 6, "backprop_steps": "2"}
 MODES = {
     "bf16": {"bf16": True, "ema_decay": 0.5, "activation_checkpointing": True},
     "off-policy": {
@@ -172,3 +177,43 @@ def test_more_slices_and_pairs_wait_no_more_for_the_device(tmp_path, monkeypatch
     rollout, update = counts[0]
     assert rollout == {"to host": 1, "_local_scalar_dense": 1}  # the slots, and whether all samples are finite
     assert not update
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "rft"}, BACKPROP], ids=["pairs", "rft", "backprop"])
+def test_offloaded_trajectories_leave_the_device_one_by_one(tmp_path, monkeypatch, settings):
+    settings = {"max_steps": 1, "top_advantage_quantile": 0.25, "rollout_batch_size": 2, **settings}
+    there, waiting = [], []
+    real = rollouts.sample
+
+    def sample(*args, **kwargs):
+        waiting.append(sum(kept() is not None for kept in there))
+        trajectory = real(*args, **kwargs)
+        there.extend(map(weakref.ref, [trajectory.sample, *trajectory.states.values()]))
+        return trajectory
+
+    for module in (rollouts, backprop):
+        monkeypatch.setattr(module, "sample", sample)
+    with pretend_cuda(monkeypatch):
+        trainer = tiny_trainer(tmp_path, use_cpu=False, offload_trajectories=True, **settings)
+        trainer.train()
+    assert len(waiting) == 6 and max(waiting) <= 1
+
+
+@pytest.mark.parametrize("settings", [{}, BACKPROP], ids=["pairs", "backprop"])
+def test_a_skipped_generation_leaves_its_time_to_no_other_and_gradients_on(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(Judged, "finite", False)
+    nothing = DistributionRewardTrainer._no_update
+    with_gradients = []  # float16 back-propagates a loss of 0
+
+    def no_update(trainer):
+        with_gradients.append(torch.is_grad_enabled())
+        return nothing(trainer)
+
+    monkeypatch.setattr(DistributionRewardTrainer, "_no_update", no_update)
+    with pretend_cuda(monkeypatch):
+        trainer = tiny_trainer(tmp_path, use_cpu=False, max_steps=1, **{"top_advantage_quantile": 0.25, **settings})
+        trainer.train()
+        (log,) = [log for log in trainer.state.log_history if "skipped_updates" in log]
+        assert log["seconds/rollout"] > 0 and log["seconds/reward"] > 0
+        assert trainer.rollouts.judge.stopwatch.read() == 0
+    assert with_gradients == [True]

@@ -26,6 +26,12 @@ class DiscreteTimePolicy(PipelinePolicy):
     def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
         super().__init__(pipeline, guidance_scale)
         config = pipeline.scheduler.config
+        if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{type(pipeline).__name__} with a {type(pipeline.scheduler).__name__} is not of a "
+                "variance-preserving process, which is all that this policy knows: set a scheduler such as "
+                "DDIMScheduler if the network predicts noise; of a SiT exported to DiTPipeline, train the SiTPipeline."
+            )
         if config.get("thresholding", False):
             raise ValueError("dynamic thresholding of the scheduler is no velocity: set thresholding=False.")
         self.prediction_type = config.prediction_type

@@ -80,31 +80,30 @@ class TailRollouts(Rollouts):
         last = len(schedule.times) - 1
         first = last - self.num_steps(step)
         offset = self.accelerator.process_index * len(mine)
-        parts: list[tuple[dict[int, Tensor], dict[str, Tensor], Tensor]] = []
+        parts: list[tuple[dict[int, Tensor], dict[str, Tensor]]] = []
         for chunk in torch.arange(len(mine)).split(args.rollout_batch_size or args.per_device_train_batch_size):
             conditions = take(self.conditions, mine[chunk])
             generators = self._generators("rollout", step, chunk + offset)
             keep = range(first, last + 1)
             with self.autocast():
                 trajectory = sample(self.policy, model, conditions, schedule, generators, keep_states=keep)
-            parts.append((trajectory.states, self.policy.encode(conditions), trajectory.sample))
+            parts.append((self._kept(trajectory.states), self.policy.encode(conditions)))
+            del trajectory  # its samples would wait on the device otherwise
         conditions = take(self.conditions, mine)
-        cond = {name: torch.cat([c[name] for _, c, _ in parts]) for name in parts[0][1]}
-        data = torch.cat([final for _, _, final in parts])
+        cond = {name: torch.cat([c[name] for _, c in parts]) for name in parts[0][1]}
         # each part goes as it is joined, or all states would be held twice
-        states = [{i: torch.cat([s.pop(i) for s, _, _ in parts]) for i in list(parts[0][0])}]
-        if args.backprop_draws > 1:
-            states += [
-                self._noised_again(model, data, cond, conditions, schedule, ("draw", step, i * slots.numel() + offset))
-                for i in range(args.backprop_draws)
-            ]
-        tails = []
-        for kept in states:
-            judged = self.judge(kept[last], conditions)
-            finite = bool(kept[last].isfinite().all())
-            if args.offload_trajectories:
-                kept = {i: state.cpu() for i, state in kept.items()}
-            tails.append(Tail(conditions, cond, kept, first, judged, finite))
+        states = {i: torch.cat([s.pop(i) for s, _ in parts]) for i in list(parts[0][0])}
+
+        def tail(states: dict[int, Tensor], final: Tensor) -> Tail:
+            judged, finite = self.judge(final, conditions), bool(final.isfinite().all())
+            return Tail(conditions, cond, self._kept(states), first, judged, finite)
+
+        data = send(states[last], self.accelerator.device)
+        tails = [tail(states, data)]
+        for i in range(args.backprop_draws if args.backprop_draws > 1 else 0):
+            stream = ("draw", step, i * slots.numel() + offset)
+            states = self._noised_again(model, data, cond, conditions, schedule, stream)
+            tails.append(tail(states, states[last]))
         return tails
 
     def _noised_again(

@@ -205,17 +205,17 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 tails = self.rollouts.tails(model, slots.flatten(), step)
             self._count_images("rollout", slots.numel())
             with self._timed("reward"):
-                features = []
-                for tail in tails:
-                    if not self._all_finite(tail.finite and tail.judged.finite):
-                        self.skip_update("an image or its features are not finite", slots=slots)
-                        return self._no_update()
-                    features.append(self._gather_features(tail.judged.features))
-                self._record_reward(slots.flatten(), features[0])
-                # of several draws, the sampler's own images are what is rolled, the draws what is trained on
-                trained = list(zip(tails, features, strict=True))[1 if len(tails) > 1 else 0 :]
-                gradients = [self._feature_gradients(slots.flatten(), spaces) for _, spaces in trained]
+                finite = all(self._all_finite(tail.finite and tail.judged.finite) for tail in tails)
+                if finite:
+                    features = [self._gather_features(tail.judged.features) for tail in tails]
+                    self._record_reward(slots.flatten(), features[0])
+                    # of several draws, the sampler's own images are what is rolled, the draws what is trained on
+                    trained = list(zip(tails, features, strict=True))[1 if len(tails) > 1 else 0 :]
+                    gradients = [self._feature_gradients(slots.flatten(), spaces) for _, spaces in trained]
         self._count_features_as_reward()
+        if not finite:
+            self.skip_update("an image or its features are not finite", slots=slots)
+            return self._no_update()
         if args.reference_update == "rolling":
             self.reference_set.roll(slots, features[0], self.slot_sampler.generator)
         rewards = list(zip(self.reward_names, self.reward_funcs, self.reward_weights, strict=True))
@@ -224,16 +224,19 @@ class DistributionRewardTrainer(DiffusionTrainer):
         shared = self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         network, scale = (self.network if shared else model), self.accelerator.num_processes / len(trained)
         device, mine = self.accelerator.device, self.rollouts.local(slots)
-        batches = [
+        size = args.per_device_train_batch_size
+        number_of_batches = len(trained) * math.ceil(len(mine) / size)
+        batches = (  # one at a time: states may wait in CPU memory
             (tail, gradient, batch)
             for (tail, _), gradient in zip(trained, gradients, strict=True)
-            for batch in tail.micro_batches(args.per_device_train_batch_size, device)
-        ]
+            for batch in tail.micro_batches(size, device)
+        )
         statistics, total = UpdateStatistics(), torch.zeros((), device=device)
         self.hold_gradients()
         with self._timed("training"), self.accelerator.no_sync(model) if shared else nullcontext():
             for number, (tail, gradient, batch) in enumerate(batches, start=1):
-                self.accelerator.gradient_state._set_sync_gradients(number == len(batches))  # DeepSpeed steps by it
+                is_last = number == number_of_batches
+                self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed steps by it
                 loss, values = objective(
                     partial(self._velocity, network),
                     self._initial_velocity,
@@ -325,10 +328,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
             local, judged = self.rollouts.generate(model, slots, self.state.global_step)
         self._count_images("rollout", slots.numel() * args.best_of_n)
         with self._timed("reward"):
-            if not self._all_finite(local.finite and judged.finite):
-                return self._skip(local, "an image or its features are not finite", slots=slots)
-            rewards = self._rewards(judged, slots)  # per function (B, 1) or (B, n) float64
+            finite = self._all_finite(local.finite and judged.finite)
+            rewards = self._rewards(judged, slots) if finite else []  # per function (B, 1) or (B, n) float64
         self._count_features_as_reward()
+        if not finite:
+            return self._skip(local, "an image or its features are not finite", slots=slots)
         if not all(bool(values.isfinite().all()) for values in rewards):
             return self._skip(local, "a reward is not finite", slots=slots, rewards=rewards)
         advantages = self._advantages(rewards)

@@ -232,17 +232,19 @@ def seconds_per_step(
     """Of an average optimizer step, by phase; what happens every so often is shared out over all steps."""
     args, processes, m = trainer.args, trainer.accelerator.num_processes, measurement
     images = args.num_subsets * args.replace_size / processes
-    pairs = evaluations.update / guidance_factor(trainer)
+    pairs, judged, scored = evaluations.update / guidance_factor(trainer), images * args.best_of_n, 1
     if args.loss_type == "backprop":
-        pairs = images * args.backprop_draws  # an image's steps were measured together
+        scored = args.backprop_draws
+        pairs = images * scored  # an image's steps were measured together
+        judged = images * (1 + scored if scored > 1 else 1)  # the sampler's own images besides the draws
     size = args.per_device_eval_batch_size
     reference = rows_per_process(args.reference_set_size, size, processes)
     evaluated = rows_per_process(len(trainer.eval_conditions), size, processes) * len(args.eval_schedules)
     count = num_events(args.eval_strategy, args.eval_steps, steps, trainer.steps_per_epoch) + bool(args.eval_on_start)
     rolling = args.reference_update == "rolling"
     per_generation = {
-        "rollout": evaluations.rollout * m.evaluation + images * args.best_of_n * m.decoding,
-        "reward": images * args.best_of_n * m.features + m.scoring + (m.fitting if rolling else 0.0),
+        "rollout": evaluations.rollout * m.evaluation + judged * m.decoding,
+        "reward": judged * m.features + scored * m.scoring + (m.fitting if rolling else 0.0),
     }
     return {
         **{phase: seconds / args.num_iterations for phase, seconds in per_generation.items()},

@@ -137,7 +137,8 @@ class Rollouts:
         size = args.rollout_batch_size or args.per_device_train_batch_size
         rejection = args.loss_type == "rft"
         steps = () if rejection else self.trained_steps(schedule, step)
-        trajectories, judged, conds = [], [], []
+        states: list[dict[int, Tensor]] = []
+        log_probs, finite, judged, conds = [], [], [], []
         for chunk in torch.arange(len(mine)).split(size):
             conditions = take(self.conditions, places[chunk])
             generators = self._generators("rollout", step, chunk + offset)
@@ -148,19 +149,20 @@ class Rollouts:
             if rejection:  # pairs of noise and data take the place of a step's two ends
                 noise = self.policy.noise(conditions, self._generators("flow_matching", step, chunk + offset))
                 trajectory.states = {0: noise, 1: trajectory.sample}
-            if args.offload_trajectories:
-                trajectory.states = {i: state.cpu() for i, state in trajectory.states.items()}
-            trajectories.append(trajectory)
+            states.append(self._kept(trajectory.states))
+            log_probs.append(trajectory.log_probs)
+            finite.append(trajectory.sample.isfinite().all())
+            del trajectory  # its samples would wait on the device otherwise
         batch = RolloutBatch(
             cond={name: torch.cat([c[name] for c in conds]) for name in conds[0]},
             # each part goes as it is joined, or all states would be held twice
-            states={i: torch.cat([t.states.pop(i) for t in trajectories]) for i in list(trajectories[0].states)},
+            states={i: torch.cat([part.pop(i) for part in states]) for i in list(states[0])},
             steps=steps,
-            drawn_log_probs=torch.cat([t.log_probs for t in trajectories]),
+            drawn_log_probs=torch.cat(log_probs),
             advantages=torch.zeros(len(mine), device=mine.device),
             num_own=len(mine),
             num_images=slots.numel(),
-            finite=bool(torch.stack([t.sample.isfinite().all() for t in trajectories]).all()),
+            finite=bool(torch.stack(finite).all()),
         )
         if rejection:
             generators = self._generators("time", step, torch.arange(len(mine)) + offset)
@@ -168,6 +170,10 @@ class Rollouts:
             nothing = torch.zeros(len(mine), 1, device=mine.device)
             batch = replace(batch, steps=(0,), times=send(torch.cat(draws), mine.device), drawn_log_probs=nothing)
         return batch, Judged.cat(judged)
+
+    def _kept(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        """States where they wait for the update."""
+        return {i: state.cpu() for i, state in states.items()} if self.args.offload_trajectories else states
 
     def _generators(self, stream: str, step: int, indices: Tensor) -> list[torch.Generator]:
         return image_generators(self.args.seed, stream, step, indices.tolist())
