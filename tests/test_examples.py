@@ -117,7 +117,12 @@ def test_statistics_of_real_images_are_computed_once(example, tmp_path):
     assert FeatureStatistics.load(path).count == 3
     written = Path(path).stat().st_mtime_ns
     assert find_real_statistics(arguments, str(tmp_path / "out")) == path
+    arguments.real_images = f"{tmp_path}/"  # the same folder
+    assert find_real_statistics(arguments, str(tmp_path / "out")) == path
     assert Path(path).stat().st_mtime_ns == written
+    arguments.real_resize = 128
+    with pytest.raises(ValueError, match="was made with real_resize=256, not 128: remove it"):
+        find_real_statistics(arguments, str(tmp_path / "out"))
     arguments.real_images = "others"
     with pytest.raises(ValueError, match="real_statistics.safetensors is of .*, not of real_images='others'"):
         find_real_statistics(arguments, str(tmp_path / "out"))

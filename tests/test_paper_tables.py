@@ -15,6 +15,15 @@ def page(monkeypatch):
     return importlib.import_module("page")
 
 
+def test_updates_that_a_budget_pays_for_count_every_reference_set(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    affordable = importlib.import_module("experiments").affordable_updates
+    # 1,000 + 10 updates + 1,000 + 9 updates of 256 are 6,864
+    assert affordable({"reference_update": "refresh"}, 7000, 256) == 19
+    assert affordable({"reference_update": "rolling"}, 7000, 256) == 23
+    assert affordable({"reference_update": "rolling"}, 0, 256) == 1
+
+
 def test_documented_tables_are_those_of_the_results(page):
     pages = page.pages()
     assert pages

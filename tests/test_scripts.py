@@ -59,11 +59,22 @@ def test_train_follows_the_recipe_and_the_command_line_wins(recipe, tmp_path, ca
     assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
 
 
-def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_path, capsys):
+def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_path, capsys, monkeypatch):
+    computed = []
+
+    def compute(argv):
+        computed.append(argv[argv.index("--output") + 1])
+        real = FeatureStatistics.load(tmp_path / "real.safetensors")
+        real.metadata["source"] = argv[0]
+        real.save(computed[-1])
+
+    monkeypatch.setattr(statistics, "main", compute)
     lines = [line for line in recipe.read_text().splitlines() if line.partition(":")[0] not in TRAIN_ONLY]
+    lines = [line.replace("real_statistics:", "real_images:") for line in lines]
     checkpoints = "".join(f"\n  - {path}" for path in tiny_pool(tmp_path))
     recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: random"]))
     merge.main(["--config", str(recipe), "--initial_coefficients", "0.5,0,0,0.5", "--baselines", "grid", "emanet"])
+    assert computed == [str(tmp_path / "out" / "real_statistics.safetensors")]  # once, for all methods
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:] == ["| last", "| uniform", "| start", "| grid", "| emanet", "| learnt"]
@@ -128,6 +139,11 @@ def test_options_of_the_policy_are_passed_on(tmp_path):
     assert train.load_policy(train.TrainArguments(**given), config, pipeline).model.dtype == torch.float32
     policy = train.load_policy(train.TrainArguments(**given, dtype="bfloat16"), config, pipeline)
     assert policy.model.dtype == torch.bfloat16
+    policy = train.load_policy(train.TrainArguments(**given, cache_size=0), config, str(tmp_path / "sd3"))
+    assert policy.cache_size == 0
+    for options in ({"cache_size": -1}, {"height": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            train.load_policy(train.TrainArguments(**given, **options), config, str(tmp_path / "sd3"))
     with pytest.raises(ValueError, match="height=4: ClassConditionalPolicy has no such argument"):
         train.load_policy(train.TrainArguments(**given, height=4), config, pipeline)
 
@@ -148,6 +164,10 @@ EXTRACTOR = {"feature_extractor": "tests.helpers.features"}
         ({"reward_funcs": ["aesthetic_score"]}, "lacks head: write 'aesthetic_score,head=…'"),
         ({"reward_funcs": ["hps_score,source="]}, "lacks source: write 'hps_score,source=…'"),
         ({"reward_funcs": ["my.reward,source=x"]}, "a function of your own: it takes no source"),
+        ({"reward_funcs": ["my.reward"], "debias": True}, "debias=True does nothing without feature_extractor or"),
+        ({"reward_funcs": ["my.reward"], "credit": "leave_one_in"}, "credit='leave_one_in' does nothing without"),
+        ({**EXTRACTOR, "real_statistics": "r", "prompt_scale": 2.0}, "prompt_scale=2.0 does nothing without"),
+        ({"reward_funcs": ["my.reward"], "lora_r": 32}, "lora_r=32 does nothing without use_peft"),
     ],
 )
 def test_rewards_that_cannot_be_are_told_before_anything_is_loaded(options, message):

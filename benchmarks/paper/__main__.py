@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import BACKPROP, EXPERIMENTS, PAPER, RATES, ROLLING, Arm, Experiment  # noqa: E402
+from experiments import (  # noqa: E402
+    BACKPROP,
+    EXPERIMENTS,
+    PAPER,
+    RATES,
+    ROLLING,
+    Arm,
+    Experiment,
+    affordable_updates,
+)
 from judges import LogOdds, MeanOf, heldout_metrics  # noqa: E402
 from page import write_page  # noqa: E402
 from runs import IMAGES_PER_UPDATE, Digits, build_trainer, parse_args, run, write  # noqa: E402
@@ -68,8 +77,7 @@ def train_arm(
             "learning_rate": rate,
         }
         if settings["lr_scheduler_type"] == "linear":  # falls to 0 when the images are spent
-            size = settings.get("reference_set_size", 1000)
-            settings["max_steps"] = max(1, (budget - size) // IMAGES_PER_UPDATE)
+            settings["max_steps"] = affordable_updates(settings, budget, IMAGES_PER_UPDATE)
         score = LogOdds(prepared.spaces["last"].__self__)
         result = run(
             start,

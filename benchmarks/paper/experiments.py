@@ -69,6 +69,19 @@ class Experiment:
     eval_images: int = 2000
 
 
+def affordable_updates(settings: dict[str, Any], budget: int, images_per_update: int) -> int:
+    """Updates, at least one, that `budget` images pay for, those of reference sets among them."""
+    size, every = settings.get("reference_set_size", 1000), settings.get("reference_refresh_steps", 10)
+    refreshed = settings["reference_update"] == "refresh"
+    updates = images = 0
+    while True:
+        due = updates == 0 or (refreshed and updates % every == 0)
+        images += images_per_update + due * size
+        if images > budget:
+            return max(1, updates)
+        updates += 1
+
+
 def paper(**settings: Any) -> Arm:
     return Arm("RL", {**PAPER, **settings})
 

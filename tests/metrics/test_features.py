@@ -202,6 +202,17 @@ def test_weights_are_compared_where_statistics_have_their_digest(vit, tmp_path):
         SubsetReplaceReward(features, tmp_path / "real.safetensors")
 
 
+@pytest.mark.parametrize("distance", ["kernel", "sliced_wasserstein"])
+def test_real_features_are_compared_likewise(vit, tmp_path, distance):
+    extractor = load_feature_extractor(vit)
+    metadata = {"extractor": extractor.name, "resize": extractor.resize, "weights": network_digest(extractor)}
+    header = {"metadata": json.dumps(metadata)}
+    save_file({"features": extractor(real_images(20)).contiguous()}, tmp_path / "real.safetensors", metadata=header)
+    SubsetReplaceReward(load_feature_extractor(vit), tmp_path / "real.safetensors", distance)
+    with pytest.raises(ValueError, match="has resize '.*', but the images are seen with"):
+        SubsetReplaceReward(load_feature_extractor(vit, pooling="mean"), tmp_path / "real.safetensors", distance)
+
+
 def test_an_untrained_pooler_that_is_not_used_is_not_part_of_the_network(vit):
     digests = set()
     for seed in (0, 1):

@@ -29,6 +29,7 @@ from trl_distreward import (
     load_pipeline,
 )
 from trl_distreward.generation import generate_images
+from trl_distreward.metrics.report import MeanScore
 from trl_distreward.sampling import transition
 from trl_distreward.trainer.checks import check_sizes
 
@@ -368,6 +369,19 @@ def test_model_card_names_the_recipe_and_the_change(tmp_path):
         ({"reward_funcs": [tiny_reward(), tiny_reward()]}, ValueError, "share names"),
         ({"reward_funcs": lambda images, **kwargs: [0.0] * len(images), "best_of_n": 2}, ValueError, "best_of_n=2"),
         ({"metric_for_best_model": "eval_fid"}, ValueError, "choose one of eval_sde_distance_features"),
+        (
+            {"metric_for_best_model": "ode_distance_features", "greater_is_better": True},
+            ValueError,
+            "would keep the worst .* set greater_is_better=False",
+        ),
+        (
+            {
+                "metric_for_best_model": "eval_ode_score",
+                "eval_metrics": {"score": MeanScore(lambda images, conditions: [0.0] * len(images))},
+            },
+            ValueError,
+            "would keep the worst .* set greater_is_better=True",
+        ),
     ],
 )
 def test_misfits_are_refused_before_training(tmp_path, kwargs, error, message):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """What a distance is to rewards and metrics, and distances by name."""
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -78,6 +79,7 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any, extractor: A
         distance = DISTANCES[distance]
     built = distance.func if isinstance(distance, partial) else distance
     name, resize = (getattr(extractor, attribute, None) for attribute in ("name", "resize"))
+    metadata = _metadata(real) if isinstance(real, str | os.PathLike) else {}
     if isinstance(real, str | os.PathLike) and built not in _COMPARE_FEATURES:
         held = _tensor_names(real)
         if "features" not in held or (built is FrechetDistance and "mean" in held):
@@ -86,11 +88,25 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any, extractor: A
             real = load_real_features(real, "this distance")
     if built is FrechetDistance and isinstance(real, Tensor):
         real = FeatureStatistics.from_features(real)
-    if isinstance(real, FeatureStatistics) and name is not None:
-        module = module_of(extractor) if "weights" in real.metadata else None
+    if isinstance(real, FeatureStatistics):
+        metadata = real.metadata
+    if metadata and name is not None:
+        module = module_of(extractor) if "weights" in metadata else None
         weights = None if module is None else network_digest(module)
-        check_extractor(real.metadata, real.dimension, extractor=name, resize=resize, weights=weights)
+        dimension = getattr(real, "dimension", 0)  # compared when features are there
+        check_extractor(metadata, dimension, extractor=name, resize=resize, weights=weights)
     return distance(real)
+
+
+def _metadata(path: str | os.PathLike) -> dict[str, str]:
+    """What a `.safetensors` file of real data says of it; of others, reading them tells."""
+    if not str(path).endswith(".safetensors") or not os.path.isfile(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("metadata", "{}"))
+    except SafetensorError:
+        return {}  # damaged: reading the data says so
 
 
 def _tensor_names(path: str | os.PathLike) -> set[str]:

@@ -136,6 +136,8 @@ class MeanScore:
         reward (`Callable`): `reward(images=…, conditions=…)`, one number per image.
     """
 
+    higher_is_better = True
+
     def __init__(self, reward: Callable[..., Any]):
         self.reward = reward
         self._scores: list[Tensor] = []

@@ -37,7 +37,8 @@ class TextToImagePolicy(PipelinePolicy):
             keeps text encoders in CPU memory but while they encode.
 
     Raises:
-        ValueError: `height` or `width` is not a multiple of what the network and the VAE divide it into.
+        ValueError: `height` or `width` is not a multiple of what the network and the VAE divide it into, or
+            `cache_size` is negative.
     """
 
     embeddings: dict[str, int] = {"prompt_embeds": 0}
@@ -57,11 +58,13 @@ class TextToImagePolicy(PipelinePolicy):
         super().__init__(pipeline, guidance_scale)
         factor = pipeline.vae_scale_factor
         native = tuple(side * factor for side in self.native_size)
-        self.size = (height or native[0], width or native[1])
-        if any(side % (factor * self.patch) for side in self.size):
+        self.size = (native[0] if height is None else height, native[1] if width is None else width)
+        if any(side < 1 or side % (factor * self.patch) for side in self.size):
             raise ValueError(
                 f"height={self.size[0]} and width={self.size[1]} must be multiples of {factor * self.patch}."
             )
+        if cache_size < 0:
+            raise ValueError(f"cache_size={cache_size} must be at least 0: prompts whose embeddings are kept.")
         self.sample_shape = (self.latent_channels, *(side // factor for side in self.size))
         self.cache_size = cache_size
         self.offload_text_encoders = offload_text_encoders

@@ -3,9 +3,9 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..evaluation.datasets import read_dataset
 from ..importing import resolve
@@ -30,6 +30,12 @@ REWARDS: dict[str, Callable[..., Any]] = {
 @dataclass
 class RewardArguments:
     """What is trained, on what reward, and what is watched."""
+
+    # what is needed, one of each key, for options to do anything
+    idle_without: ClassVar[dict[tuple[str, ...], tuple[str, ...]]] = {
+        ("prompt_encoder",): ("prompt_scale",),
+        ("feature_extractor", "prompt_encoder"): ("distance", "debias"),
+    }
 
     model: str = field(metadata={"help": "Folder or Hub id of the pipeline."})
     feature_extractor: str | None = field(
@@ -113,6 +119,18 @@ class RewardArguments:
             raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
         for spec in self.reward_funcs:
             check_reward(spec)
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Raises `ValueError` for options that say how something is used which is not there."""
+        defaults = {option.name: option.default for option in fields(self)}
+        for need, options in self.idle_without.items():
+            changed = [name for name in options if getattr(self, name) != defaults[name]]
+            if changed and not any(getattr(self, name) for name in need):
+                raise ValueError(
+                    f"{changed[0]}={getattr(self, changed[0])!r} does nothing without {' or '.join(need)}: give "
+                    "that, or leave it out."
+                )
 
 
 def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -> list[Any]:
@@ -174,13 +192,9 @@ def find_real_statistics(arguments: RewardArguments, output_dir: str) -> str | N
     if images is None:
         return arguments.real_statistics
     path = Path(arguments.real_statistics or Path(output_dir) / "real_statistics.safetensors")
+    split = arguments.real_split or (None if Path(images).exists() else "train")
     if path.is_file():
-        source = FeatureStatistics.load(path).metadata.get("source")
-        if source != images:
-            raise ValueError(
-                f"{path} is of {source}, not of real_images={images!r}: name another file as real_statistics, or "
-                "leave real_images out."
-            )
+        _check_of_images(path, arguments, split)
         return str(path)
     options = ["--output", str(path)]
     if arguments.feature_extractor is not None:
@@ -192,13 +206,34 @@ def find_real_statistics(arguments: RewardArguments, output_dir: str) -> str | N
         options += ["--resize", str(arguments.real_resize)]
     if arguments.distance != "frechet":
         options += ["--features"]
-    if Path(images).exists():
-        options += [] if arguments.real_split is None else ["--split", arguments.real_split]
-    else:
-        options += ["--split", arguments.real_split or "train", "--streaming"]
+    options += [] if split is None else ["--split", split]
+    options += [] if Path(images).exists() else ["--streaming"]
     path.parent.mkdir(parents=True, exist_ok=True)
     statistics.main([images, *options])
     return str(path)
+
+
+def _check_of_images(path: Path, arguments: RewardArguments, split: str | None) -> None:
+    """Raises `ValueError` where a file is not of `real_images` as the options have them."""
+    held = FeatureStatistics.load(path).metadata
+    source, images = held.get("source"), arguments.real_images
+    if source is None or Path(source) != Path(str(images)):  # "images" and "images/" are the same
+        raise ValueError(
+            f"{path} is of {source}, not of real_images={images!r}: name another file as real_statistics, or leave "
+            "real_images out."
+        )
+    resize = None if arguments.real_resize is None else str(arguments.real_resize)
+    asked = {"real_resize": ("image_resize", resize)}
+    if split is not None:
+        asked["real_split"] = ("split", split)
+    if arguments.prompt_encoder is not None:
+        asked["prompt_column"] = ("prompt_column", arguments.prompt_column)
+    for option, (name, value) in asked.items():
+        if held.get(name) != value:
+            raise ValueError(
+                f"{path} was made with {option}={held.get(name)}, not {value}: remove it to have it made anew, name "
+                "another file as real_statistics, or leave real_images out."
+            )
 
 
 def build_metrics(arguments: RewardArguments, rewards: list[Any]) -> dict[str, ImageMetric]:

@@ -22,7 +22,7 @@ from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.merge_card import comparison_table
 from ..trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
-from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
+from .arguments import RewardArguments, build_metrics, build_rewards, find_real_statistics, load_conditions
 from .common import make_trl_parser
 
 
@@ -71,6 +71,9 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
         )
         for method in arguments.baselines
     }
+    # once, in the folder of the run: baselines have the same
+    arguments.real_statistics = find_real_statistics(arguments, str(config.output_dir))
+    arguments.real_images = None
     trainer = build_trainer(arguments, config, model, checkpoints)
     if arguments.log_samples:
         sampler = "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]

@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=arguments.num_workers,
     )
     if state.is_main_process:
-        about = {k: v for k, v in source.description.items() if k in ("source", "config", "split", "revision")}
+        kept = ("source", "config", "split", "revision", "prompt_column")
+        about = {"source": arguments.source} | {k: v for k, v in source.description.items() if k in kept}
         metadata = describe(collected, extractor, image_resize=arguments.resize, **about)
         statistics = write_statistics(collected, output, metadata, arguments.features)
         for message in collected.skipped:

@@ -19,7 +19,7 @@ file; the command line wins.
 import logging
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -42,6 +42,12 @@ from .common import make_trl_parser
 @dataclass
 class TrainArguments(RewardArguments):
     """What is trained, on what reward, and what is watched."""
+
+    idle_without: ClassVar[dict[tuple[str, ...], tuple[str, ...]]] = {
+        **RewardArguments.idle_without,
+        ("feature_extractor", "prompt_encoder"): ("distance", "debias", "credit", "control_variate"),
+        ("use_peft",): ("lora_r", "lora_alpha", "lora_target_modules"),
+    }
 
     credit: str = field(
         default="shared", metadata={"help": "Whether a subset's images share its reward.", "choices": list(CREDITS)}
@@ -149,7 +155,8 @@ def load_policy(arguments: TrainArguments, config: DiffusionDistributionConfig, 
     elif isinstance(model, DiffusionPipeline) and arguments.dtype != "float32":
         model.to(getattr(torch, arguments.dtype))
     names = ("height", "width", "offload_text_encoders", "cache_size")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    given = {name: getattr(arguments, name) for name in names}
+    options = {name: value for name, value in given.items() if value is not None and value is not False}
     if config.guidance_channels is not None:
         options["guidance_channels"] = config.guidance_channels
     return as_policy(model, config.guidance_scale, **options)

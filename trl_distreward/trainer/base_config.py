@@ -61,7 +61,7 @@ class DiffusionTrainerConfig(_BaseConfig):
 
     > Parameters with other defaults than [`~transformers.TrainingArguments`]: `lr_scheduler_type="constant"`,
     > `logging_steps=1`, `remove_unused_columns=False`. A lower value of `metric_for_best_model` is the better one
-    > unless `greater_is_better` says otherwise.
+    > unless `greater_is_better` says otherwise; a metric that says itself which way is up must agree.
     """
 
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})

@@ -48,12 +48,21 @@ def check_on(images: Tensor, conditions: Any, rewards: RewardFunctions, metrics:
 def check_best_metric(args: Any, metrics: Mapping[str, ImageMetric]) -> None:
     """
     Raises:
-        ValueError: `metric_for_best_model` is not evaluated.
+        ValueError: `metric_for_best_model` is not evaluated, or says itself that the other way is up.
     """
     name = args.metric_for_best_model
-    known = [f"eval_{sampler}_{metric}" for sampler in args.eval_schedules for metric in metrics]
-    if name is not None and name not in known and f"eval_{name}" not in known:
+    if name is None:
+        return
+    known = {f"eval_{sampler}_{key}": metric for sampler in args.eval_schedules for key, metric in metrics.items()}
+    metric = known.get(name, known.get(f"eval_{name}"))
+    if metric is None:
         raise ValueError(f"metric_for_best_model={name!r} is not evaluated: choose one of {', '.join(known)}.")
+    higher = getattr(metric, "higher_is_better", None)
+    if higher is not None and higher != args.greater_is_better:
+        raise ValueError(
+            f"greater_is_better={args.greater_is_better} would keep the worst by metric_for_best_model={name!r}: set "
+            f"greater_is_better={higher}."
+        )
 
 
 def check_sizes(args: Any, rewards: RewardFunctions, processes: int) -> None:
