@@ -54,8 +54,10 @@ def test_images_to_target_are_interpolated_and_a_miss_is_none(page):
 
     runs = {
         "base": [run(images=0, d=10.0)],
-        "reaches": [run(images=300, d=1.0, curve=[{"images": 100, "d": 8.0}, {"images": 200, "d": 6.0}])],
-        "misses": [run(images=300, d=9.0, curve=[{"images": 100, "d": 8.0}, {"images": 200, "d": 7.5}])],
+        "reaches": [run(images=4000, d=1.0, curve=[{"images": 2000, "d": 8.0}, {"images": 3000, "d": 6.0}])],
+        "at once": [run(images=3000, d=1.0, curve=[{"images": 2000, "d": 4.0}])],  # the first 1,000 train nothing
+        "misses": [run(images=4000, d=9.0, curve=[{"images": 2000, "d": 8.0}, {"images": 3000, "d": 7.5}])],
     }
-    assert page.images_to_target(runs, "reaches", "d") == pytest.approx([150])
+    assert page.images_to_target(runs, "reaches", "d") == pytest.approx([2500])
+    assert page.images_to_target(runs, "at once", "d") == pytest.approx([1500])
     assert page.images_to_target(runs, "misses", "d") == [float("inf")]
