@@ -207,6 +207,7 @@ def launch(*command, processes=2, **environment):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher += [str(Path(__file__).with_name("launched.py"))]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment}
     return subprocess.run(

@@ -147,6 +147,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
         budget=12_000,
     ),
+    "rejection": Experiment(
+        "Why rejection sampling harms here: its selection, or the samples it learns from",
+        {
+            "rejection sampling": RS,
+            "all kept": Arm("RS", {**RS.settings, "top_advantage_quantile": 1.0}),
+            "50 steps": Arm("RS", {**RS.settings, "num_inference_steps": 50}),
+            "50 steps, all kept": Arm(
+                "RS", {**RS.settings, "num_inference_steps": 50, "top_advantage_quantile": 1.0}
+            ),
+        },
+        budget=8_000,
+        eval_steps=(50,),
+    ),
     "refresh": Experiment(
         "Fig. 5: updates between two generations of the reference set",
         {

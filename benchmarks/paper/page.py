@@ -227,6 +227,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "figure_4b": ("training", gap_table),
     "figure_4c": ("stages", arms_table),
     "figure_5": ("refresh", arms_table),
+    "rejection": ("rejection", arms_table),
     "noise": ("noise", gap_table),
     "recipe": ("recipe", arms_table),
 }
