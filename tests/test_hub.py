@@ -17,12 +17,16 @@ from trl_distreward.hub import ATTEMPTS, push_folder
 TOKEN = "hf_secretsecretsecret"
 RUN = """
 import sys
+from pathlib import Path
 import trl_distreward.hub
 trl_distreward.hub.BACKOFF = 0.0
 from tests.helpers import tiny_trainer
 trainer = tiny_trainer(sys.argv[1], max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True,
                        hub_model_id="org/tiny", hub_token=sys.argv[2], hub_always_push=True, **eval(sys.argv[3]))
 trainer.train()
+skipped = Path(sys.argv[1], "skipped", "step-1.pt")
+skipped.parent.mkdir()
+skipped.write_bytes(b"images of a skipped update")
 trainer.push_to_hub()
 """
 LOAD = """
@@ -78,6 +82,7 @@ def test_every_save_carries_the_weights_and_loads_back(hub, tmp_path):
     names = set(commits[-1][1])
     assert {"model_index.json", "transformer/config.json", "README.md"} <= names
     assert not any(name.startswith(("optimizer", "rng_state", "scheduler", "diffusion", "_")) for name in names)
+    assert "run.json" not in names and not any(name.startswith("skipped") for name in names)
     # the token is neither printed nor uploaded nor written to disk
     assert TOKEN not in result.stdout + result.stderr
     assert all(TOKEN.encode() not in data for data in commits[-1][1].values())

@@ -34,7 +34,7 @@ from ..generation import SamplingSchedule, conditions_of_slots, image_generators
 from ..metrics.report import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
 from .callbacks import StopOnSIGTERM, UpdateEMA
-from .checkpoints import CheckpointingTrainer
+from .checkpoints import SKIPPED_FOLDER, CheckpointingTrainer
 from .cuda_graphs import copy_outputs, hold_gradients, uses_cuda_graphs
 from .ema import PolicyEMA
 from .run_record import KeepRecord, RunRecord
@@ -282,7 +282,7 @@ class DiffusionTrainer(CheckpointingTrainer):
         self._skipped_in_a_row += 1
         self._note_skipped(reason)
         step, limit = self.state.global_step, self.args.max_skipped_updates
-        path = os.path.join(self.args.output_dir, "skipped", f"step-{step}.pt")
+        path = os.path.join(self.args.output_dir, SKIPPED_FOLDER, f"step-{step}.pt")
         if self.accelerator.is_main_process:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.save({"step": step, "reason": reason, "seed": self.args.seed, **context}, path)

@@ -45,6 +45,7 @@ from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_sta
 logger = get_logger(__name__)
 
 ADAPTER_FOLDER = "adapter"
+SKIPPED_FOLDER = "skipped"
 RAW_WEIGHTS = "trained_weights.safetensors"
 TRAINING_STATE = "diffusion_state.pt"
 PROCESS_STATE = "process_state_{}.pt"
@@ -64,6 +65,8 @@ _RESUME_ONLY = [
     "process_state*",
     TRAINING_STATE,
 ]
+# Of the output folder: those that name this machine's folders, and what a skipped update was made of, besides.
+_NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", RUN_RECORD, f"{SKIPPED_FOLDER}/*"]
 
 
 class CheckpointingTrainer(_BaseTrainer):
@@ -443,7 +446,7 @@ class CheckpointingTrainer(_BaseTrainer):
             commit_message=commit_message,
             token=token,
             revision=revision or self.args.hub_revision,
-            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+            ignore_patterns=_NOT_PUSHED,
         )
         return push() if blocking else run_as_future(push)
 
