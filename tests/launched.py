@@ -2,9 +2,9 @@
 """
 Runs a script, or `-m` and a module, as Python would, and ends the process without taking the interpreter down.
 
-Gloo's worker threads may still be dropping their last tensors then, and a thread that asks for the lock of an interpreter
-that is being taken down aborts the process after all its work is done ("terminate called without an active exception",
-https://github.com/pytorch/pytorch/issues/190489): once in about 75 runs on a busy machine.
+Gloo's worker threads may still be dropping their last tensors then, and a thread that asks for the lock of an
+interpreter that is being taken down aborts the process after all its work is done ("terminate called without an active
+exception", https://github.com/pytorch/pytorch/issues/190489): once in about 75 runs on a busy machine.
 """
 
 import os

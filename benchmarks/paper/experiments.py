@@ -153,9 +153,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "rejection sampling": RS,
             "all kept": Arm("RS", {**RS.settings, "top_advantage_quantile": 1.0}),
             "50 steps": Arm("RS", {**RS.settings, "num_inference_steps": 50}),
-            "50 steps, all kept": Arm(
-                "RS", {**RS.settings, "num_inference_steps": 50, "top_advantage_quantile": 1.0}
-            ),
+            "50 steps, all kept": Arm("RS", {**RS.settings, "num_inference_steps": 50, "top_advantage_quantile": 1.0}),
         },
         budget=8_000,
         eval_steps=(50,),

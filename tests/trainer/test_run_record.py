@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.helpers import tiny_config, tiny_merge_trainer, tiny_trainer
 from trl_distreward import DiffusionDistributionConfig, MergeCoefficientConfig
@@ -27,6 +28,20 @@ def test_every_setting_is_in_one_group_and_own_ones_in_those_of_the_docstring(tm
     assert sorted(grouped) == sorted(described["values"])
     assert "replace_size" in described["groups"]["the reward"] and "beta" in described["groups"]["the update"]
     assert "weight_decay" in list(described["groups"].values())[-1]
+
+
+def test_evaluation_under_another_prefix_is_no_log_of_training(tmp_path):
+    class Test(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.evaluate(metric_key_prefix="test")
+
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.add_callback(Test())
+    trainer.train()
+    tested = [entry for entry in trainer.state.log_history if "test_runtime" in entry]
+    assert len(tested) == 1 and not {"reward", "num_images"} & set(tested[0])
+    logs = json.loads((tmp_path / "run.json").read_text())["log_history"]
+    assert "reward" in logs[0] and not any(name.startswith("test_") for entry in logs for name in entry)
 
 
 def test_training_again_forgets_the_first_run(tmp_path):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-RECORD = "run.json"
+RUN_RECORD = "run.json"
 STATE = "trainer_state.json"
 _ESSENTIAL = ("trainer", "step", "evaluations", "log_history")
 
@@ -112,7 +112,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name the output_dir of a run.")
-    path = folder / RECORD
+    path = folder / RUN_RECORD
     if path.is_file():
         record = _read_json(path)
         lacking = [name for name in _ESSENTIAL if name not in record]
@@ -122,7 +122,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     states = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of)
     if not states:
         raise ValueError(
-            f"{folder} is not the output_dir of a run, which has a {RECORD} or checkpoints{_hint(folder)}."
+            f"{folder} is not the output_dir of a run, which has a {RUN_RECORD} or checkpoints{_hint(folder)}."
         )
     return Run(folder, _record_of_checkpoint(states[-1]), False, _grids(folder))
 
@@ -130,7 +130,7 @@ def read_run(folder: str | os.PathLike) -> Run:
 def _hint(folder: Path) -> str:
     if (folder / STATE).is_file():
         return f": it is a checkpoint; name {folder.parent}"
-    runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
+    runs = sorted(path.parent.name for path in folder.glob(f"*/{RUN_RECORD}"))
     if runs:
         return f": it holds runs, name one of {', '.join(str(folder / run) for run in runs)}"
     return ", written from the first update on"
@@ -151,6 +151,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_evaluation(entry: Mapping[str, Any]) -> bool:
+    """Whether a log entry is of an evaluation, under whatever prefix: transformers notes how long each took."""
+    return any(name.endswith("_runtime") and name != "train_runtime" for name in entry)
+
+
 def _record_of_checkpoint(path: Path) -> dict[str, Any]:
     """What the state of transformers' trainer tells."""
     state, arguments = _read_json(path), path.parent / "training_args.json"
@@ -169,7 +174,7 @@ def _record_of_checkpoint(path: Path) -> dict[str, Any]:
         "step": state["global_step"],
         "max_steps": state.get("max_steps"),
         "evaluations": evaluations,
-        "log_history": [e for e in state["log_history"] if not any(name.startswith("eval_") for name in e)],
+        "log_history": [entry for entry in state["log_history"] if not is_evaluation(entry)],
         "config": {"values": values},
     }
     learnt = path.parent / "coefficients.json"

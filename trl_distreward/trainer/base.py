@@ -33,6 +33,7 @@ from transformers.trainer_utils import (
 from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
 from ..metrics.report import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
+from ..run_report.folder import is_evaluation
 from .callbacks import StopOnSIGTERM, UpdateEMA
 from .checkpoints import SKIPPED_FOLDER, CheckpointingTrainer
 from .cuda_graphs import copy_outputs, hold_gradients, uses_cuda_graphs
@@ -239,7 +240,7 @@ class DiffusionTrainer(CheckpointingTrainer):
         self._metrics[name].append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not any(key.startswith("eval_") for key in logs):
+        if not is_evaluation(logs):
             logs = {**logs, **{key: sum(values) / len(values) for key, values in self._metrics.items()}}
             logs["num_images"] = self.num_images  # as it is now, and no mean over steps
             self._metrics.clear()

@@ -37,9 +37,10 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..evaluation.files import written_whole
 from ..hub import push_folder, with_retries, without_tokens
 from ..policies import DiffusionPolicy
+from ..run_report.folder import RUN_RECORD, is_evaluation
 from .ema import PolicyEMA
 from .model_card import build_model_card, recipe_of
-from .run_record import RUN_RECORD, RunRecord, describe_config, device_name, now, versions
+from .run_record import RunRecord, describe_config, device_name, now, versions
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict
 
 logger = get_logger(__name__)
@@ -296,7 +297,7 @@ class CheckpointingTrainer(_BaseTrainer):
         """What the record holds; subclasses add theirs."""
         pipeline = getattr(self.policy, "pipeline", None)
         parameters = list(self._skeleton.parameters())
-        logs = [entry for entry in self.state.log_history if not any(name.startswith("eval_") for name in entry)]
+        logs = [entry for entry in self.state.log_history if not is_evaluation(entry)]
         return {
             "trainer": type(self).__name__,
             "paper": self._paper,

@@ -29,6 +29,7 @@ from ..merging.search import CMASearch, GridSearch, RandomSearch, Search, power_
 from ..merging.stamp import stamp_network
 from ..metrics.report import ImageMetric
 from ..policies import as_policy
+from ..run_report.folder import is_evaluation
 from .base import DiffusionTrainer, disable_dropout
 from .candidates import CandidateJudge
 from .checkpoints import ADAPTER_FOLDER
@@ -319,7 +320,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
                 self.record(f"rewards/{name}/mean", column.mean().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not any(key.startswith("eval_") for key in logs):
+        if not is_evaluation(logs):
             if "reward_best" in self._metrics:
                 self._metrics["reward_best"] = [max(self._metrics["reward_best"])]
             if len(self.group_names) == 1:

@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 from .. import __version__
 from .recipes import RECIPES
 
-RUN_RECORD = "run.json"
 # Share of a run's time that writing its record may take
 _WRITING_SHARE = 0.02
 _PACKAGES = (
