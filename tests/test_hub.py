@@ -27,6 +27,11 @@ trainer.train()
 skipped = Path(sys.argv[1], "skipped", "step-1.pt")
 skipped.parent.mkdir()
 skipped.write_bytes(b"images of a skipped update")
+baseline = Path(sys.argv[1], "baselines", "grid", "checkpoint-1", "optimizer.pt")
+baseline.parent.mkdir(parents=True)
+baseline.write_bytes(b"of another search")
+Path(sys.argv[1], "real_statistics.safetensors").write_bytes(b"of real data")
+Path(sys.argv[1], "report.html").write_text("names folders")
 trainer.push_to_hub()
 """
 LOAD = """
@@ -82,7 +87,8 @@ def test_every_save_carries_the_weights_and_loads_back(hub, tmp_path):
     names = set(commits[-1][1])
     assert {"model_index.json", "transformer/config.json", "README.md"} <= names
     assert not any(name.startswith(("optimizer", "rng_state", "scheduler", "diffusion", "_")) for name in names)
-    assert "run.json" not in names and not any(name.startswith("skipped") for name in names)
+    assert not {"run.json", "report.html", "real_statistics.safetensors"} & names
+    assert not any(name.startswith(("skipped", "baselines")) for name in names)
     # the token is neither printed nor uploaded nor written to disk
     assert TOKEN not in result.stdout + result.stderr
     assert all(TOKEN.encode() not in data for data in commits[-1][1].values())

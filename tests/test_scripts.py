@@ -167,6 +167,11 @@ EXTRACTOR = {"feature_extractor": "tests.helpers.features"}
         ({"reward_funcs": ["my.reward"], "debias": True}, "debias=True does nothing without feature_extractor or"),
         ({"reward_funcs": ["my.reward"], "credit": "leave_one_in"}, "credit='leave_one_in' does nothing without"),
         ({**EXTRACTOR, "real_statistics": "r", "prompt_scale": 2.0}, "prompt_scale=2.0 does nothing without"),
+        (
+            {**EXTRACTOR, "real_statistics": "r", "real_resize": 256},
+            "real_resize=256 does nothing without real_images",
+        ),
+        ({**EXTRACTOR, "real_statistics": "r", "dataset_split": "test"}, "does nothing without dataset_name"),
         ({"reward_funcs": ["my.reward"], "lora_r": 32}, "lora_r=32 does nothing without use_peft"),
     ],
 )

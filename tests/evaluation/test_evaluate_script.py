@@ -161,6 +161,8 @@ def test_options_without_effect_are_refused(folder, monkeypatch):
         refused(f"{option}: of a pipeline's images, but real.npz holds images", "--model", "real.npz", option, value)
     refused("--sampler: of a pip.*but real.npz", "--compare", "a.json", "real.npz", "--sampler", "ode")
     refused("--model-revision is of the Hub, but base is a folder", "--model", "base", "--model-revision", "main")
+    refused("--solver: of --sampler ode, but the sampler is sde", "--model", "base", "--solver", "heun")
+    refused("--noise-level: of --sampler sde", "--model", "base", "--sampler", "ode", "--noise-level", "0.5")
     for model in ("base", "real.npz"):
         dataset = ["--split", "train", "--streaming"]
         refused("--split, --streaming: of a dataset.*moments", "--model", model, *dataset, real="moments.safetensors")

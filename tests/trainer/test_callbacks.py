@@ -19,6 +19,13 @@ def test_grid_puts_images_in_rows():
     assert image_grid(images.expand(6, 3, 2, 3)).mode == "RGB"
 
 
+def test_share_of_the_steps_as_eval_steps_is_counted_in_steps(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=0.5)
+    trainer.add_callback(LogSamplesCallback(trainer))
+    trainer.train()
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{i}.png" for i in (0, 2, 4)}
+
+
 def test_samples_come_from_the_same_noise_and_the_evaluated_weights(tmp_path):
     pytest.importorskip("tensorboard")
     trainer = tiny_trainer(

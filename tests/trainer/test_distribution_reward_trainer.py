@@ -272,6 +272,14 @@ def test_evaluation_during_training_picks_the_best_checkpoint(tmp_path):
     distances = logged(trainer, "eval_ode_distance_features")
     assert trainer.state.best_metric == min(distances)
     assert trainer.evaluate()["eval_ode_distance_features"] == pytest.approx(min(distances), rel=1e-6)
+    step = trainer.state.best_global_step
+    assert step < 4  # the card shows the weights that are kept, and no evaluation of others
+    trainer.evaluate(seed=7)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["ode_distance_features"] == pytest.approx(min(distances), rel=1e-6)
+    assert f" {step} updates" in card.text and f"| step {step} |" in card.text
     best = load_pipeline(trainer.state.best_model_checkpoint).transformer
     assert all(torch.equal(p, weights(trainer.network)[n]) for n, p in best.named_parameters())
 

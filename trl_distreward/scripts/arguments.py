@@ -15,6 +15,7 @@ from ..metrics.report import FeatureDistance, ImageMetric, MeanScore
 from ..metrics.statistics import FeatureStatistics
 from ..rewards.per_image import aesthetic_score, clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
+from ..trainer.base_config import DiffusionTrainerConfig
 from . import statistics
 from .common import beside_prompts, split_spec
 
@@ -35,6 +36,9 @@ class RewardArguments:
     idle_without: ClassVar[dict[tuple[str, ...], tuple[str, ...]]] = {
         ("prompt_encoder",): ("prompt_scale",),
         ("feature_extractor", "prompt_encoder"): ("distance", "debias"),
+        ("real_images",): ("real_resize", "real_split"),
+        ("dataset_name",): ("dataset_split",),
+        ("dataset_name", "real_images"): ("prompt_column",),
     }
 
     model: str = field(metadata={"help": "Folder or Hub id of the pipeline."})
@@ -150,6 +154,11 @@ def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -
     return rewards
 
 
+def shown_sampler(config: DiffusionTrainerConfig) -> str:
+    """The sampler of the grids of samples: the ODE if it is evaluated."""
+    return "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]
+
+
 def find_reward(spec: str) -> Any:
     """A reward of single images by its name, `NAME[,option=value…]`, or the object at a dotted path."""
     name, options = check_reward(spec)
@@ -192,7 +201,8 @@ def find_real_statistics(arguments: RewardArguments, output_dir: str) -> str | N
     if images is None:
         return arguments.real_statistics
     path = Path(arguments.real_statistics or Path(output_dir) / "real_statistics.safetensors")
-    split = arguments.real_split or (None if Path(images).exists() else "train")
+    is_dataset = not Path(images).exists() and Path(images).suffix != ".npz"
+    split = arguments.real_split or ("train" if is_dataset else None)
     if path.is_file():
         _check_of_images(path, arguments, split)
         return str(path)
@@ -207,7 +217,7 @@ def find_real_statistics(arguments: RewardArguments, output_dir: str) -> str | N
     if arguments.distance != "frechet":
         options += ["--features"]
     options += [] if split is None else ["--split", split]
-    options += [] if Path(images).exists() else ["--streaming"]
+    options += ["--streaming"] if is_dataset else []
     path.parent.mkdir(parents=True, exist_ok=True)
     statistics.main([images, *options])
     return str(path)

@@ -203,6 +203,13 @@ def refuse_idle_options(arguments: argparse.Namespace, given: set[str]) -> None:
         raise ValueError(
             f"{as_options(idle)}: of a pipeline's images, but {' and '.join(sources)} holds images: leave it out."
         )
+    unused = {"sde": {"solver"}, "ode": {"noise_schedule", "noise_level", "last_step_size"}}[arguments.sampler]
+    if idle := sorted(given & unused):
+        other = "ode" if arguments.sampler == "sde" else "sde"
+        raise ValueError(
+            f"{as_options(idle)}: of --sampler {other}, but the sampler is {arguments.sampler}: leave it out, or add "
+            f"--sampler {other}."
+        )
     if arguments.model_revision and all(Path(pipeline).is_dir() for pipeline in pipelines):
         raise ValueError(f"--model-revision is of the Hub, but {' and '.join(pipelines)} is a folder: leave it out.")
 

@@ -22,7 +22,14 @@ from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.merge_card import comparison_table
 from ..trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
-from .arguments import RewardArguments, build_metrics, build_rewards, find_real_statistics, load_conditions
+from .arguments import (
+    RewardArguments,
+    build_metrics,
+    build_rewards,
+    find_real_statistics,
+    load_conditions,
+    shown_sampler,
+)
 from .common import make_trl_parser
 
 
@@ -76,8 +83,7 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
     arguments.real_images = None
     trainer = build_trainer(arguments, config, model, checkpoints)
     if arguments.log_samples:
-        sampler = "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]
-        trainer.add_callback(LogSamplesCallback(trainer, sampler=sampler))
+        trainer.add_callback(LogSamplesCallback(trainer, sampler=shown_sampler(config)))
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     found = {}

@@ -35,7 +35,7 @@ from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
-from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions
+from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions, shown_sampler
 from .common import make_trl_parser
 
 
@@ -115,7 +115,7 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: A
         return
     check_resources(trainer)
     if arguments.log_samples:
-        trainer.add_callback(LogSamplesCallback(trainer))
+        trainer.add_callback(LogSamplesCallback(trainer, sampler=shown_sampler(config)))
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     if config.push_to_hub:

@@ -130,7 +130,7 @@ class LogSamplesCallback(TrainerCallback):
         self._log(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        freq = self.freq or int(args.eval_steps or state.save_steps)
+        freq = self.freq or (state.eval_steps if args.eval_steps else state.save_steps)  # no share of the steps there
         if state.global_step % freq == 0 or control.should_training_stop:
             self._log(args, state)
 

@@ -66,16 +66,26 @@ _RESUME_ONLY = [
     "process_state*",
     TRAINING_STATE,
 ]
-# Of the output folder: those that name this machine's folders, and what a skipped update was made of, besides.
-_NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", RUN_RECORD, f"{SKIPPED_FOLDER}/*"]
+# Of the output folder: what names folders of this machine, what a skipped update was made of, and others' results.
+_NOT_PUSHED = [
+    "_*",
+    f"{PREFIX_CHECKPOINT_DIR}-*",
+    RUN_RECORD,
+    "*.html",
+    f"{SKIPPED_FOLDER}/*",
+    "baselines/*",
+    "real_statistics.*",
+    "*.work/*",
+]
 
 
 class CheckpointingTrainer(_BaseTrainer):
     """
     TRL's base trainer, saving and loading pipelines in place of language models.
 
-    A subclass sets `policy`, `ema`, `eval_conditions`, `eval_metrics`, `num_images`, `run_record`, `_uploads` and
-    `_skeleton`, the network without its weights as it was before processes shared it out.
+    A subclass sets `policy`, `ema`, `eval_conditions`, `eval_metrics`, `num_images`, `run_record`, `_uploads`,
+    `_holds_best`, whether the weights are of an earlier update than the last, and `_skeleton`, the network without its
+    weights as it was before processes shared it out.
     """
 
     policy: DiffusionPolicy
@@ -86,6 +96,7 @@ class CheckpointingTrainer(_BaseTrainer):
     run_record: RunRecord
     _uploads: list[Future]
     _skeleton: nn.Module
+    _holds_best: bool
 
     @property
     def network(self) -> nn.Module:
@@ -468,12 +479,18 @@ class CheckpointingTrainer(_BaseTrainer):
         source = getattr(getattr(self.policy, "pipeline", None), "config", {}).get("_name_or_path")
         base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
         name = model_name or self._hub_name()
+        updates = self.state.best_global_step if self._holds_best else self.state.global_step
         metadata: dict[str, Any] = {"base_model": base_model, **self._card_metadata()}
         card = build_model_card(
             name,
             trainer_name=type(self).__name__,
             paper=self._paper,
-            log_history=self.state.log_history,
+            num_updates=updates,
+            evaluations=[
+                found
+                for found in self.run_record.evaluations
+                if "of" not in found and found["seed"] == self.args.eval_seed and found["step"] <= updates
+            ],
             recipe=recipe_of(self.args),
             num_eval_images=len(self.eval_conditions),
             sections=self._card_sections(),

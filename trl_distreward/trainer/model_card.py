@@ -17,26 +17,13 @@ def recipe_of(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in [*own, *optimizer]}
 
 
-def evaluations_in(log_history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Every evaluation of a run, oldest first: its step, and its metrics by their names without prefix."""
-    evaluations = []
-    for entry in log_history:
-        metrics = {
-            name.removeprefix("eval_"): value
-            for name, value in entry.items()
-            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
-        }
-        if metrics:
-            evaluations.append({"step": entry["step"], **metrics})
-    return evaluations
-
-
 def build_model_card(
     name: str,
     *,
     trainer_name: str,
     paper: Mapping[str, str],
-    log_history: Sequence[Mapping[str, float]],
+    num_updates: int,
+    evaluations: Sequence[Mapping[str, Any]],
     recipe: Mapping[str, Any],
     num_eval_images: int,
     sections: Sequence[str] = (),
@@ -46,7 +33,9 @@ def build_model_card(
     Args:
         name (`str`): of the model.
         trainer_name (`str`), paper (`dict`): with `title` and `id`, named in the first sentence.
-        log_history (`list[dict]`): of the run; its first and last evaluations become a table, the last one results.
+        num_updates (`int`): that made it.
+        evaluations (`list[dict]`):
+            on the way to it, `step` and `values`; the first and the last one become a table, the last one results.
         recipe (`dict`): settings to list.
         num_eval_images (`int`): images of an evaluation.
         sections (`list[str]`, *optional*): further sections, in Markdown, before the recipe.
@@ -55,7 +44,6 @@ def build_model_card(
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    evaluations = evaluations_in(log_history)
     results = [
         EvalResult(
             task_type=metadata.get("pipeline_tag", "unconditional-image-generation"),
@@ -66,21 +54,20 @@ def build_model_card(
             metric_value=round(value, 6),
         )
         for last in evaluations[-1:]
-        for metric, value in last.items()
-        if metric != "step"
+        for metric, value in last["values"].items()
     ]
     data = ModelCardData(model_name=name, eval_results=results or None, **metadata)
-    steps = max((entry["step"] for entry in log_history), default=0)
     lines = [
         f"# {name}",
         "",
-        f"Fine-tuned with the `{trainer_name}` of trl-distreward, {steps:.0f} updates, after [{paper['title']}]"
+        f"Fine-tuned with the `{trainer_name}` of trl-distreward, {num_updates} updates, after [{paper['title']}]"
         f"(https://huggingface.co/papers/{paper['id']}).",
     ]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         lines += ["", "## Evaluation", "", f"| metric | step {first['step']} | step {last['step']} |", "|---|---|---|"]
-        lines += [f"| {k} | {first[k]:.4g} | {last[k]:.4g} |" for k in last if k != "step" and k in first]
+        before, after = first["values"], last["values"]
+        lines += [f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in after.items() if name in before]
     for section in sections:
         lines += ["", section]
     lines += ["", "## Recipe", "", "| setting | value |", "|---|---|"]
