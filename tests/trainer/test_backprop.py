@@ -88,6 +88,50 @@ def test_update_is_the_gradient_of_the_whole_sets_distance(tmp_path, sampler, st
     assert max(value.abs().max() for value in found.values()) > 1e-3
 
 
+def drawn_slots(trainer):
+    """What the trainer draws from now on."""
+    drawn, draw = [], trainer.slot_sampler.draw
+
+    def spy(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    trainer.slot_sampler.draw = spy
+    return drawn
+
+
+def test_pull_towards_the_initial_model_is_on_velocities_where_the_samples_are(tmp_path):
+    found = {}
+    for beta in (0.0, 4.0):
+        settings = {"beta": beta, "sampler": "ode", "learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
+        trainer = backprop_trainer(tmp_path / str(beta), **settings)
+        if beta:
+            with torch.no_grad():
+                for parameter in trainer.reference_model.parameters():
+                    parameter.add_(0.2 * torch.ones_like(parameter))
+            drawn = drawn_slots(trainer)
+        found[beta] = {name: value.clone() for name, value in first_gradients(trainer).items()}
+
+    policy, network, args = trainer.policy, trainer.network, trainer.args
+    network.zero_grad()
+    labels = trainer.conditions[drawn[0].flatten()]
+    x, penalties = policy.noise(labels, image_generators(args.seed, "rollout", 0, range(12))), []
+    cond, times = policy.encode(labels), args.rollout_schedule.times
+    for i in range(args.num_inference_steps):
+        v = policy.velocity(network, x, torch.full((12,), times[i]), cond)
+        if i >= args.num_inference_steps - 3:
+            with torch.no_grad():
+                reference = policy.velocity(trainer.reference_model, x, torch.full((12,), times[i]), cond)
+            penalties.append((v - reference).square().flatten(1).mean(1))
+        x = (x + v * (times[i + 1] - times[i])).detach()
+    (4.0 * torch.stack(penalties).mean()).backward()
+    expected = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert max(value.abs().max() for value in expected.values()) > 1e-3
+    for name, value in expected.items():
+        added = found[4.0][name] - found[0.0][name]
+        torch.testing.assert_close(added, value, rtol=2e-3, atol=2e-5 * max(1, found[0.0][name].abs().max()))
+
+
 def test_replayed_steps_have_the_values_of_the_rollout():
     weight = torch.tensor(0.7, requires_grad=True)
 

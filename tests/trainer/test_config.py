@@ -64,6 +64,8 @@ def test_fields_come_from_the_command_line_and_yaml(tmp_path):
         ({"epsilon": 0.0}, "epsilon=0.0"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 must be 1"),
         ({"eval_samplers": ["ddim"]}, "sampler='ddim'"),
+        ({"best_of_n": 2, "reference_refresh_steps": "auto"}, "chosen are better"),
+        ({"num_inference_steps_eval": 1, "last_step_size": 0.1}, "evaluation under 'sde': last_step_size"),
     ],
 )
 def test_errors_name_value_and_rule(tmp_path, kwargs, message):

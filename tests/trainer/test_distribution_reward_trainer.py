@@ -30,6 +30,7 @@ from trl_distreward import (
 )
 from trl_distreward.generation import generate_images
 from trl_distreward.metrics.report import MeanScore
+from trl_distreward.policies import as_policy
 from trl_distreward.sampling import transition
 from trl_distreward.trainer.checks import check_sizes
 
@@ -295,10 +296,39 @@ def test_model_may_be_a_folder_and_the_card_names_no_path(tmp_path):
 def test_half_precision_weights_are_trained_in_float32(tmp_path, caplog):
     pipeline = tiny_pipeline()
     pipeline.to(torch.bfloat16)
-    trainer = tiny_trainer(tmp_path, model=pipeline)
+    trainer = tiny_trainer(tmp_path, model=pipeline, beta=0.1, max_steps=1)
     assert "half precision" in caplog.text
-    assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
+    for network in (trainer.network, trainer.reference_model):
+        assert all(p.dtype == torch.float32 for p in network.parameters())
     trainer.train()
+    assert logged(trainer, "kl") == [0.0]
+
+
+def test_guidance_is_that_of_a_policy_that_is_given(tmp_path):
+    policy = as_policy(tiny_pipeline(), guidance_scale=2.0)
+    assert tiny_trainer(tmp_path, model=policy).args.guidance_scale == 2.0  # which the card and the record name
+    assert tiny_trainer(tmp_path, model=policy, guidance_scale=2.0).policy is policy
+    with pytest.raises(ValueError, match=r"guidance_scale=4.0, but the ClassConditionalPolicy that is given as model has 2.0"):
+        tiny_trainer(tmp_path, model=policy, guidance_scale=4.0)
+
+
+def test_image_that_decodes_to_nan_is_not_judged_as_a_black_one(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    decode, calls = trainer.policy.decode, []
+
+    def overflow(x):
+        images = decode(x)
+        calls.append(len(x))
+        if trainer.state.global_step == 1:
+            images[0] = torch.nan
+        return images
+
+    trainer.policy.decode = overflow
+    trainer.train()
+    assert logged(trainer, "skipped_updates") == [1.0] and (tmp_path / "skipped" / "step-1.pt").is_file()
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.policy.decode = lambda x: decode(x) * torch.nan
+        trainer.evaluate()
 
 
 def test_second_run_of_a_trainer_makes_its_own_reference_set(tmp_path):

@@ -50,11 +50,15 @@ def test_images_are_kept_for_functions_that_look_at_them():
 
 
 def test_rows_are_picked_from_their_candidates():
-    candidates = [Judged([{"a": torch.full((3, 2), float(i))}], torch.full((3, 1), i)) for i in range(2)]
+    candidates = [
+        Judged([{"a": torch.full((3, 2), float(i))}], torch.tensor([True, True, i > 0]), torch.full((3, 1), i))
+        for i in range(2)
+    ]
     picked = Judged.pick(candidates, torch.tensor([1, 0, 1]))
     assert picked.features[0]["a"][:, 0].tolist() == [1, 0, 1] and picked.images.flatten().tolist() == [1, 0, 1]
+    assert picked.finite and not candidates[0].finite
     picked.features[0]["a"][1] = torch.nan
-    assert not picked.finite and Judged([]).finite
+    assert not picked.finite and Judged([], torch.ones(2, dtype=torch.bool)).finite
 
 
 def test_a_stopwatch_adds_up_and_starts_anew(monkeypatch):

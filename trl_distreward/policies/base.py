@@ -172,15 +172,23 @@ class PipelinePolicy:
         return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
 
 
-def decode_slices(policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
-    """uint8 images `(b, C, H, W)` of samples, `batch_size` at a time, each slice decoded when it is asked for."""
+def decode_slices(
+    policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """
+    uint8 images `(b, C, H, W)` of samples, `batch_size` at a time, each slice decoded when it is asked for; and which
+    are of finite samples that the decoder made finite `(b,)`: a black image would not tell.
+    """
     for part in x.split(batch_size or len(x)):
-        yield to_uint8(policy.decode(part))
+        images = policy.decode(part)
+        finite = part.flatten(1).isfinite().all(dim=1) & images.flatten(1).isfinite().all(dim=1)
+        yield to_uint8(images), finite
 
 
-def decode_uint8(policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None) -> Tensor:
-    """uint8 images `(B, C, H, W)` of samples, decoded `batch_size` at a time; all at once by default."""
-    return torch.cat(list(decode_slices(policy, x, batch_size)))
+def decode_uint8(policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """As [`decode_slices`], of all samples `(B, C, H, W)`, `(B,)`; decoded all at once by default."""
+    images, finite = zip(*decode_slices(policy, x, batch_size), strict=True)
+    return torch.cat(images), torch.cat(finite)
 
 
 def to_uint8(images: Tensor) -> Tensor:

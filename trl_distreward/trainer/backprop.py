@@ -180,15 +180,20 @@ class TailLoss:
         schedule, penalties = self.rollouts.schedule(step), []
 
         def step_velocity(x: Tensor, t: Tensor) -> Tensor:
-            if self.args.checkpoint_steps:
-                v = checkpoint(velocity, x, t, cond, use_reentrant=False)
-            else:
-                v = velocity(x, t, cond)
+            v = trained_velocity(x, t)
             if self.args.beta > 0:
+                # a pull on the velocity where the sample is, none on the sample: the reference has no gradient by it
+                held = x.detach()
+                own = trained_velocity(held, t) if x.requires_grad else v
                 with torch.no_grad():
-                    reference = initial_velocity(x, t, cond)
-                penalties.append((v - reference).square().flatten(1).mean(1))
+                    reference = initial_velocity(held, t, cond)
+                penalties.append((own - reference).square().flatten(1).mean(1))
             return v
+
+        def trained_velocity(x: Tensor, t: Tensor) -> Tensor:
+            if self.args.checkpoint_steps:
+                return checkpoint(velocity, x, t, cond, use_reentrant=False)
+            return velocity(x, t, cond)
 
         # With several draws the last step is taken from fresh noise, without noise of its own
         noiseless = schedule.sampler == "ode" or self.args.backprop_draws > 1

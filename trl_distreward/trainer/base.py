@@ -343,8 +343,7 @@ class DiffusionTrainer(CheckpointingTrainer):
 
         Yields:
             this process's uint8 images and their conditions, and how many rows of all processes' together count: the
-            last batch is filled up with its last image. Last, which of this process's samples are finite: a black
-            image would not tell.
+            last batch is filled up with its last image. Last, which of this process's samples and images are finite.
         """
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
@@ -360,8 +359,8 @@ class DiffusionTrainer(CheckpointingTrainer):
                 generators = image_generators(*noise, own)
                 with self.autocast():  # the network only: decoding and features stay in full precision
                     x = sample(self.policy, model, batch, schedule, generators).sample
-                finite = x.flatten(1).isfinite().all(dim=1)
-                yield decode_uint8(self.policy, x, self.args.decode_batch_size), batch, valid, finite
+                images, finite = decode_uint8(self.policy, x, self.args.decode_batch_size)
+                yield images, batch, valid, finite
                 bar.update(valid)
 
     @torch.no_grad()

@@ -115,7 +115,20 @@ class DiffusionTrainerConfig(_BaseConfig):
         super().__post_init__()
 
     def bind(self, policy: DiffusionPolicy) -> None:
-        """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
+        """
+        Takes what is the policy's own: its guidance, and its scheduler's times where `time_grid="scheduler"`.
+
+        Raises:
+            ValueError: the policy was made with other guidance than is asked for.
+        """
+        for name, none in (("guidance_scale", 1.0), ("guidance_channels", None)):
+            asked, held = getattr(self, name), getattr(policy, name, none)
+            if asked not in (none, held):
+                raise ValueError(
+                    f"{name}={asked}, but the {type(policy).__name__} that is given as model has {held}: make it with "
+                    f"that one, or leave {name} out."
+                )
+            setattr(self, name, held)
         evaluation = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
         self._set_schedules(self.rollout_schedule.on(policy), evaluation)
 

@@ -157,9 +157,10 @@ class CandidateJudge:
             generators = image_generators(self.args.seed, stream, noise, indices)
             with self.autocast():  # the network only: decoding and features stay in full precision
                 x = sample(self.policy, self.network, batch, self.args.rollout_schedule, generators).sample
-            images = decode_uint8(self.policy, x, self.args.decode_batch_size)
+            images, finite = decode_uint8(self.policy, x, self.args.decode_batch_size)
             features = [r.extract(images, batch, check_finite=False) for r in self.rewards.distributional]
-            if not all(bool(v.isfinite().all()) for v in (x, *(v for spaces in features for v in spaces.values()))):
+            extracted = (values.isfinite() for spaces in features for values in spaces.values())
+            if not all(bool(flags.all()) for flags in (finite, *extracted)):
                 return None, torch.full_like(values, torch.nan)
             chunks.append(features)
             if single:

@@ -293,6 +293,11 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         self._check_steps()
 
     def _check_steps(self) -> None:
+        for name, schedule in self.eval_schedules.items():
+            try:
+                len(schedule.times)
+            except ValueError as error:
+                raise ValueError(f"evaluation under {name!r}: {error}") from error
         steps = len(self.rollout_schedule.trainable_steps)
         if not steps and self.sampler == "sde":
             raise ValueError(
@@ -305,6 +310,12 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             )
 
     def _check_reward(self) -> None:
+        if self.reference_refresh_steps == "auto" and self.reference_update == "refresh" and self.best_of_n > 1:
+            raise ValueError(
+                f"best_of_n={self.best_of_n} with reference_refresh_steps='auto': images that were chosen are better "
+                "than the reference set without any drift of the policy; use a number of steps, or "
+                "reference_update='rolling'."
+            )
         if self.reference_refresh_steps != "auto":
             try:
                 setattr(self, "reference_refresh_steps", int(self.reference_refresh_steps))  # noqa: B010

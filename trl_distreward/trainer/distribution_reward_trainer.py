@@ -112,7 +112,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         images_per_step = args.num_subsets * args.replace_size
         reference = None
         if args.beta > 0 and peft_config is None:
-            reference = copy.deepcopy(policy.model).requires_grad_(False).eval()
+            # in float32, as what is trained from half precision
+            reference = copy.deepcopy(policy.model).requires_grad_(False).float().eval()
         super().__init__(
             policy=policy,
             args=args,
@@ -408,6 +409,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
             if self.accelerator.is_main_process and len(slots) > 1:
                 found = reward_diagnostics(reward, slots, spaces, self.conditions, generator)
                 kind = "placebo" if self.reference_set.last_refresh == self.state.global_step else "diagnostics"
+                if self.args.best_of_n > 1:  # of images that were chosen
+                    found.pop("drift", None)
                 for name, value in found.items():
                     self.record(f"reward_{kind}/{name}", value)
 
@@ -425,7 +428,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.record("reward_std", total.std().item())
         functions = zip(self.reward_funcs, rewards, strict=True)
         drift = None
-        if args.reference_update == "refresh":
+        if (
+            args.reference_update == "refresh" and args.best_of_n == 1
+        ):  # candidates that were chosen are better by that
             drift = self.reference_set.watch_drift([r for f, r in functions if isinstance(f, SubsetReplaceReward)])
         if drift is not None:
             self.record("reference_drift", drift)

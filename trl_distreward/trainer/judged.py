@@ -25,10 +25,12 @@ class Judged:
 
     Attributes:
         features (`list[dict[str, torch.Tensor]]` of shapes `(K, d)`): per distribution reward and feature space.
+        decoded (`torch.Tensor` of shape `(K,)`, bool): whether samples and decoded images are finite.
         images (`torch.Tensor` of shape `(K, C, H, W)`, uint8, or `None`): where a reward function looks at them.
     """
 
     features: list[dict[str, Tensor]]
+    decoded: Tensor
     images: Tensor | None = None
 
     @classmethod
@@ -37,7 +39,7 @@ class Judged:
         spaces = zip(*(part.features for part in parts), strict=True)
         features = [{space: torch.cat([rows[space] for rows in group]) for space in group[0]} for group in spaces]
         images = [part.images for part in parts if part.images is not None]
-        return cls(features, torch.cat(images) if images else None)
+        return cls(features, torch.cat([part.decoded for part in parts]), torch.cat(images) if images else None)
 
     @classmethod
     def pick(cls, candidates: Sequence["Judged"], best: Tensor) -> "Judged":
@@ -46,13 +48,14 @@ class Judged:
         spaces = zip(*(candidate.features for candidate in candidates), strict=True)
         features = [{s: torch.stack([one[s] for one in group])[best, rows] for s in group[0]} for group in spaces]
         images = [candidate.images for candidate in candidates if candidate.images is not None]
-        return cls(features, torch.stack(images)[best, rows] if images else None)
+        decoded = torch.stack([candidate.decoded for candidate in candidates])[best, rows]
+        return cls(features, decoded, torch.stack(images)[best, rows] if images else None)
 
     @property
     def finite(self) -> bool:
-        """Whether all features are."""
+        """Whether all samples, images and features are."""
         flags = [values.isfinite().all() for spaces in self.features for values in spaces.values()]
-        return not flags or bool(torch.stack(flags).all())
+        return bool(torch.stack([self.decoded.all(), *flags]).all())
 
 
 class Judge:
@@ -83,14 +86,14 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, conditions: Any) -> Judged:
-        """Of samples `(K, ...)` and their conditions; features may be NaN or infinite."""
+        """Of samples `(K, ...)` and their conditions; what is not finite may have features that are."""
         parts, start = [], 0
-        for images in decode_slices(self.policy, x, self.batch_size):
+        for images, decoded in decode_slices(self.policy, x, self.batch_size):
             batch = take(conditions, range(start, start + len(images)))
             start += len(images)
             with self.stopwatch.running():
                 features = [r.extract(images, batch, check_finite=False) for r in self.rewards.distributional]
-            parts.append(Judged(features, images if self.keep_images else None))
+            parts.append(Judged(features, decoded, images if self.keep_images else None))
         return Judged.cat(parts)
 
 

@@ -197,7 +197,7 @@ def _measure_generation(
     decoding, decoding_bytes = measured(
         device, lambda: decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
     )
-    images = decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
+    images, _ = decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
     features, feature_bytes = measured(device, lambda: _judge(trainer, images, conditions))
     judging, judging_bytes = measured(device, lambda: _evaluate(trainer, images, conditions))
     scoring, fitting, reward_bytes, reference_bytes = _measure_reward(trainer, images, conditions)
@@ -290,7 +290,7 @@ def _backprop_loss(trainer: Any, model: nn.Module, x: Tensor, conditions: Any, c
     assert isinstance(trainer.rollouts, TailRollouts)
     last = len(args.rollout_schedule.times) - 1
     first = 0 if args.backprop_steps == "random" else last - int(args.backprop_steps)
-    images = decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
+    images, _ = decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
     with torch.no_grad():
         spaces = [reward.extract(images, conditions, check_finite=False) for reward in trainer.distribution_rewards]
     gradients = [{name: torch.ones_like(values) for name, values in space.items()} for space in spaces]

@@ -91,7 +91,7 @@ class Rollouts:
             return candidates[0]
         # Appendix C: of a slot's candidates stays the one whose replaced distance is best by itself.
         local_slots = self.local(slots).view(-1, 1)
-        scores = [self._scores(local_slots, judged.features) for _, judged in candidates]
+        scores = [self._scores(local_slots, judged) for _, judged in candidates]
         best = torch.stack(scores).argmax(dim=0)
         batches = [batch for batch, _ in candidates]
         rows = torch.arange(len(best), device=best.device)
@@ -109,14 +109,15 @@ class Rollouts:
         )
         return batch, Judged.pick([judged for _, judged in candidates], best)
 
-    def _scores(self, slots: Tensor, features: list[dict[str, Tensor]]) -> Tensor:
+    def _scores(self, slots: Tensor, judged: Judged) -> Tensor:
         """Of single images in `slots` `(K, 1)`, by the rewards of sets: `(K,)`, float64."""
-        total, known = torch.zeros(len(slots), dtype=torch.float64, device=slots.device), iter(features)
+        total, known = torch.zeros(len(slots), dtype=torch.float64, device=slots.device), iter(judged.features)
         for function, weight in zip(self.rewards.functions, self.rewards.weights, strict=True):
             if not isinstance(function, SubsetReplaceReward):
                 continue
             spaces = next(known)
-            finite = torch.stack([values.isfinite().all(dim=1) for values in spaces.values()]).all(dim=0)
+            flags = [judged.decoded, *(values.isfinite().all(dim=1) for values in spaces.values())]
+            finite = torch.stack(flags).all(dim=0)
             filled = {space: torch.where(finite[:, None], values, 0.0) for space, values in spaces.items()}
             total += torch.where(finite, weight * function.subset_rewards(slots, filled), -torch.inf)
         return total
