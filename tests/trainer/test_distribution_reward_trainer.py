@@ -308,7 +308,7 @@ def test_guidance_is_that_of_a_policy_that_is_given(tmp_path):
     policy = as_policy(tiny_pipeline(), guidance_scale=2.0)
     assert tiny_trainer(tmp_path, model=policy).args.guidance_scale == 2.0  # which the card and the record name
     assert tiny_trainer(tmp_path, model=policy, guidance_scale=2.0).policy is policy
-    with pytest.raises(ValueError, match=r"guidance_scale=4.0, but the ClassConditionalPolicy that is given as model has 2.0"):
+    with pytest.raises(ValueError, match="guidance_scale=4.0, but the ClassConditionalPolicy that is given"):
         tiny_trainer(tmp_path, model=policy, guidance_scale=4.0)
 
 
