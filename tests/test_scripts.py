@@ -1,7 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors.torch import save_file
 from tests.clip import coloured, save_tiny_clip
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
 from tests.policies_tiny import sd3
-from trl_distreward import FeatureStatistics, load_pipeline
+from trl_distreward import DistributionRewardTrainer, FeatureStatistics, MergeCoefficientTrainer, load_pipeline
 from trl_distreward.rewards import aesthetic_score, clip_score, hps_score, pick_score
 from trl_distreward.scripts import arguments, cli, evaluate, merge, statistics, train
 
@@ -93,6 +96,62 @@ def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_pa
     with pytest.raises(ValueError, match="nothing to merge"):
         given = ["--model", "m", "--reward_funcs", "my.reward", "--use_cpu", "True"]
         merge.main([*given, "--output_dir", str(tmp_path / "none")])
+
+
+def terminate_once(monkeypatch, kind, output_dir, step):
+    """SIGTERM reaches this process in update `step` of the run in `output_dir`, the first time."""
+    sent = []
+    training_step = kind.training_step
+
+    def with_signal(trainer, *args, **kwargs):
+        if not sent and Path(trainer.args.output_dir) == output_dir and trainer.state.global_step == step - 1:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return training_step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "training_step", with_signal)
+
+
+def test_train_ends_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch):
+    pushed, out = [], tmp_path / "out"
+    monkeypatch.setattr(DistributionRewardTrainer, "push_to_hub", lambda *_, **__: pushed.append("whole"))
+    monkeypatch.setattr(DistributionRewardTrainer, "_push_from_checkpoint", lambda *_: pushed.append("checkpoint"))
+    monkeypatch.setattr(DistributionRewardTrainer, "init_hf_repo", lambda *_, **__: None)
+    terminate_once(monkeypatch, DistributionRewardTrainer, out, 2)
+    given = ["--config", str(recipe), "--max_steps", "4", "--push_to_hub", "True"]
+    given += ["--eval_strategy", "epoch", "--log_samples", "True"]
+    train.main(given)
+    printed = capsys.readouterr().out
+    assert "Stopped by SIGTERM after step 2 of 4" in printed and "--resume_from_checkpoint true" in printed
+    assert pushed == ["checkpoint"] and "eval_ode" not in printed and not (out / "model_index.json").exists()
+    assert (out / "checkpoint-2").is_dir() and not (out / "samples" / "step-2.png").exists()
+    train.main([*given, "--resume_from_checkpoint", "true"])
+    printed = capsys.readouterr().out
+    assert pushed[-1] == "whole" and "eval_ode" in printed and "SIGTERM" not in printed
+
+
+@pytest.mark.parametrize("where", ["out", "out/baselines/random"])
+def test_merge_ends_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch, where):
+    lines = [line for line in recipe.read_text().splitlines() if line.partition(":")[0] not in TRAIN_ONLY]
+    checkpoints = "".join(f"\n  - {path}" for path in tiny_pool(tmp_path))
+    recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: emanet"]))
+    given = ["--config", str(recipe), "--max_steps", "3", "--baselines", "random", "cma"]
+    terminate_once(monkeypatch, MergeCoefficientTrainer, tmp_path / where, 2)
+    merge.main(given)
+    printed = capsys.readouterr().out
+    assert "Stopped by SIGTERM after step 2 of 3" in printed and f"checkpoint in {tmp_path / where}" in printed
+    assert "| learnt" not in printed and not (tmp_path / "out" / "coefficients.json").exists()
+    assert (tmp_path / where / "checkpoint-2").is_dir() and not (tmp_path / "out" / "baselines" / "cma").exists()
+    steps = []
+    update = MergeCoefficientTrainer.training_step
+    monkeypatch.setattr(
+        MergeCoefficientTrainer,
+        "training_step",
+        lambda t, *a, **kw: steps.append(t.args.method) or update(t, *a, **kw),
+    )
+    merge.main([*given, "--resume_from_checkpoint", "true"])
+    assert "| learnt" in capsys.readouterr().out and (tmp_path / "out" / "coefficients.json").exists()
+    done = {"out": ["emanet"] + 3 * ["random"], "out/baselines/random": ["random"]}
+    assert steps == done[where] + 3 * ["cma"]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.helpers import tiny_config, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import (
+    features,
+    real_images,
+    tiny_config,
+    tiny_pipeline,
+    tiny_reward,
+    tiny_sit,
+    tiny_trainer,
+    tiny_vae,
+)
 from tests.policies_parts import PROMPTS, ddim
-from tests.policies_tiny import stable_diffusion
-from trl_distreward import DistributionRewardTrainer
+from tests.policies_tiny import flux, stable_diffusion
+from trl_distreward import DistributionRewardTrainer, FeatureStatistics, SiTPipeline, SubsetReplaceReward
+from trl_distreward.metrics.report import MeanScore
 from trl_distreward.trainer import dry_run as module
 from trl_distreward.trainer.dry_run import (
     check_resources,
@@ -21,7 +32,7 @@ from trl_distreward.trainer.dry_run import (
     seconds_per_step,
 )
 from trl_distreward.trainer.estimates import num_events, num_refreshes, rows_per_process
-from trl_distreward.trainer.measurement import AllocatedBytes, Measurement
+from trl_distreward.trainer.measurement import AllocatedBytes, Measurement, _measure_generation, measure
 
 BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 0.25}
 
@@ -138,6 +149,89 @@ def test_predicted_memory_is_what_a_real_run_holds(tmp_path, kwargs):
         trainer.train()
     predicted = max(prediction.memory[phase] for phase in ("rollout", "reward", "update"))
     assert predicted == pytest.approx(counter.most + held, rel=0.05)
+
+
+def latent_trainer(folder, **kwargs):
+    """Of a pipeline whose VAE needs far more memory than its network."""
+    pipeline = SiTPipeline(tiny_sit(in_channels=4, hidden_size=4, num_layers=1, num_attention_heads=1), tiny_vae())
+    pipeline.set_progress_bar_config(disable=True)
+    real = FeatureStatistics.from_features(features(real_images()))
+    reward = SubsetReplaceReward(lambda images: features(images[:, :1, :4, :4]), real)
+    return tiny_trainer(folder, pipeline, reward, **{"per_device_train_batch_size": 4, **kwargs})
+
+
+@pytest.mark.parametrize(("rollout_batch", "eval_batch"), [(16, 4), (4, 64)])
+def test_predicted_memory_of_evaluation_is_that_of_its_own_batches(tmp_path, rollout_batch, eval_batch):
+    settings = {"rollout_batch_size": rollout_batch, "per_device_eval_batch_size": eval_batch}
+    settings |= {"decode_batch_size": 4, "eval_samplers": ["ode"], "num_eval_images": 64}
+    transients = measure(latent_trainer(tmp_path, **settings)).transients
+    trainer = latent_trainer(tmp_path, **settings)
+    with AllocatedBytes() as counter:
+        trainer.evaluate()
+    predicted = max(transients.evaluation, transients.eval_decoding, transients.judging)
+    assert predicted == pytest.approx(counter.most, rel=0.1)
+
+
+@pytest.mark.parametrize("decode_batch", [None, 8])
+def test_what_is_proposed_for_a_large_decoder_is_its_batch(tmp_path, monkeypatch, decode_batch):
+    settings = {"rollout_batch_size": 16, "decode_batch_size": decode_batch, "reference_set_size": 32}
+    settings["num_subsets"] = 16
+    memory = dry_run(latent_trainer(tmp_path, **settings)).memory
+    transient = measure(latent_trainer(tmp_path, **settings)).transients.decoding
+    limit = memory["rollout"] - transient / 4
+    monkeypatch.setattr(module, "memory_capacity", lambda *_: limit / module.HEADROOM)
+    (problem,) = [p for p in dry_run(latent_trainer(tmp_path, **settings)).problems if p.startswith("rollout")]
+    proposed = dict(part.rstrip(".").split("=") for part in problem.split("set ")[1].split(" or "))
+    size = (decode_batch or 16) * 3 // 4
+    assert proposed.pop("offload_trajectories", None) in (None, "True")
+    assert {name: int(value) for name, value in proposed.items()} in (
+        {"decode_batch_size": size, "rollout_batch_size": size},
+        {"decode_batch_size": size - 1, "rollout_batch_size": size - 1},
+    )
+    for name, value in proposed.items():
+        smaller = dry_run(latent_trainer(tmp_path, **settings | {name: int(value)}))
+        assert smaller.memory["rollout"] <= limit * 1.02
+
+
+def test_every_process_evaluates_the_images_of_all(tmp_path, monkeypatch):
+    class Seen:
+        def __init__(self):
+            self.batches = []
+
+        def update(self, images, conditions):
+            assert len(images) == len(conditions)
+            self.batches.append(len(images))
+
+        def reset(self):
+            pass
+
+    seen = Seen()
+    trainer = tiny_trainer(tmp_path, eval_metrics={"seen": seen}, eval_strategy="steps", eval_steps=1)
+    seen.batches.clear()
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with torch.no_grad():
+        _measure_generation(trainer, trainer.network, 0.0, 0, 0.0, 1)
+    assert set(seen.batches) == {3 * 5}
+    nothing = dict.fromkeys((field.name for field in fields(Measurement)), 0.0)
+    seconds = seconds_per_step(trainer, Measurement(**nothing | {"judging": 1.0}), evaluations_of(trainer), 0, 2)
+    assert seconds["evaluation"] == len(trainer.eval_conditions) * len(trainer.args.eval_schedules)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_only_guidance_by_a_second_sample_doubles_network_evaluations(tmp_path, distilled):
+    pipeline, seen = flux(guidance_embeds=distilled), []
+    trainer = DistributionRewardTrainer(
+        model=pipeline,
+        reward_funcs=lambda images, **kwargs: images.float().mean(dim=(1, 2, 3)),
+        args=tiny_config(tmp_path, reference_set_size=4, num_subsets=2, replace_size=1, guidance_scale=2.0),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_metrics={"mean": MeanScore(lambda images, **kwargs: images.float().mean(dim=(1, 2, 3)))},
+    )
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    trainer.evaluate()
+    assert sum(seen) == evaluations_of(trainer).evaluation
 
 
 def test_a_dry_run_names_the_phases_and_the_settings_that_do_not_fit(tmp_path, monkeypatch):

@@ -110,8 +110,16 @@ def test_checkpoint_in_the_middle_of_a_generation_knows_its_processes(tmp_path):
         trainer.load_process_state({**trainer.process_state(), "processes": 3})
 
 
-def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=50, save_strategy="no")
+@pytest.mark.parametrize(
+    "settings",
+    [{"save_strategy": "no"}, {"save_strategy": "best", "metric_for_best_model": "ode_distance_features"}],
+    ids=lambda settings: settings["save_strategy"],
+)
+def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path, settings):
+    if settings["save_strategy"] == "best":  # whose evaluation comes with the signal, and keeps one checkpoint
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, **settings}
+        settings |= {"save_total_limit": 1, "greater_is_better": False, "learning_rate": 1e-7}
+    trainer = trainer_for(tmp_path, max_steps=50, **settings)
 
     class Terminate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -121,7 +129,7 @@ def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path):
     trainer.add_callback(Terminate())
     handler = signal.getsignal(signal.SIGTERM)
     trainer.train()
-    assert trainer.state.global_step == 3
+    assert trainer.interrupted and trainer.state.global_step == 3
     assert get_last_checkpoint(str(tmp_path)).endswith("checkpoint-3")
     assert signal.getsignal(signal.SIGTERM) == handler
 

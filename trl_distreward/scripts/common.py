@@ -79,6 +79,23 @@ def start_processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
+def finish(trainer: Any) -> None:
+    """At the end of a command, for all processes."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def finish_interrupted(trainer: Any) -> None:
+    """At the end of a command that SIGTERM has ended: says how to go on."""
+    if trainer.accelerator.is_main_process:
+        print(
+            f"Stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
+            f"checkpoint in {trainer.args.output_dir}. To go on, give the same command with "
+            "--resume_from_checkpoint true."
+        )
+    finish(trainer)
+
+
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images")
     images.add_argument(

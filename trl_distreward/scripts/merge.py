@@ -30,7 +30,7 @@ from .arguments import (
     load_conditions,
     shown_sampler,
 )
-from .common import make_trl_parser
+from .common import finish, finish_interrupted, make_trl_parser
 
 
 @dataclass
@@ -86,11 +86,19 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
         trainer.add_callback(LogSamplesCallback(trainer, sampler=shown_sampler(config)))
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if trainer.interrupted:
+        finish_interrupted(trainer)
+        return
     found = {}
     for method, baseline in baselines.items():
         other = build_trainer(arguments, baseline, model, checkpoints)
         last = get_last_checkpoint(baseline.output_dir) if os.path.isdir(baseline.output_dir) else None
         other.train(resume_from_checkpoint=last if config.resume_from_checkpoint else None)
+        if other.interrupted:
+            if config.save_strategy == "no":  # the method itself has ended, and is not to be run again
+                trainer._save_checkpoint(trainer.model, trial=None)
+            finish_interrupted(other)
+            return
         found[method] = other.coefficients
     if arguments.compare:
         table = comparison_table(trainer.compare(found))
@@ -101,8 +109,7 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
     else:
         trainer.create_model_card()
         trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    finish(trainer)
 
 
 def build_trainer(

@@ -36,7 +36,7 @@ from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
 from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions, shown_sampler
-from .common import make_trl_parser
+from .common import finish, finish_interrupted, make_trl_parser
 
 
 @dataclass
@@ -118,6 +118,9 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: A
         trainer.add_callback(LogSamplesCallback(trainer, sampler=shown_sampler(config)))
     resume: str | bool | None = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if trainer.interrupted:
+        finish_interrupted(trainer)
+        return
     if config.push_to_hub:
         trainer.push_to_hub()  # which saves, with the model card
     else:
@@ -178,11 +181,6 @@ def with_clusters(arguments: TrainArguments, config: DiffusionDistributionConfig
         found = [cluster_embeddings(clip.prompts(prompts), count, config.seed).tolist()]
     config.stratify_by = "prompt_cluster"
     return dataset.add_column(config.stratify_by, broadcast_object_list(found)[0])
-
-
-def finish(trainer: DistributionRewardTrainer) -> None:
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -221,12 +221,29 @@ class DiffusionTrainer(CheckpointingTrainer):
         try:
             with self.run_record.running():
                 result = super().train(*args, **kwargs)
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            loads_best = self.args.load_best_model_at_end and not self.interrupted
+            if loads_best and self.state.best_model_checkpoint is not None:
                 self._holds_best = self.state.best_global_step != self.state.global_step
             return result
         finally:
             self._stop_on_sigterm.restore()
             self.write_record()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last `train()` ended on SIGTERM, with a checkpoint to resume from."""
+        return self._stop_on_sigterm.stopped
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.interrupted:
+            return super()._finalize_training(*args, **kwargs)
+        # of a run that has ended the best model is loaded, and at save_total_limit=1 every other checkpoint deleted
+        loads_best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
+        self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = loads_best, limit
 
     def get_train_dataloader(self) -> DataLoader:
         """Numbers that pace the steps; no state rides on their order."""

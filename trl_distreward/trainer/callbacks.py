@@ -38,13 +38,20 @@ class UpdateEMA(TrainerCallback):
 
 
 class StopOnSIGTERM(TrainerCallback):
-    """Ends the run cleanly after the current update, with a checkpoint: what a cluster's scheduler asks for."""
+    """
+    Ends the run cleanly after the current update, with a checkpoint: what a cluster's scheduler asks for.
+
+    Attributes:
+        stopped (`bool`): whether it has ended the last run.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.stopped = False
         self._previous: Any = None
+        self._saved = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopped, self._saved = False, -1
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._request)
 
@@ -57,9 +64,17 @@ class StopOnSIGTERM(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         if flag.item() > 0:
-            logger.warning(f"SIGTERM: training stops after step {state.global_step} with a checkpoint.")
-            control.should_save = True
+            if not self.stopped:
+                logger.warning(f"SIGTERM: training stops after step {state.global_step} with a checkpoint.")
+            self.stopped = True
+            control.should_save = self._saved != state.global_step
+            control.should_evaluate = False  # which may take hours
             control.should_training_stop = True
+
+    on_epoch_end = on_step_end  # after what else a step has led to
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = state.global_step
 
     def restore(self) -> None:
         """Gives the signal back to whoever had it."""
@@ -131,6 +146,8 @@ class LogSamplesCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         freq = self.freq or (state.eval_steps if args.eval_steps else state.save_steps)  # no share of the steps there
+        if self.trainer.interrupted:  # the checkpoint comes first, and the resumed run begins with a grid
+            return
         if state.global_step % freq == 0 or control.should_training_stop:
             self._log(args, state)
 

@@ -12,12 +12,13 @@ import psutil
 import torch
 from torch import nn
 
-from ..metrics.report import module_of
+from ..metrics.report import FEATURE_BATCH, module_of
 from ..policies import to_uint8
 from .estimates import (
     FLOAT,
     Evaluations,
     Network,
+    Transients,
     checkpoint_bytes,
     count_evaluations,
     disk_bytes,
@@ -239,7 +240,9 @@ def seconds_per_step(
         judged = images * (1 + scored if scored > 1 else 1)  # the sampler's own images besides the draws
     size = args.per_device_eval_batch_size
     reference = rows_per_process(args.reference_set_size, size, processes)
-    evaluated = rows_per_process(len(trainer.eval_conditions), size, processes) * len(args.eval_schedules)
+    schedules = len(args.eval_schedules)
+    decoded = rows_per_process(len(trainer.eval_conditions), size, processes) * schedules
+    evaluated = len(trainer.eval_conditions) * schedules  # by every process: each has the images of all
     count = num_events(args.eval_strategy, args.eval_steps, steps, trainer.steps_per_epoch) + bool(args.eval_on_start)
     rolling = args.reference_update == "rolling"
     per_generation = {
@@ -249,10 +252,10 @@ def seconds_per_step(
     return {
         **{phase: seconds / args.num_iterations for phase, seconds in per_generation.items()},
         "update": pairs * m.pair + evaluations.anchor * m.evaluation / args.num_iterations + m.optimizer,
-        "refresh": (evaluations.refresh * m.eval_evaluation + reference * (m.decoding + m.features) + m.fitting)
+        "refresh": (evaluations.refresh * m.eval_evaluation + reference * (m.eval_decoding + m.features) + m.fitting)
         * refreshes
         / steps,
-        "evaluation": (evaluations.evaluation * m.eval_evaluation + evaluated * (m.decoding + m.judging))
+        "evaluation": (evaluations.evaluation * m.eval_evaluation + decoded * m.eval_decoding + evaluated * m.judging)
         * count
         / steps,
     }
@@ -269,22 +272,11 @@ def memory_problems(
     limit: float,
 ) -> list[str]:
     """Phases that take more than `limit` bytes, and what to change."""
-    args, transients, problems = trainer.args, measurement.transients, []
-    micro_batches = {
-        "rollout": ("rollout_batch_size", args.rollout_batch_size or args.per_device_train_batch_size),
-        "update": ("per_device_train_batch_size", args.per_device_train_batch_size),
-        "evaluation": ("per_device_eval_batch_size", args.per_device_eval_batch_size),
-    }
+    transients, problems = measurement.transients, []
     for phase, need in memory.items():
         if need <= limit:
             continue
-        remedies = []
-        if phase in micro_batches:
-            name, size = micro_batches[phase]
-            part = getattr(transients, phase)
-            fitting = int(size * (limit - (need - part)) / part) if part > 0 else 0
-            if 1 <= fitting < size:
-                remedies.append(f"{name}={fitting}")
+        remedies = _smaller_batches(trainer, phase, transients, need - limit)
         if phase == "update" and not getattr(trainer.policy.model, "gradient_checkpointing", False):
             remedies.append("activation_checkpointing=True")
         if phase in ("rollout", "reward", "update") and sum(trajectories) > (need - limit):
@@ -296,6 +288,41 @@ def memory_problems(
             f"set {' or '.join(remedies)}."
         )
     return problems
+
+
+def _smaller_batches(trainer: Any, phase: str, transients: Transients, excess: float) -> list[str]:
+    """Sizes of batches each of which makes `phase` take `excess` bytes less; none where no size does."""
+    args, t = trainer.args, transients
+    batches = {
+        "rollout": ("rollout_batch_size", args.rollout_batch_size or args.per_device_train_batch_size),
+        "update": ("per_device_train_batch_size", args.per_device_train_batch_size),
+        "evaluation": ("per_device_eval_batch_size", args.per_device_eval_batch_size),
+    }
+    if phase not in batches:
+        return []
+    name, size = batches[phase]
+    decoded = min(args.decode_batch_size or size, size)
+    # bytes, how many rows of the batch take them at a time, and whether those are the rows decoded at a time
+    if phase == "update":
+        parts = [(t.update, size, False)]
+    elif phase == "rollout":
+        whole = trainer.rollouts.judge.keep_images  # for rewards that look at all images at once
+        parts = [(t.rollout, size, False), (t.decoding, decoded, True)]
+        parts += [(t.features, size if whole else decoded, not whole)]
+    else:
+        extracted = min(size, max(1, FEATURE_BATCH // trainer.accelerator.num_processes))
+        parts = [(t.evaluation, size, False), (t.eval_decoding, decoded, True), (t.judging, extracted, False)]
+    room = max(part for part, *_ in parts) - excess
+    if room <= 0:
+        return []
+    large = [(int(rows * room / part), of_decoding) for part, rows, of_decoding in parts if part > room]
+    fitting = min(rows for rows, _ in large)
+    if fitting < 1:
+        return []
+    remedies = [f"{name}={fitting}"]
+    if all(of_decoding for _, of_decoding in large):
+        remedies.insert(0, f"decode_batch_size={fitting}")
+    return remedies
 
 
 def _smaller_state(trainer: Any) -> list[str]:

@@ -258,7 +258,9 @@ class Transients:
     Bytes that come and go, as measured: at most beyond what was held before.
 
     Attributes:
-        rollout, decoding, features, update, evaluation (`float`): of one micro-batch.
+        rollout, decoding, features, update (`float`): of one micro-batch.
+        evaluation, eval_decoding, judging (`float`):
+            of one batch of evaluation: the network's, decoding, and the metrics' of the images of all processes.
         reward (`float`): of scoring all subsets of a process.
         reference (`float`): what the reward holds of its reference set.
     """
@@ -268,6 +270,8 @@ class Transients:
     features: float = 0.0
     update: float = 0.0
     evaluation: float = 0.0
+    eval_decoding: float = 0.0
+    judging: float = 0.0
     reward: float = 0.0
     reference: float = 0.0
 
@@ -288,7 +292,10 @@ def peak_memory(
         "rollout": base + dealt + generated + max(transients.rollout, transients.decoding, transients.features),
         "reward": base + dealt + generated + transients.reward,
         "update": base + gradients + dealt + transients.update,
-        "evaluation": base + swapped + dealt + transients.evaluation,
+        "evaluation": base
+        + swapped
+        + dealt
+        + max(transients.evaluation, transients.eval_decoding, transients.judging),
     }
 
 

@@ -100,7 +100,9 @@ class Measurement:
         evaluation (`float`): seconds of one network evaluation without gradients, per sample.
         eval_evaluation (`float`): the same in batches of evaluation.
         pair (`float`): seconds of forward and backward pass, per pair of image and step, or per image.
-        decoding, features, judging (`float`): seconds to decode an image, to take its features, to evaluate it.
+        decoding, features (`float`): seconds to decode an image, and to take its features.
+        eval_decoding, judging (`float`): seconds to decode an image in batches of evaluation, and to evaluate it in a
+            batch of all processes.
         scoring (`float`): seconds to score all subsets of a process.
         fitting (`float`): seconds to take a reference set.
         optimizer (`float`): seconds of the optimizer's step.
@@ -114,6 +116,7 @@ class Measurement:
     pair: float
     decoding: float
     features: float
+    eval_decoding: float
     judging: float
     scoring: float
     fitting: float
@@ -158,27 +161,35 @@ def measure(trainer: Any) -> Measurement:
 
 def _measure_micro_batch(trainer: Any, model: nn.Module) -> Measurement:
     args, device = trainer.args, trainer.accelerator.device
-    size = args.per_device_train_batch_size
-    while True:
-        try:
-            update, update_bytes = measured(device, _update(trainer, model, size))
-            break
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            trainer.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            size //= 2
+    update, update_bytes, size = _measured_batch(
+        trainer, partial(_update, trainer, model), args.per_device_train_batch_size
+    )
     started = time.perf_counter()
     trainer.optimizer.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     stepping = time.perf_counter() - started
     trainer.model.zero_grad(set_to_none=True)
-    if size < args.per_device_train_batch_size:  # nearly all of it grows with the micro-batch
-        update_bytes = update_bytes * args.per_device_train_batch_size // size
     with torch.no_grad():
         return _measure_generation(trainer, model, update / size, update_bytes, stepping, size)
+
+
+def _measured_batch(trainer: Any, action_of: Callable[[int], Callable[[], Any]], size: int) -> tuple[float, int, int]:
+    """
+    Seconds of `action_of(size)`, or of half as many as often as they do not fit; the bytes that all of `size` take;
+    how many were measured.
+    """
+    measured_size = size
+    while True:
+        try:
+            seconds, peak = measured(trainer.accelerator.device, action_of(measured_size))
+            return seconds, peak * size // measured_size, measured_size  # nearly all of it grows with the batch
+        except torch.OutOfMemoryError:
+            if measured_size == 1:
+                raise
+            trainer.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            measured_size //= 2
 
 
 def _measure_generation(
@@ -194,21 +205,26 @@ def _measure_generation(
     evaluation, eval_bytes = measured(device, _sampling(trainer, model, eval_size, schedule))
 
     x, conditions = start_noise(trainer, rollout_size)
-    decoding, decoding_bytes = measured(
-        device, lambda: decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
-    )
-    images, _ = decode_uint8(trainer.policy, x, trainer.args.decode_batch_size)
+    decoding, decoding_bytes, images = _measure_decoding(trainer, x)
     features, feature_bytes = measured(device, lambda: _judge(trainer, images, conditions))
-    judging, judging_bytes = measured(device, lambda: _evaluate(trainer, images, conditions))
     scoring, fitting, reward_bytes, reference_bytes = _measure_reward(trainer, images, conditions)
-    evaluated = eval_size / rollout_size  # evaluation judges its own batches
+    del x, images
+
+    x, conditions = start_noise(trainer, eval_size)
+    eval_decoding, eval_decoding_bytes, images = _measure_decoding(trainer, x)
+    together = eval_size * trainer.accelerator.num_processes  # every process evaluates the images of all
+    judging, judging_bytes, judged = _measured_batch(
+        trainer, partial(_evaluation_of, trainer, images, conditions), together
+    )
     return Measurement(
         Transients(
             rollout=rollout_bytes,
             decoding=decoding_bytes,
             features=feature_bytes,
             update=update_bytes,
-            evaluation=max(eval_bytes, decoding_bytes * evaluated, judging_bytes * evaluated),
+            evaluation=eval_bytes,
+            eval_decoding=x.nbytes + eval_decoding_bytes,
+            judging=x.nbytes + images.nbytes + judging_bytes,
             reward=reward_bytes,
             reference=reference_bytes,
         ),
@@ -217,7 +233,8 @@ def _measure_generation(
         pair=pair,
         decoding=decoding / rollout_size,
         features=features / rollout_size,
-        judging=judging / rollout_size,
+        eval_decoding=eval_decoding / eval_size,
+        judging=judging / judged,
         scoring=scoring,
         fitting=fitting,
         optimizer=stepping,
@@ -226,8 +243,16 @@ def _measure_generation(
     )
 
 
+def _measure_decoding(trainer: Any, x: Tensor) -> tuple[float, int, Tensor]:
+    """Seconds and bytes of decoding samples, slice by slice if need be, and their images."""
+    decode = partial(decode_uint8, trainer.policy, x, trainer.args.decode_batch_size)
+    return *measured(x.device, decode), decode()[0]
+
+
 def guidance_factor(trainer: Any) -> int:
-    return 2 if getattr(trainer.policy, "guidance_scale", 1.0) != 1.0 else 1
+    """Samples through the network per velocity; one where the network takes the guidance as an input."""
+    policy = trainer.policy
+    return 2 if getattr(policy, "guided", getattr(policy, "guidance_scale", 1.0) != 1.0) else 1
 
 
 def _short(schedule: SamplingSchedule, steps: int = 3) -> SamplingSchedule:
@@ -312,10 +337,19 @@ def _judge(trainer: Any, images: Tensor, conditions: Any) -> None:
             function(images=images, conditions=conditions, slots=slots[None], trainer_state=trainer.state)
 
 
-def _evaluate(trainer: Any, images: Tensor, conditions: Any) -> None:
-    for metric in trainer.eval_metrics.values():
-        metric.update(images, conditions)
-        metric.reset()
+def _evaluation_of(trainer: Any, images: Tensor, conditions: Any, count: int) -> Callable[[], None]:
+    """All metrics of `count` images like those given, which are gathered first if they are more."""
+    rows = [i % len(images) for i in range(count)]
+    labels = take(conditions, rows)
+
+    def action() -> None:
+        gathered = images[:count] if count <= len(images) else images[rows]
+        for metric in trainer.eval_metrics.values():
+            metric.update(gathered, labels)
+        for metric in trainer.eval_metrics.values():
+            metric.reset()
+
+    return action
 
 
 def _measure_reward(trainer: Any, images: Tensor, conditions: Any) -> tuple[float, float, int, int]:
