@@ -160,6 +160,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._buffer, self.num_images = None, 0
         self.reference_set.reset()  # a checkpoint that is resumed from restores its own
+        self.rewards.reset()  # and the scales of distances
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:

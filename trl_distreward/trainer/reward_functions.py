@@ -58,6 +58,11 @@ class RewardFunctions:
             if module is not None:
                 module.to(device)
 
+    def reset(self) -> None:
+        """Forgets what the rewards of sets keep of an earlier run."""
+        for reward in self.distributional:
+            reward.reset()
+
     def metrics(self) -> dict[str, ImageMetric]:
         """The distances of the rewards of sets, as metrics of evaluation."""
         spaces = [item for reward in self.distributional for item in reward.metrics().items()]
