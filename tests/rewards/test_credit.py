@@ -149,6 +149,23 @@ def test_other_distances_and_sums_serve_and_come_back_with_their_scales():
     assert torch.equal(other.score(slots, new), total.score(slots, new))
     assert other.baseline == total.baseline != pytest.approx(-2.0)
     assert kernel.score(slots, new).shape == (2, 2)
+    total.reset()
+    with pytest.raises(ValueError, match="no reference set yet"):
+        total.score(slots, new)
+    total.set_reference({"features": draw(40, 2, spread=0.9)})
+    assert total.baseline == pytest.approx(-2.0)  # the first again
+
+
+def test_scales_that_a_distance_came_with_outlast_a_reset():
+    def scaled(features):
+        total = SumDistance({"mmd": KernelDistance(features, unbiased=False)}, normalize=True)
+        total.scales = {"mmd": 3.0}
+        return total
+
+    reward = SubsetReplaceReward(identity, draw(80, 0).float(), scaled)
+    reward.set_reference({"features": draw(40, 1, spread=0.8)})
+    reward.reset()
+    assert reward.distances["features"].scales == {"mmd": 3.0}
 
 
 def test_a_sum_is_debiased_as_if_made_anew():

@@ -1,11 +1,13 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
 
 from tests.clip import coloured, save_tiny_clip, tiny_clip
-from tests.helpers import tiny_config, tiny_reward, tiny_trainer
+from tests.helpers import features, real_images, tiny_config, tiny_reward, tiny_trainer
 from tests.policies_parts import ddim, tokenizer
 from tests.policies_tiny import stable_diffusion
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, JointTextFeatures, SubsetReplaceReward
@@ -19,6 +21,7 @@ from trl_distreward.rewards import (
     load_linear_head,
     pick_score,
 )
+from trl_distreward.trainer.reward_functions import RewardFunctions
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,28 @@ def test_rewards_are_logged_apart_and_weighed_together(tmp_path):
     assert parts[1] == pytest.approx(-parts[2]) and parts[1] > 0 > parts[0]
     assert logs["reward"] == pytest.approx(2 * parts[0] + 0.5 * parts[1] + 0.25 * parts[2])
     assert all(logs[f"rewards/{name}/std"] > 0 for name in ("subset_replace", "bright", "dark"))
+
+
+def test_functions_that_share_a_name_are_told_apart():
+    def named(name):
+        function = partial(bright)
+        function.__name__ = name
+        return function
+
+    functions = RewardFunctions([named(name) for name in ("a", "a", "b", "a_2", "a")])
+    assert functions.names == ["a", "a_3", "b", "a_2", "a_4"]  # each keeps its own where it is the first
+
+
+def test_two_distribution_rewards_are_logged_apart(tmp_path):
+    real = FeatureStatistics.from_features(features(real_images()))
+    rewards = [SubsetReplaceReward({name: features}, {name: real}) for name in ("one", "two")]
+    rewards[1].extractors["two"] = lambda images: features(images) + 1
+    trainer = tiny_trainer(tmp_path, reward_funcs=rewards, reward_weights=[1.0, 3.0], max_steps=1)
+    trainer.train()
+    logs = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    first, second = logs["rewards/subset_replace/mean"], logs["rewards/subset_replace_2/mean"]
+    assert first != second and logs["reward"] == pytest.approx(first + 3 * second)
+    assert trainer._describe_run()["rewards"] == {"subset_replace": 1.0, "subset_replace_2": 3.0}
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "backprop"])

@@ -250,10 +250,33 @@ def test_differentiable_sample_rewards_add_their_gradient(tmp_path):
     brightness.differentiable = True
     trainer = backprop_trainer(tmp_path, reward_funcs=[brightness], max_steps=20, learning_rate=3e-3)
     trainer.train()
-    values = [e["rewards/brightness/mean"] for e in trainer.state.log_history if "loss" in e]
+    values = logged(trainer, "reward")
     assert values[-1] > values[0] + 0.05
-    mixed = backprop_trainer(tmp_path / "mixed", reward_funcs=[tiny_reward(), brightness], reward_weights=[0.1, 1.0])
-    mixed.train()
+    assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == pytest.approx([-v for v in values])
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_reward_and_loss_are_of_all_functions_and_each_is_logged_under_a_name_of_its_own(tmp_path, draws):
+    def brightness(images, **kwargs):
+        return images.flatten(1).mean(1) / 255
+
+    def dark(images, **kwargs):
+        return 2 - brightness(images)
+
+    brightness.differentiable = dark.differentiable = True
+    dark.__name__ = "brightness"
+    trainer = backprop_trainer(
+        tmp_path, reward_funcs=[tiny_reward(), brightness, dark], reward_weights=[0.1, 100.0, 10.0], max_steps=1,
+        backprop_draws=draws, backprop_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    names = ["subset_replace", "brightness", "brightness_2"]
+    of_set, bright, dim = (logged(trainer, f"rewards/{name}/mean")[0] for name in names)
+    reward = logged(trainer, "reward")[0]
+    assert of_set < 0 < bright < 1 and dim == pytest.approx(2 - bright)
+    assert reward == pytest.approx(0.1 * of_set + 100 * bright + 10 * dim)
+    assert logged(trainer, "loss")[0] == pytest.approx(-reward, rel=1e-5)
+    assert trainer._describe_run()["rewards"] == dict(zip(names, [0.1, 100.0, 10.0], strict=True))
 
 
 @pytest.mark.parametrize("score", [lambda x: (x - 3.0).mean(1), lambda x: x.softmax(1)])

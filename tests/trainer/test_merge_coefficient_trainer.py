@@ -175,6 +175,23 @@ def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts(tmp_path,
     assert logged(trainer, "reward")[0] == pytest.approx(distributional + 0.01 * bright)
 
 
+def test_a_reward_that_served_another_run_starts_afresh(tmp_path, pool):
+    def run(folder, reward, **settings):
+        trainer = tiny_merge_trainer(tmp_path / folder, pool, reward_funcs=reward, max_steps=1, **settings)
+        trainer.train()
+        return trainer, logged(trainer, "reward")
+
+    reward = two_spaces()
+    other, _ = run("other", reward, seed=1, initial_coefficients="last")
+    trainer, again = run("again", reward)
+    assert again == run("alone", two_spaces())[1]
+    scales, images = dict(reward.first_distances), trainer.num_images
+    other.train()
+    assert reward.first_distances != scales
+    trainer.train()  # goes on with what it has learnt, in its own units
+    assert reward.first_distances == scales and trainer.num_images == images
+
+
 def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, method="random", max_steps=1)
     judge = trainer.judge.judge

@@ -221,6 +221,8 @@ def test_bad_features_skip_the_update_keep_its_context_and_stop_a_hopeless_run(t
     assert all(torch.equal(before[name], value) for name, value in weights(trainer.network).items())
     context = torch.load(sorted((tmp_path / "skipped").iterdir())[0], weights_only=True)
     assert "features are not finite" in context["reason"] and context["slots"].shape == (6, 2)
+    with pytest.raises(RuntimeError, match="3 updates in a row"):  # counted from the training's beginning
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_black_images_of_a_diverged_sampler_are_not_taken_for_images(tmp_path):

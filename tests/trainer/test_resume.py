@@ -14,8 +14,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests.helpers import logged, tiny_trainer, weights
-from trl_distreward import load_pipeline
+from tests.helpers import features, logged, real_images, tiny_trainer, weights
+from trl_distreward import FeatureStatistics, SubsetReplaceReward, load_pipeline
+from trl_distreward.metrics import FrechetDistance, KernelDistance, SumDistance
 
 # (settings, steps at which the run is interrupted)
 CASES = {
@@ -59,6 +60,33 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
             assert logged(resumed, key) == logged(whole, key), (step, key)
         if whole.ema is not None:
             assert all(torch.equal(resumed.ema.averages[n], v) for n, v in whole.ema.averages.items())
+
+
+def two_spaces():
+    extractors = {"features": features, "squares": lambda x: features(x) ** 2}
+    real = {name: FeatureStatistics.from_features(extract(real_images())) for name, extract in extractors.items()}
+    return SubsetReplaceReward(extractors, real)
+
+
+def normalized_sum():
+    def both(real):
+        parts = [FrechetDistance(FeatureStatistics.from_features(real)), KernelDistance(real, unbiased=False)]
+        return SumDistance(parts, normalize=True)
+
+    return SubsetReplaceReward(features, features(real_images()), both)
+
+
+@pytest.mark.parametrize("build", [two_spaces, normalized_sum])
+def test_scales_of_distances_are_the_runs_own(tmp_path, build):
+    def rewards(folder, reward, seed=0, resume=None):
+        trainer = trainer_for(tmp_path / folder, reward_funcs=reward, seed=seed, max_steps=3, save_steps=2)
+        trainer.train(resume_from_checkpoint=resume)
+        return logged(trainer, "reward")
+
+    alone, reward = rewards("alone", build()), build()
+    other = rewards("other", reward, seed=1)
+    assert rewards("again", reward) == alone  # as if the reward were new
+    assert rewards("resumed", reward, seed=1, resume=str(tmp_path / "other" / "checkpoint-2")) == other
 
 
 def test_resuming_a_finished_run_keeps_its_average(tmp_path):

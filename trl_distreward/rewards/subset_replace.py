@@ -113,6 +113,7 @@ class SubsetReplaceReward:
         self.features: dict[str, Tensor] = {}  # reference set, per space (N, d) float32
         self.first_distances: dict[str, float] = {}
         self._removal_effects: Tensor | None = None
+        self._given_scales = self._scales
 
     # ---- features ----
 
@@ -191,6 +192,16 @@ class SubsetReplaceReward:
     def _weight(self, name: str) -> float:
         scale = self.first_distances[name] if len(self.distances) > 1 else 1.0
         return self.space_weights[name] / scale
+
+    @property
+    def _scales(self) -> dict[str, dict[str, float]]:
+        return {name: distance.scales for name, distance in self.distances.items() if hasattr(distance, "scales")}
+
+    def reset(self) -> None:
+        """Forgets the reference set, and the units that the first one gave: the next one is the first again."""
+        self.features, self.first_distances, self._removal_effects = {}, {}, None
+        for name, scales in self._given_scales.items():
+            self.distances[name].scales = scales
 
     def set_reference(self, features: Mapping[str, Tensor]) -> None:
         """Takes `features` `(N, d)` per space as the reference set."""
@@ -313,8 +324,8 @@ class SubsetReplaceReward:
 
     def state_dict(self) -> dict[str, Any]:
         """The reference set's features and the first distances; moments follow from the features."""
-        scales = {name: distance.scales for name, distance in self.distances.items() if hasattr(distance, "scales")}
-        return {"features": dict(self.features), "first_distances": dict(self.first_distances), "scales": scales}
+        first = dict(self.first_distances)
+        return {"features": dict(self.features), "first_distances": first, "scales": self._scales}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["features"] and set(state["features"]) != set(self.extractors):

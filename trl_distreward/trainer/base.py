@@ -217,7 +217,9 @@ class DiffusionTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.run_record.begin()
-        self._holds_best = False
+        self._holds_best = self._without_update = False
+        self._skipped_in_a_row = 0
+        self._metrics.clear()  # of a training that ended with an error
         try:
             with self.run_record.running():
                 result = super().train(*args, **kwargs)

@@ -161,6 +161,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._buffer, self.num_images = None, 0
         self.reference_set.reset()  # a checkpoint that is resumed from restores its own
+        self.rewards.reset()  # and the scales of distances
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -209,7 +210,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 finite = all(self._all_finite(tail.finite and tail.judged.finite) for tail in tails)
                 if finite:
                     features = [self._gather_features(tail.judged.features) for tail in tails]
-                    self._record_reward(slots.flatten(), features[0])
+                    of_sets = self._rewards_of_sets(slots.flatten(), features[0])
                     # of several draws, the sampler's own images are what is rolled, the draws what is trained on
                     trained = list(zip(tails, features, strict=True))[1 if len(tails) > 1 else 0 :]
                     gradients = [self._feature_gradients(slots.flatten(), spaces) for _, spaces in trained]
@@ -232,7 +233,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
             for (tail, _), gradient in zip(trained, gradients, strict=True)
             for batch in tail.micro_batches(size, device)
         )
-        statistics, total = UpdateStatistics(), torch.zeros((), device=device)
+        statistics = UpdateStatistics()
         self.hold_gradients()
         with self._timed("training"), self.accelerator.no_sync(model) if shared else nullcontext():
             for number, (tail, gradient, batch) in enumerate(batches, start=1):
@@ -256,14 +257,27 @@ class DistributionRewardTrainer(DiffusionTrainer):
             x, cond = tail.states[tail.first][:1].to(device), {k: v[:1] for k, v in tail.cond.items()}
             nothing = self._velocity(model, x, torch.ones(1, device=device), cond).sum() * 0.0
             self.accelerator.backward(nothing)
-        self._record_update(statistics)
-        return total - self._metrics["reward"][-1]
+        return torch.tensor(-self._record_objective(statistics, of_sets), device=device)
 
-    def _record_reward(self, slots: Tensor, features: list[dict[str, Tensor]]) -> None:
-        """Weighted sum of the distribution rewards of the set in which all new images are."""
-        judged = zip(self._judges, features, strict=True)
-        total = sum(weight * reward.subset_rewards(slots[None], spaces).item() for (reward, weight), spaces in judged)
-        self.record("reward", total)
+    def _rewards_of_sets(self, slots: Tensor, features: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The distribution rewards of the set in which all new images are, by the names they are logged under."""
+        known = iter(features)
+        return {
+            f"rewards/{name}/mean": function.subset_rewards(slots[None], next(known)).item()
+            for name, function in zip(self.reward_names, self.reward_funcs, strict=True)
+            if isinstance(function, SubsetReplaceReward)
+        }
+
+    def _record_objective(self, statistics: UpdateStatistics, of_sets: dict[str, float]) -> float:
+        """Keeps an update's values; returns its reward, the weighted sum of those of all functions."""
+        found = of_sets | statistics.reduced(self.accelerator)
+        keys = [f"rewards/{name}/mean" for name in self.reward_names]
+        reward = sum(weight * found[key] for key, weight in zip(keys, self.reward_weights, strict=True))
+        if len(keys) == 1:
+            del found[keys[0]]  # the reward itself, but for its weight
+        for name, value in {"reward": reward, **found}.items():
+            self.record(name, value)
+        return reward
 
     def _initial_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Of the network before training: the frozen copy, or the trained one with its adapter off."""

@@ -244,6 +244,11 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     # ---- one step ----
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_images = 0  # so that the start is judged anew, for the scales of distances
+        self.rewards.reset()  # a checkpoint that is resumed from restores both
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Draws candidates, judges them and learns from their rewards."""
         args, step = self.args, self.state.global_step

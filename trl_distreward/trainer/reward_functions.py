@@ -2,6 +2,7 @@
 """Reward functions as trainers take them: checked, named and weighted."""
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ class RewardFunctions:
 
     Raises:
         ValueError: there are not as many weights, or feature spaces of several rewards share names.
+
+    Attributes:
+        names (`list[str]`): the functions' own; of several that share one the second is `name_2`, and so on.
     """
 
     def __init__(self, functions: Any, weights: Sequence[float] | None = None):
         self.functions = list(functions) if isinstance(functions, list | tuple) else [functions]
-        self.names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
+        self.names = _distinct([getattr(f, "__name__", type(f).__name__) for f in self.functions])
         self.weights = list(weights) if weights is not None else [1.0] * len(self.functions)
         if len(self.weights) != len(self.functions):
             raise ValueError(
@@ -54,7 +58,21 @@ class RewardFunctions:
             if module is not None:
                 module.to(device)
 
+    def reset(self) -> None:
+        """Forgets what the rewards of sets keep of an earlier run."""
+        for reward in self.distributional:
+            reward.reset()
+
     def metrics(self) -> dict[str, ImageMetric]:
         """The distances of the rewards of sets, as metrics of evaluation."""
         spaces = [item for reward in self.distributional for item in reward.metrics().items()]
         return {f"distance_{space}": metric for space, metric in spaces}
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The names, those that came before with the next number that is free."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in count(2))
+        found.append(name if name not in found else next(n for n in numbered if n not in {*names, *found}))
+    return found
