@@ -162,7 +162,9 @@ def count_evaluations(
         trained = num_backprop_steps(args)
         rollout += images * args.backprop_draws if args.backprop_draws > 1 else 0
         pairs = images * trained * args.backprop_draws
-        update = pairs * (2 if args.checkpoint_steps else 1)
+        # the pull is on velocities at samples held still: those of all steps but the first are evaluated for it
+        held = images * (trained - 1) * args.backprop_draws if args.beta > 0 else 0
+        update = (pairs + held) * (2 if args.checkpoint_steps else 1)
         if processes > 1:
             update += 1  # DDP sends the summed gradients at the end of one more sample's pass
     else:
