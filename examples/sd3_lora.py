@@ -4,7 +4,8 @@ Fine-tunes an adapter of Stable Diffusion 3.5 medium by how close its images, wi
 with theirs, and by a preference model.
 
     accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/sd3_lora.py \\
-        --config examples/configs/sd3_medium_lora.yaml --dataset_name DATASET --real_images DATASET
+        --config examples/configs/sd3_medium_lora.yaml --dataset_name DATASET \\
+        --real_images DATASET --real_resize 512
 
 DATASET, an id on the Hub or a folder that `datasets` saved, has a column of prompts (--prompt_column caption if it has
 another name) and one of real images beside them. Prompts and real images may be of different datasets, or the real

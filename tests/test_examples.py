@@ -70,6 +70,7 @@ def test_recipes_say_nothing_that_the_options_do_not_know(example, recipe):
     )
     if recipe.stem == "sd3_medium_lora":
         given += ["--dataset_name", "given"]
+        parsed(example, recipe, "--dataset_name", "given", "--real_images", "given", "--real_resize", "512")
     arguments, config = parsed(example, recipe, *given)
     assert arguments.feature_extractor or arguments.prompt_encoder
     assert config.metric_for_best_model.removeprefix("eval_").removesuffix("_distance_features") in (

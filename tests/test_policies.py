@@ -38,6 +38,25 @@ def test_an_image_depends_on_seed_and_index_alone():
     assert not torch.equal(other, sizes[0])
 
 
+@pytest.mark.parametrize("broken", ["velocity", "decode"])
+def test_images_that_are_not_finite_are_not_black_images(monkeypatch, broken):
+    policy = ClassConditionalPolicy(tiny_pipeline())
+    whole = getattr(policy, broken)
+
+    def diverged(*args):
+        values = whole(*args)
+        if broken == "velocity" and len(values) > 2:
+            values[2] = torch.nan
+        elif broken == "decode" and len(values) == 1:  # the last batch's: image 8
+            values = values * torch.nan
+        return values
+
+    monkeypatch.setattr(policy, broken, diverged)
+    images = generate_images(policy, torch.arange(9) % 3, SamplingSchedule(2, "ode"), batch_size=4)
+    with pytest.raises(ValueError, match=f"image {2 if broken == 'velocity' else 8} is not finite: the model has"):
+        list(images)
+
+
 def test_streams_of_noise_do_not_meet():
     seeds = {
         generator.initial_seed()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .policies import DiffusionPolicy, to_uint8
+from .policies import DiffusionPolicy, decode_uint8
 from .sampling import (
     NOISE_SCHEDULES,
     ODE_SOLVERS,
@@ -226,6 +226,9 @@ def generate_images(
 
     Yields:
         uint8 images `(batch, C, H, W)` and their conditions.
+
+    Raises:
+        ValueError: a sample or its image is not finite; it names the first.
     """
     wanted = range(len(conditions)) if indices is None else indices
     for start in range(0, len(wanted), batch_size):
@@ -233,7 +236,13 @@ def generate_images(
         batch = take(conditions, images)
         generators = image_generators(seed, stream, 0, images)
         x = sample(policy, model or policy.model, batch, schedule, generators).sample
-        yield to_uint8(policy.decode(x)), batch
+        decoded, finite = decode_uint8(policy, x)
+        if not finite.all():
+            raise ValueError(
+                f"image {images[int((~finite).nonzero()[0])]} is not finite: the model has diverged, or its precision "
+                "is too low, as the VAE of SDXL's is in float16."
+            )
+        yield decoded, batch
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:

@@ -41,6 +41,16 @@ def test_samples_come_from_the_same_noise_and_the_evaluated_weights(tmp_path):
     assert any(not torch.equal(p, q) for p, q in zip(before, trainer.network.parameters(), strict=True))
 
 
+def test_a_grid_that_cannot_be_drawn_does_not_end_training(tmp_path, caplog):
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    trainer.add_callback(LogSamplesCallback(trainer, freq=2))
+    decode = trainer.policy.decode
+    trainer.policy.decode = lambda x: decode(x) * (torch.nan if trainer.state.global_step == 2 else 1)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-0.png"]
+    assert "There is no grid of samples at step 2: image 0 is not finite" in caplog.text
+
+
 def test_unknown_sampler_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, eval_samplers=["sde"])
     with pytest.raises(ValueError, match="sampler='ode' is not evaluated: choose one of sde"):

@@ -168,7 +168,11 @@ class LogSamplesCallback(TrainerCallback):
                 model=trainer.sampled_network,
                 stream="samples",
             )
-            images = torch.cat([images for images, _ in batches])
+            try:
+                images = torch.cat([images for images, _ in batches])
+            except ValueError as error:  # on all processes, where all generate
+                logger.warning(f"There is no grid of samples at step {state.global_step}: {error}")
+                return
         if not state.is_world_process_zero:
             return
         grid, step = image_grid(images), state.global_step
