@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ class StopAtBudget(TrainerCallback):
         due = self.trainer.reference_set.is_due(state.global_step)
         if self.images + IMAGES_PER_UPDATE + due * args.reference_set_size > self.budget:
             control.should_training_stop = True
+
+
+class FallingNoise(TrainerCallback):
+    """Noise of rollouts whose level falls linearly from `first` to `last` over training."""
+
+    def __init__(self, first: float, last: float):
+        self.first, self.last = first, last
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        done = state.global_step / max(1, state.max_steps - 1)
+        level = self.first + (self.last - self.first) * done
+        args.rollout_schedule = replace(args.rollout_schedule, noise_level=level)
 
 
 def build_trainer(
@@ -115,6 +128,7 @@ def run(
     others: Sequence[Callable[..., Any]] = (),
     eval_metrics: dict[str, Any] | None = None,
     evaluations: Sequence[int] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     save_to: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -130,6 +144,7 @@ def run(
         eval_metrics (`dict`, *optional*): further metrics.
         evaluations (`Sequence[int]`, *optional*):
             evaluations after so many images, `"curve"` of the result. Those they generate are not counted.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): further callbacks.
         save_to (`Path`, *optional*): folder for the trained pipeline.
         settings: further fields of the configuration.
 
@@ -141,7 +156,7 @@ def run(
     stop = StopAtBudget(budget, evaluations)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": 10_000, **settings, "seed": seed}
-        trainer = build_trainer(prepared, folder, reward, [stop], others, eval_metrics, **settings)
+        trainer = build_trainer(prepared, folder, reward, [stop, *callbacks], others, eval_metrics, **settings)
         stop.trainer = trainer
         forwards, started = [0], time.process_time()
         hook = trainer.network.register_forward_hook(lambda _, inputs, output: forwards.append(len(output[0])))

@@ -33,7 +33,7 @@ from experiments import (  # noqa: E402
 )
 from judges import LogOdds, MeanOf, heldout_metrics  # noqa: E402
 from page import write_page  # noqa: E402
-from runs import IMAGES_PER_UPDATE, Digits, build_trainer, parse_args, run, write  # noqa: E402
+from runs import IMAGES_PER_UPDATE, Digits, FallingNoise, build_trainer, parse_args, run, write  # noqa: E402
 
 TUNING_SEED = 100
 TUNED: dict[str, tuple[dict[str, Any], list[float]]] = {
@@ -87,6 +87,7 @@ def train_arm(
             [score] if arm.sample_wise else [],
             metrics | ({"log_odds": MeanOf(score)} if any(a.sample_wise for a in experiment.arms.values()) else {}),
             experiment.evaluations,
+            [FallingNoise(*arm.noise_levels)] if arm.noise_levels else [],
             **settings,
         )
     return result | {"images": spent + result["images"], "learning_rate": rate}

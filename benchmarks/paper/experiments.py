@@ -6,7 +6,7 @@ Sizes follow the paper's by ratio: 1,000 reference images for 5,000, subsets of 
 steps in training and 50 at evaluation for its 50 and 250.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl_distreward import RECIPES
@@ -34,6 +34,7 @@ class Arm:
         sample_wise (`bool`, *optional*, defaults to `False`): whether there is a reward of single images beside.
         rate_factor (`float`, *optional*, defaults to 1.0): on that rate.
         rate (`float`, *optional*): another rate.
+        noise_levels (`tuple[float, float]`, *optional*): levels of noise, the first and the last update's.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Arm:
     sample_wise: bool = False
     rate_factor: float = 1.0
     rate: float | None = None
+    noise_levels: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             "sit": rolling(),
             "sit, level 0.35": rolling(noise_level=0.35),
+            "sit, level falling from 1.2 to 0.2": replace(rolling(), noise_levels=(1.2, 0.2)),
             "flow_grpo": rolling(noise_schedule="flow_grpo"),
             "dance": rolling(noise_schedule="dance", last_step_size=0.04),
             "cps": rolling(noise_schedule="cps"),

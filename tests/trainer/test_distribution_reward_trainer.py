@@ -1,4 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import dataclasses
 import json
 import math
 from functools import partial
@@ -50,6 +51,18 @@ def test_on_policy_ratio_is_exactly_one_though_label_dropout_is_configured(tmp_p
     # not because the anchor is the value itself: the rollout's own log-probabilities are met as well
     assert max(logged(trainer, "delta_log_prob")) < 1e-5
     assert logged(trainer, "clip_ratio") == [0.0, 0.0]
+
+
+def test_steps_are_scored_under_the_noise_that_they_were_drawn_with(tmp_path):
+    class Quieter(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            level = 0.7 - 0.2 * state.global_step
+            args.rollout_schedule = dataclasses.replace(args.rollout_schedule, noise_level=level)
+
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    trainer.add_callback(Quieter())
+    trainer.train()
+    assert max(logged(trainer, "delta_log_prob")) < 1e-5
 
 
 def test_adapters_own_dropout_is_off_and_its_targets_have_a_default(tmp_path):

@@ -108,27 +108,29 @@ class PairLoss:
 
     def score(self, velocity: Callable[..., Tensor], pairs: dict[str, Any]) -> Transition:
         """Density of the taken steps under `velocity(x, t, cond)`."""
+        schedule = self.args.rollout_schedule
         return transition(
             pairs["x"],
             velocity(pairs["x"], pairs["t"], pairs["cond"]),
             pairs["t"],
             pairs["t_next"],
-            noise_schedule=self.args.noise_schedule,
-            noise_level=self.args.noise_level,
+            noise_schedule=schedule.noise_schedule,
+            noise_level=schedule.noise_level,
             prev_sample=pairs["next_x"],
         )
 
     def step_weights(self, steps: tuple[int, ...], device: torch.device) -> Tensor:
         """Weights `(len(steps),)` proportional to the steps' noise, of mean 1."""
-        times = torch.tensor(self.args.rollout_schedule.times, dtype=torch.float64)
+        schedule = self.args.rollout_schedule
+        times = torch.tensor(schedule.times, dtype=torch.float64)
         index, nothing = torch.tensor(steps), torch.zeros(len(steps), 1, dtype=torch.float64)
         step = transition(
             nothing,
             nothing,
             times[index],
             times[index + 1],
-            noise_schedule=self.args.noise_schedule,
-            noise_level=self.args.noise_level,
+            noise_schedule=schedule.noise_schedule,
+            noise_level=schedule.noise_level,
             prev_sample=nothing,
         )
         return send((step.std / step.std.mean()).float(), device)
