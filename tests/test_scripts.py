@@ -119,7 +119,7 @@ def test_train_ends_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch
     terminate_once(monkeypatch, DistributionRewardTrainer, out, 2)
     given = ["--config", str(recipe), "--max_steps", "4", "--push_to_hub", "True"]
     given += ["--eval_strategy", "epoch", "--log_samples", "True"]
-    train.main(given)
+    train.main([*given, "--resume_from_checkpoint", "false"])
     printed = capsys.readouterr().out
     assert "Stopped by SIGTERM after step 2 of 4" in printed and "--resume_from_checkpoint true" in printed
     assert pushed == ["checkpoint"] and "eval_ode" not in printed and not (out / "model_index.json").exists()

@@ -176,6 +176,20 @@ def test_what_cannot_be_a_pipeline_of_diffusers_is_refused(originals):
     assert not (originals / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--private"], "--private is of the repository that --push-to-hub makes"),
+        (["--pixels", "--no-embed-vae"], "is of a VAE, which a network of --pixels has not"),
+    ],
+)
+def test_options_without_effect_are_refused(originals, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert.main([*convert_both(originals)[0], *options])
+    with pytest.raises(ValueError, match="has no name of its own"):
+        convert.main(["sit", str(originals / "sit.pt"), ".", "--pixels"])
+
+
 @pytest.mark.parametrize("family", ["sit", "edm2"])
 def test_refusals_leave_no_folder(originals, family):
     (originals / "sit.pt").write_bytes(b"nothing")

@@ -72,6 +72,9 @@ def test_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
             torch.save(content, "sit.pt", _use_new_zipfile_serialization=zipped)
             with pytest.raises(ValueError, match="refused as a SiT checkpoint.*argparse.Namespace"):
                 load_original_sit("sit.pt")
+        torch.save([1], "sit.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="neither a state dict nor"):
+            load_original_sit("sit.pt")
         torch.save(tiny_sit().state_dict(), "sit.pt", _use_new_zipfile_serialization=zipped)
         whole = Path("sit.pt").read_bytes()
         Path("sit.pt").write_bytes(whole[: len(whole) // 2])
@@ -97,6 +100,7 @@ def changed(**changes):
         (changed(**{"final_layer.linear.weight": torch.ones(12, 16)}), {}, "has 3 channels"),
         ({"ema": {}, "config": 1}, {}, r"\['config'\] beside"),
         ({"state_dict": {}}, {}, "neither a state dict nor"),
+        ({"ema": [1]}, {}, "neither a state dict nor"),
     ],
 )
 def test_other_checkpoints_are_refused(checkpoint, kwargs, message):

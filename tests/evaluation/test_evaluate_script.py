@@ -204,6 +204,13 @@ def test_reference_batch_gives_moments_to_inception_and_images_to_others(folder)
         assert look_at("reference.npz", *elsewise).must_collect(False)
 
 
+def test_names_are_shown_as_they_are(folder, capsys):
+    folder.joinpath("a[red]b[").mkdir()
+    np.savez("a[red]b[/c].npz", pixels(40, 4, 4))
+    run("--model", "a[red]b[/c].npz", "--real", "real.npz")
+    assert "a[red]b[/c].npz" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_comparison_is_of_reports_or_of_sources(folder, capsys):
     tiny_pipeline(seed=1).save_pretrained("tuned")
     first = run("--model", "base", "--real", "real.npz", *SMALL, output="base.json")
@@ -213,6 +220,18 @@ def test_comparison_is_of_reports_or_of_sources(folder, capsys):
     assert [change["percent"] for change in compared["changes"]] == [pytest.approx(change)]
     assert compared["before"] == first
     assert f"{change:+.1f} %" in capsys.readouterr().out and f"{change:+.1f} %" in (folder / "change.md").read_text()
+
+
+def test_comparison_leaves_the_reports_it_reads(folder):
+    for name in ("evaluation.json", "after.json"):
+        run("--model", "base", "--real", "real.npz", *SMALL, output=name)
+    before = (folder / "evaluation.json").read_bytes()
+    evaluate.main(["--compare", "evaluation.json", "after.json"])
+    assert {"before", "after", "changes"} == set(json.loads((folder / "comparison.json").read_text()))
+    for option in ("--output", "--markdown"):
+        with pytest.raises(ValueError, match=rf"{option} .*evaluation.json is one of the reports that are compared"):
+            evaluate.main(["--compare", "evaluation.json", "after.json", option, str(folder / "evaluation.json")])
+    assert (folder / "evaluation.json").read_bytes() == before
 
 
 def test_comparison_loses_no_value_and_mixes_no_preparation(folder, monkeypatch):
@@ -315,6 +334,9 @@ def test_inception_score_is_of_the_logits_in_the_same_pass(folder, monkeypatch):
 
     assert metrics_of(report)["inception_score"] == pytest.approx(inception_score(logits, seed=0).mean, rel=1e-5)
     assert metrics_of(report)["frechet"] == metrics_of(run(*arguments, "--real", "real.npz"))["frechet"]
+    for asked in ([], ["inception_score"]):  # in a folder that is kept, one after the other
+        again = run(*arguments, *asked, "--real", "real.npz", "--work-dir", "work")
+        assert metrics_of(again)["frechet"] == metrics_of(report)["frechet"]
 
 
 @pytest.mark.slow

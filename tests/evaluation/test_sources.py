@@ -7,8 +7,8 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from tests.evaluation.images import pixels, write_folder
-from trl_distreward.evaluation.datasets import DatasetImages, StreamedImages
-from trl_distreward.evaluation.decoding import decode_image
+from trl_distreward.evaluation.datasets import DatasetImages, StreamedImages, open_dataset, stored_image
+from trl_distreward.evaluation.decoding import UnreadableImage, decode_image
 from trl_distreward.evaluation.files import save_sample_npz
 from trl_distreward.evaluation.sources import FolderImages, NpzImages, chain_lanes, open_images
 
@@ -32,6 +32,18 @@ def test_folder_is_read_in_the_order_of_its_paths(tmp_path):
     assert isinstance(source, FolderImages) and len(source) == 7
     assert source.names == sorted(source.names)
     assert np.array_equal(contents(source), np.concatenate([images[::2], images[1::2]]))
+
+
+def test_links_between_folders_are_followed_once(tmp_path):
+    images = write_folder(tmp_path / "images", 7)
+    write_folder(tmp_path / "other", 3)
+    (tmp_path / "images" / "a" / "other").symlink_to(tmp_path / "other")
+    (tmp_path / "images" / "itself").symlink_to(tmp_path / "images")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "images" / "a")
+    assert len(open_images(tmp_path / "images")) == len(images) + 3
+    (tmp_path / "images" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match="lost.png is a link to a file that is not there"):
+        open_images(tmp_path / "images")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -82,6 +94,38 @@ def test_datasets_on_disk_and_streamed_give_the_same_images(tmp_path):
     assert isinstance(streamed, StreamedImages) and streamed.num_lanes(4) == 3
     assert np.array_equal(contents(streamed), images)
     assert len(list(streamed.lane(1, 4, skip=3))) == 1
+
+
+def test_streamed_files_that_were_replaced_are_another_set(tmp_path):
+    described = []
+    for seed in range(2):
+        image_dataset(pixels(4) + seed).to_parquet(tmp_path / "data.parquet")
+        for source in (("parquet", {"data_files": [str(tmp_path / "*.parquet")]}), (str(tmp_path), {})):
+            described.append(open_dataset(source[0], streaming=True, split="train", **source[1]).description)
+    assert described[0] != described[2] and described[1] != described[3]
+    described.append(open_dataset(str(tmp_path), streaming=True, split="train").description)
+    assert described[4] == described[3]
+
+
+def test_numbers_in_lists_are_pixels_or_refused_and_no_image_is_left_out(tmp_path):
+    images = pixels(5, 4, 4)
+    floats = (images / 255).astype(np.float32)
+    deep = images.astype(np.int32) * 256
+    sources = {}
+    for name, values in (("bytes", images), ("floats", floats), ("deep", deep)):
+        Dataset.from_dict({"image": values.tolist()}).save_to_disk(tmp_path / name)
+        sources[name] = open_images(tmp_path / name, image_column="image")
+    assert np.array_equal(contents(sources["bytes"]), images)
+    for name, dtype in (("floats", "float64"), ("deep", "int64")):
+        with pytest.raises(UnreadableImage, match=rf"row 0 of .*{name} is an array \(4, 4, 3\) of {dtype}"):
+            contents(sources[name])
+    for value, told in (
+        (None, "holds nothing, not an image. Repair or remove it, or pass --skip-corrupt"),
+        ({"bytes": None, "path": str(tmp_path / "none.png")}, "none.png.* holds a path where there is no file"),
+        ([[1, 2], [3]], "holds lists of different lengths"),
+    ):
+        with pytest.raises(UnreadableImage, match=told):
+            stored_image("row 7", value)
 
 
 def test_webdataset_is_streamed(tmp_path):

@@ -137,6 +137,12 @@ def test_adapters_that_differ_or_do_not_fit_are_refused(tmp_path):
         config.write_text(json.dumps(original | change))
         with pytest.raises(ValueError, match=message):
             CheckpointPool(paths)
+    for start in ("pissa", "pissa_niter_4", "olora"):  # of all of them: the network below is another one
+        for path in paths:
+            (path / "adapter_config.json").write_text(json.dumps(original | {"init_lora_weights": start}))
+        with pytest.raises(ValueError, match=f"{start}.*path_initial_model_for_weight_conversion"):
+            CheckpointPool(paths)
+    (paths[0] / "adapter_config.json").write_text(json.dumps(original | {"init_lora_weights": "orthogonal"}))
     config.write_text(json.dumps(original | {"target_modules": original["target_modules"][::-1], "lora_dropout": 0.5}))
     pool = CheckpointPool(paths)
     with pytest.raises(ValueError, match="PeftModel"):

@@ -289,6 +289,14 @@ def test_index_cannot_name_files_elsewhere(tmp_path, name):
         CheckpointPool([tmp_path / "model"])
 
 
+def test_shards_may_have_spaces_in_their_names(tmp_path):
+    index = sharded(tmp_path / "model")
+    for shard in (tmp_path / "model").glob("*.safetensors"):
+        shard.rename(shard.with_name(shard.name.replace("-of-", " of ")))
+    index.write_text(index.read_text().replace("-of-", " of "))
+    assert set(CheckpointPool([tmp_path / "model"]).keys) == set(Small().state_dict())
+
+
 def test_index_and_shards_must_agree(tmp_path):
     index = sharded(tmp_path / "model")
     placed = json.loads(index.read_text())["weight_map"]
@@ -352,6 +360,15 @@ def test_saved_merge_says_what_it_was_made_of(tmp_path):
     pool.save_merged(out, weights, dtype=torch.float32)
     assert torch.equal(load_file(out)["gain"], merged["gain"])
     assert [path.name for path in out.parent.iterdir()] == ["merged.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_merge_is_saved_in_eight_bits(tmp_path, dtype):
+    paths = write(tmp_path, dtype=dtype)
+    CheckpointPool(paths, buffers=BUFFERS).save_merged(tmp_path / "merged.safetensors", torch.tensor([0.0, 1.0, 0.0]))
+    merged, whole = load_file(tmp_path / "merged.safetensors"), load_file(paths[1])
+    for name in NAMES:
+        assert merged[name].dtype == dtype and torch.equal(merged[name].float(), whole[name].float())
 
 
 def test_merge_that_overflows_or_fails_leaves_the_file_that_was(tmp_path, monkeypatch):

@@ -37,6 +37,14 @@ def test_labels_of_an_axis_are_all_different_and_true(values):
     assert all(low - margin <= float(text) <= high + margin for text in shown)
 
 
+@pytest.mark.parametrize("value", [0.4, 1.0, 0.125, -4.34, 0.01, 3e-12, 7.3e9])
+def test_values_that_differ_by_rounding_are_a_flat_line(value):
+    chart = line_chart("t", [Series("a", [(0, value), (1, math.nextafter(value, math.inf))])])
+    assert len(set(labels(chart))) == len(labels(chart)) >= 2
+    heights = {point.split()[1] for point in path_of(chart)[1:].split("L")}
+    assert len(heights) == 1
+
+
 def path_of(chart):
     return re.search(r'class="line s0" d="([^"]*)"', chart)[1]
 

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -264,6 +265,26 @@ def test_evaluations_from_other_noise_alone_are_shown(run, tmp_path):
     assert "Nothing was evaluated" in render_report(tmp_path)
 
 
+def test_shares_that_differ_by_rounding_are_told_in_a_line(run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    shares = [sum([0.4] * 3) / 3, 0.4]  # of three updates, and of one
+    assert shares[0] != shares[1]
+    history = [{**entry, "advantage_kept": share} for entry, share in zip(record["log_history"], shares, strict=False)]
+    (tmp_path / "run.json").write_text(json.dumps({**record, "log_history": history}))
+    assert ": 0.4 throughout." in render_report(tmp_path)
+
+
+def test_evaluations_that_are_not_finite_are_told_over_seeds_too(run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    last = max(e["step"] for e in record["evaluations"])
+    for evaluation in record["evaluations"]:
+        if evaluation["step"] == last:
+            evaluation["values"] = dict.fromkeys(evaluation["values"], math.nan)
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    page = render_report(tmp_path)
+    assert "Mean and standard deviation over noise of seeds" in page and ">not finite</td>" in page
+
+
 def test_folders_that_are_no_run_are_refused(run, tmp_path):
     for folder, message in [
         (tmp_path / "none", "no folder .*none: name the output_dir of a run"),
@@ -301,8 +322,15 @@ def test_large_grids_are_shown_smaller_and_broken_ones_named(run, tmp_path):
     assert Image.open(io.BytesIO(data)).size == (LARGEST_SIDE, LARGEST_SIDE // 2)
     assert "Shown smaller than its 3000 x 1500 pixels." in shown
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
-    (tmp_path / "run" / "samples" / "step-3.png").write_bytes(b"cut short")
-    assert "step-3.png cannot be shown" in render_report(tmp_path / "run")
+    grid = tmp_path / "run" / "samples" / "step-3.png"
+    whole = grid.read_bytes()
+    header = bytearray(whole)
+    header[16:20] = (2**30).to_bytes(4, "big")  # its width
+    checked = bytearray(whole)
+    checked[30] ^= 1  # a bit of the header's checksum
+    for damaged in (b"cut short", bytes(header), bytes(checked), whole[: len(whole) // 2]):
+        grid.write_bytes(damaged)
+        assert "step-3.png cannot be shown" in render_report(tmp_path / "run")
 
 
 def test_command_explains_itself():

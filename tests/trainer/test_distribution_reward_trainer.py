@@ -72,6 +72,8 @@ def test_adapters_own_dropout_is_off_and_its_targets_have_a_default(tmp_path):
     adapted = {name.split(".lora_A")[0].rsplit(".", 1)[1] for name in weights(trainer.network) if "lora_A" in name}
     assert adapted == {"qkv", "proj", "fc1", "fc2"}
     assert not any("x_embedder" in name for name in weights(trainer.network) if "lora_A" in name)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' changes the weights below the adapter"):
+        tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, init_lora_weights="pissa"))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"reference_update": "rolling", "replace_size": 1}])

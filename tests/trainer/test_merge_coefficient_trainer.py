@@ -314,6 +314,8 @@ def test_comparison_is_in_the_card(tmp_path, pool):
     assert f"| learnt | {rows['learnt']['sde_distance_features']:.4g}" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         trainer.evaluate(coefficients=[1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="others has learnt, which is in the table anyway"):
+        trainer.compare({"learnt": [1.0, 0.0, 0.0, 0.0]})
 
 
 def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
@@ -434,6 +436,20 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, pool, stopped, settings,
         other.train(resume_from_checkpoint=stopped)
 
 
+def test_resumed_network_means_what_it_meant_though_draws_are_narrower(tmp_path, pool):
+    settings = {"method": "emanet", "policy_num_layers": 0, "learning_rate": 0.5, "max_steps": 1}
+    first = tiny_merge_trainer(tmp_path, pool, save_strategy="steps", save_steps=1, **settings)
+    first.train()
+    assert not torch.equal(first.coefficients, first.initial_coefficients)
+    narrower = tiny_merge_trainer(tmp_path, pool, sampling_std=first.args.sampling_std / 10, **settings)
+    narrower.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert torch.equal(narrower.coefficients, first.coefficients)
+    for name, value in (("policy_num_layers", 2), ("policy_hidden_size", 8)):
+        other = tiny_merge_trainer(tmp_path, pool, **settings | {name: value})
+        with pytest.raises(ValueError, match=f"{name}=.*, but this run has {name}={value}"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
     saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
     tiny_merge_trainer(tmp_path, pool, **saving).train()
@@ -501,6 +517,8 @@ def test_start_is_a_word_or_numbers(tmp_path):
     for given in ("0.5, -0.5,1", [0.5, -0.5, 1]):
         config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=given)
         assert config.initial_coefficients == [0.5, -0.5, 1.0]
+    with pytest.raises(ValueError, match=r"initial_coefficients=1.0 is unknown: choose one of .* number for each"):
+        MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=1.0)
 
 
 def test_what_does_not_fit_a_set_is_refused(tmp_path, pool):

@@ -41,14 +41,14 @@ def load_original_sit(
     else:
         checkpoint = _read(path_or_state_dict)
     arguments = None
-    if "ema" in checkpoint:
+    if isinstance(checkpoint, Mapping) and "ema" in checkpoint:
         unknown = set(checkpoint) - {"model", "ema", "opt", "args"}
         if unknown:
             raise ValueError(f"the checkpoint has {sorted(unknown)} beside model, ema, opt and args: it is not SiT's.")
         checkpoint, arguments = checkpoint["ema"], checkpoint.get("args")
     if num_classes is None:
         num_classes = getattr(arguments, "num_classes", None)
-    if not checkpoint or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+    if not _is_state_dict(checkpoint):
         raise ValueError("the checkpoint is neither a state dict nor a training checkpoint with one under 'ema'.")
     with torch.device("meta"):  # no random weights that are thrown away
         model = SiTTransformer2DModel(**infer_sit_config(checkpoint, num_attention_heads, num_classes))
@@ -59,7 +59,11 @@ def load_original_sit(
     return model.eval()
 
 
-def _read(path: str | os.PathLike) -> Mapping[str, Any]:
+def _is_state_dict(found: Any) -> bool:
+    return isinstance(found, Mapping) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
+
+
+def _read(path: str | os.PathLike) -> Any:
     file = open(path, "rb")
     try:
         with file, torch.serialization.safe_globals([argparse.Namespace]):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Images of a dataset, on disk or streamed; decoded here, so that every source is decoded alike."""
 
+import glob
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,8 @@ from datasets import Dataset, Image, IterableDataset, load_dataset, load_from_di
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from .decoding import StoredImage
-from .sources import _MAX_LANES, ImageSource, IndexedImages
+from .decoding import StoredImage, UnreadableImage
+from .sources import _MAX_LANES, ImageSource, IndexedImages, digest_of_files
 
 
 class DatasetImages(IndexedImages):
@@ -64,18 +65,38 @@ def prompt_of(name: str, row: Mapping[str, Any], column: str | None) -> str | No
 
 
 def stored_image(name: str, value: Any, prompt: str | None = None) -> StoredImage:
-    """An image column's value, undecoded, with its prompt; raises `ValueError` where it is none."""
+    """An image column's value, undecoded, with its prompt; raises [`UnreadableImage`] where it is none."""
     if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path")):
         shown = f"{name} ({value['path']})" if value.get("path") else name
         if value.get("bytes") is not None:
             return StoredImage(shown, value["bytes"], prompt)
-        with fsspec.open(value["path"], "rb") as file:
-            return StoredImage(shown, file.read(), prompt)
+        try:
+            with fsspec.open(value["path"], "rb") as file:
+                return StoredImage(shown, file.read(), prompt)
+        except FileNotFoundError as error:
+            raise _no_image(shown, "a path where there is no file") from error
     if isinstance(value, bytes):
         return StoredImage(name, value, prompt)
     if isinstance(value, list):
-        return StoredImage(name, np.asarray(value, dtype=np.uint8), prompt)
-    raise ValueError(f"{name} holds {type(value).__name__}, not an image.")
+        return StoredImage(name, _pixels(name, value), prompt)
+    raise _no_image(name, "nothing" if value is None else type(value).__name__)
+
+
+def _no_image(name: str, held: str) -> UnreadableImage:
+    return UnreadableImage(
+        f"{name} holds {held}, not an image. Repair or remove it, or pass --skip-corrupt to go on without it."
+    )
+
+
+def _pixels(name: str, values: list) -> np.ndarray:
+    """uint8 pixels of numbers in lists, where they lose nothing by it."""
+    try:
+        pixels = np.asarray(values)
+    except ValueError as error:
+        raise _no_image(name, "lists of different lengths") from error
+    if pixels.size and np.issubdtype(pixels.dtype, np.integer) and 0 <= pixels.min() and pixels.max() <= 255:
+        return pixels.astype(np.uint8)
+    return pixels  # refused when it is decoded
 
 
 def find_image_column(features: Mapping[str, Any] | None, column: str | None, source: str) -> str:
@@ -119,6 +140,14 @@ def read_dataset(source: str, **kwargs: Any) -> Any:
         ) from error
 
 
+def local_files(source: str, data_files: list[str] | None) -> str | None:
+    """A digest of names, sizes and times of the files here that a dataset is read from, if there are any."""
+    folder = Path(source)
+    paths = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    paths += [Path(name) for pattern in data_files or () for name in glob.glob(pattern, recursive=True)]
+    return digest_of_files({str(path): path for path in paths}) if paths else None
+
+
 def open_dataset(
     source: str,
     *,
@@ -139,10 +168,12 @@ def open_dataset(
         image_column (`str`, *optional*): the only column of images by default.
         prompt_column (`str`, *optional*): of the images' prompts, for features that need them.
     """
-    description: dict[str, Any] = {"source": source}
+    description: dict[str, Any] = {"source": source, "config": config, "data_files": data_files}
     if not Path(source).is_dir():
         revision = resolve_revision(source, revision) if data_files is None else revision
-        description |= {"config": config, "revision": revision, "data_files": data_files}
+        description["revision"] = revision
+    if streaming:  # a dataset on disk has a fingerprint
+        description["local_files"] = local_files(source, data_files)
     rows = read_dataset(source, name=config, data_files=data_files, revision=revision, streaming=streaming)
     if isinstance(rows, Mapping):
         if split is None and len(rows) > 1:

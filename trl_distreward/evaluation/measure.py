@@ -178,7 +178,8 @@ class FeatureSpace:
             real = collect_features(images, self.extractor, folder / f"real-{self.label}", name=self.name, **about)
         network = FeaturesAndLogits(self.extractor) if self.needs_logits else self.extractor
         name = f"{self.name} with logits" if self.needs_logits else self.name
-        made = collect_features(generated, network, folder / f"generated-{self.label}", name=name, **about)
+        kept = folder / f"generated-{self.label}{'-with-logits' if self.needs_logits else ''}"
+        made = collect_features(generated, network, kept, name=name, **about)
         if collected is not None:
             collected += [made] if real is None else [real, made]
         if not state.is_main_process:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from rich.markup import escape
 from rich.table import Table
 
 from .files import written_whole
@@ -138,11 +139,11 @@ def report_markdown(report: Report) -> str:
 
 
 def _rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
     for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+        table.add_column(escape(name), justify="left" if i < 2 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,8 @@ class FolderImages(IndexedImages):
                 f"{folder} holds no images: no file ends in {' '.join(IMAGE_SUFFIXES)}. For parquet or webdataset "
                 "files, give 'parquet' or 'webdataset' as the source and their paths as data files."
             )
-        digest = hashlib.blake2b(digest_size=16)
-        for name in self.names:
-            digest.update(f"{name} {_version(self.folder / name)}\n".encode())
-        self.description = {"source": str(folder), "images": len(self), "files": digest.hexdigest()}
+        files = digest_of_files({name: self.folder / name for name in self.names})
+        self.description = {"source": str(folder), "images": len(self), "files": files}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,13 +91,31 @@ class FolderImages(IndexedImages):
 
 def _version(path: Path) -> list[int]:
     """Size and time of change of a file, by which a file in its place is told from it."""
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is a link to a file that is not there: repair or remove it.") from error
     return [status.st_size, status.st_mtime_ns]
 
 
+def digest_of_files(paths: Mapping[str, Path]) -> str:
+    """Of files' names, sizes and times of change, in the order of the names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(paths):
+        digest.update(f"{name} {_version(paths[name])}\n".encode())
+    return digest.hexdigest()
+
+
 def _image_names(folder: Path) -> Iterator[str]:
+    """Links are followed, to each folder once: one may lead to a folder that it is in."""
+    seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 yield Path(parent, name).relative_to(folder).as_posix()

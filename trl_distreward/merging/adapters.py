@@ -18,6 +18,8 @@ CONFIG = "adapter_config.json"
 _LOW_RANK = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
 # As peft, diffusers and kohya name them, before and after peft
 _FACTOR = re.compile(r"(^|[._])lora_(embedding_)?[AB](\.|$)|[._]lora[._](up|down)\.|lora_linear_layer\.(up|down)\.")
+# Ways to start an adapter that take from the network's own weights what the adapter then holds
+_CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 # What may differ between adapters that are the same function of their weights
 _IRRELEVANT = {
     "base_model_name_or_path",
@@ -60,6 +62,12 @@ def check_configs(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> No
         if config.get("peft_type") != "LORA" or config.get("use_dora"):
             kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
             raise ValueError(f"{name} is a {kind} adapter: only LoRA adapters can be merged as a pool.")
+        if changes_base(config.get("init_lora_weights")):
+            raise ValueError(
+                f"{name} was begun with init_lora_weights={config['init_lora_weights']!r}, which changes the network "
+                "that it is an adapter of: save it with peft's path_initial_model_for_weight_conversion, as one of the "
+                "network as it was."
+            )
         for field in sorted({*config, *configs[0]} - _IRRELEVANT):
             ours, first = (_comparable(c.get(field)) for c in (config, configs[0]))
             if ours != first:
@@ -67,6 +75,11 @@ def check_configs(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> No
                     f"{name} has {field}={config.get(field)!r}, but {names[0]} has {configs[0].get(field)!r}: "
                     "adapters of a pool must be alike."
                 )
+
+
+def changes_base(init_lora_weights: Any) -> bool:
+    """Whether an adapter that is begun so changes the weights of the network beneath it."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_CHANGES_BASE)
 
 
 def _comparable(value: Any) -> Any:
@@ -78,6 +91,7 @@ def widened_config(config: dict[str, Any], count: int) -> dict[str, Any]:
     # peft scales by alpha / rank, or alpha / sqrt(rank) with use_rslora
     alpha = count**0.5 if config.get("use_rslora") else count
     widened = json.loads(json.dumps(config))
+    widened["init_lora_weights"] = True  # until the merged weights are in place
     widened["r"] = config["r"] * count
     widened["lora_alpha"] = config["lora_alpha"] * alpha
     widened["rank_pattern"] = {k: rank * count for k, rank in (config.get("rank_pattern") or {}).items()}

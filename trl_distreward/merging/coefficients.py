@@ -161,6 +161,7 @@ class EMANet(nn.Module):
     """
 
     initial: Tensor
+    scale: Tensor
 
     def __init__(self, initial: Tensor, num_layers: int = 3, hidden_size: int = 64, scale: float = 1.0):
         super().__init__()
@@ -168,8 +169,8 @@ class EMANet(nn.Module):
             raise ValueError(f"initial has shape {tuple(initial.shape)}, but must have (groups, checkpoints).")
         if num_layers < 0 or hidden_size < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 0 and hidden_size={hidden_size} at least 1.")
-        self.scale = scale
         self.register_buffer("initial", initial.double())
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))  # a part of what is learnt
         self.embedding = nn.Parameter(torch.randn(hidden_size) if num_layers else torch.zeros(initial.numel()))
         sizes = [hidden_size] * num_layers + [initial.numel()]
         layers: list[nn.Module] = []

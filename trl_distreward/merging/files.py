@@ -163,7 +163,7 @@ def shards_of(index: str, text: str, names: Collection[str], source: str) -> dic
     try:
         placed = dict(json.loads(text)["weight_map"])
         shards = sorted({*placed.values()})
-        foreign = [name for name in shards if not re.fullmatch(r"[\w.-]+\.safetensors", name) or name.startswith(".")]
+        foreign = [name for name in shards if not re.fullmatch(r"[\w-][\w. -]*\.safetensors", name)]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{index} of {source} has no valid weight_map: save the model again.") from None
     if not placed or foreign:

@@ -72,9 +72,14 @@ class GridSearch:
         self.totals += rewards
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"totals": self.totals}
+        return {"points": self.points, "totals": self.totals}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if not torch.equal(state["points"], self.points):
+            raise ValueError(
+                f"the grid is not that of the checkpoint, {len(state['points'])} points, now {len(self.points)}: "
+                "resume with the num_generations, checkpoint_times and checkpoint_stds that the run was started with."
+            )
         self.totals = state["totals"].clone()
 
 
@@ -163,10 +168,11 @@ class CMASearch:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._start()
         for samples, rewards in zip(state.get("samples", ()), state.get("rewards", ()), strict=True):
-            if not torch.equal(self.ask(len(samples)), samples):
+            if len(samples) != self.count or not torch.equal(self.ask(len(samples)), samples):
                 raise ValueError(
-                    "the search does not repeat itself: resume with the versions of cma and numpy, and with the "
-                    "settings, that the run was started with."
+                    f"the search does not repeat itself: resume with the versions of cma and numpy, the "
+                    f"num_generations ({len(samples)}, now {self.count}), sampling_std and seed that the run was "
+                    "started with."
                 )
             if bool(rewards.isfinite().all()):
                 self.tell(samples, rewards)

@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 6, 10, 44
 INSET = 16  # of the data from either side, for the text below it
 NUM_STYLES = 6  # of lines, in the style sheet
+SAME = 1e-9  # relative: values that differ by rounding
 _MOST_POINTS = 800  # that are drawn one by one
 _MOST_MARKERS = 40
 
@@ -79,7 +80,8 @@ def line_chart(
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
     y_low, y_high = min(y for _, y in finite), max(y for _, y in finite)
-    margin = (y_high - y_low) * 0.06 or abs(y_low) * 0.05 or 1.0
+    same = math.isclose(y_low, y_high, rel_tol=SAME)
+    margin = abs(y_low) * 0.05 or 1.0 if same else (y_high - y_low) * 0.06
     scale = _Scale(x_low, x_high, y_low - margin, y_high + margin)
     body = [_axes(scale, images)]
     for index, line in enumerate(series):

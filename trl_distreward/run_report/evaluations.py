@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import UnidentifiedImageError
+from PIL import Image
 
 from .charts import NUM_STYLES, Series, bar_chart, line_chart, number
 from .folder import Run
@@ -99,12 +99,18 @@ def _seeds_table(run: Run) -> str:
     for metric, schedule, name in _ordered(run):
         ends = [[values[seed][name] for seed in seeds if name in values[seed]] for values in (first, last)]
         if all(len(values) == len(seeds) for values in ends):
-            shown = [f"{number(statistics.fmean(v))} ± {number(statistics.stdev(v), 2)}" for v in ends]
+            shown = [_mean_and_deviation(values) for values in ends]
             before, after = (statistics.fmean(values) for values in ends)
             rows.append((metric, schedule.upper(), *shown, change(before, after, is_better_higher(run, metric))))
     caption = f"Mean and standard deviation over noise of seeds {', '.join(map(str, seeds))}."
     head = ("metric", "sampler", f"update {min(by_step):,}", f"update {max(by_step):,}", "change")
     return table(head, rows, caption, numbers=(2, 3, 4))
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    if not all(map(math.isfinite, values)):
+        return "not finite"
+    return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values), 2)}"
 
 
 def _metric_charts(run: Run) -> list[str]:
@@ -167,7 +173,7 @@ def samples_section(run: Run) -> str:
 def _grid(path: Any, caption: str) -> str:
     try:
         return picture(path, caption)
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
         return paragraph(f"{path.name} cannot be shown: {type(error).__name__}.", "status")
 
 

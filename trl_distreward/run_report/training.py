@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .charts import Series, line_chart, number, share_bar
+from .charts import SAME, Series, line_chart, number, share_bar
 from .folder import Run
 from .html import Markup, details, paragraph, section, setting, table
 
@@ -75,7 +75,7 @@ def _charts(run: Run, charts: Sequence[Chart], used: set[str]) -> str:
                 used.add(key)
                 series.append(Series(name, points))
         values = [y for line in series for _, y in line.points]
-        if values and math.isfinite(values[0]) and len(set(values)) == 1:
+        if values and math.isfinite(values[0]) and all(math.isclose(y, values[0], rel_tol=SAME) for y in values):
             constant.append(f"{chart.title}: {number(values[0])} throughout.")
         elif series:
             drawn.append(line_chart(chart.title, series, run.images_by_step, chart.note))
@@ -136,7 +136,7 @@ def update_section(run: Run, used: set[str]) -> str:
     if not run.recorded:
         count = sum(value > 0 for _, value in run.series("skipped_updates"))
         told = f"Updates were skipped before {count} logs." if count else "No update was skipped."
-    listed = table(("update", "reason"), [(s["step"], s["reason"]) for s in skipped], numbers=(0,))
+    listed = table(("after update", "reason"), [(s["step"], s["reason"]) for s in skipped], numbers=(0,))
     return section("Updates", _charts(run, _UPDATE, used), paragraph(told), details("Skipped updates", listed))
 
 

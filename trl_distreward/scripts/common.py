@@ -79,6 +79,12 @@ def start_processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
+def checkpoint_to_resume(config: Any) -> str | bool | None:
+    """What the command line or a file has for `resume_from_checkpoint`: a folder, or yes or no in words."""
+    given = config.resume_from_checkpoint
+    return {"true": True, "false": None, "none": None}.get(str(given).lower(), given)
+
+
 def finish(trainer: Any) -> None:
     """At the end of a command, for all processes."""
     trainer.accelerator.wait_for_everyone()

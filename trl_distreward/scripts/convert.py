@@ -43,7 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     shared.add_argument("output", type=Path, help="folder to write; must not exist, or be empty")
     shared.add_argument("--vae", help="Hub id or folder of the VAE; by default the one the network was trained with")
     shared.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the weights"
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="of the network; the VAE keeps its own",
     )
     shared.add_argument("--push-to-hub", metavar="REPO", help="Hub id to push to, with the code of the classes")
     shared.add_argument("--private", action="store_true", help="create that repository as private")
@@ -168,8 +171,21 @@ images = pipeline(class_labels=[0, 1]).images
 {remote if arguments.push_to_hub else ""}"""
 
 
+def refuse_idle_options(arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` where an option would be without effect."""
+    if arguments.private and not arguments.push_to_hub:
+        raise ValueError("--private is of the repository that --push-to-hub makes: give that, or leave it out.")
+    of_vae = [name for name in ("vae", "no_embed_vae") if getattr(arguments, name, None)]
+    if getattr(arguments, "pixels", False) and of_vae:
+        option = of_vae[0].replace("_", "-")
+        raise ValueError(f"--{option} is of a VAE, which a network of --pixels has not: leave one of them out.")
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
+    refuse_idle_options(arguments)
+    if not arguments.output.name:
+        raise ValueError(f"the output {str(arguments.output)!r} has no name of its own: name a folder.")
     if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
         raise ValueError(f"{arguments.output} is not empty: name a folder that is not there yet.")
     pipeline, vae = {"sit": convert_sit, "dit": convert_dit, "edm2": convert_edm2}[arguments.family](arguments)

@@ -132,7 +132,9 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("output")
-    options.add_argument("--output", default="evaluation.json", help="Report in JSON (default: evaluation.json).")
+    options.add_argument(
+        "--output", help="Report in JSON (default: evaluation.json, or comparison.json with --compare)."
+    )
     options.add_argument("--markdown", metavar="FILE", help="Also write the table in Markdown.")
     options.add_argument("--save-npz", metavar="FILE", help="Also write a pipeline's images and labels as ADM does.")
     options.add_argument(
@@ -212,6 +214,15 @@ def refuse_idle_options(arguments: argparse.Namespace, given: set[str]) -> None:
         )
     if arguments.model_revision and all(Path(pipeline).is_dir() for pipeline in pipelines):
         raise ValueError(f"--model-revision is of the Hub, but {' and '.join(pipelines)} is a folder: leave it out.")
+
+
+def keep_what_is_compared(arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` where a file that is written is one of the reports that are read."""
+    read = {Path(given).resolve() for given in arguments.compare or () if is_report(given)}
+    for option in ("output", "markdown"):
+        written = getattr(arguments, option)
+        if written is not None and Path(written).resolve() in read:
+            raise ValueError(f"--{option} {written} is one of the reports that are compared: name another file.")
 
 
 def plan_of(arguments: argparse.Namespace) -> GenerationPlan:
@@ -349,6 +360,9 @@ def main(argv: list[str] | None = None) -> None:
     refuse_idle_options(arguments, given_options(parser, argv))
     if arguments.update_card:
         reports.check_card_folder(arguments.update_card)
+    if arguments.output is None:
+        arguments.output = "comparison.json" if arguments.compare else "evaluation.json"
+    keep_what_is_compared(arguments)
     state = start_processes()
     work_dir = Path(arguments.work_dir or f"{arguments.output}.work")
     leftovers: dict[Path, Callable[[], None]] = {}

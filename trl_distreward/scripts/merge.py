@@ -30,7 +30,7 @@ from .arguments import (
     load_conditions,
     shown_sampler,
 )
-from .common import finish, finish_interrupted, make_trl_parser
+from .common import checkpoint_to_resume, finish, finish_interrupted, make_trl_parser
 
 
 @dataclass
@@ -84,8 +84,7 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
     trainer = build_trainer(arguments, config, model, checkpoints)
     if arguments.log_samples:
         trainer.add_callback(LogSamplesCallback(trainer, sampler=shown_sampler(config)))
-    resume: str | bool | None = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config))
     if trainer.interrupted:
         finish_interrupted(trainer)
         return
@@ -93,7 +92,7 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, c
     for method, baseline in baselines.items():
         other = build_trainer(arguments, baseline, model, checkpoints)
         last = get_last_checkpoint(baseline.output_dir) if os.path.isdir(baseline.output_dir) else None
-        other.train(resume_from_checkpoint=last if config.resume_from_checkpoint else None)
+        other.train(resume_from_checkpoint=last if checkpoint_to_resume(config) else None)
         if other.interrupted:
             if config.save_strategy == "no":  # the method itself has ended, and is not to be run again
                 trainer._save_checkpoint(trainer.model, trial=None)

@@ -36,7 +36,7 @@ from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
 from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions, shown_sampler
-from .common import finish, finish_interrupted, make_trl_parser
+from .common import checkpoint_to_resume, finish, finish_interrupted, make_trl_parser
 
 
 @dataclass
@@ -116,8 +116,7 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: A
     check_resources(trainer)
     if arguments.log_samples:
         trainer.add_callback(LogSamplesCallback(trainer, sampler=shown_sampler(config)))
-    resume: str | bool | None = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config))
     if trainer.interrupted:
         finish_interrupted(trainer)
         return

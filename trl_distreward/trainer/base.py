@@ -31,6 +31,7 @@ from transformers.trainer_utils import (
 )
 
 from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
+from ..merging.adapters import changes_base
 from ..metrics.report import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
 from ..run_report.folder import is_evaluation
@@ -159,6 +160,13 @@ class DiffusionTrainer(CheckpointingTrainer):
         if hasattr(network, "_internal_dict"):
             network._internal_dict = _NetworkConfig(network._internal_dict)
         if peft_config is not None:
+            start = getattr(peft_config, "init_lora_weights", None)
+            if changes_base(start):
+                raise ValueError(
+                    f"init_lora_weights={start!r} changes the weights below the adapter: without it the network would "
+                    "not be what beta pulls to, and the adapter would fit no other copy. Leave it at True, or use "
+                    "'gaussian' or 'orthogonal'."
+                )
             if getattr(peft_config, "target_modules", False) is None:
                 peft_config.target_modules = getattr(network, "_lora_target_modules", list(ATTENTION_PROJECTIONS))
             peft_config.task_type = None  # a language-model task would wrap the network in a class it does not fit

@@ -132,7 +132,10 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         default="per_model", metadata={"help": "What shares coefficients.", "choices": list(GRANULARITIES)}
     )
     initial_coefficients: str = field(  # or a list after __post_init__; the command line knows one type
-        default="post_hoc", metadata={"help": "post_hoc, uniform, last, or numbers separated by commas."}
+        default="post_hoc",
+        metadata={
+            "help": "post_hoc, uniform, last, or numbers separated by commas, after a = if the first is negative."
+        },
     )
     initial_std: float = field(default=0.1, metadata={"help": "Relative width of the post-hoc average."})
     checkpoint_times: list[float] | None = field(default=None, metadata={"help": "Training times of the checkpoints."})
@@ -189,7 +192,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
             return
         try:
             numbers = [float(value) for value in (start.split(",") if isinstance(start, str) else start)]
-        except ValueError:
+        except (TypeError, ValueError):
             raise ValueError(
                 f"initial_coefficients={start!r} is unknown: choose one of {', '.join(STARTS)}, or give a number for "
                 "each checkpoint."

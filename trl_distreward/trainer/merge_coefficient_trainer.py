@@ -373,15 +373,21 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
         Returns:
             `dict[str, dict[str, float]]`: of each, `{sampler}_{metric}`.
+
+        Raises:
+            ValueError: one of `others` has a name that is taken.
         """
         count = len(self.pool)
         rows = {
             "last": initial_coefficients("last", count),
             "uniform": initial_coefficients("uniform", count),
             "start": self.initial_coefficients,
-            **(others or {}),
-            "learnt": self.coefficients,
         }
+        if taken := {*rows, "learnt"} & {*(others or ())}:
+            raise ValueError(
+                f"others has {', '.join(sorted(taken))}, which is in the table anyway: name it otherwise."
+            )
+        rows |= {**(others or {}), "learnt": self.coefficients}
         seed = self.args.eval_seed if seed is None else seed
         self.comparison = {}
         for name, coefficients in rows.items():

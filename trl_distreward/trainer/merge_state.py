@@ -37,8 +37,10 @@ def identity_of(args: Any, group_names: Sequence[str], pool: Mapping[str, Any]) 
         group_names (`list[str]`): of the coefficients' rows.
         pool (`dict`): [`~merging.CheckpointPool.describe`].
     """
+    sizes = ("policy_num_layers", "policy_hidden_size") if args.method == "emanet" else ()
     return {
         "method": args.method,
+        **{name: getattr(args, name) for name in sizes},
         "coefficient_map": args.coefficient_map,
         "adapters": pool["adapters"],
         "groups": list(group_names),
@@ -51,7 +53,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a checkpoint's coefficients mean something else in this run.
     """
-    for name in ("method", "coefficient_map", "adapters"):
+    for name in [name for name in now if name not in ("groups", "pool")]:  # the method first, then what it has
         if saved[name] != now[name]:
             _refuse(f"{name}={saved[name]!r}, but this run has {name}={now[name]!r}")
     if saved["groups"] != now["groups"]:
