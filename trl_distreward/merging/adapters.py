@@ -65,8 +65,8 @@ def check_configs(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> No
         if changes_base(config.get("init_lora_weights")):
             raise ValueError(
                 f"{name} was begun with init_lora_weights={config['init_lora_weights']!r}, which changes the network "
-                "that it is an adapter of: save it with peft's path_initial_model_for_weight_conversion, as one of the "
-                "network as it was."
+                "that it is an adapter of: save it with peft's path_initial_model_for_weight_conversion, as one of "
+                "the network as it was."
             )
         for field in sorted({*config, *configs[0]} - _IRRELEVANT):
             ours, first = (_comparable(c.get(field)) for c in (config, configs[0]))

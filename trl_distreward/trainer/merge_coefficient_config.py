@@ -134,7 +134,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     initial_coefficients: str = field(  # or a list after __post_init__; the command line knows one type
         default="post_hoc",
         metadata={
-            "help": "post_hoc, uniform, last, or numbers separated by commas, after a = if the first is negative."
+            "help": "post_hoc, uniform, last, or numbers separated by commas (--initial_coefficients=-0.1,1.1)."
         },
     )
     initial_std: float = field(default=0.1, metadata={"help": "Relative width of the post-hoc average."})
