@@ -10,11 +10,12 @@ import torch
 from datasets import Dataset
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, PNDMScheduler, UNet2DModel
 
+from tests.edm2 import tiny_edm2_pipeline
 from tests.helpers import tiny_pipeline
 from tests.policies_parts import ddim
 from tests.policies_tiny import dit, stable_diffusion
 from trl_distreward import DiffusionPolicy
-from trl_distreward.generation import SamplingSchedule, conditions_of_slots, generate_images, image_generators
+from trl_distreward.generation import SamplingSchedule, conditions_of_slots, generate_images, image_generators, sample
 from trl_distreward.policies import ClassConditionalPolicy, DiscreteTimePolicy, as_policy, to_uint8
 
 ONE_BLOCK = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -55,6 +56,37 @@ def test_images_that_are_not_finite_are_not_black_images(monkeypatch, broken):
     images = generate_images(policy, torch.arange(9) % 3, SamplingSchedule(2, "ode"), batch_size=4)
     with pytest.raises(ValueError, match=f"image {2 if broken == 'velocity' else 8} is not finite: the model has"):
         list(images)
+
+
+def test_images_are_those_of_the_network_without_dropout():
+    policy = ClassConditionalPolicy(tiny_pipeline(class_dropout_prob=0.5))
+    labels, schedule = torch.arange(9) % 3, SamplingSchedule(2, "ode")
+    (expected,) = (images for images, _ in generate_images(policy, labels, schedule))
+    policy.model.train()
+    frozen = next(policy.model.children()).eval()
+    (images,) = (images for images, _ in generate_images(policy, labels, schedule))
+    assert torch.equal(images, expected) and policy.model.training and not frozen.training
+
+
+def test_labels_that_the_model_does_not_know_make_no_images():
+    policy = ClassConditionalPolicy(tiny_pipeline())
+    with pytest.raises(ValueError, match="labels must lie in 0 to 2"):
+        list(generate_images(policy, [0, 3], SamplingSchedule(2, "ode")))
+
+
+@pytest.mark.parametrize("solver", ["heun2", "dopri5"])
+def test_solvers_that_end_at_data_are_refused_where_there_is_no_velocity(solver):
+    schedule = SamplingSchedule(2, "ode", solver=solver)
+    for pipeline in (stable_diffusion(ddim()), tiny_edm2_pipeline()):
+        with pytest.raises(ValueError, match=rf"solver='{solver}' asks for the velocity at t = 0, which .*Policy has"):
+            schedule.on(as_policy(pipeline))
+    assert schedule.on(as_policy(tiny_pipeline())) is schedule
+
+
+def test_states_between_are_those_of_euler_alone():
+    policy, schedule = ClassConditionalPolicy(tiny_pipeline()), SamplingSchedule(2, "ode", solver="heun")
+    with pytest.raises(ValueError, match="solver='heun' keeps no states between"):
+        sample(policy, policy.model, [0], schedule, keep_states=[1])
 
 
 def test_streams_of_noise_do_not_meet():
@@ -117,6 +149,17 @@ def test_clipped_data_is_where_the_velocity_leads():
     torch.testing.assert_close(data, torch.full_like(data, 0.2))
 
 
+def test_schedulers_made_from_others_use_what_is_theirs_alone():
+    unet = UNet2DModel(4, block_out_channels=(32,), **ONE_BLOCK)
+    pipeline = DDPMPipeline(unet, DDIMScheduler(clip_sample=True))
+    assert as_policy(pipeline).clip == 1.0
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    assert pipeline.scheduler.config.clip_sample and as_policy(pipeline).clip is None
+    thresholded = DDIMScheduler(thresholding=True, prediction_type="v_prediction")
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(thresholded.config)
+    assert as_policy(pipeline).prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -158,6 +201,12 @@ def test_what_is_no_velocity_is_refused():
         as_policy(DDIMPipeline(unet, DDIMScheduler(thresholding=True)))
     with pytest.raises(ValueError, match="needs a null class"):
         as_policy(DDIMPipeline(unet, DDIMScheduler()), guidance_scale=2.0)
+    distilled = stable_diffusion(ddim())
+    distilled.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match="guidance as an embedding .time_cond_proj_dim=8"):
+        as_policy(distilled)
+    with pytest.raises(ValueError, match="'a cat' is one prompt: pass a list"):
+        as_policy(stable_diffusion(ddim())).check_conditions("a cat")
 
 
 def test_the_null_class_is_of_the_networks_config():

@@ -155,9 +155,21 @@ def test_drawn_samples_have_the_propagated_moments_at_every_time(noise_schedule,
 def test_first_step_from_just_below_one_is_that_from_one():
     x, v = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     for start in (0.9999, 0.999):
-        near = transition(x, v, start, 0.98, noise_schedule="flow_grpo", noise_level=0.7)
+        near = transition(x, v, start, 0.98, noise_schedule="flow_grpo", noise_level=0.7, start=start)
         at_one = transition(x, v, 1.0, 0.98, noise_schedule="flow_grpo", noise_level=0.7)
         torch.testing.assert_close(near.std, at_one.std, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(("num_steps", "shift"), [(2, 3.0), (3, 6.0), (3, 12.0), (5, 12.0), (10, 1.0)])
+def test_only_the_first_step_is_bounded_whatever_the_grid(num_steps, shift):
+    times = time_grid(num_steps, shift=shift)
+    noise = {"noise_schedule": "flow_grpo", "noise_level": 0.7}
+    assert stochastic_steps(times, **noise) == tuple(range(num_steps))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        at = t_next if i == 0 else t
+        expected = 0.7 * math.sqrt(at / (1 - at) * (t - t_next))
+        assert transition(x, x, t, t_next, start=times[0], **noise).std.tolist() == pytest.approx([expected] * 3)
 
 
 @schedules
@@ -223,6 +235,8 @@ def test_time_grids():
         (lambda x: transition(x, x, 0.5, 0.4, noise_schedule="cps", noise_level=1.2), "between 0 and 1"),
         (lambda x: transition(x, x, 0.5, 0.4, noise_schedule="sit", noise_level=-0.1), "noise_level=-0.1"),
         (lambda x: rollout(gaussian_like, x, [0.0, 1.0], noise_schedule="sit", noise_level=1.0), "decrease"),
+        (lambda x: rollout(gaussian_like, x, [math.nan, 0.0], noise_schedule="sit", noise_level=1.0), "decrease"),
+        (lambda x: solve_ode(gaussian_like, x, [math.nan, 0.0]), "decrease"),
         (lambda x: solve_ode(gaussian_like, x, [1.0, 0.0], solver="rk4"), "solver='rk4'"),
         (lambda x: time_grid(0), "num_steps=0"),
         (lambda x: time_grid(5, last_step_size=1.5), "last_step_size=1.5"),

@@ -1,9 +1,16 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from datasets import Dataset
 
 from trl_distreward.generation import rows_of_slots
-from trl_distreward.strata import cluster_embeddings, column_of, proportional_counts, proportional_subsets
+from trl_distreward.strata import (
+    cluster_embeddings,
+    column_of,
+    members_of,
+    proportional_counts,
+    proportional_subsets,
+)
 
 SIZES = torch.tensor([50, 31, 1, 17, 1])
 
@@ -36,6 +43,17 @@ def test_rows_of_an_incomplete_round_are_in_proportion():
         assert counts.max() - counts.min() <= 1
         assert torch.equal(rows, rows_of_slots(120, count, 3, strata))
     assert torch.equal(rows_of_slots(120, 240, 3, strata), rows_of_slots(120, 240, 3))
+
+
+def test_strata_held_as_tensors_are_the_same_strata():
+    labels = [0, 1, 1, 0, 2, 1, 0, 1, 2, 1]
+    expected = [m.tolist() for m in members_of(labels)]
+    tensors = torch.tensor(labels)
+    dataset = Dataset.from_dict({"topic": labels})
+    for held in (tensors, list(tensors), dataset.with_format("torch")["topic"], dataset.with_format("numpy")["topic"]):
+        assert [m.tolist() for m in members_of(held)] == expected
+    for rows in (dataset.with_format("torch"), [{"topic": x} for x in tensors]):
+        assert column_of(rows, "topic") == labels
 
 
 def blobs():

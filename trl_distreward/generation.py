@@ -4,6 +4,7 @@
 import hashlib
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .policies import DiffusionPolicy, decode_uint8
 from .sampling import (
+    ENDS_AT_DATA,
     NOISE_SCHEDULES,
     ODE_SOLVERS,
     TIME_GRIDS,
@@ -79,8 +81,14 @@ class SamplingSchedule:
         The schedule with the times of `policy` where `time_grid="scheduler"`, else as it is.
 
         Raises:
-            ValueError: the policy has no times of its own, or another number of them.
+            ValueError: the policy has no times of its own, or another number of them, or none of the velocities at
+                `t = 0` that the solver asks for.
         """
+        if self.sampler == "ode" and self.solver in ENDS_AT_DATA and not getattr(policy, "velocity_at_data", True):
+            raise ValueError(
+                f"solver={self.solver!r} asks for the velocity at t = 0, which {type(policy).__name__} has not: "
+                f"choose {', '.join(name for name in ODE_SOLVERS if name not in ENDS_AT_DATA)}."
+            )
         if self.time_grid != "scheduler":
             return self
         if not hasattr(policy, "grid"):
@@ -167,6 +175,8 @@ def sample(
         keep_states (`Sequence[int]`, *optional*): grid indices whose states to keep, of an SDE or Euler's ODE.
     """
     schedule = schedule.on(policy)
+    if schedule.sampler == "ode" and schedule.solver != "euler" and keep_states:
+        raise ValueError(f"solver={schedule.solver!r} keeps no states between: set solver='euler'.")
     with torch.no_grad():
         cond = policy.encode(conditions)
         # a grid that starts below 1 starts from t x_1, without data's (1 - t) x_0, or as the pipeline's own does
@@ -200,6 +210,17 @@ def take(conditions: Any, indices: Tensor | Sequence[int]) -> Any:
     return [conditions[int(i)] for i in indices]
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[nn.Module]:
+    """The network without dropout, of labels too; each module is then as it was."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield network.eval()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def generate_images(
     policy: DiffusionPolicy,
@@ -219,7 +240,8 @@ def generate_images(
         policy ([`DiffusionPolicy`]): generator.
         conditions: one per image, a tensor or a list.
         schedule ([`SamplingSchedule`]): how to sample.
-        seed (`int`, *optional*, defaults to 0): image `i` depends on this and `i` alone, not on `batch_size`.
+        seed (`int`, *optional*, defaults to 0): image `i` depends on this and `i` alone, not on `batch_size`, nor on
+            whether the network is in training mode.
         batch_size (`int`, *optional*, defaults to 64): images at a time.
         model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
         indices (`range`, *optional*): which of the images to generate; all by default.
@@ -235,7 +257,8 @@ def generate_images(
         images = wanted[start : start + batch_size]
         batch = take(conditions, images)
         generators = image_generators(seed, stream, 0, images)
-        x = sample(policy, model or policy.model, batch, schedule, generators).sample
+        with evaluating(model or policy.model) as network:
+            x = sample(policy, network, batch, schedule, generators).sample
         decoded, finite = decode_uint8(policy, x)
         if not finite.all():
             raise ValueError(

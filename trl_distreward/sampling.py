@@ -9,6 +9,7 @@ No model, policy or trainer is known here: a velocity is any callable `velocity(
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 NOISE_SCHEDULES = ("sit", "flow_grpo", "dance", "cps")
 ODE_SOLVERS = ("euler", "heun", "heun_sigma", "heun2", "dopri5")
+ENDS_AT_DATA = ("heun2", "dopri5")  # those that evaluate the velocity at t = 0 too
 TIME_GRIDS = ("uniform", "karras", "scheduler")
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -67,7 +69,8 @@ def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | Non
         shift (`float`, *optional*, defaults to 1.0):
             resolution shift `t -> shift t / (1 + (shift - 1) t)` of SD3 (arXiv 2403.03206, Eq. 23).
         last_step_size (`float`, *optional*):
-            size of the last step; the others share the rest evenly. SiT ends its SDE sampler with a step of 0.04.
+            size of the last step, before the shift; the others share the rest evenly. SiT ends its SDE sampler with a
+            step of 0.04.
 
     Returns:
         `list[float]`: `num_steps + 1` decreasing times.
@@ -137,7 +140,9 @@ def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.de
     return send(torch.stack(rows), device)
 
 
-def _diffusion(t: Tensor, t_next: Tensor, noise_schedule: str, noise_level: float) -> tuple[Tensor, Tensor]:
+def _diffusion(
+    t: Tensor, t_next: Tensor, noise_schedule: str, noise_level: float, start: float
+) -> tuple[Tensor, Tensor]:
     """The step's noise std, and the coefficient `c` of the predicted noise in `mean = x + v dt + c (x + (1-t) v)`.
 
     For the three SDE schedules `c = s²/(2t) dt` and `std = s sqrt(-dt)`; for `cps` both follow from its definition.
@@ -150,9 +155,8 @@ def _diffusion(t: Tensor, t_next: Tensor, noise_schedule: str, noise_level: floa
         half_rate = torch.full_like(t, noise_level**2)
         variance = 2 * noise_level**2 * t * step
     elif noise_schedule == "flow_grpo":  # s² = eta² t / (1-t), bounded on the first step by its value at t_next
-        # The first step is the one that starts nearer to t = 1 than half its own length: this finds it on grids from
-        # 1, 0.9999 or 0.999 alike, where testing t == 1 would let 1/(1-t) through.
-        bounded = torch.where(1 - t < step / 2, t_next, t)
+        # of grids from 1, 0.9999 or 0.999 alike, where testing t == 1 would let 1/(1-t) through
+        bounded = torch.where(t > start - 1e-6, t_next, t)
         variance = noise_level**2 * bounded / (1 - bounded) * step
         half_rate = variance / (2 * t * step)
     else:  # dance: s² = eta²; nothing later removes the last step's noise, so that step is the plain Euler step
@@ -170,6 +174,7 @@ def transition(
     *,
     noise_schedule: str,
     noise_level: float,
+    start: float = 0.999,
     prev_sample: Tensor | None = None,
     generator: Generators = None,
 ) -> Transition:
@@ -196,6 +201,8 @@ def transition(
         t, t_next (`float` or `torch.Tensor` of shape `(B,)`): times with `0 <= t_next < t <= 1`.
         noise_schedule (`str`): one of `"sit"`, `"flow_grpo"`, `"dance"`, `"cps"`.
         noise_level (`float`): η, at least 0; at most 1 for `"cps"`.
+        start (`float`, *optional*, defaults to 0.999):
+            first time of the grid, by which `"flow_grpo"` knows the first step.
         prev_sample (`torch.Tensor` of shape `(B, ...)`, *optional*): the sample at `t_next` to score.
         generator (`torch.Generator` or list of them, one per row, *optional*): source of the noise.
 
@@ -211,7 +218,7 @@ def transition(
     batch = x.shape[0]
     t, t_next = _per_row(t, batch, x.device), _per_row(t_next, batch, x.device)
 
-    std, coefficient = _diffusion(t, t_next, noise_schedule, noise_level)  # (B,), (B,) float64
+    std, coefficient = _diffusion(t, t_next, noise_schedule, noise_level, start)  # (B,), (B,) float64
     std = std.to(dtype)
     wide = (batch,) + (1,) * (x.ndim - 1)
     dt, remaining, coefficient = ((c.to(dtype).view(wide)) for c in (t_next - t, 1 - t, coefficient))
@@ -262,7 +269,7 @@ def stochastic_steps(
     """
     _check_noise(noise_schedule, noise_level)
     t = torch.tensor(times, dtype=torch.float64)
-    std, _ = _diffusion(t[:-1], t[1:], noise_schedule, noise_level)
+    std, _ = _diffusion(t[:-1], t[1:], noise_schedule, noise_level, times[0])
     allowed = range(len(times) - 1) if sde_steps is None else set(sde_steps)
     steps = [i for i, noisy in enumerate((std > 0).tolist()) if noisy and i in allowed]
     if final_step == "mean" and steps and steps[-1] == len(times) - 2:
@@ -307,7 +314,7 @@ def rollout(
     """
     if final_step not in ("sample", "mean"):
         raise ValueError(f"final_step={final_step!r} is unknown: choose 'sample' or 'mean'.")
-    if any(a <= b for a, b in pairwise(times)):
+    if not all(a > b for a, b in pairwise(times)):
         raise ValueError("times must strictly decrease from noise (1) to data (0).")
     keep = tuple(sorted(set(keep_steps)))
     noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
@@ -321,10 +328,10 @@ def rollout(
     ends = {i for step in keep for i in (step, step + 1)} | set(keep_states)
     states = {0: x} if 0 in ends else {}
     log_probs = []
+    step_of = partial(transition, noise_schedule=noise_schedule, start=times[0])
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype))
-        level = noise_level if i in noisy else 0.0
-        step = transition(x, v, t, t_next, noise_schedule=noise_schedule, noise_level=level, generator=generator)
+        step = step_of(x, v, t, t_next, noise_level=noise_level if i in noisy else 0.0, generator=generator)
         mean_only = final_step == "mean" and i == len(times) - 2
         x = step.mean.to(x.dtype) if mean_only else step.prev_sample
         if i in keep:
@@ -360,14 +367,12 @@ def replay(
         `torch.Tensor` of shape `(B, ...)`: the sample at the end.
     """
     noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
+    step_of = partial(transition, noise_schedule=noise_schedule, start=times[0])
     x = states[first]
     for i in range(first, len(times) - 1):
         v = velocity(x, torch.full((x.shape[0],), times[i], device=x.device, dtype=x.dtype))
-        level = noise_level if i in noisy else 0.0
-        taken = states[i + 1]
-        mean = transition(
-            x, v, times[i], times[i + 1], noise_schedule=noise_schedule, noise_level=level, prev_sample=taken
-        ).mean
+        level, taken = noise_level if i in noisy else 0.0, states[i + 1]
+        mean = step_of(x, v, times[i], times[i + 1], noise_level=level, prev_sample=taken).mean
         x = taken + (mean - mean.detach()).to(taken.dtype)
     return x
 
@@ -404,11 +409,13 @@ def solve_ode(
         `torch.Tensor` of shape `(B, ...)`: the sample at `times[-1]`.
 
     Raises:
-        ValueError: unknown solver, or `"heun_sigma"` from `t = 1`, where σ is infinite.
+        ValueError: unknown solver, a grid that does not decrease, or `"heun_sigma"` from `t = 1`, where σ is infinite.
         ImportError: `"dopri5"` without torchdiffeq.
     """
     if solver not in ODE_SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown: choose one of {', '.join(ODE_SOLVERS)}.")
+    if not all(a > b for a, b in pairwise(times)):
+        raise ValueError("times must strictly decrease from noise (1) to data (0).")
     if solver == "heun_sigma" and times[0] >= 1:
         raise ValueError("solver='heun_sigma' needs a grid that starts below 1, such as that of karras_grid.")
 

@@ -15,8 +15,13 @@ def members_of(strata: Sequence[Hashable]) -> list[Tensor]:
     """Places of each stratum's members, in the order in which strata first appear."""
     places: dict[Hashable, list[int]] = {}
     for place, stratum in enumerate(strata):
-        places.setdefault(stratum, []).append(place)
+        places.setdefault(plain(stratum), []).append(place)
     return [torch.tensor(members) for members in places.values()]
+
+
+def plain(value: Any) -> Any:
+    """A number that a dataset of format "torch" holds as a tensor, which would equal no other."""
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def proportional_counts(sizes: Tensor, total: int, generator: torch.Generator) -> Tensor:
@@ -115,4 +120,5 @@ def column_of(dataset: Any, column: str) -> list:
     names = getattr(dataset, "column_names", None) or list(dataset[0])
     if column not in names:
         raise ValueError(f"the dataset has columns {names}, none of them {column!r}.")
-    return list(dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset])
+    rows = dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset]
+    return [plain(value) for value in rows]

@@ -1,5 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from tests.helpers import features, pattern_images, real_images
 from trl_distreward import FeatureStatistics, JointFeatures, SubsetReplaceReward, load_feature_extractor
 from trl_distreward.metrics.digest import network_digest
+from trl_distreward.metrics.features import BackboneFeatures
 from trl_distreward.scripts import train
 from trl_distreward.scripts.common import find_extractor
 
@@ -74,6 +76,13 @@ def dinov2(tmp_path):
 def vit(tmp_path):
     model = ViTModel(ViTConfig(**SMALL, image_size=28, patch_size=14), add_pooling_layer=False)
     return save(model, tmp_path / "vit", **PREPROCESSOR)
+
+
+def test_extractors_are_made_of_models_wherever_they_are(monkeypatch):
+    monkeypatch.setattr("trl_distreward.metrics.features.full_precision", nullcontext)  # "meta" has no autocast
+    model = ViTModel(ViTConfig(**SMALL, image_size=28, patch_size=14), add_pooling_layer=False).to("meta")
+    extractor = BackboneFeatures(model, "vit", "cls", 28, [0.5] * 3, [0.5] * 3)
+    assert extractor.dimension == 16 and extractor.mean.is_meta
 
 
 def test_dinov2_is_the_class_token_of_normalized_images(dinov2):

@@ -29,6 +29,9 @@ def test_save_and_load(tmp_path):
     assert loaded.count == 50 and loaded.metadata == {"extractor": "test"}
     assert torch.equal(loaded.mean, statistics.mean)
     torch.testing.assert_close(loaded.covariance, statistics.covariance, rtol=1e-15, atol=0)
+    for name in ("real.npz", "real.pkl"):  # which would be read as another format
+        with pytest.raises(ValueError, match=f"{name} would be a safetensors file"):
+            statistics.save(tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["real.safetensors"]
 
 

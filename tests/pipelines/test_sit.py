@@ -80,6 +80,7 @@ def test_guidance_extrapolates_from_the_null_class():
     [
         ({"class_labels": [3]}, "integers from 0 to 2"),
         ({"class_labels": [-1, 0]}, "span -1 to 0"),
+        ({"class_labels": []}, "pass a list of one or more"),
         ({"class_labels": [0], "sampler": "ddim"}, "sampler='ddim'"),
         ({"class_labels": [0], "latents": torch.zeros(1, 1, 8, 8)}, r"\(1, 1, 8, 8\)"),
         ({"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps=0"),

@@ -99,6 +99,14 @@ def test_scores_pass_gradients_to_images_and_none_to_weights(folder):
         assert reward(images=ahead, conditions=prompts).sum() > scores.sum()
 
 
+def test_heads_score_in_full_precision():
+    images, head = coloured(4)[0], nn.Linear(3, 1)
+    score = HeadScore(lambda x: x.float().mean((2, 3)), head)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = score(images=images)
+    assert scores.dtype == torch.float32 and torch.equal(scores, score(images=images))
+
+
 def bright(images, **kwargs):
     return images.float().mean(dim=(1, 2, 3)).tolist()
 

@@ -6,6 +6,7 @@ from torch import nn
 from tests.helpers import features, real_images, tiny_reward
 from trl_distreward import FeatureDistance, FeatureStatistics, JointFeatures, SubsetReplaceReward, frechet_distance
 from trl_distreward.generation import balanced_labels
+from trl_distreward.metrics.report import extract_features
 from trl_distreward.rewards import SlotSampler
 
 
@@ -166,6 +167,9 @@ def test_joint_features_see_labels_that_images_alone_do_not():
     assert distance(alone, labels.roll(1)) == pytest.approx(0, abs=1e-6)
     assert distance(beside, labels) == pytest.approx(0, abs=1e-6)
     assert distance(beside, labels.roll(1)) > 0.1
+    assert torch.equal(joint(pictures, labels.to(torch.uint8)), joint(pictures, labels))
+    with pytest.raises(ValueError, match="sees images beside their conditions: pass conditions too"):
+        extract_features(joint, pictures)
 
 
 def test_extraction_goes_in_batches_of_a_bounded_size():

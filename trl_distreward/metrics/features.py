@@ -99,11 +99,12 @@ class BackboneFeatures(nn.Module):
         unusual = [*([pooling] if pooling != "cls" else []), *_normalization(mean, std)]
         self.name, self.resize = name, "-".join([resize, mode, str(size), *unusual])
         self._resize = RESIZES[resize]
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        device = next(model.parameters()).device
+        for buffer, values in (("mean", mean), ("std", std)):
+            self.register_buffer(buffer, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         with torch.no_grad():
-            self.dimension = self(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
+            self.dimension = self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)).shape[1]
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images `(B, 1 or 3, H, W)` in [0, 255] to the network's input `(B, 3, size, size)`."""

@@ -48,7 +48,7 @@ class JointFeatures:
 
     def __call__(self, images: Tensor, conditions: Any) -> Tensor:
         features = self.extractor(images)  # (B, d)
-        labels = send(torch.as_tensor(conditions), features.device)
+        labels = send(torch.as_tensor(conditions), features.device).long()
         return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
 
 
@@ -101,6 +101,8 @@ def extract_features(
             values.
     """
     needs_conditions = getattr(extractor, "needs_conditions", False)
+    if needs_conditions and conditions is None:
+        raise ValueError(f"feature extractor {name!r} sees images beside their conditions: pass conditions too.")
     chunks = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]

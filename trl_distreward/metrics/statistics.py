@@ -113,8 +113,15 @@ class FeatureStatistics:
         self.count = total
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a `.safetensors` file with mean, covariance, count and metadata; whole or not at all."""
+        """
+        Writes a `.safetensors` file with mean, covariance, count and metadata; whole or not at all.
+
+        Raises:
+            ValueError: the path ends as a file of another format, as which it would be read.
+        """
         path = Path(path)
+        if path.suffix in (".npz", ".pkl"):
+            raise ValueError(f"{path} would be a safetensors file: give it the suffix .safetensors.")
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.mean.cpu().contiguous(), "covariance": self.covariance.cpu().contiguous()}
         metadata = {"format": "pt", "count": json.dumps(self.count), "metadata": json.dumps(self.metadata)}

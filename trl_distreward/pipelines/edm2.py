@@ -106,7 +106,9 @@ class EDM2Pipeline(DiffusionPipeline):
     ) -> None:
         self.check_guidance(guidance_scale)
         classes = max(self.unet.config.num_classes, 1)
-        if class_labels.ndim != 1 or class_labels.min() < 0 or class_labels.max() >= classes:
+        if class_labels.ndim != 1 or not len(class_labels):
+            raise ValueError(f"class_labels have shape {tuple(class_labels.shape)}: pass a list of one or more.")
+        if class_labels.min() < 0 or class_labels.max() >= classes:
             raise ValueError(
                 f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
                 f"of integers from 0 to {classes - 1}."

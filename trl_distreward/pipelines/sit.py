@@ -90,7 +90,9 @@ class SiTPipeline(DiffusionPipeline):
                 f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for the SDE, whose last step is "
                 "apart."
             )
-        if class_labels.ndim != 1 or class_labels.min() < 0 or class_labels.max() >= config.num_classes:
+        if class_labels.ndim != 1 or not len(class_labels):
+            raise ValueError(f"class_labels have shape {tuple(class_labels.shape)}: pass a list of one or more.")
+        if class_labels.min() < 0 or class_labels.max() >= config.num_classes:
             raise ValueError(
                 f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
                 f"of integers from 0 to {config.num_classes - 1}."

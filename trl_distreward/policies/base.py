@@ -24,7 +24,8 @@ class DiffusionPolicy(Protocol):
     path. Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, data at `t = 0`.
 
     A policy may also have `grid(num_steps)`, which `time_grid="scheduler"` asks for: the times of the pipeline's own
-    sampler, from noise to 0, and the factor of the noise at the first of them.
+    sampler, from noise to 0, and the factor of the noise at the first of them. `velocity_at_data = False` says that
+    there is no velocity at `t = 0`, which the solvers `"heun2"` and `"dopri5"` ask for.
 
     Attributes:
         model (`torch.nn.Module`): the network that is trained.
@@ -78,6 +79,7 @@ class PipelinePolicy:
     """
 
     component = "transformer"  # the pipeline's name for the network that is trained
+    velocity_at_data = True  # whether there is a velocity at t = 0, which some solvers ask for
     num_conditions: int | None = None
     sample_shape: tuple[int, ...]
 

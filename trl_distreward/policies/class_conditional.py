@@ -30,7 +30,10 @@ class ClassLabelPolicy(PipelinePolicy):
             )
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
-        return {"class_labels": send(torch.as_tensor(conditions), self.device).long()}
+        labels = torch.as_tensor(conditions)
+        if labels.device.type == "cpu":  # elsewhere it would wait for the device
+            self.check_conditions(labels)
+        return {"class_labels": send(labels, self.device).long()}
 
     def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
         labels = cond["class_labels"]
@@ -83,6 +86,7 @@ class EDM2Policy(ClassConditionalPolicy):
 
     component = "unet"
     guides_channels = False
+    velocity_at_data = False  # EDM's denoiser is asked at log σ
 
 
 class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):

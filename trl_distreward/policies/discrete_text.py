@@ -15,6 +15,14 @@ class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
 
     component = "unet"
 
+    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, **kwargs: Any):
+        super().__init__(pipeline, guidance_scale, **kwargs)
+        if self.config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                f"the UNet is given its guidance as an embedding (time_cond_proj_dim={self.config.time_cond_proj_dim}"
+                "), as latent consistency models are: use the model that it was distilled from."
+            )
+
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return model(z, timestep, encoder_hidden_states=inputs["prompt_embeds"], return_dict=False)[0]
 

@@ -2,13 +2,21 @@
 """Where a network's own noise levels lie on the rectified-flow path, and what velocity its output is there."""
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from .base import PipelinePolicy
+
+
+def _used(scheduler: Any) -> FrozenDict:
+    """What of its configuration a scheduler uses: made from another's, it keeps what only that one knew."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return FrozenDict({name: value for name, value in scheduler.config.items() if name in known})
 
 
 class DiscreteTimePolicy(PipelinePolicy):
@@ -19,13 +27,17 @@ class DiscreteTimePolicy(PipelinePolicy):
     is then linear in sample and output, `v = a x + b output`, and DDIM's step is Euler's. Between steps of training
     the network is asked at interpolated ones; between the last of them and `t = 1`, at the last.
 
+    At `t = 0`, where what the network predicts is no velocity yet, there is none.
+
     The pipeline's scheduler gives the noise levels, the prediction type, and whether predicted data is clipped. It is
     clipped before the velocity is taken, DDIM's `use_clipped_model_output`: only that is a velocity.
     """
 
+    velocity_at_data = False
+
     def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
         super().__init__(pipeline, guidance_scale)
-        config = pipeline.scheduler.config
+        config = _used(pipeline.scheduler)
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             raise ValueError(
                 f"{type(pipeline).__name__} with a {type(pipeline.scheduler).__name__} is not of a "

@@ -99,6 +99,8 @@ class TextToImagePolicy(PipelinePolicy):
     # ---- prompts ----
 
     def check_conditions(self, conditions: Any) -> None:
+        if isinstance(conditions, str):
+            raise ValueError(f"{conditions!r} is one prompt: pass a list of them.")
         for prompt in conditions:
             if not isinstance(prompt, str):
                 raise ValueError(f"{prompt!r} is not a prompt: pass a list of strings.")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..metrics.clip import CLIPEmbeddings, load_clip
@@ -76,7 +77,8 @@ class HeadScore(nn.Module):
     def forward(self, images: Tensor, conditions: Any = None, **kwargs: Any) -> Tensor:
         """Scores `(B,)`, float32, of uint8 or float32 images `(B, C, H, W)` in [0, 255]."""
         features = extract_features(self.extractor, images, conditions, gradient=images.requires_grad)
-        scores = self.head(features)
+        with torch.autocast(features.device.type, enabled=False):  # as the features are
+            scores = self.head(features)
         if scores.shape != (len(images), 1):
             raise ValueError(
                 f"the head of {self.__name__!r} gives {tuple(scores.shape)} for {len(images)} images: it must give "

@@ -116,6 +116,7 @@ class PairLoss:
             pairs["t_next"],
             noise_schedule=schedule.noise_schedule,
             noise_level=schedule.noise_level,
+            start=schedule.times[0],
             prev_sample=pairs["next_x"],
         )
 
@@ -131,6 +132,7 @@ class PairLoss:
             times[index + 1],
             noise_schedule=schedule.noise_schedule,
             noise_level=schedule.noise_level,
+            start=schedule.times[0],
             prev_sample=nothing,
         )
         return send((step.std / step.std.mean()).float(), device)
