@@ -38,7 +38,7 @@ from runs import IMAGES_PER_UPDATE, Digits, FallingNoise, build_trainer, parse_a
 TUNING_SEED = 100
 TUNED: dict[str, tuple[dict[str, Any], list[float]]] = {
     "RL": (PAPER, [2e-5, 5e-5, 1e-4]),
-    "RS": ({**PAPER, "loss_type": "rft"}, [3e-6, 1e-5]),
+    "RS": ({**PAPER, "loss_type": "rft"}, [1e-6, 3e-6, 1e-5]),
     "GRPO": (ROLLING, [5e-5, 1e-4, 2e-4]),
     "backprop": (BACKPROP, [1e-4, 2e-4, 4e-4]),
 }

@@ -162,6 +162,7 @@ def test_options_without_effect_are_refused(folder, monkeypatch):
     refused("--sampler: of a pip.*but real.npz", "--compare", "a.json", "real.npz", "--sampler", "ode")
     refused("--model-revision is of the Hub, but base is a folder", "--model", "base", "--model-revision", "main")
     refused("--solver: of --sampler ode, but the sampler is sde", "--model", "base", "--solver", "heun")
+    refused("--guidance-channels is of --guidance-scale", "--model", "base", "--guidance-channels", "1")
     refused("--noise-level: of --sampler sde", "--model", "base", "--sampler", "ode", "--noise-level", "0.5")
     for model in ("base", "real.npz"):
         dataset = ["--split", "train", "--streaming"]
@@ -260,6 +261,15 @@ def test_grids_of_both_families_can_be_asked_for():
     edm = ["--sampler", "ode", "--solver", "heun_sigma", "--time-grid", "karras", "--num-inference-steps", "32"]
     schedule = evaluate.schedule_of(parse(["--model", "m", *edm]))
     assert schedule.last_step_size is None and schedule.num_evaluations == 63
+
+
+def test_guidance_is_of_as_many_channels_as_asked(folder):
+    tiny_pipeline(in_channels=3).save_pretrained("rgb")
+    guided = ["--model", "rgb", "--real", "real.npz", *SMALL, "--guidance-scale", "4"]
+    reports = [run(*guided), run(*guided, "--guidance-channels", "3"), run(*guided, "--guidance-channels", "1")]
+    whole, all_three, one = (metrics_of(report)["frechet"] for report in reports)
+    assert whole == all_three != one
+    assert [report["settings"].get("guidance_channels") for report in reports] == [None, 3, 1]
 
 
 def test_work_that_is_kept_is_not_done_again(folder, monkeypatch):

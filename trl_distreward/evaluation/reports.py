@@ -39,7 +39,7 @@ _LITERATURE = {
     ("dinov2", "fid"): "FD-DINOv2",
     ("clip", "cmmd"): "CMMD",
 }
-_CARD_SETTINGS = ("sampler", "num_steps", "guidance_scale", "labels", "seed", "weights")
+_CARD_SETTINGS = ("sampler", "num_steps", "guidance_scale", "guidance_channels", "labels", "seed", "weights")
 _START, _END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
 

@@ -110,6 +110,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--sampler", default="sde", choices=("sde", "ode"), help="Sampler (default: sde).")
     options.add_argument("--num-inference-steps", type=int, default=250, help="Steps (default: 250).")
     options.add_argument("--guidance-scale", type=float, default=1.0, help="Classifier-free guidance; 1 is none.")
+    options.add_argument("--guidance-channels", type=int, help="Guide the first channels only: 3 is SiT's own.")
     options.add_argument("--noise-schedule", default="sit", choices=list(NOISE_SCHEDULES), help="Of the SDE.")
     options.add_argument("--noise-level", type=float, default=1.0, help="Of the SDE.")
     options.add_argument(
@@ -212,6 +213,8 @@ def refuse_idle_options(arguments: argparse.Namespace, given: set[str]) -> None:
             f"{as_options(idle)}: of --sampler {other}, but the sampler is {arguments.sampler}: leave it out, or add "
             f"--sampler {other}."
         )
+    if arguments.guidance_channels is not None and arguments.guidance_scale == 1.0:
+        raise ValueError("--guidance-channels is of --guidance-scale, which is 1.0: leave it out, or give that.")
     if arguments.model_revision and all(Path(pipeline).is_dir() for pipeline in pipelines):
         raise ValueError(f"--model-revision is of the Hub, but {' and '.join(pipelines)} is a folder: leave it out.")
 
@@ -235,8 +238,11 @@ def generate(arguments: argparse.Namespace, model: str, plan: GenerationPlan, fo
     """The images of a pipeline."""
     state = PartialState()
     pipeline = load_pipeline(model, revision=arguments.model_revision, dtype=getattr(torch, arguments.dtype))
-    policy = as_policy(pipeline, arguments.guidance_scale)
-    chosen = {"guidance_scale": arguments.guidance_scale, "dtype": arguments.dtype}
+    guidance = {"guidance_scale": arguments.guidance_scale}
+    if arguments.guidance_channels is not None:
+        guidance["guidance_channels"] = arguments.guidance_channels
+    policy = as_policy(pipeline, **guidance)
+    chosen = {**guidance, "dtype": arguments.dtype}
     policy.model.to(state.device)
     policy.to(state.device)
     images = generate_shards(policy, plan, folder, description=chosen)

@@ -39,11 +39,12 @@ RewardFunction = Callable[..., Any]
 
 class DistributionRewardTrainer(DiffusionTrainer):
     """
-    Trains a diffusion or flow-matching generator by policy gradient on distribution-wise rewards.
+    Trains a diffusion or flow-matching generator on distribution-wise rewards: by policy gradient, by rejection
+    sampling (`loss_type="rft"`), or along the gradient of the distance itself (`"backprop"`).
 
-    Every update draws subsets of a generated reference set, generates new images for their conditions through an SDE,
-    rewards each subset by how close the reference set comes to real data once it is replaced (Eq. 4), and takes a
-    clipped policy-gradient step on the best of them (Eq. 5 and 6 of
+    Under `recipe="paper"` every update draws subsets of a generated reference set, generates new images for their
+    conditions through an SDE, rewards each subset by how close the reference set comes to real data once it is
+    replaced (Eq. 4), and takes a clipped policy-gradient step on the best of them (Eq. 5 and 6 of
     [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)).
 
     Example:
