@@ -163,7 +163,8 @@ def gap_table(runs: Runs) -> str:
         keys = {sampler: f"fd_heldout {sampler}{end}" for sampler in ("sde", "ode")}
         gains = {sampler: -np.mean(changes(runs, arm, key)) for sampler, key in keys.items()}
         per_image = gains["ode"] / float(mean(runs, arm, "images", "f")) * 1000
-        kept = f"{gains['ode'] / gains['sde']:.0%}" if gains["sde"] > 0 else ""
+        certain = interval(changes(runs, arm, keys["sde"]))[1] < 0
+        kept = f"{gains['ode'] / gains['sde']:.0%}" if certain else ""
         seconds = mean(runs, arm, "seconds", ".0f")
         rows.append([arm, *(change(runs, arm, key) for key in keys.values()), kept, f"{per_image:.1f}", seconds])
     return markdown(["", "SDE", "ODE", "kept", "ODE, points per 1,000 images", "seconds"], rows)
