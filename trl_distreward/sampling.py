@@ -254,6 +254,11 @@ def _check_noise(noise_schedule: str, noise_level: float) -> None:
         raise ValueError(f"noise_level={noise_level} must be {limit}.")
 
 
+def _check_times(times: Sequence[float]) -> None:
+    if not all(a > b for a, b in pairwise(times)):  # nor where one is NaN
+        raise ValueError("times must strictly decrease from noise (1) to data (0).")
+
+
 def stochastic_steps(
     times: Sequence[float],
     *,
@@ -314,8 +319,7 @@ def rollout(
     """
     if final_step not in ("sample", "mean"):
         raise ValueError(f"final_step={final_step!r} is unknown: choose 'sample' or 'mean'.")
-    if not all(a > b for a, b in pairwise(times)):
-        raise ValueError("times must strictly decrease from noise (1) to data (0).")
+    _check_times(times)
     keep = tuple(sorted(set(keep_steps)))
     noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
     trainable = stochastic_steps(
@@ -414,8 +418,7 @@ def solve_ode(
     """
     if solver not in ODE_SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown: choose one of {', '.join(ODE_SOLVERS)}.")
-    if not all(a > b for a, b in pairwise(times)):
-        raise ValueError("times must strictly decrease from noise (1) to data (0).")
+    _check_times(times)
     if solver == "heun_sigma" and times[0] >= 1:
         raise ValueError("solver='heun_sigma' needs a grid that starts below 1, such as that of karras_grid.")
 

@@ -15,6 +15,7 @@ from ..merging.checkpoints import CheckpointPool
 from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward
+from .judged import Judged
 from .reward_functions import RewardFunctions
 
 
@@ -159,8 +160,7 @@ class CandidateJudge:
                 x = sample(self.policy, self.network, batch, self.args.rollout_schedule, generators).sample
             images, finite = decode_uint8(self.policy, x, self.args.decode_batch_size)
             features = [r.extract(images, batch, check_finite=False) for r in self.rewards.distributional]
-            extracted = (values.isfinite() for spaces in features for values in spaces.values())
-            if not all(bool(flags.all()) for flags in (finite, *extracted)):
+            if not Judged(features, finite).finite:
                 return None, torch.full_like(values, torch.nan)
             chunks.append(features)
             if single:

@@ -443,9 +443,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.record("reward_std", total.std().item())
         functions = zip(self.reward_funcs, rewards, strict=True)
         drift = None
-        if (
-            args.reference_update == "refresh" and args.best_of_n == 1
-        ):  # candidates that were chosen are better by that
+        if args.reference_update == "refresh" and args.best_of_n == 1:  # those that were chosen are better by that
             drift = self.reference_set.watch_drift([r for f, r in functions if isinstance(f, SubsetReplaceReward)])
         if drift is not None:
             self.record("reference_drift", drift)
