@@ -30,15 +30,15 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
-from ..generation import SamplingSchedule, conditions_of_slots, image_generators, sample, take
+from ..generation import SamplingSchedule, conditions_of_slots, evaluating, image_generators, sample, take
 from ..merging.adapters import changes_base
 from ..metrics.report import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
 from ..run_report.folder import is_evaluation
 from .callbacks import StopOnSIGTERM, UpdateEMA
-from .checkpoints import SKIPPED_FOLDER, CheckpointingTrainer
 from .cuda_graphs import copy_outputs, hold_gradients, uses_cuda_graphs
 from .ema import PolicyEMA
+from .publishing import SKIPPED_FOLDER, PublishingTrainer
 from .run_record import KeepRecord, RunRecord
 from .sharding import is_split, without_weights
 
@@ -77,7 +77,7 @@ def disable_dropout(model: nn.Module) -> None:
             vars(module)["dropout"] = 0.0
 
 
-class DiffusionTrainer(CheckpointingTrainer):
+class DiffusionTrainer(PublishingTrainer):
     """
     Base of the trainers of a [`DiffusionPolicy`]: preparation, pacing, logging, guards and evaluation.
 
@@ -450,18 +450,17 @@ class DiffusionTrainer(CheckpointingTrainer):
         """`{sampler}_{metric}` of images from noise of `seed`."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model is self.model_wrapped:
             self.model.to(self.accelerator.device)  # before training they leave it where it was loaded
-        model = self.sampled_model
-        training = model.training
-        model.eval()
         self.run_record.images["evaluation"] += len(conditions) * len(self.args.eval_schedules)
         metrics: dict[str, float] = {}
-        try:
-            with self.run_record.running(), self.run_record.timed("evaluation"), self.evaluation_weights():
-                for sampler, schedule in self.args.eval_schedules.items():
-                    values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
-                    metrics.update({f"{sampler}_{name}": value for name, value in values.items()})
-        finally:
-            model.train(training)
+        with (
+            evaluating(self.sampled_model) as model,
+            self.run_record.running(),
+            self.run_record.timed("evaluation"),
+            self.evaluation_weights(),
+        ):
+            for sampler, schedule in self.args.eval_schedules.items():
+                values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
+                metrics.update({f"{sampler}_{name}": value for name, value in values.items()})
         return metrics
 
     def _evaluate_sampler(
