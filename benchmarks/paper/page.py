@@ -5,10 +5,12 @@ up to `<!-- end -->`. `<!-- table table_3 DATA ARM -->` names an arm.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,14 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "source"
 MARK = re.compile(r"<!-- table (\w+) (\w+)(?: ([\w ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 REFERENCE_SET = 1000  # images
 TARGET = 0.7  # of the base's held-out distance: the paper's margin, 8.30 to 5.77
+ABLATIONS = {  # drawn beside each other, as in the paper
+    "Fig. 3a: reference set": "reference_size",
+    "Fig. 3b: images of a subset": "subset_size",
+    "Fig. 3c: trained on": "selection",
+    "Fig. 4a: normalized over": "normalization",
+    "Fig. 4c: stages": "stages",
+    "Fig. 5: set made anew": "refresh",
+}
 TABLE_4 = {  # of the paper, in percent
     "fd_heldout": ("Fréchet distance", "FID -30.5%"),
     "kernel": ("kernel distance", "KID -53.5%"),
@@ -260,13 +270,13 @@ def asked(text: str) -> list[tuple[str, str]]:
 def filled(text: str, folder: Path) -> str:
     """The page with every table as the results have it."""
 
-    def fill(match: re.Match) -> str:
+    def made_anew(match: re.Match) -> str:
         name, data, arm = match.groups()
         source, build = TABLES[name]
         made = build(load(folder, source, data), *([arm] if arm else []))
         return f"<!-- table {' '.join(filter(None, match.groups()))} -->\n\n{made}\n\n<!-- end -->"
 
-    return MARK.sub(fill, text)
+    return MARK.sub(made_anew, text)
 
 
 def draw_training(runs: Runs, path: Path) -> None:
@@ -292,11 +302,49 @@ def draw_training(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def draw_arms(panels: dict[str, Runs], path: Path) -> None:
+    """Change of the held-out distance by arm, a panel an experiment: every seed, the mean and its interval."""
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(panels) / 2)
+    arms = [max(len(runs) for runs in list(panels.values())[2 * i : 2 * i + 2]) for i in range(rows)]
+    figure = Figure(figsize=(10, sum(0.3 * count + 0.6 for count in arms)), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True, squeeze=False, height_ratios=arms).flatten()
+    for axis, (title, runs) in zip(axes, panels.items(), strict=False):
+        names = [arm for arm in runs if arm != "base"]
+        for row, arm in enumerate(names):
+            for sampler, shift, color in (("ode", -0.14, "C3"), ("sde", 0.14, "C0")):
+                values = changes(runs, arm, f"fd_heldout {sampler}")
+                low, high = interval(values)
+                axis.plot(values, [row + shift] * len(values), ".", color=color, alpha=0.35, markersize=4)
+                label = sampler.upper() if row == 0 else None
+                axis.hlines(row + shift, low, high, color=color, linewidth=1.5)
+                axis.plot(np.mean(values), row + shift, "o", color=color, markersize=4, label=label)
+        axis.axvline(0, color="gray", linewidth=1)
+        axis.set_yticks(range(len(names)), [fill(name, 24) for name in names])
+        axis.set_title(title, loc="left")
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.tick_params(labelbottom=True)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+        axis.set_xlabel("held-out distance, change from the base in %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.savefig(path, dpi=100)
+
+
 def write_page(folder: Path) -> None:
     """Fills every page's tables, and draws the plots beside them."""
     for path in pages():
         path.write_text(filled(path.read_text(), folder))
+    (DOCS / "images").mkdir(exist_ok=True)
     for data in ("digits", "mnist"):
         if (folder / f"training_{data}.json").is_file():
-            (DOCS / "images").mkdir(exist_ok=True)
             draw_training(load(folder, "training", data), DOCS / "images" / f"training_{data}.png")
+    panels = {
+        title: load(folder, name, "digits")
+        for title, name in ABLATIONS.items()
+        if (folder / f"{name}_digits.json").is_file()
+    }
+    if panels:
+        draw_arms(panels, DOCS / "images" / "ablations_digits.png")

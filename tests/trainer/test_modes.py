@@ -256,6 +256,27 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     assert logged(trainer, "skipped_updates") == [1.0]
 
 
+@pytest.mark.parametrize("scale, noted", [(3e38, "overflows in float16"), (0.5, "is not finite")])
+def test_steps_that_a_scaler_of_gradients_skips_are_counted(tmp_path, scale, noted):
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-30)
+    loss = trainer.compute_loss
+    factor = 1e6 if scale > 1 else float("nan")  # it is the scale that overflows, or not
+
+    def large(model, inputs, **kwargs):
+        return loss(model, inputs, **kwargs) * (factor if trainer.state.global_step == 0 else 1)
+
+    trainer.compute_loss = large
+    before = weights(trainer.network)
+    trainer.train()
+    assert logged(trainer, "skipped_updates") == [1.0]
+    assert [entry["step"] for entry in trainer.run_record.skipped] == [0]
+    assert noted in trainer.run_record.skipped[0]["reason"]
+    after = weights(trainer.network)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
+
+
 def test_rollout_images_do_not_depend_on_the_batch_they_are_drawn_in(tmp_path):
     trainer = tiny_trainer(tmp_path)
     slots = torch.arange(12).view(6, 2)

@@ -339,16 +339,17 @@ class DiffusionTrainer(PublishingTrainer):
             return 0.0 if norm is None else norm
         if norm is None or torch.isfinite(torch.as_tensor(norm)):
             self._skipped_in_a_row = 0
-        elif self.is_deepspeed_enabled:  # whose step is already made; in float16 it skips it
-            if not self.args.fp16:
-                last = self._last_checkpoint()
-                raise RuntimeError(
-                    "the gradient is not finite, and DeepSpeed has already taken the step: lower the learning rate or "
-                    f"noise_level, then {f'resume from {last}' if last else 'start again'}."
-                )
-            self.skip_update("the gradient is not finite", grad_norm=float(norm))
-        elif self.accelerator.scaler is None:  # float16's scaler skips such steps by itself, and lowers its scale
-            model.zero_grad(set_to_none=True)
+        elif self.is_deepspeed_enabled and not self.args.fp16:  # its step is already made
+            last = self._last_checkpoint()
+            raise RuntimeError(
+                "the gradient is not finite, and DeepSpeed has already taken the step: lower the learning rate or "
+                f"noise_level, then {f'resume from {last}' if last else 'start again'}."
+            )
+        elif self.is_deepspeed_enabled or (self.accelerator.scaler and self.accelerator.scaler.get_scale() >= 1):
+            self._note_skipped("the gradient overflows in float16: the scaler skips the step and lowers its scale")
+        else:
+            if self.accelerator.scaler is None:  # which skips by itself, and wants gradients to look at
+                model.zero_grad(set_to_none=True)
             self.skip_update("the gradient is not finite", grad_norm=float(norm))
         return norm
 
