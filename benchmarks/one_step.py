@@ -58,7 +58,7 @@ def run(prepared: Digits, seed: int, updates: int, settings: dict) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    args = parse_args(parser, __file__, seeds=[0, 10, 20], budget=0, data=("digits",))
+    args = parse_args(parser, __file__, seeds=[0, 10, 20, 30, 40], budget=0, data=("digits",))
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.arms}
     for seed in args.seeds:
         for name in args.arms:

@@ -232,6 +232,7 @@ def generate_images(
     model: nn.Module | None = None,
     stream: str = "images",
     indices: range | None = None,
+    decode_batch_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
     """
     Generates one image per condition.
@@ -245,6 +246,7 @@ def generate_images(
         batch_size (`int`, *optional*, defaults to 64): images at a time.
         model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
         indices (`range`, *optional*): which of the images to generate; all by default.
+        decode_batch_size (`int`, *optional*): samples decoded at a time; all of a batch by default.
 
     Yields:
         uint8 images `(batch, C, H, W)` and their conditions.
@@ -259,7 +261,7 @@ def generate_images(
         generators = image_generators(seed, stream, 0, images)
         with evaluating(model or policy.model) as network:
             x = sample(policy, network, batch, schedule, generators).sample
-        decoded, finite = decode_uint8(policy, x)
+        decoded, finite = decode_uint8(policy, x, decode_batch_size)
         if not finite.all():
             raise ValueError(
                 f"image {images[int((~finite).nonzero()[0])]} is not finite: the model has diverged, or its precision "
@@ -269,8 +271,13 @@ def generate_images(
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """Labels `0, 1, …, num_classes - 1` repeated to `count`: class frequencies differ by at most one."""
-    return torch.arange(count) % num_classes
+    """
+    Labels `0, 1, …, num_classes - 1` repeated to `count`; of the last, incomplete round so many at even distances, as
+    neighbouring classes are alike in ImageNet. Class frequencies differ by at most one.
+    """
+    rounds, rest = divmod(count, num_classes)
+    last = torch.arange(rest) * num_classes // max(rest, 1)
+    return torch.cat([torch.arange(num_classes).repeat(rounds), last])
 
 
 def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:

@@ -121,6 +121,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         {f"N = {size}": kept(reference_set_size=size) for size in (500, 1000, 1500, 2000)},
         budget=12_000,
     ),
+    "reference_updates": Experiment(
+        "Fig. 3a, at equal updates in the place of equal images",
+        {
+            f"N = {size}": kept(reference_set_size=size, max_steps=31)  # those of N = 1000 above
+            for size in (500, 1000, 1500, 2000)
+        },
+        budget=16_000,
+    ),
     "subset_size": Experiment(
         "Fig. 3b: images of a subset, 256 in all",
         {f"n = {size}": kept(replace_size=size) for size in (1, 2, 4, 8, 16, 32)},

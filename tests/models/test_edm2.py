@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from tests.edm2 import TINY, fill_with_pattern, pattern, tiny_edm2
-from trl_distreward import EDM2UNet2DModel
+from tests.helpers import tiny_trainer
+from trl_distreward import EDM2Pipeline, EDM2UNet2DModel
 from trl_distreward.models.edm2 import EDM2Block, MPFourier, MPLayer, mp_cat, mp_silu, mp_sum, normalize
 
 # Every 48th number of what the original code makes of the same weights and input, with labels and without
@@ -99,17 +100,26 @@ def test_size_of_weights_has_no_effect_and_is_left_alone_unless_asked():
     torch.testing.assert_close(model(z, sigma, labels).sample, expected, atol=1e-2, rtol=1e-2)
 
 
-def test_forced_normalization_acts_in_training_with_gradients_only():
-    model, (z, sigma, labels) = tiny_edm2(forced_weight_normalization=True), inputs()
-    weight = model.unet.out_conv.weight
-    with torch.no_grad():
-        weight.mul_(3)
-        before = weight.clone()
-        model.train()(z, sigma, labels)
-    model.eval()(z, sigma, labels)
-    assert torch.equal(weight, before)
-    model.train()(z, sigma, labels).sample.square().sum().backward()
-    assert torch.equal(weight, normalize(before)) and weight.grad.abs().sum() > 0
+@pytest.mark.parametrize("recipe", ["recommended", "policy_gradient"])
+def test_forced_normalization_follows_every_step_of_the_optimizer(tmp_path, recipe):
+    def trained(forced):
+        network = tiny_edm2(in_channels=1, sample_size=4, forced_weight_normalization=forced)
+        network.unet.out_conv.weight.data.mul_(3)
+        trainer = tiny_trainer(
+            tmp_path,
+            EDM2Pipeline(network),
+            recipe=recipe,
+            top_advantage_quantile=1.0,
+            num_subsets=12,
+            replace_size=1,
+            max_steps=2,
+            learning_rate=1e-2,
+        )
+        trainer.train()
+        layers = [module for module in trainer.network.modules() if isinstance(module, MPLayer)]
+        return max((layer.weight - layer.unit_weight()).abs().max().item() for layer in layers)
+
+    assert trained(forced=True) < 1e-3 < 1e-2 < trained(forced=False)
 
 
 def test_denoiser_keeps_a_nearly_clean_sample():

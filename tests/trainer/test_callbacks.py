@@ -51,6 +51,15 @@ def test_a_grid_that_cannot_be_drawn_does_not_end_training(tmp_path, caplog):
     assert "There is no grid of samples at step 2: image 0 is not finite" in caplog.text
 
 
+def test_grids_are_decoded_so_many_at_a_time(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1, decode_batch_size=3, per_device_eval_batch_size=8)
+    trainer.add_callback(LogSamplesCallback(trainer, freq=1))
+    sizes, decode = set(), trainer.policy.decode
+    trainer.policy.decode = lambda x: sizes.add(len(x)) or decode(x)
+    trainer.train()
+    assert max(sizes) == 3
+
+
 def test_unknown_sampler_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, eval_samplers=["sde"])
     with pytest.raises(ValueError, match="sampler='ode' is not evaluated: choose one of sde"):

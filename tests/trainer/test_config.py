@@ -65,6 +65,27 @@ def test_fields_come_from_the_command_line_and_yaml(tmp_path):
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 must be 1"),
         ({"eval_samplers": ["ddim"]}, "sampler='ddim'"),
         ({"best_of_n": 2, "reference_refresh_steps": "auto"}, "chosen are better"),
+        ({"eval_samplers": []}, r"eval_samplers=\[\] evaluates nothing"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
+        ({"max_steps": 0}, "max_steps=0 trains nothing"),
+        ({"sde_window": "random"}, "sde_window='random' does nothing under sde_window_size=None"),
+        (
+            {"sde_window_size": 2, "sde_window": "random", "sde_window_interval": 3},
+            "sde_window_interval=3 does nothing under sde_window='random'",
+        ),
+        (
+            {"sde_window_size": 1, "step_weighting": "noise"},
+            "step_weighting='noise' does nothing under sde_window_size=1",
+        ),
+        (
+            {"reference_update": "rolling", "reference_refresh_steps": 20},
+            "reference_refresh_steps=20 does nothing under reference_update='rolling'",
+        ),
+        ({"refresh_drift": 1.0}, "refresh_drift=1.0 does nothing under reference_refresh_steps=10"),
+        (
+            {"eval_samplers": ["sde"], "eval_solver": "heun"},
+            r"eval_solver='heun' does nothing under eval_samplers=\['sde'\]",
+        ),
         ({"num_inference_steps_eval": 1, "last_step_size": 0.1}, "evaluation under 'sde': last_step_size"),
     ],
 )

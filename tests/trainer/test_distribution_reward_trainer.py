@@ -17,6 +17,7 @@ from tests.helpers import (
     first_gradients,
     logged,
     real_images,
+    tiny_config,
     tiny_pipeline,
     tiny_reward,
     tiny_trainer,
@@ -368,6 +369,33 @@ def test_lora_trains_the_adapter_only_and_saves_both_forms(tmp_path):
     x, t, labels = torch.randn(2, 1, 4, 4), torch.rand(2), torch.tensor([0, 1])
     expected = trainer.network.eval()(x, t, labels).sample
     torch.testing.assert_close(merged(x, t, labels).sample, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_small_changes_of_a_network_in_half_precision_are_saved(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.transformer.to(torch.bfloat16)
+    before = {name: value.float() for name, value in weights(pipeline.transformer).items()}
+    trainer = tiny_trainer(tmp_path, pipeline, peft_config=LoraConfig(r=2, target_modules=["qkv"]), learning_rate=1e-4)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    merged = weights(load_pipeline(tmp_path / "out").transformer)
+    changes = {name: merged[name].float() - value for name, value in before.items()}
+    layers = {name: module for name, module in trainer.network.named_modules() if hasattr(module, "get_delta_weight")}
+    assert len(layers) == 2
+    for name, layer in layers.items():
+        expected = layer.get_delta_weight("default")
+        assert 0 < expected.abs().max() < 2**-9 * layer.weight.abs().max()  # bfloat16 would lose it
+        changed = changes[name.removeprefix("base_model.model.") + ".weight"]
+        torch.testing.assert_close(changed, expected, atol=1e-7, rtol=1e-2)
+
+
+def test_activation_checkpointing_stays_in_the_configuration(tmp_path):
+    config = tiny_config(tmp_path, max_steps=1, activation_checkpointing=True)
+    for _ in range(2):  # the second trainer of a configuration has it as well
+        trainer = DistributionRewardTrainer(model=tiny_pipeline(), reward_funcs=tiny_reward(), args=config)
+        assert trainer.network.gradient_checkpointing
+    trainer.train()
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["values"]["activation_checkpointing"] is True
 
 
 def test_tensorboard_accepts_a_diffusers_config(tmp_path):

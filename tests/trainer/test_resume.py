@@ -97,6 +97,39 @@ def test_resuming_a_finished_run_keeps_its_average(tmp_path):
     assert all(torch.equal(again.ema.averages[name], value) for name, value in whole.ema.averages.items())
 
 
+@pytest.mark.parametrize("max_steps", [2, 3])  # at the end of an epoch, and within one
+def test_resuming_a_finished_run_changes_nothing(tmp_path, max_steps):
+    settings = {"max_steps": max_steps, "eval_strategy": "steps", "eval_steps": 1}
+    whole = trainer_for(tmp_path, **settings)
+    assert whole.steps_per_epoch == 2
+    whole.train()
+    again = trainer_for(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == max_steps
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == f"checkpoint-{max_steps}"
+    assert all(torch.equal(value, weights(whole.network)[n]) for n, value in weights(again.network).items())
+    assert again.num_images == whole.num_images > 0
+    assert again.run_record.evaluations == whole.run_record.evaluations != []
+    features = [trainer.reward_funcs[0].features["features"] for trainer in (whole, again)]
+    assert torch.equal(*features)
+    longer = trainer_for(tmp_path, **{**settings, "max_steps": max_steps + 1})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == max_steps + 1 and longer.num_images > whole.num_images
+
+
+def test_checkpoints_that_hold_the_model_alone_are_not_resumed_from(tmp_path):
+    trainer_for(tmp_path, max_steps=1, save_only_model=True).train()
+    with pytest.raises(FileNotFoundError, match="has no diffusion_state.pt: .*save_only_model=True.*as its model"):
+        trainer_for(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("size", [20, 30])
+def test_resuming_with_another_size_of_the_reference_set_is_refused(tmp_path, size):
+    trainer_for(tmp_path, max_steps=1).train()
+    with pytest.raises(ValueError, match=f"reference set has 24 images, and reference_set_size={size}: resume with"):
+        trainer_for(tmp_path, max_steps=2, reference_set_size=size).train(resume_from_checkpoint=True)
+
+
 def test_resuming_with_another_model_is_refused(tmp_path):
     trainer_for(tmp_path, ema_decay=0.5, max_steps=1, lora=True).train()
     with pytest.raises(ValueError, match="trained with other parameters"):

@@ -245,8 +245,8 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     Denoiser of EDM2 with its preconditioning: noisy samples and noise levels to denoised samples.
 
     Weights are normalized wherever they are used, so only their direction matters. Training should keep their size
-    at one all the same, or steps of a given learning rate turn them less and less: call `normalize_weights` after
-    each optimizer step, or set `forced_weight_normalization`. Neither happens by itself.
+    at one all the same, or steps of a given learning rate turn them less and less: set
+    `forced_weight_normalization`, or call `normalize_weights` after each optimizer step. Neither happens by itself.
 
     There is no adapter support: a low-rank update added beside a normalized weight is not what merging it yields.
 
@@ -268,8 +268,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         sigma_data (`float`, *optional*, defaults to 0.5): standard deviation of the data.
         logvar_channels (`int`, *optional*, defaults to 128): Fourier features of the uncertainty.
         forced_weight_normalization (`bool`, *optional*, defaults to `False`):
-            whether weights are overwritten with their normalized values at each forward pass with gradients in
-            training mode (Eq. 66).
+            whether the trainers of this library call `normalize_weights` after each optimizer step (Eq. 66).
     """
 
     _supports_gradient_checkpointing = True
@@ -358,8 +357,6 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
             `.sample` of shape `(B, C, H, W)`, float32: the denoised sample. Between the float32 preconditioning
             (EDM, arXiv 2206.00364, Table 1) the network runs in its weights' dtype, or under autocast.
         """
-        if self.config.forced_weight_normalization and self.training and torch.is_grad_enabled():
-            self.normalize_weights()
         z, data = sample.float(), self.config.sigma_data
         sigma = torch.as_tensor(timestep, dtype=torch.float32, device=z.device).reshape(-1).expand(len(z))
         total = (sigma**2 + data**2).view(-1, 1, 1, 1)

@@ -125,10 +125,10 @@ class QwenImagePolicy(PackedPolicy):
     null_prompt = " "
 
     def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        embeds, mask = self.encode_prompt(prompts)
-        if mask is None:
-            mask = embeds.new_ones(embeds.shape[:2])
-        rows = [row[kept.bool()].cpu() for row, kept in zip(embeds, mask, strict=True)]
+        rows = []
+        for prompt in prompts:  # beside a longer one its last bits would be others
+            (row,), mask = self.encode_prompt([prompt])
+            rows.append((row if mask is None else row[mask[0].bool()]).cpu())
         return [{"prompt_embeds": row, "mask": torch.ones(len(row), dtype=torch.long)} for row in rows]
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from ..merging.adapters import changes_base
 from ..metrics.report import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
 from ..run_report.folder import is_evaluation
-from .callbacks import StopOnSIGTERM, UpdateEMA
+from .callbacks import NormalizeWeights, StopOnSIGTERM, UpdateEMA, asks_for_normalization
 from .cuda_graphs import copy_outputs, hold_gradients, uses_cuda_graphs
 from .ema import PolicyEMA
 from .publishing import SKIPPED_FOLDER, PublishingTrainer
@@ -75,6 +76,10 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
         if isinstance(vars(module).get("dropout"), float):
             vars(module)["dropout"] = 0.0
+
+
+def _checkpoint_activations(network: Any, **_: Any) -> None:
+    network.enable_gradient_checkpointing()
 
 
 class DiffusionTrainer(PublishingTrainer):
@@ -135,7 +140,8 @@ class DiffusionTrainer(PublishingTrainer):
             train_dataset=train_dataset,
             # evaluation generates its own images; transformers only asks that something be there
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[UpdateEMA(self), self._stop_on_sigterm, KeepRecord(self), *(callbacks or [])],
+            callbacks=[NormalizeWeights(self), UpdateEMA(self), self._stop_on_sigterm, KeepRecord(self)]
+            + (callbacks or []),
             optimizers=optimizers,
         )
         self._check_launch(ema_decay)
@@ -154,9 +160,9 @@ class DiffusionTrainer(PublishingTrainer):
                     f"{type(network).__name__} does not support gradient checkpointing: set "
                     "activation_checkpointing=False."
                 )
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
-            # Trainer would call a method that diffusers' models do not have
-            args.activation_checkpointing = args.gradient_checkpointing = False
+            # Trainer calls a method that diffusers' models do not have
+            network.activation_checkpointing_enable = MethodType(_checkpoint_activations, network)  # type: ignore[assignment]
+            _checkpoint_activations(network)
         if hasattr(network, "_internal_dict"):
             network._internal_dict = _NetworkConfig(network._internal_dict)
         if peft_config is not None:
@@ -179,6 +185,8 @@ class DiffusionTrainer(PublishingTrainer):
                 "Set bf16=True to run the network in bfloat16 all the same."
             )
             network.float()
+        if asks_for_normalization(network):
+            network.normalize_weights()  # type: ignore[operator]
         disable_dropout(network)  # the adapter's own as well
         return network
 
@@ -199,6 +207,18 @@ class DiffusionTrainer(PublishingTrainer):
                 f"ema_decay={ema_decay} is not supported under DeepSpeed, whose optimizer holds the weights: set "
                 "ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml."
             )
+        if self.is_deepspeed_enabled and asks_for_normalization(self.network):
+            raise ValueError(
+                "forced_weight_normalization=True is not supported under DeepSpeed, whose optimizer holds the "
+                "weights: launch without it."
+            )
+        adaptive = [name for name, schedule in self.args.eval_schedules.items() if schedule.num_evaluations is None]
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if adaptive and (self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)):
+            raise ValueError(
+                f"evaluation under {adaptive[0]!r} takes a number of forward passes that differs between processes, "
+                "which FSDP and ZeRO-3 must make together: choose eval_solver='heun', or launch without them."
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} GPUs, which Trainer would drive with DataParallel and without "
@@ -208,13 +228,27 @@ class DiffusionTrainer(PublishingTrainer):
         if self.accelerator.device.type == "mps":
             raise ValueError("distances need float64, which the MPS device has not: set use_cpu=True.")
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.ema is not None and is_split(self.network):
             self.ema.share_out(self.network)
         if uses_cuda_graphs(self.args):
             copy_outputs(self.model_wrapped)
+        if resume_from_checkpoint is not None and self._has_ended:  # no step follows at which Trainer would
+            self._load_rng_state(resume_from_checkpoint)
         return prepared
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._has_ended:  # resumed within an epoch, Trainer would make one more update
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def hold_gradients(self) -> None:
         """Before the micro-batches of an update, where the compiler's graphs would keep gradients in their memory."""
@@ -269,6 +303,8 @@ class DiffusionTrainer(PublishingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not is_evaluation(logs):
             logs = {**logs, **{key: sum(values) / len(values) for key, values in self._metrics.items()}}
+            if "skipped_updates" in logs:  # a number, and no mean
+                logs["skipped_updates"] = sum(self._metrics["skipped_updates"])
             logs["num_images"] = self.num_images  # as it is now, and no mean over steps
             self._metrics.clear()
         super().log(logs, start_time)

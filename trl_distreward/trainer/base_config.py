@@ -47,8 +47,8 @@ class DiffusionTrainerConfig(_BaseConfig):
         guidance_channels (`int`, *optional*):
             Guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
         decode_batch_size (`int`, *optional*):
-            Samples decoded to images at a time, of those generated together; all by default. The VAE then never takes
-            more memory than so many images need.
+            Samples decoded to images at a time, of those generated together; all by default. The VAE then takes no
+            more memory than so many images need, but for what `loss_type="backprop"` decodes with gradients.
         max_skipped_updates (`int`, *optional*, defaults to `5`):
             Updates in a row that may be skipped for values that are not finite before training stops.
 
@@ -110,6 +110,13 @@ class DiffusionTrainerConfig(_BaseConfig):
 
     def __post_init__(self) -> None:
         self._check_counts(("decode_batch_size",))
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True is not supported, as an update makes its micro-batches itself: set "
+                "per_device_train_batch_size, and --dry-run says what a step takes."
+            )
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give a number of updates, or -1 for num_train_epochs.")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better: bool | None = False
         super().__post_init__()

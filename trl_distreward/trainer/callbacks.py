@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -24,6 +25,22 @@ from ..generation import generate_images
 from .sharding import is_split
 
 logger = get_logger(__name__)
+
+
+def asks_for_normalization(network: Any) -> bool:
+    """Whether the network's config has `forced_weight_normalization=True`."""
+    return bool(getattr(getattr(network, "config", None), "forced_weight_normalization", False))
+
+
+class NormalizeWeights(TrainerCallback):
+    """Gives weights back their size after every step of the optimizer, of networks that ask for it in their config."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if asks_for_normalization(self.trainer.network):
+            self.trainer.network.normalize_weights()
 
 
 class UpdateEMA(TrainerCallback):
@@ -152,33 +169,41 @@ class LogSamplesCallback(TrainerCallback):
             self._log(args, state)
 
     def _log(self, args: Any, state: Any) -> None:
-        trainer, size = self.trainer, args.per_device_eval_batch_size
-        split = is_split(trainer.sampled_network)  # then a forward pass takes all processes
-        if not (split or state.is_world_process_zero):
-            return
+        trainer, count = self.trainer, len(self.conditions)
+        split = is_split(trainer.sampled_network)  # then a forward pass takes all processes, and they make all images
+        processes = 1 if split else args.world_size
+        indices = range(args.process_index % processes, count, processes)
         autocast = trainer.autocast() if split else nullcontext()
-        trainer.run_record.images["samples"] += len(self.conditions)
+        trainer.run_record.images["samples"] += count
         with trainer.run_record.timed("samples"), trainer.evaluation_weights(), autocast:
             batches = generate_images(
                 trainer.policy,
                 self.conditions,
                 self.schedule,
                 seed=self.seed,
-                batch_size=size,
+                batch_size=args.per_device_eval_batch_size,
                 model=trainer.sampled_network,
                 stream="samples",
+                indices=indices,
+                decode_batch_size=args.decode_batch_size,
             )
+            images, error = {}, ""
             try:
-                images = torch.cat([images for images, _ in batches])
-            except ValueError as error:  # on all processes, where all generate
-                logger.warning(f"There is no grid of samples at step {state.global_step}: {error}")
-                return
+                images = dict(zip(indices, (image for batch, _ in batches for image in batch.cpu()), strict=True))
+            except ValueError as found:  # on all processes, where all make all
+                error = str(found)
+            parts = [(images, error)] if processes == 1 else gather_object([(images, error)])
         if not state.is_world_process_zero:
             return
-        grid, step = image_grid(images), state.global_step
+        errors = [error for _, error in parts if error]
+        if errors:
+            logger.warning(f"There is no grid of samples at step {state.global_step}: {errors[0]}")
+            return
+        made = {index: image for share, _ in parts for index, image in share.items()}
+        grid, step = image_grid(torch.stack([made[i] for i in range(count)])), state.global_step
         path = Path(args.output_dir) / "samples" / f"step-{step}.png"
         with written_whole(path) as file:
-            grid.save(file, format="PNG", pnginfo=self._description(len(images)))
+            grid.save(file, format="PNG", pnginfo=self._description(count))
         self._report(args, grid, step)
 
     def _description(self, count: int) -> PngInfo:

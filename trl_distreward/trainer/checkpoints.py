@@ -46,6 +46,7 @@ TRAINING_STATE = "diffusion_state.pt"
 PROCESS_STATE = "process_state_{}.pt"
 # Not a name that a checkpoint has, nor one that is pushed to the Hub.
 PARTIAL_CHECKPOINT = "_partial-checkpoint"
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class CheckpointingTrainer(_BaseTrainer):
@@ -103,7 +104,7 @@ class CheckpointingTrainer(_BaseTrainer):
                     self.policy, "save_adapter", lambda path, adapted: adapted.save_pretrained(path)
                 )
                 save_adapter(os.path.join(output_dir, ADAPTER_FOLDER), network)
-                network = copy.deepcopy(network).merge_and_unload()
+                network = self._merged(network)
             self.policy.save_pretrained(output_dir, model=network)
         # not transformers' training_args.bin: a pickle, with the Hub token in plain text
         Path(output_dir, "training_args.json").write_text(self.args.to_json_string() + "\n")
@@ -120,6 +121,16 @@ class CheckpointingTrainer(_BaseTrainer):
             weights |= {name: value for name, value in network.state_dict().items() if not value.is_meta}
         network.load_state_dict(weights, assign=True)
         return network
+
+    def _merged(self, network: PeftModel) -> nn.Module:
+        """With its adapter merged, in float32, as half precision would round small changes away; in CPU memory."""
+        weights = {}
+        for name, value in network.state_dict().items():
+            dtype = torch.float32 if value.dtype in HALF_PRECISION else value.dtype
+            weights[name] = value.detach().to("cpu", dtype, copy=True)  # merging writes into them
+        merged = copy.deepcopy(self._skeleton)
+        merged.load_state_dict(weights, assign=True)
+        return merged.merge_and_unload()  # type: ignore[operator]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """
@@ -212,6 +223,23 @@ class CheckpointingTrainer(_BaseTrainer):
         if "run_record" in state:
             self.run_record.load_state_dict(state["run_record"])
 
+    def read_training_state(self, folder: str) -> dict[str, Any]:
+        """
+        What `training_state` gave when the checkpoint in `folder` was written.
+
+        Raises:
+            FileNotFoundError: it was written with `save_only_model=True`.
+        """
+        path = os.path.join(folder, TRAINING_STATE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{folder} has no {TRAINING_STATE}: checkpoints saved with save_only_model=True hold the model alone. "
+                f"Resume from one saved without it, or {self._start_anew.format(folder)}."
+            )
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    _start_anew = "start a new run from it, as its model: {}"
+
     def process_state(self) -> dict[str, Any]:
         """State that differs between processes; subclasses add theirs."""
         return {}
@@ -239,9 +267,8 @@ class CheckpointingTrainer(_BaseTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        path = os.path.join(checkpoint, TRAINING_STATE)
-        if self._found_by_all(path):
-            self.load_training_state(torch.load(path, map_location="cpu", weights_only=True))
+        self._found_by_all(os.path.join(checkpoint, TRAINING_STATE))
+        self.load_training_state(self.read_training_state(checkpoint))
         path = os.path.join(checkpoint, PROCESS_STATE.format(self.args.process_index))
         if self._found_by_all(path):
             self.load_process_state(torch.load(path, map_location="cpu", weights_only=True))
@@ -305,6 +332,7 @@ class CheckpointingTrainer(_BaseTrainer):
     # ---- loading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = self.read_training_state(resume_from_checkpoint)
         raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)
         if os.path.isfile(raw):
             trained = load_file(raw)
@@ -320,11 +348,8 @@ class CheckpointingTrainer(_BaseTrainer):
             self._load_weights(resume_from_checkpoint)
         if self.ema is not None:  # now, for what is evaluated or saved before the first step
             self.ema = PolicyEMA(self.network, self.ema.decay)
-            path = os.path.join(resume_from_checkpoint, TRAINING_STATE)
-            if os.path.isfile(path):
-                saved = torch.load(path, map_location="cpu", weights_only=True)["ema"]
-                if saved is not None:
-                    self.ema.load_state_dict(saved)
+            if state["ema"] is not None:
+                self.ema.load_state_dict(state["ema"])
 
     def _load_best_model(self) -> None:
         """Loads the pipeline's weights of the best checkpoint, into the average as well where there is one."""

@@ -368,11 +368,29 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         moot = {"top_advantage_quantile"} if self.top_advantage_quantile == 1.0 else set()
         unused = [name for name in _UNUSED[self.loss_type] if name not in moot]
         self._refuse_ignored(unused, f"loss_type={self.loss_type!r}", "choose another loss_type")
+        self._check_idle()
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: every update already "
                 "accumulates over all kept (image, step) pairs, per_device_train_batch_size at a time."
             )
+
+    def _check_idle(self) -> None:
+        """That options of an option are given where it is."""
+        if self.sde_window_size is None:
+            self._refuse_ignored(("sde_window", "sde_window_interval"), "sde_window_size=None", "give a size")
+        elif self.sde_window == "random":
+            self._refuse_ignored(("sde_window_interval",), "sde_window='random'", "let the window slide")
+        if self.sde_window_size == 1:
+            self._refuse_ignored(("step_weighting",), "sde_window_size=1", "widen the window")
+        if self.reference_update == "rolling":
+            refresh = ("reference_refresh_steps", "refresh_drift")
+            self._refuse_ignored(refresh, "reference_update='rolling'", "set reference_update='refresh'")
+        elif self.reference_refresh_steps != "auto":
+            remedy = "set reference_refresh_steps='auto'"
+            self._refuse_ignored(("refresh_drift",), f"reference_refresh_steps={self.reference_refresh_steps}", remedy)
+        if "ode" not in self.eval_samplers:
+            self._refuse_ignored(("eval_solver",), f"eval_samplers={self.eval_samplers}", "add 'ode' to them")
 
     def _check_backprop_steps(self) -> None:
         if self.backprop_steps != "random":
@@ -425,6 +443,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         rollout = self._schedule(self.num_inference_steps, self.sampler, "euler")
         if isinstance(self.num_inference_steps_eval, int):
             self.num_inference_steps_eval = [self.num_inference_steps_eval]
+        if not self.eval_samplers:
+            raise ValueError("eval_samplers=[] evaluates nothing: name 'sde', 'ode' or both.")
         counts = list(dict.fromkeys(self.num_inference_steps_eval))
         if not counts or min(counts) < 1:
             raise ValueError(f"num_inference_steps_eval={counts} must be one or more numbers of steps, at least 1.")

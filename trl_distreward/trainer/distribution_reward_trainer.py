@@ -465,14 +465,17 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def _anchor(self, model: nn.Module, batch: RolloutBatch) -> None:
         """Old log-probabilities from the very micro-batches of the update, so that the first ratio is 1."""
-        scored = [
-            self.pair_loss.score(partial(self._velocity, model), micro) for micro, _ in self._micro_batches(batch)
-        ]
+        log_probs, means = [], []
+        for micro, _ in self._micro_batches(batch):
+            step = self.pair_loss.score(partial(self._velocity, model), micro)
+            log_probs.append(step.log_prob)
+            if self.args.ratio_normalization:
+                means.append(step.mean.cpu() if self.args.offload_trajectories else step.mean)
         shape = batch.drawn_log_probs.shape  # (K, steps); micro-batches may end with repeated pairs
-        batch.old_log_probs = torch.cat([step.log_prob for step in scored])[: shape.numel()].view(shape)
-        if self.args.ratio_normalization:
-            means = torch.cat([step.mean for step in scored])[: shape.numel()]
-            batch.old_means = means.view(*shape, *means.shape[1:])
+        batch.old_log_probs = torch.cat(log_probs)[: shape.numel()].view(shape)
+        if means:
+            of_steps = torch.cat(means)[: shape.numel()].view(*shape, *means[0].shape[1:]).unbind(dim=1)
+            batch.old_means = dict(zip(batch.steps, of_steps, strict=True))
 
     def _prepare_reference(self, model: nn.Module) -> None:
         if self.reference_set.is_due(self.state.global_step):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """What a run will cost, predicted before it starts, and whether it can run at all."""
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..metrics.report import FEATURE_BATCH, module_of
 from ..policies import to_uint8
+from .checkpoints import HALF_PRECISION
 from .estimates import (
     FLOAT,
     Evaluations,
@@ -24,6 +26,7 @@ from .estimates import (
     disk_bytes,
     num_events,
     num_kept_images,
+    num_means,
     num_refreshes,
     num_states,
     peak_memory,
@@ -57,13 +60,15 @@ def networks(trainer: Any) -> Network:
         weights=weights,
         trained=trained,
         frozen=sum(t.nbytes for t in beside.values()),
-        saved=weights - adapted + sum(map(_bytes, parts)),
+        saved=_bytes(network, as_saved=True) - adapted + sum(map(_bytes, parts)),
         adapter=copies * adapted,
     )
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+def _bytes(module: nn.Module, as_saved: bool = False) -> int:
+    """Of parameters and buffers; an adapted network is saved in float32."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * FLOAT if as_saved and t.dtype in HALF_PRECISION else t.nbytes for t in tensors)
 
 
 def _shards(trainer: Any) -> tuple[int, int]:
@@ -79,7 +84,7 @@ def _shards(trainer: Any) -> tuple[int, int]:
 
 def _total_steps(trainer: Any) -> int:
     args = trainer.args
-    return args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * trainer.steps_per_epoch)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * trainer.steps_per_epoch)
 
 
 def _sizes(trainer: Any) -> tuple[int, int, int]:
@@ -377,7 +382,7 @@ def _disk(trainer: Any, network: Network, sample: int, reference: int, steps: in
     args = trainer.args
     buffer = 0
     if args.num_iterations > 1:
-        buffer = num_kept_images(args, _per_image(trainer)) * num_states(args) * sample
+        buffer = num_kept_images(args, _per_image(trainer)) * (num_states(args) + num_means(args)) * sample
     checkpoint = checkpoint_bytes(args, network, reference, buffer)
     saves = num_events(args.save_strategy, args.save_steps, steps, trainer.steps_per_epoch, at_end=True)
     return checkpoint, disk_bytes(args, sum(checkpoint.values()), network, saves)

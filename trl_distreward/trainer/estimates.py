@@ -239,6 +239,11 @@ def num_states(args: Any) -> int:
     return min(2 * steps, args.num_inference_steps + 1)
 
 
+def num_means(args: Any) -> int:
+    """Means of steps kept of every trained trajectory, samples by size."""
+    return num_trained_steps(args) if args.ratio_normalization and args.num_iterations > 1 else 0
+
+
 def trajectory_bytes(args: Any, sample: int, image: int, processes: int, per_image: bool) -> tuple[float, float]:
     """
     Bytes of one process's trajectories on the device: as generated, and as dealt out for the update.
@@ -250,8 +255,10 @@ def trajectory_bytes(args: Any, sample: int, image: int, processes: int, per_ima
     kept = images
     if args.loss_type != "backprop":
         kept = math.ceil(num_kept_images(args, per_image, processes) / processes)
-    states = 0 if args.offload_trajectories else num_states(args) * sample
-    return images * args.best_of_n * (states + image), kept * states
+    if args.offload_trajectories:
+        return images * args.best_of_n * image, 0
+    generated = images * args.best_of_n * (num_states(args) * sample + image)
+    return generated, kept * (num_states(args) + num_means(args)) * sample
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from .checkpoints import ADAPTER_FOLDER
 from .checks import check_best_metric, check_on, images_of_noise
 from .merge_card import PLOT, coefficient_section, comparison_table, place_of, plot_coefficients
 from .merge_coefficient_config import MergeCoefficientConfig
-from .merge_state import check_identity, identity_of, read_state
+from .merge_state import check_identity, identity_of
 from .model_card import recipe_of
 from .objective import normalize_advantages
 from .reference_set import conditions_and_slots
@@ -492,16 +492,18 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             reward.load_state_dict(saved)
         self.comparison = state["comparison"]
 
+    _start_anew = "start a new run with initial_coefficients from its coefficients.json"
+
     def _load_learnt(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.load_training_state(read_state(resume_from_checkpoint))
+        self.load_training_state(self.read_training_state(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_learnt(read_state(self.state.best_model_checkpoint))
+        self._load_learnt(self.read_training_state(str(self.state.best_model_checkpoint)))
 
     # ---- the model card ----
 

@@ -1,31 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint of merging coefficients is resumed from, and must have in common with the run that does."""
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
-
-from .checkpoints import TRAINING_STATE
-
-
-def read_state(folder: str | os.PathLike) -> dict[str, Any]:
-    """
-    The training state in a checkpoint.
-
-    Raises:
-        FileNotFoundError: it has none.
-    """
-    path = Path(folder, TRAINING_STATE)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {TRAINING_STATE}, the state of the search: checkpoints saved with save_only_model=True "
-            "hold the merged model alone. Resume from one saved without it, or start a new run with "
-            "initial_coefficients from its coefficients.json."
-        )
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def identity_of(args: Any, group_names: Sequence[str], pool: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,13 @@ class ReferenceSet:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for reward, saved in zip(self.rewards, state["rewards"], strict=True):
+            for values in saved["features"].values():
+                if len(values) != self.args.reference_set_size:
+                    raise ValueError(
+                        f"the checkpoint's reference set has {len(values)} images, and reference_set_size="
+                        f"{self.args.reference_set_size}: resume with the same number, or start a new run from the "
+                        "checkpoint as its model."
+                    )
             features = {space: values.to(self.accelerator.device) for space, values in saved["features"].items()}
             reward.load_state_dict({**saved, "features": features})
         self.last_refresh, self.drifted = state["last_refresh"], state["drifted"]

@@ -27,7 +27,7 @@ class RolloutBatch:
         num_images (`int`): trajectories that count over all processes; 0 if there is nothing to learn from.
         old_log_probs (`torch.Tensor` of shape `(K, len(steps))` or `None`):
             anchor of the ratio; `None` on-policy, where the current log-probability is its own anchor.
-        old_means (`torch.Tensor` of shape `(K, len(steps), ...)` or `None`): the steps' means then, if needed.
+        old_means (`dict[int, torch.Tensor]` of shape `(K, ...)` or `None`): the steps' means then, if needed.
         times (`torch.Tensor` of shape `(K,)` or `None`): times to use instead of the grid's, for flow matching.
         finite (`bool`): whether all samples are.
     """
@@ -40,18 +40,18 @@ class RolloutBatch:
     num_own: int
     num_images: int
     old_log_probs: Tensor | None = None
-    old_means: Tensor | None = None
+    old_means: dict[int, Tensor] | None = None
     times: Tensor | None = None
     finite: bool = True
 
     def to(self, device: torch.device, move_states: bool = True) -> "RolloutBatch":
-        """On another device, the states only if asked."""
+        """On another device, states and means only if asked."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 moved[field.name] = value.to(device)
-            elif field.name == "cond" or (field.name == "states" and move_states):
+            elif isinstance(value, dict) and (field.name == "cond" or move_states):
                 moved[field.name] = {key: tensor.to(device) for key, tensor in value.items()}
         return replace(self, **moved)
 
@@ -147,7 +147,7 @@ class RolloutBatch:
             if self.old_log_probs is not None:
                 micro["old_log_probs"] = self.old_log_probs[rows, columns]
             if self.old_means is not None:
-                micro["old_means"] = self.old_means[rows, columns]
+                micro["old_means"] = _pick(self.old_means, image, step, device)
             yield micro, start + size >= most
 
 
