@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.helpers import tiny_config
-from tests.policies_tiny import FAMILIES
+from tests.policies_tiny import FAMILIES, TEXT_FAMILIES
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import SamplingSchedule, sample
 from trl_distreward.policies import as_policy
@@ -52,6 +52,17 @@ def test_the_ode_is_the_pipelines_deterministic_sampler(family):
         assert (generated(policy, others) - images[1.0]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
     if len(images) > 1:
         assert (images[3.0] - images[1.0]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES, ids=lambda family: family.name)
+@torch.no_grad()
+def test_a_prompts_embedding_is_its_own_whatever_it_is_encoded_with(family):
+    policy, other = (as_policy(build(family), **family.options) for _ in range(2))
+    policy.embedded(["two dogs that run over a long and green meadow", "a cat", "a bird"])
+    other.embedded(["a cat"])
+    known, alone = policy._cache["a cat"], other._cache["a cat"]
+    assert known.keys() == alone.keys()
+    assert all(torch.equal(known[name], alone[name]) for name in alone)
 
 
 @every_family

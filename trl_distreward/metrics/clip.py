@@ -71,7 +71,9 @@ class CLIPEmbeddings(BackboneFeatures):
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(missing), TEXT_BATCH):
             part = missing[start : start + TEXT_BATCH]
-            self._cache.update(zip(part, self._embed(part).cpu().unbind(), strict=True))
+            # always as many, or a prompt's last bits would depend on which others are known already
+            filled = part + [""] * (TEXT_BATCH - len(part))
+            self._cache.update(zip(part, self._embed(filled).cpu().unbind()[: len(part)], strict=True))
         embeddings = torch.stack([self._cache[prompt] for prompt in prompts])
         for prompt in dict.fromkeys(prompts):
             self._cache.move_to_end(prompt)

@@ -124,12 +124,10 @@ class QwenImagePolicy(PackedPolicy):
     null_embeddings = None
     null_prompt = " "
 
-    def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        rows = []
-        for prompt in prompts:  # beside a longer one its last bits would be others
-            (row,), mask = self.encode_prompt([prompt])
-            rows.append((row if mask is None else row[mask[0].bool()]).cpu())
-        return [{"prompt_embeds": row, "mask": torch.ones(len(row), dtype=torch.long)} for row in rows]
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        (row,), mask = self.encode_prompt(prompt)
+        row = (row if mask is None else row[mask[0].bool()]).cpu()
+        return {"prompt_embeds": row, "mask": torch.ones(len(row), dtype=torch.long)}
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         tokens = model(
@@ -172,8 +170,9 @@ class ZImagePolicy(TextToImagePolicy, FlowPolicy):
         side = 1024 // self.pipeline.vae_scale_factor
         return side, side
 
-    def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        return [row | {"mask": torch.ones(len(row["prompt_embeds"]))} for row in super().embed(prompts)]
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        row = super().embed(prompt)
+        return row | {"mask": torch.ones(len(row["prompt_embeds"]))}
 
     def embed_null(self) -> dict[str, Tensor]:
         row = super().embed_null()

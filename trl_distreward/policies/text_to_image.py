@@ -159,30 +159,25 @@ class TextToImagePolicy(PipelinePolicy):
                 encoder.to(self.device)
         # the network's autocast is not the text encoders'
         with torch.autocast(self.device.type, enabled=False):
-            texts = [prompt for prompt in prompts if prompt is not None]
-            for part in (texts[i : i + 64] for i in range(0, len(texts), 64)):
-                self._cache.update(zip(part, self.embed(part), strict=True))
-            if None in prompts:
-                self._cache[None] = self.embed_null()
+            for prompt in prompts:  # each by itself: in a batch its last bits would be the company's
+                self._cache[prompt] = self.embed_null() if prompt is None else self.embed(prompt)
         if self.offload_text_encoders:
             for encoder in self._text_encoders():
                 encoder.to("cpu")
 
-    def embed(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        """Embeddings of each prompt, in CPU memory, without the batch's dimension."""
-        returned = self.encode_prompt(prompts, do_classifier_free_guidance=False)
-        places = self.embeddings.items()
-        # copies: a view would keep the whole batch
-        return [{name: returned[at][i].to("cpu", copy=True) for name, at in places} for i in range(len(prompts))]
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        """Embeddings of a prompt, in CPU memory, without the batch's dimension."""
+        returned = self.encode_prompt(prompt, do_classifier_free_guidance=False)
+        return {name: returned[at][0].cpu() for name, at in self.embeddings.items()}
 
     def embed_null(self) -> dict[str, Tensor]:
         """Embeddings of no prompt, likewise."""
         if self.null_embeddings is None:
-            return self.embed([self.null_prompt])[0]
-        returned = self.encode_prompt([""], do_classifier_free_guidance=True)
-        return {name: returned[at][0].to("cpu", copy=True) for name, at in self.null_embeddings.items()}
+            return self.embed(self.null_prompt)
+        returned = self.encode_prompt("", do_classifier_free_guidance=True)
+        return {name: returned[at][0].cpu() for name, at in self.null_embeddings.items()}
 
-    def encode_prompt(self, prompts: list[str], **options: Any) -> tuple:
+    def encode_prompt(self, prompt: str, **options: Any) -> tuple:
         """The pipeline's `encode_prompt`, with what the pipeline itself would call it with."""
         called = signature(type(self.pipeline).__call__).parameters
         known = signature(self.pipeline.encode_prompt).parameters
@@ -190,4 +185,4 @@ class TextToImagePolicy(PipelinePolicy):
         options |= {name: called[name].default for name in shared if name in called}
         options |= {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "device": self.device}
         options = {name: value for name, value in options.items() if name in known}
-        return self.pipeline.encode_prompt(prompt=list(prompts), **options)
+        return self.pipeline.encode_prompt(prompt=[prompt], **options)
