@@ -11,12 +11,14 @@ from safetensors.torch import save_file
 
 from tests.helpers import tiny_merge_trainer, tiny_trainer
 from tests.trainer.sharded_launch import use_deepspeed, use_fsdp2
+from trl_distreward import LogSamplesCallback
 from trl_distreward.trainer.sharding import whole_state_dict
 
 
 def main() -> None:
     output, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    samples = settings.pop("samples", 0)
     resume_from, launch = settings.pop("resume_from", None), settings.pop("launch", "ddp")
     if launch == "fsdp2":
         use_fsdp2()
@@ -28,6 +30,8 @@ def main() -> None:
         trainer = tiny_merge_trainer(output, settings.pop("checkpoints"), **settings)
     else:
         trainer = tiny_trainer(output, peft_config=lora, **settings)
+    if samples:
+        trainer.add_callback(LogSamplesCallback(trainer, trainer.conditions[:samples], freq=100))
     trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
     trainer.save_model(str(output / "saved"))

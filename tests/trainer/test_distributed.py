@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.helpers import launch, tiny_merge_trainer, tiny_pool, tiny_trainer
 from tests.trainer.sharded_launch import DEEPSPEED, FSDP2
+from trl_distreward.generation import SamplingSchedule
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
@@ -21,6 +24,11 @@ def run(output, processes, settings):
     result = launch(SCRIPT, output, json.dumps(settings), processes=processes, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(output / "weights"), json.loads((output / "log.json").read_text())
+
+
+def drawn(folder):
+    """The grid of samples before training."""
+    return np.asarray(Image.open(folder / "samples" / "step-0.png")).astype(int)
 
 
 def values(log, key):
@@ -46,10 +54,13 @@ BACKPROP = {
     ],
 )
 def test_many_processes_train_as_one(tmp_path, settings):
+    settings = {**settings, "samples": 5}
     expected, log = run(tmp_path / "one", 1, settings)
     assert len(values(log, "reward")) == 3
+    grid = drawn(tmp_path / "one")
     for processes in (2, 3):
         weights, other = run(tmp_path / str(processes), processes, settings)
+        assert np.abs(drawn(tmp_path / str(processes)) - grid).max() <= 1  # of 255; batches are of other sizes
         for key in ("reward", "reward_std", "advantage_kept", "reference_distance/features"):
             assert values(other, key) == pytest.approx(values(log, key), rel=1e-9), key
         if settings.get("loss_type") != "backprop":
@@ -151,6 +162,10 @@ def test_launches_that_would_lose_something_are_refused(tmp_path):
     with pytest.raises(ValueError, match="ema_decay=0.5 is not supported under DeepSpeed"):
         trainer._check_launch(ema_decay=0.5)
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = False, True
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
+    trainer.args.eval_schedules["ode"] = SamplingSchedule(4, "ode", solver="dopri5")
+    with pytest.raises(ValueError, match="evaluation under 'ode' takes a number of forward passes that differs"):
+        trainer._check_launch(ema_decay=0.0)
     trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
     try:
         with pytest.raises(ValueError, match="fsdp_version=1 is not supported"):
