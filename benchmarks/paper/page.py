@@ -245,6 +245,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "target": ("training", target_table),
     "figure_1": ("sample_wise", sample_wise_table),
     "figure_3a": ("reference_size", arms_table),
+    "figure_3a_updates": ("reference_updates", arms_table),
     "figure_3b": ("subset_size", arms_table),
     "figure_3c": ("selection", arms_table),
     "figure_4a": ("normalization", arms_table),
