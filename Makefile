@@ -34,4 +34,4 @@ style: $(INSTALLED)  ## mends what the linter and formatter can
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv outputs build dist *.egg-info
+	rm -rf .venv build dist *.egg-info

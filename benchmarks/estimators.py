@@ -67,7 +67,8 @@ def main() -> None:
             steps = {} if settings is PAPER else {"max_steps": updates}
             result = run(args.prepare(seed), seed, args.budget, **{**steps, **settings})
             runs[name].append(result | {"held MiB": memory[name]})
-            print(seed, name, json.dumps({key: round(value, 3) for key, value in runs[name][-1].items()}), flush=True)
+            shown = {key: round(value, 3) for key, value in runs[name][-1].items() if key in COLUMNS}
+            print(seed, name, json.dumps(shown), flush=True)
         write(args.output, args, runs=runs)
     print(table(runs, COLUMNS))
 

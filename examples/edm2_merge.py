@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import TrlParser
 
 from trl_distreward import MergeCoefficientConfig, load_pipeline
-from trl_distreward.scripts import convert
+from trl_distreward.scripts import cli, convert
+from trl_distreward.scripts.common import make_trl_parser
 from trl_distreward.scripts.merge import MergeArguments, run
 
 # As published: size, thousands of training images, and the relative width of the average that the snapshot is
@@ -62,10 +62,11 @@ def convert_snapshots(arguments: EDM2MergeArguments) -> tuple[list[str], list[fl
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, config = TrlParser((EDM2MergeArguments, MergeCoefficientConfig)).parse_args_and_config(argv)
+    parser = make_trl_parser((EDM2MergeArguments, MergeCoefficientConfig), __doc__)
+    arguments, config = parser.parse_args_and_config(argv)
     folders, config.checkpoint_times, config.checkpoint_stds = convert_snapshots(arguments)
     run(arguments, config, load_pipeline(arguments.model or folders[-1]), folders)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("edm2_merge.py", main)

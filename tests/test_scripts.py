@@ -307,10 +307,13 @@ def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
         assert option in result.stdout
 
 
+REWARD = ["--feature_extractor", "tests.helpers.features", "--real_statistics", "real.safetensors"]
+
+
 def told(monkeypatch, *argv):
     """What a command ends with."""
     monkeypatch.setattr(sys, "argv", ["trl-distreward", *map(str, argv)])
-    with pytest.raises((SystemExit, ValueError, OSError)) as stopped:
+    with pytest.raises((SystemExit, Exception)) as stopped:
         cli.main()
     return stopped.value
 
@@ -328,6 +331,21 @@ def told(monkeypatch, *argv):
         (["convert", "sit", "none.pt", "taken"], "convert: taken is not empty: name a folder that is not there yet."),
         (["train", "--model", "m", "--output_dir", "out", "--use_cpu", "True"], "train: there is no reward"),
         (["train", "--model", "m", "--oops", "1"], "train: "),
+        (["train", "--model", "m", "--num_subset", "8"], "train: "),  # no name is guessed
+        (["train", "--config", "bad.yaml"], "train: mapping values are not allowed here"),
+        (["train", "--config", "taken"], "train: [Errno 21] Is a directory: 'taken'"),
+        (["convert", "sit", "taken", "out"], "convert: [Errno 21] Is a directory: 'taken'"),
+        (
+            [*("train", "--model", "taken", "--output_dir", "taken", "--use_cpu", "True"), *REWARD],
+            "train: output_dir='taken' is the model's own folder",
+        ),
+        (
+            [
+                *("train", "--config", "optim.yaml", "--model", "m", "--output_dir", "out", "--use_cpu", "True"),
+                *REWARD,
+            ],
+            "train: none is not a valid OptimizerNames",
+        ),
         (["merge", "--model", "m", "--output_dir", "out", "--use_cpu", "True"], "merge: there is no reward"),
     ],
 )
@@ -335,6 +353,8 @@ def test_errors_of_use_are_told_in_a_line_and_may_be_traced(argv, message, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
+    (tmp_path / "bad.yaml").write_text("model: a: b")
+    (tmp_path / "optim.yaml").write_text("optim: none")
     error = told(monkeypatch, *argv)
     assert isinstance(error, SystemExit) and error.code.startswith(f"trl-distreward {message}"), error
     monkeypatch.setenv("TRL_DISTREWARD_TRACEBACK", "1")
@@ -342,9 +362,22 @@ def test_errors_of_use_are_told_in_a_line_and_may_be_traced(argv, message, tmp_p
 
 
 def test_faults_keep_their_trace(monkeypatch):
-    for fault in (lambda _: int("x"), lambda _: json.loads("{"), lambda _: torch.zeros(2).numpy().reshape(3)):
+    faults = (
+        lambda _: int("x"),
+        lambda _: json.loads("{"),
+        lambda _: torch.zeros(2).numpy().reshape(3),
+        lambda _: 1 + "",
+    )
+    for fault in faults:
         monkeypatch.setattr(evaluate, "main", fault)
-        assert isinstance(told(monkeypatch, "evaluate"), ValueError)
+        assert isinstance(told(monkeypatch, "evaluate"), ValueError | TypeError)
+
+
+def test_multi_process_commands_tell_errors_in_a_line_as_well(tmp_path):
+    command = [sys.executable, "-m", "trl_distreward.scripts.report", str(tmp_path / "none")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("python -m trl_distreward.scripts.report: ")
 
 
 def test_model_that_is_nowhere_is_told_as_no_folder_and_no_repository(monkeypatch):

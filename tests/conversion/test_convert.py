@@ -93,6 +93,15 @@ def test_vae_is_named_where_it_is_not_embedded(originals, capsys):
     assert pipeline.unet.dtype == torch.bfloat16 and pipeline.unet.unet.out_gain.dtype == torch.float32
 
 
+def test_a_vae_of_other_channels_is_refused(originals):
+    torch.save(tiny_sit(in_channels=1, learn_sigma=True).state_dict(), originals / "pixels.pt")
+    command = ["sit", str(originals / "pixels.pt"), str(originals / "out"), "--num-attention-heads", "2"]
+    with pytest.raises(ValueError, match="makes 1 channels and the VAE .*vae decodes 4: .*--pixels"):
+        convert.main([*command, "--vae", str(originals / "vae")])
+    assert not (originals / "out").exists()
+    convert.main([*command, "--pixels"])
+
+
 def test_what_is_there_is_not_overwritten(originals):
     command = convert_both(originals)[0]
     (originals / "sit").mkdir()

@@ -99,6 +99,10 @@ def test_misfits_are_refused_before_anything_is_generated(folder):
     refused("num_images=0 .* at least 2 images", "--real", "real.npz", "--num-images", 0)
     refused("no folder missing for a model card", "--real", "real.npz", "--update-card", "missing")
     assert not (folder / "missing").exists()
+    for option in ("--markdown", "--save-npz"):
+        refused(f"{option} base is a folder: name a file", "--real", "real.npz", option, "base")
+    with pytest.raises(ValueError, match="--output base is a folder: name a file"):
+        run("--model", "base", *SMALL, "--real", "real.npz", output="base")
 
 
 def test_too_few_images_are_refused_before_any_is_generated(folder, monkeypatch):
@@ -221,6 +225,18 @@ def test_comparison_is_of_reports_or_of_sources(folder, capsys):
     assert [change["percent"] for change in compared["changes"]] == [pytest.approx(change)]
     assert compared["before"] == first
     assert f"{change:+.1f} %" in capsys.readouterr().out and f"{change:+.1f} %" in (folder / "change.md").read_text()
+
+
+def test_reports_that_cannot_be_compared_are_found_before_anything_is_generated(folder):
+    run("--model", "base", "--real", "real.npz", *SMALL, output="base.json")
+    few = ["--real", "real.npz", *SMALL, "--num-images", "20"]
+    for sources, message in (
+        (["base.json", "base"], "base.json is of 40 images, and --num-images is 20"),
+        (["base", "none.json"], "no report at none.json"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run("--compare", *sources, *few)
+        assert not (folder / "report.json.work").exists()
 
 
 def test_comparison_leaves_the_reports_it_reads(folder):

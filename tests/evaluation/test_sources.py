@@ -150,6 +150,15 @@ def test_what_is_no_set_of_images_is_refused(tmp_path):
             open_images(missing)
     with pytest.raises(ValueError, match="split: options of a dataset"):
         open_images(tmp_path, split="train")
+    (tmp_path / "one.png").touch()
+    with pytest.raises(ValueError, match="one.png is a file: give a folder of images"):
+        open_images(tmp_path / "one.png")
+    run = tmp_path / "run"  # not ended: there are grids of samples, and no pipeline
+    for name in ("samples/step-0.png", "checkpoint-1/model_index.json"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).touch()
+    with pytest.raises(ValueError, match="run is the folder of a run.*checkpoint-1, or one of its folders"):
+        open_images(run)
     for name, arrays, message in (
         ("stats", {"mu": np.zeros(3)}, r"holds \['mu'\]: a sample holds its images as 'arr_0'"),
         ("float", {"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is \(2, 4, 4, 3\) of float64"),

@@ -103,6 +103,10 @@ def test_what_cannot_be_right_is_refused_at_once(tmp_path):
     np.savez(tmp_path / "s.npz", pixels(4))
     with pytest.raises(ValueError, match="must end in .safetensors"):
         run(tmp_path / "s.npz", tmp_path / "real.npz")
+    (tmp_path / "r.safetensors").mkdir()
+    with pytest.raises(ValueError, match="r.safetensors is a folder: name a file"):
+        run(tmp_path / "s.npz", tmp_path / "r.safetensors")
+    (tmp_path / "r.safetensors").rmdir()
     for spec, message in (
         ("inception,colour=3", r"has options \['colour'\]: a feature extractor has source"),
         ("inception,size=3", "inception has no option size: it takes source, resize, output, sha256"),

@@ -1,7 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import copy
 import dataclasses
 import json
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -394,6 +396,8 @@ def test_activation_checkpointing_stays_in_the_configuration(tmp_path):
     for _ in range(2):  # the second trainer of a configuration has it as well
         trainer = DistributionRewardTrainer(model=tiny_pipeline(), reward_funcs=tiny_reward(), args=config)
         assert trainer.network.gradient_checkpointing
+    copied = weakref.ref(copy.deepcopy(trainer._skeleton))
+    assert copied() is None  # what is saved is a copy of it, which nothing holds on to
     trainer.train()
     assert json.loads((tmp_path / "run.json").read_text())["config"]["values"]["activation_checkpointing"] is True
 

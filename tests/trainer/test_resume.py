@@ -14,8 +14,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests.helpers import features, logged, real_images, tiny_trainer, weights
-from trl_distreward import FeatureStatistics, SubsetReplaceReward, load_pipeline
+from tests.helpers import features, logged, real_images, tiny_sit, tiny_trainer, weights
+from trl_distreward import FeatureStatistics, SiTPipeline, SubsetReplaceReward, load_pipeline
 from trl_distreward.metrics import FrechetDistance, KernelDistance, SumDistance
 
 # (settings, steps at which the run is interrupted)
@@ -130,10 +130,55 @@ def test_resuming_with_another_size_of_the_reference_set_is_refused(tmp_path, si
         trainer_for(tmp_path, max_steps=2, reference_set_size=size).train(resume_from_checkpoint=True)
 
 
+def test_resuming_with_another_extractor_is_refused(tmp_path):
+    class Extractor(torch.nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.name, self.resize = "mine", None
+            self.weight = torch.nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)))
+
+        def forward(self, images):
+            return images.flatten(1).float() @ self.weight / 255
+
+    def trainer(seed, **settings):
+        extractor = Extractor(seed)
+        real = FeatureStatistics.from_features(extractor(real_images()).detach())
+        return trainer_for(tmp_path, reward_funcs=SubsetReplaceReward(extractor, real), **settings)
+
+    trainer(0, max_steps=1).train()
+    trainer(0, max_steps=2).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="features 'features' are of the extractor .*mine.*, and this reward's is"):
+        trainer(1, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    for folder in ("none", tmp_path):
+        with pytest.raises(FileNotFoundError, match="is no folder with a trainer_state.json: name a checkpoint-"):
+            trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+def test_means_of_a_generation_are_read_as_they_were_kept_before(tmp_path):
+    settings = {"num_iterations": 2, "ratio_normalization": True}
+    whole = trainer_for(tmp_path / "whole", **settings)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    state = torch.load(checkpoint / "process_state_0.pt", weights_only=True)
+    buffer = state["buffer"]
+    buffer["old_means"] = torch.stack([buffer["old_means"][step] for step in buffer["steps"]], dim=1)
+    torch.save(state, checkpoint / "process_state_0.pt")
+    resumed = trainer_for(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(value, weights(whole.network)[n]) for n, value in weights(resumed.network).items())
+
+
 def test_resuming_with_another_model_is_refused(tmp_path):
     trainer_for(tmp_path, ema_decay=0.5, max_steps=1, lora=True).train()
     with pytest.raises(ValueError, match="trained with other parameters"):
         trainer_for(tmp_path, ema_decay=0.5, max_steps=2).train(resume_from_checkpoint=True)
+    trainer_for(tmp_path / "small", max_steps=1).train()
+    larger = trainer_for(tmp_path / "small", model=SiTPipeline(tiny_sit(hidden_size=32)), max_steps=2)
+    with pytest.raises(ValueError, match="checkpoint-1 do not fit the network: resume with the model"):
+        larger.train(resume_from_checkpoint=True)
 
 
 def test_checkpoints_are_pipelines_and_old_ones_go(tmp_path):

@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 from datasets import Dataset, Image, IterableDataset, load_dataset, load_from_disk
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from .decoding import StoredImage, UnreadableImage
 from .sources import _MAX_LANES, ImageSource, IndexedImages, digest_of_files
@@ -117,7 +117,7 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
     """The commit that a revision of a dataset on the Hub is now; what was asked for where the Hub is out of reach."""
     try:
         return HfApi().dataset_info(name, revision=revision).sha
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
+    except (OfflineModeIsEnabled, HfHubHTTPError, HTTPError, OSError):
         return revision
 
 

@@ -7,13 +7,14 @@ and n of them, g, replaced by new images g' under the same conditions, `R(g') = 
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..metrics.composite import DebiasedDistance, SumDistance, supports
+from ..metrics.digest import network_digest
 from ..metrics.distances import build_distance
 from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features, freeze, module_of
 
@@ -324,8 +325,22 @@ class SubsetReplaceReward:
 
     def state_dict(self) -> dict[str, Any]:
         """The reference set's features and the first distances; moments follow from the features."""
-        first = dict(self.first_distances)
-        return {"features": dict(self.features), "first_distances": first, "scales": self._scales}
+        return {
+            "features": dict(self.features),
+            "first_distances": dict(self.first_distances),
+            "scales": self._scales,
+            "extractors": self._identities,
+        }
+
+    @cached_property
+    def _identities(self) -> dict[str, dict[str, str | None]]:
+        """What tells extractors apart: their names, how they resize, and a digest of their weights."""
+        identities = {}
+        for space, extractor in self.extractors.items():
+            module = module_of(extractor)
+            about = {name: getattr(extractor, name, None) for name in ("name", "resize")}
+            identities[space] = {**about, "weights": None if module is None else network_digest(module)}
+        return identities
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["features"] and set(state["features"]) != set(self.extractors):
@@ -333,6 +348,13 @@ class SubsetReplaceReward:
                 f"the checkpoint's feature spaces {sorted(state['features'])} are not this reward's "
                 f"{sorted(self.extractors)}: resume with the reward the run was started with."
             )
+        for space, held in state.get("extractors", {}).items():  # version 0.1.0 did not keep them
+            own = self._identities.get(space)
+            if own is not None and own != held:
+                raise ValueError(
+                    f"the checkpoint's features {space!r} are of the extractor {held}, and this reward's is {own}: "
+                    "resume with the reward the run was started with."
+                )
         self.first_distances = dict(state["first_distances"])
         for name, scales in state["scales"].items():
             self.distances[name].scales = scales

@@ -21,8 +21,18 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 
+from yaml import YAMLError
+
 # Modules that say what is wrong with what they were given; the same errors of others are faults, and keep their trace.
-_OURS = ("trl_distreward.", "trl.scripts.", "transformers.hf_argparser")
+_OURS = (
+    "trl_distreward.",
+    "trl.scripts.",
+    "transformers.hf_argparser.",
+    "transformers.trainer.",
+    "transformers.training_args.",
+    "transformers.utils.generic.",
+)
+_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError, YAMLError)
 COMMANDS = ("convert", "statistics", "train", "merge", "evaluate", "report")
 
 
@@ -41,15 +51,15 @@ def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | 
     """Runs a command; errors of use end it with a line that starts with its name."""
     try:
         command(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError) as error:
+    except _ERRORS as error:
         if not is_of_use(error) or os.environ.get("TRL_DISTREWARD_TRACEBACK"):
             raise
         sys.exit(f"{name}: {error}")
 
 
-def is_of_use(error: ValueError | OSError) -> bool:
-    """Whether an error's message says all: of a `raise` of ours, or of a file that is not there or not readable."""
-    if isinstance(error, FileNotFoundError | PermissionError) and error.filename is not None:
+def is_of_use(error: Exception) -> bool:
+    """Whether an error's message says all: of a `raise` of ours, of a file that it names, or of YAML."""
+    if isinstance(error, YAMLError) or (isinstance(error, OSError) and error.filename is not None):
         return True
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     ours = f"{frame.f_globals.get('__name__')}.".startswith(_OURS)

@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def make_trl_parser(dataclasses: Sequence[type], description: str | None, prog: str | None = None) -> TrlParser:
     """A parser whose options are the fields of dataclasses, on the command line and in a YAML file."""
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"  # there are some two hundred
-    return TrlParser(dataclasses, prog=prog, usage=usage, description=description, formatter_class=HelpFormatter)
+    return TrlParser(
+        dataclasses,
+        prog=prog,
+        usage=usage,
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def find_extractor(spec: str) -> Any:
@@ -49,6 +57,12 @@ def find_extractor(spec: str) -> Any:
             f"{name} needs the images' conditions, but a set of images has none: name one of images alone."
         )
     return extractor
+
+
+def check_file_path(option: str, path: str | None) -> None:
+    """Raises `ValueError` where what is to be written is a folder, which would be noticed when all work is done."""
+    if path is not None and (path.endswith("/") or Path(path).is_dir()):
+        raise ValueError(f"{option} {path} is a folder: name a file.")
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, Any]]:

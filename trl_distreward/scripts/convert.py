@@ -28,6 +28,7 @@ from ..conversion.sit import load_original_sit
 from ..pipelines.edm2 import EDM2Pipeline
 from ..pipelines.sit import SiTPipeline
 from ..policies import load_pipeline
+from . import cli
 
 SIT_VAE = "stabilityai/sd-vae-ft-ema"
 PAPERS = {"sit": "2401.08740", "dit": "2401.08740", "edm2": "2312.02696"}
@@ -120,6 +121,18 @@ def load_vae(arguments: argparse.Namespace, name: str | None) -> AutoencoderKL |
     return AutoencoderKL.from_pretrained(name)
 
 
+def check_channels(pipeline: DiffusionPipeline, vae: str | None) -> None:
+    """Raises `ValueError` where the VAE does not decode what the network makes."""
+    network = getattr(pipeline, "transformer", None) or pipeline.unet
+    made, decoded = network.config.in_channels, getattr(pipeline.vae, "config", network.config)
+    decoded = getattr(decoded, "latent_channels", made)
+    if made != decoded:
+        raise ValueError(
+            f"the network makes {made} channels and the VAE {vae} decodes {decoded}: name the one it was trained "
+            "with, or, of a network that makes pixels, none: --pixels."
+        )
+
+
 def build_card(arguments: argparse.Namespace, pipeline: DiffusionPipeline, vae: str | None) -> ModelCard:
     name, family = arguments.push_to_hub or str(arguments.output), arguments.family
     data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation")
@@ -189,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
         raise ValueError(f"{arguments.output} is not empty: name a folder that is not there yet.")
     pipeline, vae = {"sit": convert_sit, "dit": convert_dit, "edm2": convert_edm2}[arguments.family](arguments)
+    check_channels(pipeline, vae)
     partial = arguments.output.with_name(arguments.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
@@ -206,4 +220,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("python -m trl_distreward.scripts.convert", main)

@@ -39,10 +39,12 @@ from ..generation import SamplingSchedule
 from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
 from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS, TIME_GRIDS
+from . import cli
 from .common import (
     EXTRACTOR_HELP,
     add_dataset_options,
     add_image_options,
+    check_file_path,
     dataset_options,
     find_extractor,
     start_processes,
@@ -219,8 +221,10 @@ def refuse_idle_options(arguments: argparse.Namespace, given: set[str]) -> None:
         raise ValueError(f"--model-revision is of the Hub, but {' and '.join(pipelines)} is a folder: leave it out.")
 
 
-def keep_what_is_compared(arguments: argparse.Namespace) -> None:
-    """Raises `ValueError` where a file that is written is one of the reports that are read."""
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` where a file that is written is a folder, or one of the reports that are read."""
+    for option in ("output", "markdown", "save_npz"):
+        check_file_path(f"--{option.replace('_', '-')}", getattr(arguments, option))
     read = {Path(given).resolve() for given in arguments.compare or () if is_report(given)}
     for option in ("output", "markdown"):
         written = getattr(arguments, option)
@@ -322,8 +326,15 @@ def compare(
     arguments: argparse.Namespace, work_dir: Path, leftovers: dict[Path, Callable[[], None]]
 ) -> dict[str, Any]:
     """Both reports and what changed, in the main process; all call it."""
+    read = {given: reports.read_report(given) for given in arguments.compare if is_report(given)}
+    for given in arguments.compare:  # before anything is generated
+        if is_pipeline(given) and (wrong := [name for name in read if read[name]["images"] != arguments.num_images]):
+            raise ValueError(
+                f"{wrong[0]} is of {read[wrong[0]]['images']} images, and --num-images is {arguments.num_images}: "
+                "distances compare at equal numbers only."
+            )
     before, after = (
-        reports.read_report(given) if is_report(given) else evaluate(arguments, given, work_dir / name, leftovers)
+        read[given] if given in read else evaluate(arguments, given, work_dir / name, leftovers)
         for given, name in zip(arguments.compare, ("before", "after"), strict=True)
     )
     if not PartialState().is_main_process:
@@ -368,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         reports.check_card_folder(arguments.update_card)
     if arguments.output is None:
         arguments.output = "comparison.json" if arguments.compare else "evaluation.json"
-    keep_what_is_compared(arguments)
+    check_outputs(arguments)
     state = start_processes()
     work_dir = Path(arguments.work_dir or f"{arguments.output}.work")
     leftovers: dict[Path, Callable[[], None]] = {}
@@ -386,4 +397,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("python -m trl_distreward.scripts.evaluate", main)

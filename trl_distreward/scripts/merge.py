@@ -22,6 +22,7 @@ from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.merge_card import comparison_table
 from ..trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
+from . import cli
 from .arguments import (
     RewardArguments,
     build_metrics,
@@ -127,4 +128,4 @@ def build_trainer(
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("python -m trl_distreward.scripts.merge", main)

@@ -13,6 +13,7 @@ run may still go on, or have been interrupted.
 import argparse
 
 from ..run_report import write_report
+from . import cli
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,4 +35,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("python -m trl_distreward.scripts.report", main)

@@ -20,11 +20,13 @@ from typing import Any
 from ..evaluation.collect import collect_features
 from ..evaluation.sources import open_images
 from ..evaluation.statistics import describe, write_statistics
+from . import cli
 from .common import (
     EXTRACTOR_HELP,
     add_dataset_options,
     add_image_options,
     beside_prompts,
+    check_file_path,
     dataset_options,
     find_extractor,
     start_processes,
@@ -74,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
+    check_file_path("the output", arguments.output)
     output = Path(arguments.output)
     if output.suffix != ".safetensors":
         raise ValueError(f"output={arguments.output!r} must end in .safetensors.")
@@ -120,4 +123,4 @@ def find_features(arguments: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("python -m trl_distreward.scripts.statistics", main)

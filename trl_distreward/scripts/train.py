@@ -17,6 +17,7 @@ file; the command line wins.
 """
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
+from . import cli
 from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions, shown_sampler
 from .common import checkpoint_to_resume, finish, finish_interrupted, make_trl_parser
 
@@ -131,6 +133,12 @@ def build_trainer(
     arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any
 ) -> DistributionRewardTrainer:
     peft_config = None
+    if (
+        isinstance(model, str)
+        and os.path.isdir(model)
+        and os.path.realpath(model) == os.path.realpath(config.output_dir)
+    ):
+        raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder: name another one to write to.")
     policy = load_policy(arguments, config, model)
     dataset = with_clusters(arguments, config, load_conditions(arguments))
     rewards = build_rewards(
@@ -183,4 +191,4 @@ def with_clusters(arguments: TrainArguments, config: DiffusionDistributionConfig
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("python -m trl_distreward.scripts.train", main)

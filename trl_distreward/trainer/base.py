@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from types import MethodType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     get_last_checkpoint,
     speed_metrics,
@@ -78,8 +79,8 @@ def disable_dropout(model: nn.Module) -> None:
             vars(module)["dropout"] = 0.0
 
 
-def _checkpoint_activations(network: Any, **_: Any) -> None:
-    network.enable_gradient_checkpointing()
+def _is_enabled(**_: Any) -> None:
+    """Does nothing, as there is nothing left to do."""
 
 
 class DiffusionTrainer(PublishingTrainer):
@@ -160,9 +161,9 @@ class DiffusionTrainer(PublishingTrainer):
                     f"{type(network).__name__} does not support gradient checkpointing: set "
                     "activation_checkpointing=False."
                 )
-            # Trainer calls a method that diffusers' models do not have
-            network.activation_checkpointing_enable = MethodType(_checkpoint_activations, network)  # type: ignore[assignment]
-            _checkpoint_activations(network)
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+            # Trainer calls a method that diffusers' models do not have; a bound one would tie copies to themselves
+            network.activation_checkpointing_enable = _is_enabled  # type: ignore[assignment]
         if hasattr(network, "_internal_dict"):
             network._internal_dict = _NetworkConfig(network._internal_dict)
         if peft_config is not None:
@@ -257,14 +258,19 @@ class DiffusionTrainer(PublishingTrainer):
 
     # ---- pacing and logging ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder with a {TRAINER_STATE_NAME}: name a "
+                "checkpoint-* folder of a run, or give True for the newest one in output_dir."
+            )
         self.run_record.begin()
         self._holds_best = self._without_update = False
         self._skipped_in_a_row = 0
         self._metrics.clear()  # of a training that ended with an error
         try:
             with self.run_record.running():
-                result = super().train(*args, **kwargs)
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
             loads_best = self.args.load_best_model_at_end and not self.interrupted
             if loads_best and self.state.best_model_checkpoint is not None:
                 self._holds_best = self.state.best_global_step != self.state.global_step

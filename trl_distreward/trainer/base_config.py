@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from trl.trainer.base_config import _BaseConfig
 
@@ -109,7 +109,10 @@ class DiffusionTrainerConfig(_BaseConfig):
     eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
 
     def __post_init__(self) -> None:
-        self._check_counts(("decode_batch_size",))
+        batches = ("decode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size")
+        self._check_counts(batches)
+        self._check_counts(("num_eval_images",), least=2)
+        self._check_counts(("seed", "eval_seed"), least=0)
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True is not supported, as an update makes its micro-batches itself: set "
@@ -159,6 +162,15 @@ class DiffusionTrainerConfig(_BaseConfig):
             time_grid=self.time_grid,
             time_shift=self.time_shift,
         )
+
+    def _check_types(self) -> None:
+        """That whole numbers and lists are so: values of a YAML file are what they look like there."""
+        for name, field_ in type(self).__dataclass_fields__.items():
+            value, kinds = getattr(self, name), get_args(field_.type) or (field_.type,)
+            if isinstance(value, float) and int in kinds and float not in kinds:
+                raise ValueError(f"{name}={value} must be a whole number: write it without a point.")
+            if isinstance(value, str) and value and get_origin(field_.type) is list:
+                raise ValueError(f"{name}={value!r} must be a list: write [{value}] in YAML.")
 
     def _check_choices(self, choices: Mapping[str, Sequence[str]]) -> None:
         for name, allowed in choices.items():

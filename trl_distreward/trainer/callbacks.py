@@ -189,7 +189,9 @@ class LogSamplesCallback(TrainerCallback):
             )
             images, error = {}, ""
             try:
-                images = dict(zip(indices, (image for batch, _ in batches for image in batch.cpu()), strict=True))
+                # clones: a view would be sent with all of its batch
+                made = (image.clone() for batch, _ in batches for image in batch.cpu())
+                images = dict(zip(indices, made, strict=True))
             except ValueError as found:  # on all processes, where all make all
                 error = str(found)
             parts = [(images, error)] if processes == 1 else gather_object([(images, error)])
@@ -199,8 +201,8 @@ class LogSamplesCallback(TrainerCallback):
         if errors:
             logger.warning(f"There is no grid of samples at step {state.global_step}: {errors[0]}")
             return
-        made = {index: image for share, _ in parts for index, image in share.items()}
-        grid, step = image_grid(torch.stack([made[i] for i in range(count)])), state.global_step
+        everything = {index: image for share, _ in parts for index, image in share.items()}
+        grid, step = image_grid(torch.stack([everything[i] for i in range(count)])), state.global_step
         path = Path(args.output_dir) / "samples" / f"step-{step}.png"
         with written_whole(path) as file:
             grid.save(file, format="PNG", pnginfo=self._description(count))

@@ -124,6 +124,8 @@ class CheckpointingTrainer(_BaseTrainer):
 
     def _merged(self, network: PeftModel) -> nn.Module:
         """With its adapter merged, in float32, as half precision would round small changes away; in CPU memory."""
+        if getattr(network, "hf_quantizer", None) is not None:  # its layers know themselves how to merge
+            return copy.deepcopy(network).merge_and_unload()
         weights = {}
         for name, value in network.state_dict().items():
             dtype = torch.float32 if value.dtype in HALF_PRECISION else value.dtype
@@ -231,7 +233,7 @@ class CheckpointingTrainer(_BaseTrainer):
             FileNotFoundError: it was written with `save_only_model=True`.
         """
         path = os.path.join(folder, TRAINING_STATE)
-        if not os.path.isfile(path):
+        if not self._found_by_all(path):
             raise FileNotFoundError(
                 f"{folder} has no {TRAINING_STATE}: checkpoints saved with save_only_model=True hold the model alone. "
                 f"Resume from one saved without it, or {self._start_anew.format(folder)}."
@@ -267,7 +269,6 @@ class CheckpointingTrainer(_BaseTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        self._found_by_all(os.path.join(checkpoint, TRAINING_STATE))
         self.load_training_state(self.read_training_state(checkpoint))
         path = os.path.join(checkpoint, PROCESS_STATE.format(self.args.process_index))
         if self._found_by_all(path):
@@ -377,4 +378,10 @@ class CheckpointingTrainer(_BaseTrainer):
                 )
             load_whole_state_dict(self.network, trained, strict=False)
         else:
-            load_whole_state_dict(self.network, self.policy.read_weights(folder))
+            try:
+                load_whole_state_dict(self.network, self.policy.read_weights(folder))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the weights in {folder} do not fit the network: resume with the model and peft_config that the "
+                    f"run was started with. {error}"
+                ) from error

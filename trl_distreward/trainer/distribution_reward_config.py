@@ -277,6 +277,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_choices({"recipe": tuple(RECIPES)})
         fill_in(self)
         self._check_choices(_CHOICES)

@@ -534,7 +534,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 f"and cannot be resumed on {self.accelerator.num_processes}: use as many, or a checkpoint at a "
                 f"multiple of num_iterations={self.args.num_iterations} steps."
             )
-        self._buffer = RolloutBatch(**state["buffer"]).to(
+        buffer = state["buffer"]
+        if isinstance(buffer["old_means"], Tensor):  # as version 0.1.0 kept them
+            buffer["old_means"] = dict(zip(buffer["steps"], buffer["old_means"].unbind(dim=1), strict=True))
+        self._buffer = RolloutBatch(**buffer).to(
             self.accelerator.device, move_states=not self.args.offload_trajectories
         )
 

@@ -175,6 +175,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_choices(_CHOICES)
         self._read_start()
         self._check_numbers()

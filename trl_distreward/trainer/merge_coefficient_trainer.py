@@ -485,6 +485,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         return identity_of(self.args, self.group_names, self.pool_description)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
+        if "identity" not in state:
+            raise ValueError("the checkpoint is of no merge: name one that this trainer has written.")
         check_identity(state["identity"], self._identity)
         super().load_training_state(state)
         self._load_learnt(state)
