@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,9 @@ def test_command_lists_its_commands_and_every_option(capsys, monkeypatch):
     cli.main()
     printed = capsys.readouterr().out
     assert all(f"  {command} " in printed for command in cli.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["trl-distreward", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"trl-distreward {version('trl-distreward')}\n"
     monkeypatch.setattr(sys, "argv", ["trl-distreward", "fly"])
     with pytest.raises(SystemExit, match="no command 'fly'"):
         cli.main()

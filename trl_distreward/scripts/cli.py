@@ -10,7 +10,7 @@ Commands:
   evaluate    measure how far generated images are from real ones
   report      write a run as one HTML file
 
-trl-distreward COMMAND --help shows a command's options. What is wrong with the options, files or repositories of a
+trl-distreward COMMAND --help shows a command's options, trl-distreward --version what is installed. What is wrong with the options, files or repositories of a
 command is told in a line; with TRL_DISTREWARD_TRACEBACK=1 in the environment, with where in the code it was noticed.
 """
 
@@ -22,6 +22,8 @@ from collections.abc import Callable
 from importlib import import_module
 
 from yaml import YAMLError
+
+from .. import __version__
 
 # Modules that say what is wrong with what they were given; the same errors of others are faults, and keep their trace.
 _OURS = (
@@ -40,6 +42,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
+        return
+    if arguments == ["--version"]:
+        print(f"trl-distreward {__version__}")
         return
     if arguments[0] not in COMMANDS:
         sys.exit(f"trl-distreward: no command {arguments[0]!r}; there is: {', '.join(COMMANDS)}.")
