@@ -10,8 +10,9 @@ Commands:
   evaluate    measure how far generated images are from real ones
   report      write a run as one HTML file
 
-trl-distreward COMMAND --help shows a command's options, trl-distreward --version what is installed. What is wrong with the options, files or repositories of a
-command is told in a line; with TRL_DISTREWARD_TRACEBACK=1 in the environment, with where in the code it was noticed.
+trl-distreward COMMAND --help shows a command's options, trl-distreward --version what is installed. What is wrong with
+the options, files or repositories of a command is told in a line; with TRL_DISTREWARD_TRACEBACK=1 in the environment,
+with where in the code it was noticed.
 """
 
 import linecache
