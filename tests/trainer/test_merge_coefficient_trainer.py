@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from tests.helpers import features, logged, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
@@ -29,6 +29,19 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     return tiny_pool(tmp_path_factory.mktemp("pool"))
+
+
+def test_checkpoints_that_do_not_differ_are_refused(tmp_path, pool):
+    for given, message in ((pool[:1], "1 checkpoints, of which 1"), ([*pool, pool[0]], "5 checkpoints, of which 4")):
+        with pytest.raises(ValueError, match=f"{message} differ: give at least 2 to merge, each once"):
+            tiny_merge_trainer(tmp_path, given)
+
+
+def changed(path):
+    """A checkpoint with other weights, beside the one it was made from."""
+    weights = {n: v + 1 if v.is_floating_point() else v for n, v in load_file(path).items()}
+    save_file(weights, path.replace(".safetensors", "-changed.safetensors"))
+    return path.replace(".safetensors", "-changed.safetensors")
 
 
 def weighted(pool, coefficients):
@@ -427,7 +440,7 @@ def stopped(tmp_path_factory, pool):
         ({"granularity": "per_block"}, None, "1 groups of tensors, but this run has"),
         ({}, lambda pool: pool[:3], "4 checkpoints to merge, but this run has 3"),
         ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "in another order: the 2. had SHA-256"),
-        ({}, lambda pool: [*pool[:3], pool[0]], "other checkpoints to merge: the 4. had SHA-256"),
+        ({}, lambda pool: [*pool[:3], changed(pool[0])], "other checkpoints to merge: the 4. had SHA-256"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path, pool, stopped, settings, change, message):

@@ -125,6 +125,11 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         else:
             buffers = [name for name, _ in policy.model.named_buffers()]
             self.pool = CheckpointPool(checkpoints, buffers=buffers, token=args.hub_token)
+        files = [tuple(os.path.realpath(file.path) for file in member.files) for member in self.pool.members]
+        if len(set(files)) < max(2, len(files)):
+            raise ValueError(
+                f"{len(files)} checkpoints, of which {len(set(files))} differ: give at least 2 to merge, each once."
+            )
         self.groups, self.group_names = coefficient_groups(self.pool.weighted, args.granularity)
         start = initial_coefficients(
             args.initial_coefficients, len(self.pool), args.checkpoint_times, args.checkpoint_stds, args.initial_std
