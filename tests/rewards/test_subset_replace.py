@@ -125,7 +125,9 @@ def test_slot_sampler_resumes_in_the_middle_of_a_round():
 
 
 def test_balanced_labels():
-    assert torch.bincount(balanced_labels(23, 5)).tolist() == [5, 5, 5, 4, 4]
+    assert torch.bincount(balanced_labels(23, 5)).tolist() == [5, 5, 4, 5, 4]
+    assert balanced_labels(4, 1000).tolist() == [0, 250, 500, 750]  # not four neighbours
+    assert balanced_labels(10, 5).tolist() == [*range(5)] * 2
 
 
 def test_extractor_modules_are_frozen():
