@@ -7,10 +7,10 @@ up to `<!-- end -->`. `<!-- table table_3 DATA ARM -->` names an arm.
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -271,13 +271,13 @@ def asked(text: str) -> list[tuple[str, str]]:
 def filled(text: str, folder: Path) -> str:
     """The page with every table as the results have it."""
 
-    def made_anew(match: re.Match) -> str:
+    def fill(match: re.Match) -> str:
         name, data, arm = match.groups()
         source, build = TABLES[name]
         made = build(load(folder, source, data), *([arm] if arm else []))
         return f"<!-- table {' '.join(filter(None, match.groups()))} -->\n\n{made}\n\n<!-- end -->"
 
-    return MARK.sub(made_anew, text)
+    return MARK.sub(fill, text)
 
 
 def draw_training(runs: Runs, path: Path) -> None:
@@ -322,7 +322,7 @@ def draw_arms(panels: dict[str, Runs], path: Path) -> None:
                 axis.hlines(row + shift, low, high, color=color, linewidth=1.5)
                 axis.plot(np.mean(values), row + shift, "o", color=color, markersize=4, label=label)
         axis.axvline(0, color="gray", linewidth=1)
-        axis.set_yticks(range(len(names)), [fill(name, 24) for name in names])
+        axis.set_yticks(range(len(names)), [textwrap.fill(name, 24) for name in names])
         axis.set_title(title, loc="left")
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.tick_params(labelbottom=True)

@@ -24,8 +24,8 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..metrics.digest import network_digest
-from ..metrics.report import FeatureExtractor, extract_features, freeze, module_of
+from ..metrics.digest import extractor_digest, module_of
+from ..metrics.report import FeatureExtractor, extract_features, freeze
 from ..metrics.statistics import FeatureStatistics
 from .decoding import StoredImage, UnreadableImage, decode_image
 from .files import write_json
@@ -199,7 +199,7 @@ def collect_features(
             raise ValueError(f"{option}={value} must be at least 1.")
     state, folder = PartialState(), Path(folder)
     module = module_of(freeze(extractor))
-    weights = None if module is None else network_digest(module)
+    weights = extractor_digest(extractor)
     decode = partial(decode_image, resize=resize)
     first_name, size = _first_size(source, batch_size, decode, skip_corrupt)
     about = {"name": name, "weights": weights, **(description or {})}

@@ -11,8 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..metrics.digest import network_digest
-from ..metrics.report import module_of
+from ..metrics.digest import extractor_digest
 from ..metrics.scores import FRECHET, MANIFOLD, feature_metrics
 from ..metrics.statistics_files import check_extractor
 from .collect import CollectedFeatures, collect_features
@@ -108,13 +107,12 @@ class FeatureSpace:
             raise ValueError(f"--spread {spread} must be at least 2, or 0 for none: one value has no spread.")
         statistics = self.real.moments_in_file()
         if statistics is not None:
-            module = module_of(self.extractor)
             check_extractor(
                 statistics.metadata,
                 statistics.dimension,
                 extractor=self.name,
                 resize=self.extractor.resize,
-                weights=None if module is None else network_digest(module),
+                weights=extractor_digest(self.extractor),
                 extractor_dimension=self.extractor.dimension,
                 path=self.real.path,
             )

@@ -230,11 +230,12 @@ def open_images(source: str | os.PathLike, **dataset_options: Any) -> ImageSourc
     path, given = Path(source), {k: v for k, v in dataset_options.items() if v is not None}
     if path.suffix != ".npz" and path.is_file():
         raise ValueError(f"{source} is a file: give a folder of images, an .npz, or a dataset.")
-    checkpoints = sorted(path.glob("checkpoint-*/model_index.json"), key=lambda found: found.stat().st_mtime)
-    if checkpoints:
+    checkpoints = path.glob("checkpoint-*/model_index.json")
+    newest = max(checkpoints, key=lambda found: found.stat().st_mtime, default=None)
+    if newest is not None:
         raise ValueError(
             f"{source} is the folder of a run, and its images are no set: name a pipeline, e.g. its newest checkpoint "
-            f"{checkpoints[-1].parent}, or one of its folders of images."
+            f"{newest.parent}, or one of its folders of images."
         )
     if path.suffix == ".npz" or is_image_folder(path):
         if given:

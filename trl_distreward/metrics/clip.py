@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .digest import module_of
 from .features import CLIP_MEAN, CLIP_STD, BackboneFeatures
 from .preprocessing import full_precision
-from .report import FeatureExtractor, freeze, module_of
+from .report import FeatureExtractor, freeze
 
 TEXT_BATCH = 64  # prompts that go through the text encoder at a time
 

@@ -1,8 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Digests of networks: other weights under the same name make other images and other features."""
+"""Networks and their digests: other weights under the same name make other images and other features."""
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,21 @@ def network_digest(networks: nn.Module | Mapping[str, nn.Module]) -> str:
         for content in sorted(map(_tensor_digest, network.state_dict().values())):
             digest.update(content)
     return digest.hexdigest()
+
+
+def extractor_digest(extractor: Any) -> str | None:
+    """Of the network behind an extractor, `None` where there is none."""
+    module = module_of(extractor)
+    return None if module is None else network_digest(module)
+
+
+def module_of(extractor: Any) -> nn.Module | None:
+    """The module behind an extractor: itself, the owner of a bound method, or what a wrapper holds as `extractor`."""
+    owner = getattr(extractor, "__self__", extractor)
+    if isinstance(owner, nn.Module):
+        return owner
+    inner = getattr(owner, "extractor", None)
+    return None if inner is None else module_of(inner)
 
 
 def _tensor_digest(value: Tensor) -> bytes:

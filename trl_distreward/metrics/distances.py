@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checks import load_real_features
-from .digest import network_digest
+from .digest import extractor_digest
 from .frechet import FrechetDistance
 from .kernel import KernelDistance
 from .sliced import SlicedWassersteinDistance
@@ -71,8 +71,6 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any, extractor: A
     the features where the file holds them, and statistics otherwise. An `extractor` with a `name` must be the one
     that the statistics name, if they do, with the same weights.
     """
-    from .report import module_of  # which needs distances
-
     if isinstance(distance, str):
         if distance not in DISTANCES:
             raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)} or pass a class.")
@@ -91,8 +89,7 @@ def build_distance(distance: str | Callable[[Any], Any], real: Any, extractor: A
     if isinstance(real, FeatureStatistics):
         metadata = real.metadata
     if metadata and name is not None:
-        module = module_of(extractor) if "weights" in metadata else None
-        weights = None if module is None else network_digest(module)
+        weights = extractor_digest(extractor) if "weights" in metadata else None
         dimension = getattr(real, "dimension", 0)  # compared when features are there
         check_extractor(metadata, dimension, extractor=name, resize=resize, weights=weights)
     return distance(real)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..importing import resolve
+from .digest import module_of
 from .inception import load_inception
 from .preprocessing import full_precision, resize_antialiased, resize_pillow, to_rgb
-from .report import freeze, module_of
+from .report import freeze
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

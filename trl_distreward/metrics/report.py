@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..sampling import send
+from .digest import module_of
 from .distances import build_distance
 
 FeatureExtractor = Callable[..., Tensor]
@@ -50,15 +51,6 @@ class JointFeatures:
         features = self.extractor(images)  # (B, d)
         labels = send(torch.as_tensor(conditions), features.device).long()
         return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
-
-
-def module_of(extractor: Any) -> nn.Module | None:
-    """The module behind an extractor: itself, the owner of a bound method, or what a wrapper holds as `extractor`."""
-    owner = getattr(extractor, "__self__", extractor)
-    if isinstance(owner, nn.Module):
-        return owner
-    inner = getattr(owner, "extractor", None)
-    return None if inner is None else module_of(inner)
 
 
 def freeze(extractor: FeatureExtractor) -> FeatureExtractor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..metrics.composite import DebiasedDistance, SumDistance, supports
-from ..metrics.digest import network_digest
+from ..metrics.digest import extractor_digest, module_of
 from ..metrics.distances import build_distance
-from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features, freeze, module_of
+from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features, freeze
 
 CREDITS = ("shared", "leave_one_in")
 
@@ -335,12 +335,14 @@ class SubsetReplaceReward:
     @cached_property
     def _identities(self) -> dict[str, dict[str, str | None]]:
         """What tells extractors apart: their names, how they resize, and a digest of their weights."""
-        identities = {}
-        for space, extractor in self.extractors.items():
-            module = module_of(extractor)
-            about = {name: getattr(extractor, name, None) for name in ("name", "resize")}
-            identities[space] = {**about, "weights": None if module is None else network_digest(module)}
-        return identities
+        return {
+            space: {
+                "name": getattr(extractor, "name", None),
+                "resize": getattr(extractor, "resize", None),
+                "weights": extractor_digest(extractor),
+            }
+            for space, extractor in self.extractors.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["features"] and set(state["features"]) != set(self.extractors):

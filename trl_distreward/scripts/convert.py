@@ -121,14 +121,12 @@ def load_vae(arguments: argparse.Namespace, name: str | None) -> AutoencoderKL |
     return AutoencoderKL.from_pretrained(name)
 
 
-def check_channels(pipeline: DiffusionPipeline, vae: str | None) -> None:
-    """Raises `ValueError` where the VAE does not decode what the network makes."""
-    network = getattr(pipeline, "transformer", None) or pipeline.unet
-    made, decoded = network.config.in_channels, getattr(pipeline.vae, "config", network.config)
-    decoded = getattr(decoded, "latent_channels", made)
+def check_channels(network: Any, vae: AutoencoderKL, name: str | None) -> None:
+    """Raises `ValueError` where the VAE of that name does not decode what the network makes."""
+    made, decoded = network.config.in_channels, vae.config.latent_channels
     if made != decoded:
         raise ValueError(
-            f"the network makes {made} channels and the VAE {vae} decodes {decoded}: name the one it was trained "
+            f"the network makes {made} channels and the VAE {name} decodes {decoded}: name the one it was trained "
             "with, or, of a network that makes pixels, none: --pixels."
         )
 
@@ -202,7 +200,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
         raise ValueError(f"{arguments.output} is not empty: name a folder that is not there yet.")
     pipeline, vae = {"sit": convert_sit, "dit": convert_dit, "edm2": convert_edm2}[arguments.family](arguments)
-    check_channels(pipeline, vae)
+    network = pipeline.unet if arguments.family == "edm2" else pipeline.transformer
+    if pipeline.vae is not None:
+        check_channels(network, pipeline.vae, vae)
     partial = arguments.output.with_name(arguments.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
@@ -210,7 +210,6 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.output.is_dir():
         arguments.output.rmdir()
     os.replace(partial, arguments.output)
-    network = pipeline.unet if arguments.family == "edm2" else pipeline.transformer
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{arguments.output}: {type(pipeline).__name__} of {parameters:,} parameters")
     if pipeline.vae is None and vae is not None:

@@ -224,7 +224,7 @@ def refuse_idle_options(arguments: argparse.Namespace, given: set[str]) -> None:
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` where a file that is written is a folder, or one of the reports that are read."""
     for option in ("output", "markdown", "save_npz"):
-        check_file_path(f"--{option.replace('_', '-')}", getattr(arguments, option))
+        check_file_path(as_options([option]), getattr(arguments, option))
     read = {Path(given).resolve() for given in arguments.compare or () if is_report(given)}
     for option in ("output", "markdown"):
         written = getattr(arguments, option)
@@ -327,11 +327,12 @@ def compare(
 ) -> dict[str, Any]:
     """Both reports and what changed, in the main process; all call it."""
     read = {given: reports.read_report(given) for given in arguments.compare if is_report(given)}
-    for given in arguments.compare:  # before anything is generated
-        if is_pipeline(given) and (wrong := [name for name in read if read[name]["images"] != arguments.num_images]):
+    generates = any(is_pipeline(given) for given in arguments.compare if given not in read)
+    for name, report in read.items():  # before anything is generated
+        if generates and report["images"] != arguments.num_images:
             raise ValueError(
-                f"{wrong[0]} is of {read[wrong[0]]['images']} images, and --num-images is {arguments.num_images}: "
-                "distances compare at equal numbers only."
+                f"{name} is of {report['images']} images, and --num-images is {arguments.num_images}: distances "
+                "compare at equal numbers only."
             )
     before, after = (
         read[given] if given in read else evaluate(arguments, given, work_dir / name, leftovers)

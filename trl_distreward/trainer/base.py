@@ -48,6 +48,8 @@ logger = get_logger(__name__)
 
 # The names diffusers gives to attention projections, adapted by default
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+# What is counted between two logs, and not averaged
+_COUNTS = {"skipped_updates"}
 
 
 class _NetworkConfig(FrozenDict):
@@ -303,14 +305,13 @@ class DiffusionTrainer(PublishingTrainer):
         """Sends nothing: TRL's telemetry reads a language model's config."""
 
     def record(self, name: str, value: float) -> None:
-        """Keeps a value for the next log, where the mean of those kept is written."""
+        """Keeps a value for the next log, where the mean of those kept is written, or of counts the sum."""
         self._metrics[name].append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not is_evaluation(logs):
-            logs = {**logs, **{key: sum(values) / len(values) for key, values in self._metrics.items()}}
-            if "skipped_updates" in logs:  # a number, and no mean
-                logs["skipped_updates"] = sum(self._metrics["skipped_updates"])
+            recorded = self._metrics.items()
+            logs = logs | {key: sum(values) / (1 if key in _COUNTS else len(values)) for key, values in recorded}
             logs["num_images"] = self.num_images  # as it is now, and no mean over steps
             self._metrics.clear()
         super().log(logs, start_time)

@@ -64,6 +64,8 @@ class CheckpointingTrainer(_BaseTrainer):
     num_images: int
     run_record: RunRecord
     _skeleton: nn.Module
+    # what one may do with a checkpoint that cannot be resumed from
+    _start_anew = "start a new run from it, as its model: {}"
 
     @property
     def network(self) -> nn.Module:
@@ -232,15 +234,16 @@ class CheckpointingTrainer(_BaseTrainer):
         Raises:
             FileNotFoundError: it was written with `save_only_model=True`.
         """
+        return torch.load(self._find_training_state(folder), map_location="cpu", weights_only=True)
+
+    def _find_training_state(self, folder: str) -> str:
         path = os.path.join(folder, TRAINING_STATE)
         if not self._found_by_all(path):
             raise FileNotFoundError(
                 f"{folder} has no {TRAINING_STATE}: checkpoints saved with save_only_model=True hold the model alone. "
                 f"Resume from one saved without it, or {self._start_anew.format(folder)}."
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-    _start_anew = "start a new run from it, as its model: {}"
+        return path
 
     def process_state(self) -> dict[str, Any]:
         """State that differs between processes; subclasses add theirs."""
@@ -333,7 +336,7 @@ class CheckpointingTrainer(_BaseTrainer):
     # ---- loading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = self.read_training_state(resume_from_checkpoint)
+        self._find_training_state(resume_from_checkpoint)  # before anything is loaded
         raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)
         if os.path.isfile(raw):
             trained = load_file(raw)
@@ -349,8 +352,9 @@ class CheckpointingTrainer(_BaseTrainer):
             self._load_weights(resume_from_checkpoint)
         if self.ema is not None:  # now, for what is evaluated or saved before the first step
             self.ema = PolicyEMA(self.network, self.ema.decay)
-            if state["ema"] is not None:
-                self.ema.load_state_dict(state["ema"])
+            saved = self.read_training_state(resume_from_checkpoint)["ema"]
+            if saved is not None:
+                self.ema.load_state_dict(saved)
 
     def _load_best_model(self) -> None:
         """Loads the pipeline's weights of the best checkpoint, into the average as well where there is one."""

@@ -90,6 +90,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     """
 
     _tag_names = ["trl-distreward", "model-merging"]
+    _start_anew = "start a new run with initial_coefficients from its coefficients.json"
     _name = "Merge Coefficients"
     _paper = {
         "title": "Optimizing Visual Generative Models via Distribution-wise Rewards",
@@ -498,8 +499,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         for reward, saved in zip(self.rewards.distributional, state["rewards"], strict=True):
             reward.load_state_dict(saved)
         self.comparison = state["comparison"]
-
-    _start_anew = "start a new run with initial_coefficients from its coefficients.json"
 
     def _load_learnt(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])

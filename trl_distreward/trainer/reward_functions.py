@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..metrics.report import ImageMetric, module_of
+from ..metrics.digest import module_of
+from ..metrics.report import ImageMetric
 from ..rewards.subset_replace import SubsetReplaceReward
 
 
