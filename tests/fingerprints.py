@@ -24,8 +24,6 @@ from tests.helpers import (
     launch,
     real_images,
     tiny_merge_trainer,
-    tiny_pipeline,
-    tiny_pool,
     tiny_reward,
     tiny_trainer,
     weights,
@@ -253,7 +251,9 @@ def merges():
 def metrics():
     real, made = feature_sample(60, 1, dimension=6).float(), feature_sample(50, 2, dimension=6).float()
     logits = feature_sample(50, 3, dimension=6).float()
-    found = feature_metrics(real, made, ("fid", "kid", "cmmd", "inception_score"), logits=logits, kid_subset_size=20, splits=5)
+    found = feature_metrics(
+        real, made, ("fid", "kid", "cmmd", "inception_score"), logits=logits, kid_subset_size=20, splits=5
+    )
     for name, value in found.items():
         yield f"metric {name}", digest(torch.tensor(value, dtype=torch.float64))
     for name, value in precision_recall_density_coverage(real, made).items():

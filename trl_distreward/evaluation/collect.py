@@ -24,11 +24,11 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import write_json
 from ..metrics.digest import extractor_digest, module_of
 from ..metrics.report import FeatureExtractor, extract_features, freeze
 from ..metrics.statistics import FeatureStatistics
 from .decoding import StoredImage, UnreadableImage, decode_image
-from .files import write_json
 from .sources import SETTINGS, ImageSource, chain_lanes
 
 _SAVE_EVERY = 8  # batches; what a killed process has to do again

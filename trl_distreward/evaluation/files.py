@@ -5,30 +5,14 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
+from ..files import written_whole
+
 _SAFETENSORS_NAMES = {"float32": "F32", "float64": "F64"}
-
-
-@contextmanager
-def written_whole(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file that takes its name once it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def stream_safetensors(
@@ -82,9 +66,3 @@ def save_sample_npz(
         if labels is not None:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.asarray(labels, np.int64))
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    with written_whole(path, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")

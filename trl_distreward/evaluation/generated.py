@@ -18,11 +18,12 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+from ..files import written_whole
 from ..generation import SamplingSchedule, balanced_labels, generate_images
 from ..metrics.digest import network_digest
 from ..policies import DiffusionPolicy
 from .collect import claim_folder
-from .files import save_sample_npz, written_whole
+from .files import save_sample_npz
 from .sources import SETTINGS, SHARD_PATTERN, ShardedImages
 
 LABELS = ("balanced", "random")

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rich.markup import escape
 from rich.table import Table
 
-from .files import written_whole
+from ..files import written_whole
 
 Report = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..evaluation.files import written_whole
+from ..files import written_whole
 from ..hub import without_tokens
 from .evaluations import coefficients_section, evaluation_section, samples_section
 from .folder import Run, read_run

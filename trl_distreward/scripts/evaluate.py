@@ -30,11 +30,11 @@ from rich.console import Console
 from .. import __version__
 from ..evaluation import reports
 from ..evaluation.collect import CollectedFeatures
-from ..evaluation.files import write_json, written_whole
 from ..evaluation.generated import LABELS, GenerationPlan, generate_shards, remove_shards, save_shards_as_npz
 from ..evaluation.measure import LOGIT_METRICS, FeatureSpace, takes_logits
 from ..evaluation.real import RealPath
 from ..evaluation.sources import ImageSource, ShardedImages, open_images
+from ..files import write_json, written_whole
 from ..generation import SamplingSchedule
 from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..evaluation.files import written_whole
+from ..files import written_whole
 from ..generation import generate_images
 from .sharding import is_split
 

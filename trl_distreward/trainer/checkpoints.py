@@ -30,7 +30,7 @@ from transformers.trainer_utils import (
 )
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..evaluation.files import written_whole
+from ..files import written_whole
 from ..hub import without_tokens
 from ..policies import DiffusionPolicy
 from ..run_report.folder import RUN_RECORD, is_evaluation

@@ -1,0 +1,32 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Files that appear whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens a file that takes its name once it is complete; an error leaves an earlier file of that name as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes JSON with one space of indentation, whole or not at all."""
+    with written_whole(path, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
