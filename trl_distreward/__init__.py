@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CheckpointPool": "merging.checkpoints",
+    "CheckpointPool": "merging.pool",
     "ClassConditionalPolicy": "policies",
     "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
@@ -102,8 +102,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .merging.checkpoints import CheckpointPool
     from .merging.coefficients import EMANet
+    from .merging.pool import CheckpointPool
     from .metrics.clip import JointTextFeatures, load_clip
     from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.features import load_feature_extractor

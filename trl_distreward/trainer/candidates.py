@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..generation import image_generators, sample, take
-from ..merging.checkpoints import CheckpointPool
+from ..merging.pool import CheckpointPool
 from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..generation import conditions_of_slots, image_generators
-from ..merging.checkpoints import CheckpointPool
 from ..merging.coefficients import (
     EMANet,
     coefficient_groups,
@@ -25,6 +24,7 @@ from ..merging.coefficients import (
     initial_coefficients,
     samples_of,
 )
+from ..merging.pool import CheckpointPool
 from ..merging.search import CMASearch, GridSearch, RandomSearch, Search, power_profile_grid
 from ..merging.stamp import stamp_network
 from ..metrics.report import ImageMetric

@@ -189,7 +189,7 @@ def test_network_of_another_kind_is_refused(tmp_path):
 @pytest.mark.parametrize("odd", [0, 1])
 def test_the_odd_one_out_is_named_before_weights_are_read(tmp_path, monkeypatch, change, message, odd):
     paths = write(tmp_path, change=lambda index, state: change(state) if index == odd else None)
-    monkeypatch.setattr("trl_distreward.merging.checkpoints.safe_open", None)  # weights cannot be read
+    monkeypatch.setattr("trl_distreward.merging.pool.safe_open", None)  # weights cannot be read
     with pytest.raises(ValueError, match=rf"{odd}\.safetensors is not like.*{message}"):
         CheckpointPool(paths)
 
@@ -382,7 +382,7 @@ def test_merge_that_overflows_or_fails_leaves_the_file_that_was(tmp_path, monkey
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("trl_distreward.merging.checkpoints.save_file", full)
+    monkeypatch.setattr("trl_distreward.merging.pool.save_file", full)
     with pytest.raises(OSError, match="no space"):
         pool.save_merged(out, torch.ones(3))
     assert out.read_bytes() == before and len([*out.parent.iterdir()]) == 1
