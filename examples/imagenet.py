@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from trl_distreward import DiffusionDistributionConfig, as_policy
-from trl_distreward.generation import SamplingSchedule, balanced_labels, generate_images
+from trl_distreward.conditions import balanced_labels
+from trl_distreward.generation import SamplingSchedule, generate_images
 from trl_distreward.scripts import train
 
 NUM_GENERATED = 32  # images that stand in for real ones in the smoke tests

@@ -15,7 +15,8 @@ from tests.helpers import tiny_pipeline
 from tests.policies_parts import ddim
 from tests.policies_tiny import dit, stable_diffusion
 from trl_distreward import DiffusionPolicy
-from trl_distreward.generation import SamplingSchedule, conditions_of_slots, generate_images, image_generators, sample
+from trl_distreward.conditions import conditions_of_slots
+from trl_distreward.generation import SamplingSchedule, generate_images, image_generators, sample
 from trl_distreward.policies import ClassConditionalPolicy, DiscreteTimePolicy, as_policy, to_uint8
 
 ONE_BLOCK = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -280,7 +281,7 @@ def test_slots_keep_their_prompts():
     assert slots == conditions_of_slots(policy, dataset, 12, seed=0) != conditions_of_slots(policy, dataset, 12, 1)
     with pytest.raises(ValueError, match="column 'prompt'"):
         conditions_of_slots(policy, Dataset.from_dict({"text": prompts}), 12, seed=0)
-    with pytest.raises(ValueError, match="column of prompts"):
+    with pytest.raises(ValueError, match="a train_dataset with a column 'prompt'"):
         conditions_of_slots(policy, None, 12, seed=0)
 
 

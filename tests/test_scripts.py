@@ -167,26 +167,6 @@ def test_paths_that_do_not_import_are_named(recipe, extra, message):
         train.main(["--config", str(recipe), *extra])
 
 
-def test_clusters_of_prompts_become_strata(tmp_path):
-    clip = save_tiny_clip(tmp_path / "clip")
-    prompts = coloured(9)[1]
-    given = {"model": "x", "real_statistics": "r", "prompt_encoder": clip, "dataset_name": "d"}
-    config = tiny_config(tmp_path)
-    dataset = train.with_clusters(
-        train.TrainArguments(**given, prompt_clusters=3), config, Dataset.from_dict({"prompt": prompts})
-    )
-    clusters = dataset[config.stratify_by]
-    assert len(set(clusters)) == len(set(zip(clusters, prompts, strict=True))) == 3
-    for options, stratify_by, rows in (
-        (given, "topic", dataset),
-        (given, None, None),
-        ({"model": "x", "reward_funcs": ["my.reward"]}, None, dataset),
-    ):
-        config.stratify_by = stratify_by
-        with pytest.raises(ValueError, match="give dataset_name and prompt_encoder, and leave stratify_by out"):
-            train.with_clusters(train.TrainArguments(**options, prompt_clusters=3), config, rows)
-
-
 def test_options_of_the_policy_are_passed_on(tmp_path):
     sd3().save_pretrained(tmp_path / "sd3")
     given = {"model": "x", "reward_funcs": ["my.reward"]}

@@ -17,11 +17,11 @@ _PUBLIC = {
     "EDM2Pipeline": "pipelines.edm2",
     "EDM2UNet2DModel": "models.edm2",
     "EMANet": "merging.coefficients",
-    "FeatureDistance": "metrics.report",
+    "FeatureDistance": "metrics.image_metrics",
     "FeatureStatistics": "metrics.statistics",
     "FrechetDistance": "metrics.frechet",
     "InceptionV3": "metrics.inception",
-    "JointFeatures": "metrics.report",
+    "JointFeatures": "metrics.extractors",
     "JointTextFeatures": "metrics.clip",
     "KernelDistance": "metrics.kernel",
     "LogSamplesCallback": "trainer.callbacks",
@@ -39,12 +39,13 @@ _PUBLIC = {
     "feature_metrics": "metrics.scores",
     "frechet_distance": "metrics.frechet",
     "load_clip": "metrics.clip",
-    "load_feature_extractor": "metrics.features",
+    "load_feature_extractor": "metrics.extractors",
     "load_inception": "metrics.inception",
     "load_pipeline": "policies",
-    "precision_recall_density_coverage": "metrics.manifold",
+    "precision_recall_density_coverage": "metrics.prdc",
 }
 _SUBMODULES = {
+    "conditions",
     "conversion",
     "evaluation",
     "generation",
@@ -58,7 +59,6 @@ _SUBMODULES = {
     "run_report",
     "sampling",
     "scripts",
-    "strata",
     "trainer",
 }
 
@@ -106,12 +106,12 @@ if TYPE_CHECKING:
     from .merging.pool import CheckpointPool
     from .metrics.clip import JointTextFeatures, load_clip
     from .metrics.composite import DebiasedDistance, SumDistance
-    from .metrics.features import load_feature_extractor
+    from .metrics.extractors import JointFeatures, load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
     from .metrics.inception import InceptionV3, load_inception
     from .metrics.kernel import KernelDistance
-    from .metrics.manifold import precision_recall_density_coverage
-    from .metrics.report import FeatureDistance, JointFeatures
+    from .metrics.prdc import precision_recall_density_coverage
+    from .metrics.image_metrics import FeatureDistance
     from .metrics.scores import feature_metrics
     from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics

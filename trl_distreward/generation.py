@@ -2,8 +2,7 @@
 """Images from a policy: which steps are taken, and which noise each image gets."""
 
 import hashlib
-import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conditions import take
 from .policies import DiffusionPolicy, decode_uint8
 from .sampling import (
     ENDS_AT_DATA,
@@ -25,7 +25,6 @@ from .sampling import (
     stochastic_steps,
     time_grid,
 )
-from .strata import column_of, members_of, proportional_counts
 
 
 @dataclass(frozen=True)
@@ -203,13 +202,6 @@ def sample(
     )
 
 
-def take(conditions: Any, indices: Tensor | Sequence[int]) -> Any:
-    """Rows of conditions held as a tensor or as a list."""
-    if isinstance(conditions, Tensor):
-        return conditions[torch.as_tensor(indices, device=conditions.device)]
-    return [conditions[int(i)] for i in indices]
-
-
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
     """The network without dropout, of labels too; each module is then as it was."""
@@ -268,68 +260,3 @@ def generate_images(
                 "is too low, as the VAE of SDXL's is in float16."
             )
         yield decoded, batch
-
-
-def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """
-    Labels `0, 1, …, num_classes - 1` repeated to `count`; of the last, incomplete round so many at even distances, as
-    neighbouring classes are alike in ImageNet. Class frequencies differ by at most one.
-    """
-    rounds, rest = divmod(count, num_classes)
-    last = torch.arange(rest) * num_classes // max(rest, 1)
-    return torch.cat([torch.arange(num_classes).repeat(rounds), last])
-
-
-def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:
-    """
-    The dataset's row of each of `count` slots: all rows in shuffled rounds; of the last, incomplete round so many of
-    each stratum as are in proportion, where rows have strata.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(num_rows, generator=generator) for _ in range(math.ceil(count / num_rows))]
-    rest = count % num_rows
-    if strata is not None and rest:
-        members = members_of(strata)
-        counts = proportional_counts(torch.tensor([len(m) for m in members]), rest, generator).tolist()
-        place = torch.empty(num_rows, dtype=torch.long).scatter_(0, rounds[-1], torch.arange(num_rows))
-        # the first of each stratum in the shuffled order
-        chosen = [m[place[m].argsort()[:wanted]] for m, wanted in zip(members, counts, strict=True)]
-        rounds[-1] = torch.cat(chosen)
-    return torch.cat(rounds)[:count]
-
-
-def strata_of_slots(dataset: Any, column: str, count: int, seed: int, conditions: Any) -> list[Hashable]:
-    """The stratum of each of `count` slots, which `column` says; without a dataset the slot's class is its stratum."""
-    if dataset is None:
-        if column != "class_labels":
-            raise ValueError(f"stratify_by={column!r} is a column of the train_dataset, which is missing: pass one.")
-        return conditions.tolist()
-    strata = column_of(dataset, column)
-    return take(strata, rows_of_slots(len(strata), count, seed, strata))
-
-
-def conditions_of_slots(
-    policy: DiffusionPolicy, dataset: Any, count: int, seed: int, stratify_by: str | None = None
-) -> Any:
-    """
-    Conditions of `count` slots: the dataset's rows in shuffled rounds, or all classes in balance.
-
-    They are in its column `class_labels`, or `prompt` for a policy without classes. Where `stratify_by` names a column
-    of strata, an incomplete round has its share of each of them.
-
-    Raises:
-        ValueError: no such column, conditions the model does not know, or a policy without classes and no dataset.
-    """
-    if dataset is None:
-        if policy.num_conditions is None:
-            raise ValueError("this policy has no classes to balance: pass a train_dataset with a column of prompts.")
-        return balanced_labels(count, policy.num_conditions)
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    column = "prompt" if policy.num_conditions is None else "class_labels"
-    if column not in columns:
-        raise ValueError(f"the dataset has columns {columns}: conditions must be in a column {column!r}.")
-    rows = column_of(dataset, column)
-    conditions = rows if policy.num_conditions is None else torch.as_tensor(rows)
-    policy.check_conditions(conditions)
-    strata = None if stratify_by is None else column_of(dataset, stratify_by)
-    return take(conditions, rows_of_slots(len(rows), count, seed, strata))

@@ -69,5 +69,5 @@ def test_the_trainer_draws_from_strata(tmp_path):
     trainer.train()
     for _ in range(3):
         assert all(sorted(trainer.conditions[row].tolist()) == [0, 1, 2] for row in trainer._draw_slots())
-    with pytest.raises(ValueError, match="stratify_by='topic' is a column of the train_dataset"):
+    with pytest.raises(ValueError, match="stratify_by='topic' needs a train_dataset with that column"):
         tiny_trainer(tmp_path, stratify_by="topic")

@@ -5,8 +5,8 @@ from torch import nn
 
 from tests.helpers import features, real_images, tiny_reward
 from trl_distreward import FeatureDistance, FeatureStatistics, JointFeatures, SubsetReplaceReward, frechet_distance
-from trl_distreward.generation import balanced_labels
-from trl_distreward.metrics.report import extract_features
+from trl_distreward.conditions import balanced_labels
+from trl_distreward.metrics.extractors import extract_features
 from trl_distreward.rewards import SlotSampler
 
 

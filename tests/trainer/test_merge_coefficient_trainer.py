@@ -11,14 +11,8 @@ from transformers import TrainerCallback
 
 from tests.helpers import features, logged, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
 from trl_distreward import EMANet, FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
-from trl_distreward.generation import (
-    SamplingSchedule,
-    balanced_labels,
-    image_generators,
-    rows_of_slots,
-    sample,
-    strata_of_slots,
-)
+from trl_distreward.conditions import balanced_labels, rows_of_slots, strata_of_slots
+from trl_distreward.generation import SamplingSchedule, image_generators, sample
 from trl_distreward.merging.posthoc import LARGEST_SIGMA_REL
 from trl_distreward.policies import to_uint8
 from trl_distreward.trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
@@ -163,7 +157,7 @@ def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
         trainer.judge.judge_one(trainer.initial_coefficients, step)
     assert all(strata[subset].bincount(minlength=3).tolist() == [2, 1, 1] for slots in asked for subset in slots)
     assert torch.equal(asked[0], asked[1]) and not torch.equal(asked[0], asked[2])
-    with pytest.raises(ValueError, match="none of them 'topic'"):
+    with pytest.raises(ValueError, match="no column 'topic'"):
         tiny_merge_trainer(tmp_path, pool, stratify_by="topic", train_dataset=dataset)
 
 

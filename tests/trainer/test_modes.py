@@ -6,7 +6,8 @@ import torch
 
 from tests.helpers import features, logged, tiny_pipeline, tiny_reward, tiny_sit, tiny_trainer, tiny_vae, weights
 from trl_distreward import SiTPipeline
-from trl_distreward.generation import image_generators, sample, take
+from trl_distreward.conditions import take
+from trl_distreward.generation import image_generators, sample
 from trl_distreward.policies import as_policy, decode_uint8, to_uint8
 
 

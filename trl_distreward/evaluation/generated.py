@@ -18,9 +18,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+from ..conditions import balanced_labels
 from ..files import written_whole
-from ..generation import SamplingSchedule, balanced_labels, generate_images
-from ..metrics.digest import network_digest
+from ..generation import SamplingSchedule, generate_images
+from ..metrics.extractors import network_digest
 from ..policies import DiffusionPolicy
 from .collect import claim_folder
 from .files import save_sample_npz

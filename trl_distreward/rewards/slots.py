@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..strata import members_of, proportional_subsets
+from ..conditions import members_of, proportional_subsets
 
 
 class SlotSampler:

@@ -23,15 +23,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from trl import TrlParser
 
-from ..metrics.clip import load_clip
 from ..policies import DiffusionPolicy, as_policy, load_pipeline
 from ..rewards.subset_replace import CREDITS
-from ..strata import cluster_embeddings, column_of
 from ..trainer.callbacks import LogSamplesCallback
 from ..trainer.distribution_reward_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
@@ -62,12 +59,6 @@ class TrainArguments(RewardArguments):
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that are adapted; attention and MLP by default."}
-    )
-    prompt_clusters: int | None = field(
-        default=None,
-        metadata={
-            "help": "Keep so many clusters of prompts, by prompt_encoder, in proportion, as stratify_by does strata."
-        },
     )
     dtype: str = field(
         default="float32",
@@ -140,7 +131,7 @@ def build_trainer(
     ):
         raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder: name another one to write to.")
     policy = load_policy(arguments, config, model)
-    dataset = with_clusters(arguments, config, load_conditions(arguments))
+    dataset = load_conditions(arguments)
     rewards = build_rewards(
         arguments, config.output_dir, credit=arguments.credit, control_variate=arguments.control_variate
     )
@@ -170,24 +161,6 @@ def load_policy(arguments: TrainArguments, config: DiffusionDistributionConfig, 
     if config.guidance_channels is not None:
         options["guidance_channels"] = config.guidance_channels
     return as_policy(model, config.guidance_scale, **options)
-
-
-def with_clusters(arguments: TrainArguments, config: DiffusionDistributionConfig, dataset: Any) -> Any:
-    """The dataset, with a column of its prompts' clusters if they are asked for, which `config.stratify_by` names."""
-    count = arguments.prompt_clusters
-    if count is None:
-        return dataset
-    if arguments.prompt_encoder is None or dataset is None or config.stratify_by is not None:
-        raise ValueError(
-            f"prompt_clusters={count} are those of a dataset's prompts by prompt_encoder, in place of stratify_by: "
-            "give dataset_name and prompt_encoder, and leave stratify_by out."
-        )
-    prompts, found = column_of(dataset, "prompt"), [[0]]
-    if config.process_index == 0:  # processes might round differently
-        clip = load_clip(arguments.prompt_encoder, config.device, cache_size=len(prompts))
-        found = [cluster_embeddings(clip.prompts(prompts), count, config.seed).tolist()]
-    config.stratify_by = "prompt_cluster"
-    return dataset.add_column(config.stratify_by, broadcast_object_list(found)[0])
 
 
 if __name__ == "__main__":

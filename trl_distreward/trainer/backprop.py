@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..generation import SamplingSchedule, image_generators, sample, take
+from ..conditions import take
+from ..generation import SamplingSchedule, image_generators, sample
 from ..policies import DiffusionPolicy
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..sampling import replay, send

@@ -32,9 +32,10 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
-from ..generation import SamplingSchedule, conditions_of_slots, evaluating, image_generators, sample, take
+from ..conditions import conditions_of_slots, take
+from ..generation import SamplingSchedule, evaluating, image_generators, sample
 from ..merging.adapters import changes_base
-from ..metrics.report import ImageMetric
+from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
 from ..run_report.folder import is_evaluation
 from .callbacks import NormalizeWeights, StopOnSIGTERM, UpdateEMA, asks_for_normalization

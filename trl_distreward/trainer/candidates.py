@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..generation import image_generators, sample, take
+from ..conditions import take
+from ..generation import image_generators, sample
 from ..merging.pool import CheckpointPool
 from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler

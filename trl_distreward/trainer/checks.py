@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generation import image_generators, take
-from ..metrics.composite import supports
-from ..metrics.report import ImageMetric
+from ..conditions import take
+from ..generation import image_generators
+from ..metrics.distance import supports
+from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy, to_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from .reward_functions import RewardFunctions

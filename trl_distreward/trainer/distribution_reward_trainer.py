@@ -13,8 +13,9 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..generation import image_generators, take
-from ..metrics.report import ImageMetric
+from ..conditions import take
+from ..generation import image_generators
+from ..metrics.image_metrics import ImageMetric
 from ..policies import as_policy
 from ..rewards.diagnostics import reward_diagnostics
 from ..rewards.subset_replace import SubsetReplaceReward

@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import nn
 
-from ..metrics.digest import module_of
-from ..metrics.report import FEATURE_BATCH
+from ..metrics.extractors import module_of
+from ..metrics.extractors import FEATURE_BATCH
 from ..policies import to_uint8
 from .checkpoints import HALF_PRECISION
 from .estimates import (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generation import take
+from ..conditions import take
 from ..policies import DiffusionPolicy, decode_slices
 from .reward_functions import RewardFunctions
 

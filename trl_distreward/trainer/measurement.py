@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..generation import SamplingSchedule, sample, take
+from ..conditions import take
+from ..generation import SamplingSchedule, sample
 from ..policies import decode_uint8
 from ..rewards.subset_replace import SubsetReplaceReward
 from .backprop import TailLoss, TailRollouts

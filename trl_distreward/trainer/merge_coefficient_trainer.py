@@ -14,7 +14,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..generation import conditions_of_slots, image_generators
+from ..conditions import conditions_of_slots
+from ..generation import image_generators
 from ..merging.coefficients import (
     EMANet,
     coefficient_groups,
@@ -27,7 +28,7 @@ from ..merging.coefficients import (
 from ..merging.pool import CheckpointPool
 from ..merging.search import CMASearch, GridSearch, RandomSearch, Search, power_profile_grid
 from ..merging.stamp import stamp_network
-from ..metrics.report import ImageMetric
+from ..metrics.image_metrics import ImageMetric
 from ..policies import as_policy
 from ..run_report.folder import is_evaluation
 from .base import DiffusionTrainer, disable_dropout

@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from ..generation import conditions_of_slots, strata_of_slots
+from ..conditions import conditions_of_slots, strata_of_slots
 from ..policies import DiffusionPolicy
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..metrics.digest import module_of
-from ..metrics.report import ImageMetric
+from ..metrics.extractors import module_of
+from ..metrics.image_metrics import ImageMetric
 from ..rewards.subset_replace import SubsetReplaceReward
 
 

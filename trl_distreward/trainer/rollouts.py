@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..generation import SamplingSchedule, image_generators, sample, take
+from ..conditions import take
+from ..generation import SamplingSchedule, image_generators, sample
 from ..policies import DiffusionPolicy
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..sampling import send

@@ -3,13 +3,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_distreward.generation import rows_of_slots
-from trl_distreward.strata import (
-    cluster_embeddings,
+from trl_distreward.conditions import (
     column_of,
     members_of,
     proportional_counts,
     proportional_subsets,
+    rows_of_slots,
 )
 
 SIZES = torch.tensor([50, 31, 1, 17, 1])
@@ -56,35 +55,6 @@ def test_strata_held_as_tensors_are_the_same_strata():
         assert column_of(rows, "topic") == labels
 
 
-def blobs():
-    centres = 10 * torch.eye(4, dtype=torch.float64)
-    truth = torch.arange(200) % 4
-    return centres[truth] + torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), truth
-
-
-def test_clusters_are_those_of_separate_blobs_and_repeatable():
-    points, truth = blobs()
-    found = cluster_embeddings(points, 4, seed=1)
-    assert torch.equal(found, cluster_embeddings(points, 4, seed=1))
-    pairs = {(a, b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)}
-    assert len(pairs) == 4
-
-
-def test_clusters_are_a_fixed_point_and_none_is_empty():
-    points = torch.randn(300, 5, generator=torch.Generator().manual_seed(1))
-    for seed in range(3):
-        found = cluster_embeddings(points, 40, seed=seed, max_iterations=1000)
-        assert found.bincount(minlength=40).min() > 0
-        centres = torch.stack([points[found == k].mean(dim=0) for k in range(40)])
-        assert torch.equal(torch.cdist(points.double(), centres.double()).argmin(dim=1), found)
-    assert sorted(cluster_embeddings(points[:6], 6).tolist()) == list(range(6))
-
-
-def test_what_cannot_be_clustered_is_refused():
-    points, _ = blobs()
-    with pytest.raises(ValueError, match="num_clusters=3 must lie in 1 to 2"):
-        cluster_embeddings(points[:2].repeat(5, 1), 3)
-    with pytest.raises(ValueError, match="must be finite"):
-        cluster_embeddings(torch.full((3, 2), torch.nan), 1)
-    with pytest.raises(ValueError, match=r"columns \['prompt'\], none of them 'topic'"):
+def test_a_missing_column_is_refused():
+    with pytest.raises(ValueError, match="no column 'topic': it has prompt"):
         column_of([{"prompt": "a"}], "topic")

@@ -1,0 +1,149 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Conditions of images: class labels or prompts, where they come from, and strata to keep their shares."""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Conditions = Tensor | Sequence[str] | Sequence[int]
+
+
+def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Any:
+    """Rows of conditions that are a tensor or a list."""
+    if isinstance(conditions, Tensor):
+        rows = indices if isinstance(indices, Tensor) else torch.as_tensor(list(indices), dtype=torch.long)
+        return conditions[rows.to(conditions.device)]
+    return [conditions[int(i)] for i in indices]
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """
+    Labels `0, 1, …, num_classes - 1`, repeated to `count`. The last, incomplete round spreads its labels evenly over
+    the classes, because neighbouring classes are alike in ImageNet. Class frequencies differ by at most one.
+    """
+    rounds, rest = divmod(count, num_classes)
+    last = torch.arange(rest) * num_classes // max(rest, 1)
+    return torch.cat([torch.arange(num_classes).repeat(rounds), last])
+
+
+def column_of(dataset: Any, column: str) -> list:
+    """
+    A column of a dataset or of a list of rows.
+
+    Raises:
+        ValueError: the dataset has no such column.
+    """
+    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    if column not in names:
+        raise ValueError(f"the dataset has no column {column!r}: it has {', '.join(names)}.")
+    rows = dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset]
+    return [plain(value) for value in rows]
+
+
+def plain(value: Any) -> Any:
+    """A Python number for a tensor without dimensions, as torch-formatted datasets hold them: tensors make no keys."""
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+# ---- strata ----
+
+
+def members_of(strata: Sequence[Hashable]) -> list[Tensor]:
+    """Places of each stratum's members, strata in the order of their first appearance."""
+    places: dict[Hashable, list[int]] = {}
+    for place, stratum in enumerate(strata):
+        places.setdefault(plain(stratum), []).append(place)
+    return [torch.tensor(members) for members in places.values()]
+
+
+def proportional_counts(sizes: Tensor, total: int, generator: torch.Generator) -> Tensor:
+    """
+    Number of draws per stratum: its proportional share of `total`, rounded up or down at random (systematic sampling).
+
+    Args:
+        sizes (`torch.LongTensor` of shape `(S,)`): members of each stratum.
+        total (`int`): number of draws; may exceed the number of members.
+        generator (`torch.Generator`): decides what is rounded up.
+
+    Returns:
+        `torch.LongTensor` of shape `(S,)`, whose sum is `total`.
+    """
+    everyone = int(sizes.sum())
+    start = int(torch.randint(everyone, (1,), generator=generator))
+    # draws the positions (k everyone + start) / total of all members in a row, k = 0 to total - 1
+    before = (total * sizes.cumsum(0) - start + everyone - 1).div(everyone, rounding_mode="floor")
+    return before.diff(prepend=before.new_zeros(1))
+
+
+def proportional_subsets(sizes: Tensor, num_subsets: int, size: int, generator: torch.Generator) -> Tensor:
+    """
+    Draws per stratum for each of `num_subsets` subsets, `(B, S)`: proportional shares of `size`, rounded up or down in
+    each subset and over all subsets together.
+    """
+    total = num_subsets * size
+    # one stratum after the other, dealt out like cards
+    strata = torch.arange(len(sizes)).repeat_interleave(proportional_counts(sizes, total, generator))
+    receivers = torch.randperm(num_subsets, generator=generator)[torch.arange(total) % num_subsets]
+    counts = torch.zeros(num_subsets, len(sizes), dtype=torch.long)
+    return counts.index_put_((receivers, strata), torch.ones(total, dtype=torch.long), accumulate=True)
+
+
+# ---- slots of the reference set ----
+
+
+def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:
+    """
+    The dataset's row for each of `count` slots: all rows in shuffled rounds. With strata, the last, incomplete round
+    takes a proportional share of each stratum.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(num_rows, generator=generator) for _ in range(math.ceil(count / num_rows))]
+    rest = count % num_rows
+    if strata is not None and rest:
+        members = members_of(strata)
+        counts = proportional_counts(torch.tensor([len(m) for m in members]), rest, generator).tolist()
+        place = torch.empty(num_rows, dtype=torch.long).scatter_(0, rounds[-1], torch.arange(num_rows))
+        # the first rows of each stratum in the shuffled order
+        chosen = [m[place[m].argsort()[:wanted]] for m, wanted in zip(members, counts, strict=True)]
+        rounds[-1] = torch.cat(chosen)
+    return torch.cat(rounds)[:count]
+
+
+def strata_of_slots(dataset: Any, column: str, count: int, seed: int, conditions: Conditions) -> list[Hashable]:
+    """The stratum of each of `count` slots: a column of the dataset, or the slot's class where there is no dataset."""
+    if dataset is None:
+        if not isinstance(conditions, Tensor) or column != "class_labels":
+            raise ValueError(f"stratify_by={column!r} needs a train_dataset with that column: pass one.")
+        return conditions.tolist()
+    strata = column_of(dataset, column)
+    return take(strata, rows_of_slots(len(strata), count, seed, strata))
+
+
+def conditions_of_slots(
+    policy: Any, dataset: Any, count: int, seed: int, stratify_by: str | None = None
+) -> Conditions:
+    """
+    Conditions of `count` slots: the dataset's rows in shuffled rounds, or all classes in balance.
+
+    Args:
+        policy ([`DiffusionPolicy`]): tells whether to read labels (column `class_labels`) or prompts (`prompt`).
+        dataset (`datasets.Dataset`, *optional*): conditions; not needed for a model with classes.
+        count (`int`): number of slots.
+        seed (`int`): shuffles the rows.
+        stratify_by (`str`, *optional*): column of strata that an incomplete round takes in proportion.
+
+    Raises:
+        ValueError: a missing column, conditions that the model does not know, or prompts without a dataset.
+    """
+    if dataset is None:
+        if policy.num_conditions is None:
+            raise ValueError("this model is conditioned on prompts: pass a train_dataset with a column 'prompt'.")
+        return balanced_labels(count, policy.num_conditions)
+    rows = column_of(dataset, "prompt" if policy.num_conditions is None else "class_labels")
+    conditions = rows if policy.num_conditions is None else torch.as_tensor(rows)
+    policy.check_conditions(conditions)
+    strata = None if stratify_by is None else column_of(dataset, stratify_by)
+    return take(conditions, rows_of_slots(len(rows), count, seed, strata))
