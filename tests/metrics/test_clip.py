@@ -10,7 +10,6 @@ from tests.helpers import features, real_images
 from tests.policies_parts import tokenizer
 from trl_distreward import FeatureStatistics, JointTextFeatures, SubsetReplaceReward, load_clip, load_feature_extractor
 from trl_distreward.metrics import CLIPEmbeddings, extract_features
-from trl_distreward.strata import cluster_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +123,3 @@ def test_joint_features_are_both_beside_one_another_and_move_together(clip):
         JointTextFeatures(clip, clip.prompts, scale=0)
     with pytest.raises(ValueError, match="3 is not a prompt"):
         joint(images[:1], [3])
-
-
-def test_prompts_alike_are_of_one_stratum(clip):
-    prompts = list(COLOURS) * 5
-    strata = cluster_embeddings(clip.prompts(prompts), 3).tolist()
-    assert len(set(zip(prompts, strata, strict=True))) == 3

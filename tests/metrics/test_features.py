@@ -21,8 +21,7 @@ from transformers import (
 
 from tests.helpers import features, pattern_images, real_images
 from trl_distreward import FeatureStatistics, JointFeatures, SubsetReplaceReward, load_feature_extractor
-from trl_distreward.metrics.digest import network_digest
-from trl_distreward.metrics.features import BackboneFeatures
+from trl_distreward.metrics.extractors import BackboneFeatures, network_digest
 from trl_distreward.scripts import train
 from trl_distreward.scripts.common import find_extractor
 
@@ -79,7 +78,7 @@ def vit(tmp_path):
 
 
 def test_extractors_are_made_of_models_wherever_they_are(monkeypatch):
-    monkeypatch.setattr("trl_distreward.metrics.features.full_precision", nullcontext)  # "meta" has no autocast
+    monkeypatch.setattr("trl_distreward.metrics.extractors.full_precision", nullcontext)  # "meta" has no autocast
     model = ViTModel(ViTConfig(**SMALL, image_size=28, patch_size=14), add_pooling_layer=False).to("meta")
     extractor = BackboneFeatures(model, "vit", "cls", 28, [0.5] * 3, [0.5] * 3)
     assert extractor.dimension == 16 and extractor.mean.is_meta

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_distreward.metrics import manifold
-from trl_distreward.metrics.manifold import precision_recall_density_coverage
+from trl_distreward.metrics import prdc as manifold
+from trl_distreward.metrics.prdc import precision_recall_density_coverage
 
 
 def by_definition(real, generated, k, precision_recall_k=None):

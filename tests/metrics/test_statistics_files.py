@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from trl_distreward import FeatureDistance, FeatureStatistics, SubsetReplaceReward, frechet_distance
-from trl_distreward.metrics import features
-from trl_distreward.metrics.distances import build_distance
+from trl_distreward.metrics import extractors as features
+from trl_distreward.metrics.distance import build_distance
 from trl_distreward.metrics.inception import InceptionV3
 from trl_distreward.metrics.numpy_pickle import load_numpy_pickle
-from trl_distreward.metrics.statistics_files import check_extractor
+from trl_distreward.metrics.statistics import check_extractor
 from trl_distreward.scripts.common import find_extractor
 
 

@@ -33,7 +33,7 @@ from trl_distreward import (
     load_pipeline,
 )
 from trl_distreward.generation import generate_images
-from trl_distreward.metrics.report import MeanScore
+from trl_distreward.metrics.image_metrics import MeanScore
 from trl_distreward.policies import as_policy
 from trl_distreward.sampling import transition
 from trl_distreward.trainer.checks import check_sizes

@@ -21,7 +21,7 @@ from tests.helpers import (
 from tests.policies_parts import PROMPTS, ddim
 from tests.policies_tiny import flux, stable_diffusion
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, SiTPipeline, SubsetReplaceReward
-from trl_distreward.metrics.report import MeanScore
+from trl_distreward.metrics.image_metrics import MeanScore
 from trl_distreward.trainer import dry_run as module
 from trl_distreward.trainer.dry_run import (
     check_resources,

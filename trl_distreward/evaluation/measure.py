@@ -11,9 +11,9 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..metrics.digest import extractor_digest
+from ..metrics.extractors import extractor_digest
 from ..metrics.scores import FRECHET, MANIFOLD, feature_metrics
-from ..metrics.statistics_files import check_extractor
+from ..metrics.statistics import check_extractor
 from .collect import CollectedFeatures, collect_features
 from .real import RealPath
 from .sources import ImageSource
@@ -57,7 +57,7 @@ class FeatureSpace:
     An extractor, and the real data in its features.
 
     Args:
-        extractor (`torch.nn.Module`): as [`~metrics.features.load_feature_extractor`] gives it.
+        extractor (`torch.nn.Module`): as [`~metrics.extractors.load_feature_extractor`] gives it.
         real ([`~evaluation.real.RealPath`]): the real data.
         metrics (`list[str]`): of [`~metrics.scores.feature_metrics`].
         open_real (`Callable`): opens the real images, where `real` is of images.

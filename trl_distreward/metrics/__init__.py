@@ -3,13 +3,13 @@
 
 from .clip import CLIPEmbeddings, JointTextFeatures, load_clip
 from .composite import DebiasedDistance, SumDistance
-from .distances import Distance
-from .features import BackboneFeatures, load_feature_extractor
+from .distance import Distance
+from .extractors import BackboneFeatures, JointFeatures, extract_features, load_feature_extractor
 from .frechet import FrechetDistance, frechet_distance
+from .image_metrics import FeatureDistance
 from .inception import InceptionV3, load_inception
 from .kernel import KernelDistance
-from .manifold import precision_recall_density_coverage
-from .report import FeatureDistance, JointFeatures, extract_features
+from .prdc import precision_recall_density_coverage
 from .scores import cmmd, feature_metrics, frechet_infinity, inception_score, kernel_inception_distance
 from .sliced import SlicedWassersteinDistance
 from .spread import half_sample_spread

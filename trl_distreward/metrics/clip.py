@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .digest import module_of
-from .features import CLIP_MEAN, CLIP_STD, BackboneFeatures
+from .extractors import CLIP_MEAN, CLIP_STD, BackboneFeatures, FeatureExtractor, freeze, module_of
 from .preprocessing import full_precision
-from .report import FeatureExtractor, freeze
 
 TEXT_BATCH = 64  # prompts that go through the text encoder at a time
 

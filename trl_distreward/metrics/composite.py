@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_fitted, check_replacement, check_rows, check_shape_and_values
+from .distance import supports
 
 
 class SumDistance:
@@ -149,12 +150,6 @@ class SumDistance:
         check_fitted(self.features, method)
         parts = [self._factor(name) * getattr(d, method)(*arguments) for name, d in self.distances.items()]
         return torch.stack(parts).sum(dim=0)
-
-
-def supports(distance: Any, method: str) -> bool:
-    """Whether a distance has a method, and so have all that it is made of."""
-    asked = getattr(distance, "supports", None)
-    return hasattr(distance, method) and (asked is None or asked(method))
 
 
 def _named(items: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .checks import check_shape_and_values
 from .frechet import frechet_distance, symmetric_sqrt
 from .kernel import KernelDistance
-from .manifold import precision_recall_density_coverage
+from .prdc import precision_recall_density_coverage
 from .spread import half_sample_spread
 from .statistics import FeatureStatistics
 

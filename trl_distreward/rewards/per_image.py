@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics.clip import CLIPEmbeddings, load_clip
-from ..metrics.digest import module_of
-from ..metrics.report import FeatureExtractor, extract_features, freeze
+from ..metrics.extractors import FeatureExtractor, extract_features, freeze, module_of
 from ..metrics.weights import find_weights, read_tensors
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..metrics.composite import DebiasedDistance, SumDistance, supports
-from ..metrics.digest import extractor_digest, module_of
-from ..metrics.distances import build_distance
-from ..metrics.report import FeatureDistance, FeatureExtractor, extract_features, freeze
+from ..metrics.distance import build_distance
+from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, module_of
+from ..metrics.image_metrics import FeatureDistance
 
 CREDITS = ("shared", "leave_one_in")
 

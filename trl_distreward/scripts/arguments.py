@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from ..evaluation.datasets import read_dataset
 from ..importing import resolve
-from ..metrics.distances import DISTANCES
-from ..metrics.features import load_feature_extractor
-from ..metrics.report import FeatureDistance, ImageMetric, MeanScore
+from ..metrics.distance import DISTANCES
+from ..metrics.extractors import load_feature_extractor
+from ..metrics.image_metrics import FeatureDistance, ImageMetric, MeanScore
 from ..metrics.statistics import FeatureStatistics
 from ..rewards.per_image import aesthetic_score, clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward

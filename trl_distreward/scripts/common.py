@@ -12,7 +12,7 @@ from accelerate import PartialState
 from trl import TrlParser
 
 from ..metrics.clip import JointTextFeatures, load_clip
-from ..metrics.features import load_feature_extractor
+from ..metrics.extractors import load_feature_extractor
 
 _EXTRACTOR_OPTIONS = ("source", "resize", "output", "sha256", "pooling", "size", "mean", "std", "mode", "revision")
 EXTRACTOR_HELP = (
@@ -43,7 +43,7 @@ def make_trl_parser(dataclasses: Sequence[type], description: str | None, prog: 
 def find_extractor(spec: str) -> Any:
     """
     The feature extractor that `NAME[,option=value…]` names, in CPU memory; options are those of
-    [`~metrics.features.load_feature_extractor`].
+    [`~metrics.extractors.load_feature_extractor`].
     """
     name, options = split_spec(spec)
     unknown = [key for key in options if key not in _EXTRACTOR_OPTIONS]

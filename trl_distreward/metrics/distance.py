@@ -11,12 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checks import load_real_features
-from .digest import extractor_digest
+from .extractors import extractor_digest
 from .frechet import FrechetDistance
 from .kernel import KernelDistance
 from .sliced import SlicedWassersteinDistance
-from .statistics import FeatureStatistics
-from .statistics_files import check_extractor
+from .statistics import FeatureStatistics, check_extractor
 
 
 class Distance(Protocol):
@@ -52,6 +51,12 @@ class Distance(Protocol):
     def delete_one(self, indices: Tensor) -> Tensor:
         """`(M,)`: without row i of `indices` `(M,)`, minus `value`."""
         ...
+
+
+def supports(distance: Any, method: str) -> bool:
+    """Whether a distance has a method, and so have all that it is made of."""
+    asked = getattr(distance, "supports", None)
+    return hasattr(distance, method) and (asked is None or asked(method))
 
 
 DISTANCES: dict[str, Callable[[Any], Any]] = {

@@ -6,6 +6,7 @@ with gradients to images that are floating-point. Its `name`, `resize` and `dime
 statistics: distances between features that differ in one of them mean nothing.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..importing import resolve
-from .digest import module_of
+from ..sampling import send
 from .inception import load_inception
 from .preprocessing import full_precision, resize_antialiased, resize_pillow, to_rgb
-from .report import freeze
 
+FeatureExtractor = Callable[..., Tensor]
+FEATURE_BATCH = 256  # images that go through an extractor at a time
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 POOLINGS = ("cls", "mean", "pooler", "image_embeds")
@@ -42,6 +44,134 @@ POOLING_OF = {
 _INCEPTION_OPTIONS = ("output", "sha256")
 _BACKBONE_OPTIONS = ("pooling", "size", "mean", "std", "mode", "revision")
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor configurations write them
+
+
+def network_digest(networks: nn.Module | Mapping[str, nn.Module]) -> str:
+    """
+    A digest of all weights and buffers, shapes and dtypes included.
+
+    Names of tensors within a network are left out: they change with the version of the library that loads them.
+    """
+    named = {"": networks} if isinstance(networks, nn.Module) else networks
+    digest = hashlib.blake2b(digest_size=16)
+    for name, network in sorted(named.items()):
+        digest.update(name.encode() + b"\n")
+        for content in sorted(map(_tensor_digest, network.state_dict().values())):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def extractor_digest(extractor: Any) -> str | None:
+    """Of the network behind an extractor, `None` where there is none."""
+    module = module_of(extractor)
+    return None if module is None else network_digest(module)
+
+
+def module_of(extractor: Any) -> nn.Module | None:
+    """The module behind an extractor: itself, the owner of a bound method, or what a wrapper holds as `extractor`."""
+    owner = getattr(extractor, "__self__", extractor)
+    if isinstance(owner, nn.Module):
+        return owner
+    inner = getattr(owner, "extractor", None)
+    return None if inner is None else module_of(inner)
+
+
+def _tensor_digest(value: Tensor) -> bytes:
+    digest = hashlib.blake2b(f"{tuple(value.shape)} {value.dtype}".encode(), digest_size=16)
+    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def freeze(extractor: FeatureExtractor) -> FeatureExtractor:
+    """The module behind an extractor is put in evaluation mode and never trained."""
+    module = module_of(extractor)
+    if module is not None:
+        module.requires_grad_(False).eval()
+    return extractor
+
+
+def extract_features(
+    extractor: FeatureExtractor,
+    images: Tensor,
+    conditions: Any = None,
+    dimension: int | None = None,
+    name: str = "features",
+    check_finite: bool = True,
+    batch_size: int = FEATURE_BATCH,
+    gradient: bool = False,
+) -> Tensor:
+    """
+    Features `(M, d)` in float32 of uint8 images `(M, C, H, W)`.
+
+    An extractor with a true attribute `needs_conditions` is called with the images' conditions as well. At most
+    `batch_size` images go through it at a time. With `gradient` the images are float32, in the same range, and
+    features carry gradients to them.
+
+    Raises:
+        ValueError: the extractor changed the batch size, gave another dimension than `dimension`, or NaN or infinite
+            values.
+    """
+    needs_conditions = getattr(extractor, "needs_conditions", False)
+    if needs_conditions and conditions is None:
+        raise ValueError(f"feature extractor {name!r} sees images beside their conditions: pass conditions too.")
+    chunks = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        with torch.set_grad_enabled(gradient):
+            values = extractor(part, conditions[start : start + batch_size]) if needs_conditions else extractor(part)
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(part):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"feature extractor {name!r} returned {shape} for {len(part)} images: it must return one row per "
+                f"image, ({len(part)}, d)."
+            )
+        chunks.append(values)
+    values = torch.cat(chunks)
+    if dimension is not None and values.shape[1] != dimension:
+        raise ValueError(
+            f"feature extractor {name!r} gives dimension {values.shape[1]}, but its real statistics have {dimension}: "
+            "recompute the statistics with this extractor."
+        )
+    if check_finite and not values.isfinite().all():
+        bad = (~values.isfinite()).any(dim=1).sum().item()
+        raise ValueError(
+            f"feature extractor {name!r} gave NaN or infinite values for {bad} of {len(images)} images: "
+            "run it in float32 and check the images."
+        )
+    return values.float()
+
+
+class JointFeatures:
+    """
+    Features of an image beside its class: a distance between such features sees whether images answer their labels.
+
+    The distance of images alone is blind to labels: swapping the images of two classes leaves it as it was, so nothing
+    holds a fine-tuned generator to its conditions. Here the covariance of features and label is part of the moments.
+
+    Args:
+        feature_extractor (`Callable`): uint8 images `(B, C, H, W)` to features `(B, d)`.
+        num_classes (`int`): number of classes; labels become one-hot vectors.
+        scale (`float`, *optional*, defaults to 1.0): what a label is worth: the one-hot vectors are multiplied by it.
+
+    Example:
+
+    ```python
+    >>> joint = JointFeatures(inception, num_classes=1000)
+    >>> reward = SubsetReplaceReward(joint, FeatureStatistics.from_features(joint(real_images, real_labels)))
+    ```
+    """
+
+    needs_conditions = True
+
+    def __init__(self, feature_extractor: FeatureExtractor, num_classes: int, scale: float = 1.0):
+        self.extractor = freeze(feature_extractor)
+        self.num_classes = num_classes
+        self.scale = scale
+
+    def __call__(self, images: Tensor, conditions: Any) -> Tensor:
+        features = self.extractor(images)  # (B, d)
+        labels = send(torch.as_tensor(conditions), features.device).long()
+        return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
 
 
 class BackboneFeatures(nn.Module):
