@@ -230,7 +230,7 @@ def _family_trainer(folder, policy, reward, family):
         "num_subsets": 2,
         "replace_size": 1,
         "num_inference_steps": 3,
-        "time_grid": "karras" if family.name == "edm2" else "scheduler",
+        "time_grid": "karras" if family.name == "edm2" else "auto",
         "last_step_size": 0,
     }
     args = tiny_config(folder, **settings)

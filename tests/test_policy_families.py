@@ -15,7 +15,7 @@ from trl_distreward.generation import SamplingSchedule, sample
 from trl_distreward.policies import as_policy
 from trl_distreward.sampling import transition
 
-ODE = SamplingSchedule(4, "ode", time_grid="scheduler")
+ODE = SamplingSchedule(4, "ode", time_grid="auto")
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
@@ -70,7 +70,7 @@ def test_a_stochastic_rollout_replays(family):
     pipeline, noise = build(family), {"noise_schedule": "sit", "noise_level": 0.7}
     for scale in family.guidance_scales:
         policy = as_policy(pipeline, scale, **family.options)
-        schedule = SamplingSchedule(3, time_grid="scheduler", **noise).on(policy)
+        schedule = SamplingSchedule(3, time_grid="auto", **noise).on(policy)
         steps, count = schedule.trainable_steps, len(family.conditions)
         rollout = sample(policy, policy.model, family.conditions, schedule, generators(count), keep_steps=steps)
         cond = policy.encode(family.conditions)
@@ -121,7 +121,7 @@ def check_update(family, lora, folder):
             replace_size=1,
             num_inference_steps=2,
             num_inference_steps_eval=4,
-            time_grid="scheduler",
+            time_grid="auto",
             last_step_size=None,
             learning_rate=1e-2,
         ),

@@ -1,10 +1,12 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Images from a policy: which steps are taken, and which noise each image gets."""
+"""The loop that makes images, for rollouts, reference sets, evaluation, merge candidates and the command line."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,18 +15,18 @@ from torch import Tensor, nn
 from .conditions import take
 from .policies import DiffusionPolicy, decode_uint8
 from .sampling import (
-    ENDS_AT_DATA,
-    NOISE_SCHEDULES,
     ODE_SOLVERS,
-    TIME_GRIDS,
     Generators,
     Trajectory,
+    check_noise,
     karras_grid,
     rollout,
     solve_ode,
     stochastic_steps,
     time_grid,
 )
+
+TIME_GRIDS = ("auto", "uniform", "karras")
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,16 @@ class SamplingSchedule:
     Args:
         num_steps (`int`): steps of the grid.
         sampler (`str`, *optional*, defaults to `"sde"`): `"sde"` or `"ode"`.
-        noise_schedule, noise_level: of the SDE, as in [`~sampling.transition`].
-        last_step_size (`float`, *optional*): the SDE then ends with a noiseless step of this size, as SiT's does.
-        solver (`str`, *optional*, defaults to `"euler"`): of the ODE, as in [`~sampling.solve_ode`].
+        noise_schedule, noise_level: noise of the SDE, see [`~sampling.transition`].
+        last_step_size (`float`, *optional*): ends an even SDE grid with a noiseless step of this size, as SiT does.
+        solver (`str`, *optional*, defaults to `"euler"`): solver of the ODE, see [`~sampling.solve_ode`].
+        time_shift (`float`, *optional*, defaults to 1.0): resolution shift of an even grid.
+        sde_steps (`tuple[int, ...]`, *optional*): steps of the SDE with noise; all by default.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"` from 1 to 0; `"karras"`, EDM's noise levels from 80 to 0.002 as times; or `"scheduler"`, that
-            of the policy's pipeline, see [`SamplingSchedule.on`].
-        time_shift (`float`, *optional*, defaults to 1.0): resolution shift of the grid.
-        sde_steps (`tuple[int, ...]`, *optional*): the SDE's steps with noise; all by default.
-        grid (`tuple[float, ...]`, *optional*): the policy's times, once they are known.
-        noise_scale (`float`, *optional*): of the starting noise; the first time by default.
+            `"uniform"`: even steps from 1 to 0. `"karras"`: EDM's noise levels. `"auto"`: the policy's own grid, known
+            after [`SamplingSchedule.on`]; even steps if it has none.
+        grid (`tuple[float, ...]`, *optional*): the policy's own times.
+        noise_scale (`float`, *optional*): scale of the starting noise; the first time by default.
     """
 
     num_steps: int
@@ -63,42 +65,34 @@ class SamplingSchedule:
         for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS), ("time_grid", TIME_GRIDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
-        if self.noise_schedule not in NOISE_SCHEDULES:
-            raise ValueError(
-                f"noise_schedule={self.noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}."
-            )
+        check_noise(self.noise_schedule, self.noise_level)
         if self.time_grid != "uniform" and (self.time_shift != 1.0 or self._last_step_size is not None):
             raise ValueError(
                 f"time_grid={self.time_grid!r} fixes all steps, but time_shift={self.time_shift} and last_step_size="
-                f"{self.last_step_size}: set time_shift=1.0 and last_step_size=None."
+                f"{self.last_step_size}: set time_shift=1.0 and last_step_size=0, or time_grid='uniform'."
             )
         if self.time_grid == "uniform" and self.solver == "heun_sigma" and self.sampler == "ode":
-            raise ValueError("solver='heun_sigma' has no first step from t = 1: set time_grid='karras'.")
+            raise ValueError("solver='heun_sigma' cannot start from t = 1: set time_grid='karras'.")
 
     def on(self, policy: DiffusionPolicy) -> "SamplingSchedule":
         """
-        The schedule with the times of `policy` where `time_grid="scheduler"`, else as it is.
+        Fills in the policy's own grid under `time_grid="auto"`.
 
         Raises:
-            ValueError: the policy has no times of its own, or another number of them, or none of the velocities at
-                `t = 0` that the solver asks for.
+            ValueError: the policy's grid has another number of steps, or the solver needs a velocity at `t = 0` that
+                the policy does not have.
         """
-        if self.sampler == "ode" and self.solver in ENDS_AT_DATA and not getattr(policy, "velocity_at_data", True):
+        if self.sampler == "ode" and self.solver == "dopri5" and not getattr(policy, "velocity_at_data", True):
             raise ValueError(
-                f"solver={self.solver!r} asks for the velocity at t = 0, which {type(policy).__name__} has not: "
-                f"choose {', '.join(name for name in ODE_SOLVERS if name not in ENDS_AT_DATA)}."
+                f"solver='dopri5' needs the velocity at t = 0, where {type(policy).__name__} has none: choose 'heun'."
             )
-        if self.time_grid != "scheduler":
+        if self.time_grid != "auto" or self.grid is not None or not hasattr(policy, "grid"):
             return self
-        if not hasattr(policy, "grid"):
-            raise ValueError(
-                f"{type(policy).__name__} has no grid(num_steps) of its own: set another time_grid, or give it one."
-            )
         times, noise_scale = policy.grid(self.num_steps)
-        if len(times) != self.num_steps + 1:
+        if len(times) != self.num_steps + 1 or not all(a > b for a, b in pairwise(times)):
             raise ValueError(
-                f"the scheduler takes {len(times) - 1} steps for num_steps={self.num_steps}: ask for another number, "
-                "or set time_grid='uniform'."
+                f"the scheduler takes {len(times) - 1} steps for num_inference_steps={self.num_steps}, or times that "
+                "do not decrease: choose another number of steps, or set time_grid='uniform'."
             )
         return replace(self, grid=tuple(times), noise_scale=noise_scale)
 
@@ -108,9 +102,8 @@ class SamplingSchedule:
 
     @property
     def times(self) -> list[float]:
-        if self.time_grid == "scheduler":
-            if self.grid is None:
-                raise ValueError("the times of time_grid='scheduler' are the policy's: use schedule.on(policy).")
+        """Decreasing times, one more than there are steps."""
+        if self.grid is not None:
             return list(self.grid)
         if self.time_grid == "karras":
             return karras_grid(self.num_steps)
@@ -118,11 +111,12 @@ class SamplingSchedule:
 
     @property
     def final_step(self) -> str:
+        """`"mean"` if the SDE ends with a noiseless step, else `"sample"`."""
         return "sample" if self.last_step_size is None else "mean"
 
     @property
     def trainable_steps(self) -> tuple[int, ...]:
-        """Steps that have a density; none under the ODE."""
+        """Steps with noise, which have a density; none under the ODE."""
         if self.sampler == "ode":
             return ()
         return stochastic_steps(
@@ -135,23 +129,24 @@ class SamplingSchedule:
 
     @property
     def num_evaluations(self) -> int | None:
-        """Network evaluations per image; `None` where the solver decides."""
-        solver = self.solver if self.sampler == "ode" else "euler"
-        if solver == "dopri5":
-            return None
-        return {"euler": self.num_steps, "heun2": 2 * self.num_steps}.get(solver, 2 * self.num_steps - 1)
+        """Network evaluations per image; `None` for a solver that chooses its own steps."""
+        if self.sampler == "sde" or self.solver == "euler":
+            return self.num_steps
+        return None if self.solver == "dopri5" else 2 * self.num_steps - 1
 
 
 def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """One CPU generator per image, fixed by the run's seed, what the images are for, the step and the image's index.
+    """
+    One CPU generator per image, seeded by the run's seed, the purpose, the step and the image's index.
 
-    An image is then the same whichever process, device or micro-batch makes it. Indices below 2³² never collide.
+    An image is then the same on every process, device and in every micro-batch.
     """
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=4).digest()
     base = int.from_bytes(digest, "big")  # CPU generators use 32 bits of their seed
     return [torch.Generator().manual_seed((base + i) % 2**32) for i in indices]
 
 
+@torch.no_grad()
 def sample(
     policy: DiffusionPolicy,
     model: nn.Module,
@@ -162,32 +157,30 @@ def sample(
     keep_states: Sequence[int] = (),
 ) -> Trajectory:
     """
-    A batch of samples `(B, ...)` for `conditions`.
+    Samples one batch.
 
     Args:
         policy ([`DiffusionPolicy`]): generator.
-        model (`torch.nn.Module`): its network, or another in place of it.
-        conditions: one per sample.
-        schedule ([`SamplingSchedule`]): how.
+        model (`torch.nn.Module`): its network, or another in its place.
+        conditions: one per sample, a tensor or a list.
+        schedule ([`SamplingSchedule`]): how to sample.
         generator (`torch.Generator` or list of them, one per sample, *optional*): source of the noise.
-        keep_steps (`Sequence[int]`, *optional*): steps of an SDE to keep, with their densities.
-        keep_states (`Sequence[int]`, *optional*): grid indices whose states to keep, of an SDE or Euler's ODE.
+        keep_steps (`Sequence[int]`, *optional*): steps of an SDE to keep, with their log-probabilities.
+        keep_states (`Sequence[int]`, *optional*): grid indices to keep the states of, of an SDE or of Euler's ODE.
     """
     schedule = schedule.on(policy)
     if schedule.sampler == "ode" and schedule.solver != "euler" and keep_states:
-        raise ValueError(f"solver={schedule.solver!r} keeps no states between: set solver='euler'.")
-    with torch.no_grad():
-        cond = policy.encode(conditions)
-        # a grid that starts below 1 starts from t x_1, without data's (1 - t) x_0, or as the pipeline's own does
-        x = policy.noise(conditions, generator) * (schedule.noise_scale or schedule.times[0])
+        raise ValueError(f"solver={schedule.solver!r} keeps no states: set solver='euler'.")
+    cond = policy.encode(conditions)
+    # A grid that starts below 1 starts from t x_1, without the (1 - t) x_0 of the data.
+    x = policy.noise(conditions, generator) * (schedule.noise_scale or schedule.times[0])
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return policy.velocity(model, x, t, cond)
 
     if schedule.sampler == "ode" and not keep_states:
-        times = schedule.times
-        final = solve_ode(velocity, x, times, solver=schedule.solver)
-        return Trajectory(final, times, (), {}, x.new_zeros(len(x), 0))
+        final = solve_ode(velocity, x, schedule.times, solver=schedule.solver)
+        return Trajectory(final, schedule.times, (), {}, x.new_zeros(len(x), 0))
     return rollout(
         velocity,
         x,
@@ -202,9 +195,107 @@ def sample(
     )
 
 
+@dataclass
+class Generated:
+    """
+    A batch of samples.
+
+    Attributes:
+        indices (`list[int]`): index of each image, which its noise depends on.
+        conditions: one per image.
+        trajectory ([`~sampling.Trajectory`]): the samples, and the states that were asked for.
+    """
+
+    indices: list[int]
+    conditions: Any
+    trajectory: Trajectory
+
+    @property
+    def sample(self) -> Tensor:
+        """The samples `(B, ...)`, not decoded."""
+        return self.trajectory.sample
+
+
+def generate(
+    policy: DiffusionPolicy,
+    conditions: Any,
+    schedule: SamplingSchedule,
+    *,
+    seed: int = 0,
+    stream: str = "images",
+    step: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    model: nn.Module | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    keep_steps: Sequence[int] = (),
+    keep_states: Sequence[int] = (),
+) -> Iterator[Generated]:
+    """
+    Generates one sample per condition.
+
+    A sample depends on `seed`, `stream`, `step` and its index alone: not on the batch size, the process or the device.
+
+    Args:
+        seed (`int`), stream (`str`), step (`int`, *optional*): key of the noise, see [`image_generators`].
+        indices (`Sequence[int]`, *optional*): index of each image; 0, 1, … by default.
+        batch_size (`int`, *optional*, defaults to 64): images at a time.
+        model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
+        autocast (`Callable`, *optional*): makes the context that the network runs in; decoding stays outside of it.
+        policy, conditions, schedule, keep_steps, keep_states: see [`sample`].
+
+    Yields:
+        [`Generated`].
+    """
+    schedule, network = schedule.on(policy), policy.model if model is None else model
+    numbers = range(len(conditions)) if indices is None else indices
+    if len(numbers) != len(conditions):
+        raise ValueError(f"{len(numbers)} indices for {len(conditions)} conditions: give one of each per image.")
+    for start in range(0, len(numbers), batch_size):
+        chunk = list(numbers[start : start + batch_size])
+        batch = take(conditions, range(start, start + len(chunk)))
+        generators = image_generators(seed, stream, step, chunk)
+        with autocast():
+            trajectory = sample(policy, network, batch, schedule, generators, keep_steps, keep_states)
+        yield Generated(chunk, batch, trajectory)
+
+
+def generate_images(
+    policy: DiffusionPolicy,
+    conditions: Any,
+    schedule: SamplingSchedule,
+    *,
+    decode_batch_size: int | None = None,
+    **options: Any,
+) -> Iterator[tuple[Tensor, Any]]:
+    """
+    Generates and decodes one image per condition, with the network in evaluation mode.
+
+    Args:
+        decode_batch_size (`int`, *optional*): samples decoded at a time; a whole batch by default.
+        policy, conditions, schedule, options: see [`generate`].
+
+    Yields:
+        uint8 images `(B, C, H, W)` and their conditions.
+
+    Raises:
+        ValueError: a sample or its image is not finite; names the first.
+    """
+    model = options.pop("model", None) or policy.model
+    with evaluating(model):
+        for batch in generate(policy, conditions, schedule, model=model, **options):
+            images, finite = decode_uint8(policy, batch.sample, decode_batch_size)
+            if not finite.all():
+                raise ValueError(
+                    f"image {batch.indices[int((~finite).nonzero()[0])]} is not finite: the model has diverged, or "
+                    "its precision is too low (SDXL's VAE overflows in float16)."
+                )
+            yield images, batch.conditions
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    """The network without dropout, of labels too; each module is then as it was."""
+    """Switches dropout off, label dropout included; afterwards every module has its mode back."""
     modes = {module: module.training for module in network.modules()}
     try:
         yield network.eval()
@@ -213,50 +304,17 @@ def evaluating(network: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-@torch.no_grad()
-def generate_images(
-    policy: DiffusionPolicy,
-    conditions: Any,
-    schedule: SamplingSchedule,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
-    model: nn.Module | None = None,
-    stream: str = "images",
-    indices: range | None = None,
-    decode_batch_size: int | None = None,
-) -> Iterator[tuple[Tensor, Any]]:
+def share_out(count: int, batch_size: int, rank: int, processes: int) -> tuple[list[int], list[int]]:
     """
-    Generates one image per condition.
+    Deals `count` images to processes so that every batch can be gathered: all processes have equally many.
 
-    Args:
-        policy ([`DiffusionPolicy`]): generator.
-        conditions: one per image, a tensor or a list.
-        schedule ([`SamplingSchedule`]): how to sample.
-        seed (`int`, *optional*, defaults to 0): image `i` depends on this and `i` alone, not on `batch_size`, nor on
-            whether the network is in training mode.
-        batch_size (`int`, *optional*, defaults to 64): images at a time.
-        model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
-        indices (`range`, *optional*): which of the images to generate; all by default.
-        decode_batch_size (`int`, *optional*): samples decoded at a time; all of a batch by default.
-
-    Yields:
-        uint8 images `(batch, C, H, W)` and their conditions.
-
-    Raises:
-        ValueError: a sample or its image is not finite; it names the first.
+    Returns:
+        the indices of this process, in batches of `batch_size`, the last filled up with the last image; and for every
+        batch how many rows of the gathered images count.
     """
-    wanted = range(len(conditions)) if indices is None else indices
-    for start in range(0, len(wanted), batch_size):
-        images = wanted[start : start + batch_size]
-        batch = take(conditions, images)
-        generators = image_generators(seed, stream, 0, images)
-        with evaluating(model or policy.model) as network:
-            x = sample(policy, network, batch, schedule, generators).sample
-        decoded, finite = decode_uint8(policy, x, decode_batch_size)
-        if not finite.all():
-            raise ValueError(
-                f"image {images[int((~finite).nonzero()[0])]} is not finite: the model has diverged, or its precision "
-                "is too low, as the VAE of SDXL's is in float16."
-            )
-        yield decoded, batch
+    own, valid = [], []
+    for start in range(0, count, batch_size * processes):
+        valid.append(min(batch_size * processes, count - start))
+        share = math.ceil(valid[-1] / processes)
+        own += [min(i, count - 1) for i in range(start + rank * share, start + (rank + 1) * share)]
+    return own, valid

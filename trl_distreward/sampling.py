@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Time grids, the stochastic step with its log-probability, and deterministic solvers, on the rectified-flow path.
+"""Time grids, the stochastic step with its log-probability, and ODE solvers, on the rectified-flow path.
 
-Everything here is written for `x_t = (1 - t) x_0 + t x_1` with data at `t = 0`, noise at `t = 1` and velocity
-`v = x_1 - x_0` (Eq. 1-2 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)); grids run from 1 down to 0.
-No model, policy or trainer is known here: a velocity is any callable `velocity(x, t)`.
+The path is `x_t = (1 - t) x_0 + t x_1`, with data at `t = 0`, noise at `t = 1` and velocity `v = x_1 - x_0` (Eq. 1-2
+of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)). Grids run from 1 down to 0. This module knows no
+model: a velocity is any callable `velocity(x, t)`.
 """
 
 import math
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 NOISE_SCHEDULES = ("sit", "flow_grpo", "dance", "cps")
-ODE_SOLVERS = ("euler", "heun", "heun_sigma", "heun2", "dopri5")
-ENDS_AT_DATA = ("heun2", "dopri5")  # those that evaluate the velocity at t = 0 too
-TIME_GRIDS = ("uniform", "karras", "scheduler")
+ODE_SOLVERS = ("euler", "heun", "heun_sigma", "dopri5")
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -26,14 +24,15 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True)
 class Transition:
-    """One step of the sampler seen as a Gaussian `N(mean, std² I)`.
+    """
+    One step of the sampler: a Gaussian `N(mean, std² I)` and a sample of it.
 
     Attributes:
-        prev_sample (`torch.Tensor` of shape `(B, ...)`): the sample at `t_next`, in the dtype of `x`.
+        prev_sample (`torch.Tensor` of shape `(B, ...)`): sample at `t_next`, in the dtype of `x`.
         log_prob (`torch.Tensor` of shape `(B,)`):
-            log-density of `prev_sample`, averaged over the latent dimensions; 0 where `std` is 0 (no density there).
-        mean (`torch.Tensor` of shape `(B, ...)`): float32, or float64 when `x` is float64.
-        std (`torch.Tensor` of shape `(B,)`): likewise.
+            log-density of `prev_sample`, averaged over the latent dimensions; 0 where `std` is 0.
+        mean (`torch.Tensor` of shape `(B, ...)`): float32, or float64 if `x` is float64.
+        std (`torch.Tensor` of shape `(B,)`): in the dtype of `mean`.
     """
 
     prev_sample: Tensor
@@ -44,14 +43,15 @@ class Transition:
 
 @dataclass
 class Trajectory:
-    """What a rollout leaves behind: the final sample, and the states of the steps that will be trained.
+    """
+    Result of a rollout: the final sample, and the states kept for training.
 
     Attributes:
-        sample (`torch.Tensor` of shape `(B, ...)`): the sample at the end of the grid.
-        times (`list[float]`): the grid, one more than there are steps.
-        steps (`tuple[int, ...]`): indices of the kept steps; step `i` leads from `times[i]` to `times[i + 1]`.
-        states (`dict[int, torch.Tensor]`): `x` at grid index `i` for every kept step's two ends.
-        log_probs (`torch.Tensor` of shape `(B, len(steps))`): log-probabilities as drawn.
+        sample (`torch.Tensor` of shape `(B, ...)`): sample at the end of the grid.
+        times (`list[float]`): time grid, one entry more than there are steps.
+        steps (`tuple[int, ...]`): kept steps; step `i` leads from `times[i]` to `times[i + 1]`.
+        states (`dict[int, torch.Tensor]`): samples by grid index.
+        log_probs (`torch.Tensor` of shape `(B, len(steps))`): log-probabilities of the kept steps.
     """
 
     sample: Tensor
@@ -62,15 +62,15 @@ class Trajectory:
 
 
 def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | None = None) -> list[float]:
-    """Times from 1 (noise) to 0 (data).
+    """
+    Even times from 1 (noise) to 0 (data).
 
     Args:
-        num_steps (`int`): number of steps, i.e. of network evaluations under Euler; the grid has one point more.
+        num_steps (`int`): number of steps; the grid has one point more.
         shift (`float`, *optional*, defaults to 1.0):
-            resolution shift `t -> shift t / (1 + (shift - 1) t)` of SD3 (arXiv 2403.03206, Eq. 23).
+            resolution shift `t -> shift t / (1 + (shift - 1) t)` (SD3, arXiv 2403.03206, Eq. 23).
         last_step_size (`float`, *optional*):
-            size of the last step, before the shift; the others share the rest evenly. SiT ends its SDE sampler with a
-            step of 0.04.
+            size of the last step before the shift; the other steps share the rest evenly. SiT's SDE sampler uses 0.04.
 
     Returns:
         `list[float]`: `num_steps + 1` decreasing times.
@@ -78,57 +78,52 @@ def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | Non
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1.")
     if shift <= 0:
-        raise ValueError(f"shift={shift} must be positive; 1.0 leaves the grid uniform.")
+        raise ValueError(f"time_shift={shift} must be positive; 1.0 leaves the grid even.")
     if last_step_size is None:
-        uniform = [1 - i / num_steps for i in range(num_steps)] + [0.0]
+        even = [1 - i / num_steps for i in range(num_steps)] + [0.0]
     elif not 0 < last_step_size < 1:
         raise ValueError(f"last_step_size={last_step_size} must lie strictly between 0 and 1, or be None.")
     elif num_steps == 1:
-        raise ValueError("last_step_size needs at least 2 steps: one that reaches it and the last one itself.")
+        raise ValueError("last_step_size needs at least 2 steps: raise num_inference_steps or set last_step_size=0.")
     else:
         rest = 1 - last_step_size
-        uniform = [1 - rest * i / (num_steps - 1) for i in range(num_steps - 1)] + [last_step_size, 0.0]
-    return [shift * t / (1 + (shift - 1) * t) for t in uniform]
+        even = [1 - rest * i / (num_steps - 1) for i in range(num_steps - 1)] + [last_step_size, 0.0]
+    return [shift * t / (1 + (shift - 1) * t) for t in even]
 
 
 def karras_grid(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
-    """EDM's noise levels (arXiv 2206.00364, Eq. 5) as times `t = σ / (1 + σ)`, with 0 at the end.
+    """
+    EDM's noise levels (arXiv 2206.00364, Eq. 5) as times `t = σ / (1 + σ)`, followed by 0.
 
-    A sample `z = x_0 + σ ε` is on the path at `t` as `x_t = z / (1 + σ)`.
+    EDM's sample `z = x_0 + σ ε` is `x_t = z / (1 + σ)` on this path.
 
     Args:
-        num_steps (`int`): number of steps and of noise levels, at least 2; the grid has one point more.
+        num_steps (`int`): number of steps, at least 2; the grid has one point more.
         sigma_min, sigma_max, rho (`float`, *optional*, default to 0.002, 80.0 and 7.0): `σ^(1/ρ)` is evenly spaced.
 
     Returns:
         `list[float]`: `num_steps + 1` decreasing times, the first a little below 1.
     """
     if num_steps < 2:
-        raise ValueError(f"num_steps={num_steps} must be at least 2.")
-    if not 0 < sigma_min < sigma_max or rho <= 0:
-        raise ValueError(
-            f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: they must be positive, sigma_min the smaller."
-        )
+        raise ValueError(f"num_steps={num_steps}: EDM's grid needs at least 2 steps.")
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = [(first + i / (num_steps - 1) * (last - first)) ** rho for i in range(num_steps)]
     return [sigma / (1 + sigma) for sigma in sigmas] + [0.0]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """
-    The tensor on `device`. The host does not wait for what is queued on a GPU: copies from pinned memory queue up too,
-    while those from other memory begin when the queue is empty.
-    """
+    """Moves a tensor without waiting for the work queued on a GPU: copies from pinned memory join the queue."""
     if tensor.device.type != "cpu":
         return tensor.to(device)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Standard normal noise of `shape`; a list of generators gives row `i` from generator `i`.
+    """
+    Standard normal noise of `shape`. With a list of generators, row `i` comes from generator `i`.
 
-    One generator per image makes an image independent of the batch or process it was drawn in. Noise is drawn on
-    each generator's own device, then moved, so that CPU generators give the same images on every device.
+    One generator per image makes the image independent of its batch and process. Noise is drawn on the generator's own
+    device and then moved, so CPU generators give the same images on every device.
     """
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -140,30 +135,7 @@ def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.de
     return send(torch.stack(rows), device)
 
 
-def _diffusion(
-    t: Tensor, t_next: Tensor, noise_schedule: str, noise_level: float, start: float
-) -> tuple[Tensor, Tensor]:
-    """The step's noise std, and the coefficient `c` of the predicted noise in `mean = x + v dt + c (x + (1-t) v)`.
-
-    For the three SDE schedules `c = s²/(2t) dt` and `std = s sqrt(-dt)`; for `cps` both follow from its definition.
-    """
-    step = t - t_next
-    if noise_schedule == "cps":  # coefficients-preserving: std = t' sin(eta pi / 2)
-        angle = noise_level * math.pi / 2
-        return t_next * math.sin(angle), t_next * (math.cos(angle) - 1)
-    if noise_schedule == "sit":  # s² = 2 eta² t: SiT's `sigma` form, regular everywhere
-        half_rate = torch.full_like(t, noise_level**2)
-        variance = 2 * noise_level**2 * t * step
-    elif noise_schedule == "flow_grpo":  # s² = eta² t / (1-t), bounded on the first step by its value at t_next
-        # of grids from 1, 0.9999 or 0.999 alike, where testing t == 1 would let 1/(1-t) through
-        bounded = torch.where(t > start - 1e-6, t_next, t)
-        variance = noise_level**2 * bounded / (1 - bounded) * step
-        half_rate = variance / (2 * t * step)
-    else:  # dance: s² = eta²; nothing later removes the last step's noise, so that step is the plain Euler step
-        squared = torch.where(t_next > 0, noise_level**2, 0.0).to(t)
-        variance = squared * step
-        half_rate = squared / (2 * t)
-    return variance.sqrt(), -half_rate * step
+# ---- the stochastic step ----
 
 
 def transition(
@@ -178,9 +150,10 @@ def transition(
     prev_sample: Tensor | None = None,
     generator: Generators = None,
 ) -> Transition:
-    """One stochastic step from `t` to `t_next`, or the log-probability of a step that was taken.
+    """
+    Draws one stochastic step from `t` to `t_next`, or scores a step that was taken.
 
-    With `prev_sample=None` the next sample is drawn; given, it is scored. Both go through the same arithmetic, so a
+    Without `prev_sample` the next sample is drawn; with it, that sample is scored. Both run the same arithmetic, so a
     replayed log-probability equals the drawn one bit for bit. With step `dt = t_next - t < 0`, predicted noise
     `x̂_1 = x + (1-t) v` and diffusion `s(t)`:
 
@@ -201,18 +174,17 @@ def transition(
         t, t_next (`float` or `torch.Tensor` of shape `(B,)`): times with `0 <= t_next < t <= 1`.
         noise_schedule (`str`): one of `"sit"`, `"flow_grpo"`, `"dance"`, `"cps"`.
         noise_level (`float`): η, at least 0; at most 1 for `"cps"`.
-        start (`float`, *optional*, defaults to 0.999):
-            first time of the grid, by which `"flow_grpo"` knows the first step.
-        prev_sample (`torch.Tensor` of shape `(B, ...)`, *optional*): the sample at `t_next` to score.
+        start (`float`, *optional*, defaults to 0.999): first time of the grid; marks the first step of `"flow_grpo"`.
+        prev_sample (`torch.Tensor` of shape `(B, ...)`, *optional*): sample at `t_next` to score.
         generator (`torch.Generator` or list of them, one per row, *optional*): source of the noise.
 
     Returns:
-        [`Transition`]: computed in float32, or in float64 when `x` is float64.
+        [`Transition`]: computed in float32, or in float64 if `x` is float64.
 
     Raises:
         ValueError: unknown schedule, or a noise level outside its range.
     """
-    _check_noise(noise_schedule, noise_level)
+    check_noise(noise_schedule, noise_level)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state, v = x.to(dtype), velocity.to(dtype)
     batch = x.shape[0]
@@ -226,19 +198,46 @@ def transition(
 
     if prev_sample is None:
         noise = gaussian_noise(x.shape, generator, x.device, dtype)
-        prev_sample = (mean + std.view(wide) * noise).to(x.dtype)  # rounded to storage before it is scored
+        prev_sample = (mean + std.view(wide) * noise).to(x.dtype)  # rounded to its storage dtype before it is scored
     return Transition(prev_sample, _gaussian_log_prob(prev_sample.to(dtype), mean, std), mean, std)
 
 
+def _diffusion(
+    t: Tensor, t_next: Tensor, noise_schedule: str, noise_level: float, start: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Noise std of a step, and the coefficient `c` of the predicted noise in `mean = x + v dt + c (x + (1-t) v)`.
+
+    The three SDE schedules have `c = s²/(2t) dt` and `std = s sqrt(-dt)`; for `"cps"` both follow from its definition.
+    """
+    step = t - t_next
+    if noise_schedule == "cps":
+        angle = noise_level * math.pi / 2
+        return t_next * math.sin(angle), t_next * (math.cos(angle) - 1)
+    if noise_schedule == "sit":
+        half_rate = torch.full_like(t, noise_level**2)
+        variance = 2 * noise_level**2 * t * step
+    elif noise_schedule == "flow_grpo":
+        # Compares with the grid's start, not with 1: on a grid from 0.9999, 1 / (1-t) would give 13 std of noise.
+        bounded = torch.where(t > start - 1e-6, t_next, t)
+        variance = noise_level**2 * bounded / (1 - bounded) * step
+        half_rate = variance / (2 * t * step)
+    else:  # dance: no later step removes the last step's noise, so the last step has none
+        squared = torch.where(t_next > 0, noise_level**2, 0.0).to(t)
+        variance = squared * step
+        half_rate = squared / (2 * t)
+    return variance.sqrt(), -half_rate * step
+
+
 def _per_row(t: float | Tensor, batch: int, device: torch.device) -> Tensor:
-    """Times in float64: differences of rounded times would not be the ODE solver's steps."""  # (B,)
+    """Times `(B,)` in float64: differences of rounded times would not match the ODE solver's steps."""
     if isinstance(t, Tensor):
         return t.to(device, torch.float64).expand(batch)
     return torch.full((batch,), t, dtype=torch.float64, device=device)
 
 
 def _gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(sample; mean, std²), mean over all dimensions but the first; 0 where std is 0."""  # (B,)
+    """log N(sample; mean, std²), averaged over all dimensions but the first; 0 where std is 0."""  # (B,)
     stochastic = std > 0
     scale = torch.where(stochastic, std, 1.0)
     squared = (sample - mean).flatten(1).square().mean(1)
@@ -246,17 +245,13 @@ def _gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return torch.where(stochastic, log_prob, 0.0)
 
 
-def _check_noise(noise_schedule: str, noise_level: float) -> None:
+def check_noise(noise_schedule: str, noise_level: float) -> None:
+    """Raises `ValueError` for an unknown noise schedule or a noise level outside its range."""
     if noise_schedule not in NOISE_SCHEDULES:
         raise ValueError(f"noise_schedule={noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}.")
     if not noise_level >= 0 or (noise_schedule == "cps" and noise_level > 1):
         limit = "between 0 and 1 for 'cps'" if noise_schedule == "cps" else "at least 0"
         raise ValueError(f"noise_level={noise_level} must be {limit}.")
-
-
-def _check_times(times: Sequence[float]) -> None:
-    if not all(a > b for a, b in pairwise(times)):  # nor where one is NaN
-        raise ValueError("times must strictly decrease from noise (1) to data (0).")
 
 
 def stochastic_steps(
@@ -267,12 +262,13 @@ def stochastic_steps(
     final_step: str = "sample",
     sde_steps: Iterable[int] | None = None,
 ) -> tuple[int, ...]:
-    """Indices of the steps that have a density, the only ones that can be trained.
-
-    The last step has none under `"cps"` and `"dance"`, nor where the sampler ends with a noiseless "mean" step, nor
-    has any step outside `sde_steps`.
     """
-    _check_noise(noise_schedule, noise_level)
+    Indices of the steps with noise. Only these have a density and can be trained by a policy gradient.
+
+    The last step has no noise under `"cps"`, under `"dance"`, or with `final_step="mean"`. Steps outside `sde_steps`
+    have none either.
+    """
+    check_noise(noise_schedule, noise_level)
     t = torch.tensor(times, dtype=torch.float64)
     std, _ = _diffusion(t[:-1], t[1:], noise_schedule, noise_level, times[0])
     allowed = range(len(times) - 1) if sde_steps is None else set(sde_steps)
@@ -280,6 +276,9 @@ def stochastic_steps(
     if final_step == "mean" and steps and steps[-1] == len(times) - 2:
         steps.pop()
     return tuple(steps)
+
+
+# ---- whole trajectories ----
 
 
 @torch.no_grad()
@@ -296,17 +295,17 @@ def rollout(
     sde_steps: Iterable[int] | None = None,
     generator: Generators = None,
 ) -> Trajectory:
-    """Walks the grid with [`transition`], keeping the states only of the steps that will be trained.
+    """
+    Samples along the grid with [`transition`], and keeps the states that training needs.
 
     Args:
         velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
         x (`torch.Tensor` of shape `(B, ...)`): noise at `times[0]`.
-        times (`Sequence[float]`): decreasing grid, e.g. from [`time_grid`].
-        noise_schedule, noise_level: as in [`transition`].
-        keep_steps (`Iterable[int]`, *optional*): indices of the steps to keep.
-        keep_states (`Iterable[int]`, *optional*): grid indices whose states are kept besides the ends of those steps.
-        final_step (`str`, *optional*, defaults to `"sample"`):
-            `"mean"` leaves the noise of the last step out, as SiT's SDE sampler does.
+        times (`Sequence[float]`): decreasing grid.
+        noise_schedule, noise_level: see [`transition`].
+        keep_steps (`Iterable[int]`, *optional*): steps to keep, with both their ends and their log-probabilities.
+        keep_states (`Iterable[int]`, *optional*): further grid indices to keep the states of.
+        final_step (`str`, *optional*, defaults to `"sample"`): `"mean"` leaves out the last step's noise, as SiT does.
         sde_steps (`Iterable[int]`, *optional*):
             steps with noise, all by default; the others are Euler steps of the ODE (MixGRPO, arXiv 2507.21802).
         generator (`torch.Generator` or list of them, one per row, *optional*): source of the noise.
@@ -315,18 +314,14 @@ def rollout(
         [`Trajectory`].
 
     Raises:
-        ValueError: a kept step is deterministic, or the grid does not decrease.
+        ValueError: a step in `keep_steps` has no noise.
     """
-    if final_step not in ("sample", "mean"):
-        raise ValueError(f"final_step={final_step!r} is unknown: choose 'sample' or 'mean'.")
-    _check_times(times)
     keep = tuple(sorted(set(keep_steps)))
     noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
     trainable = stochastic_steps(
         times, noise_schedule=noise_schedule, noise_level=noise_level, final_step=final_step, sde_steps=noisy
     )
-    if not set(keep) <= set(trainable):
-        wrong = sorted(set(keep) - set(trainable))
+    if wrong := sorted(set(keep) - set(trainable)):
         raise ValueError(f"steps {wrong} have no noise and so no density: keep only steps among {trainable}.")
 
     ends = {i for step in keep for i in (step, step + 1)} | set(keep_states)
@@ -357,15 +352,15 @@ def replay(
     sde_steps: Iterable[int] | None = None,
 ) -> Tensor:
     """
-    The steps from grid index `first` to the end once more, with gradients.
+    Repeats the steps from grid index `first` to the end, with gradients.
 
-    The noise of a step that was taken is what it ended at minus its mean: a constant. So the values are those of the
-    rollout bit for bit, and gradients run through the means, from step to step.
+    The noise of a step that was taken is its end minus its mean, a constant. So the values equal the rollout's bit for
+    bit, and gradients run through the means from step to step.
 
     Args:
         velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
-        states (`Mapping[int, torch.Tensor]` of shapes `(B, ...)`): where the rollout was, at `first` and after.
-        times, noise_schedule, noise_level, sde_steps: as in [`rollout`].
+        states (`Mapping[int, torch.Tensor]` of shapes `(B, ...)`): the rollout's samples at `first` and after.
+        times, noise_schedule, noise_level, sde_steps: see [`rollout`].
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`: the sample at the end.
@@ -382,65 +377,50 @@ def replay(
 
 
 @torch.no_grad()
-def solve_ode(
-    velocity: Velocity,
-    x: Tensor,
-    times: Sequence[float],
-    *,
-    solver: str = "euler",
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
-) -> Tensor:
-    """Integrates `dx/dt = velocity(x, t)` along the grid.
+def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: str = "euler") -> Tensor:
+    """
+    Integrates `dx/dt = velocity(x, t)` along the grid.
 
-    `"euler"`: first order, one evaluation a step. `"heun"`: second order, two evaluations a step, the step onto
-    `t = 0` being Euler's as in EDM (arXiv 2206.00364, Algorithm 1). `"heun_sigma"` takes Heun's steps where EDM does,
-    in the noise level `σ = t/(1-t)` of `z = x_0 + σ x_1`; Euler's are the same on both paths, Heun's are not.
-    `"heun2"`: second order in every step, torchdiffeq's method of that name. `"dopri5"`: torchdiffeq's adaptive method
-    of fifth order, the default of SiT's code; only the two ends of the grid matter to it.
-
-    Under `"dopri5"` the samples of a batch share their steps, so that a sample depends on the others, within the
-    tolerances.
+    - `"euler"`: first order, one evaluation a step.
+    - `"heun"`: second order, two evaluations a step; the step onto `t = 0` is Euler's, as in EDM (arXiv 2206.00364,
+      Algorithm 1).
+    - `"heun_sigma"`: Heun's steps in the noise level `σ = t/(1-t)`, as EDM takes them. Euler's step is the same in `t`
+      and in `σ`, Heun's is not.
+    - `"dopri5"`: torchdiffeq's adaptive method of fifth order, the default of SiT's code, with SiT's tolerances (1e-3
+      relative, 1e-6 absolute). It uses only the ends of the grid, and the samples of a batch share its steps.
 
     Args:
         velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
         x (`torch.Tensor` of shape `(B, ...)`): noise at `times[0]`.
-        times (`Sequence[float]`): decreasing grid.
+        times (`Sequence[float]`): decreasing grid; below 1 for `"heun_sigma"`, since σ is infinite at 1.
         solver (`str`, *optional*, defaults to `"euler"`): one of the above.
-        rtol, atol (`float`, *optional*, default to 1e-3 and 1e-6): tolerances of `"dopri5"`; the defaults are SiT's.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`: the sample at `times[-1]`.
 
     Raises:
-        ValueError: unknown solver, a grid that does not decrease, or `"heun_sigma"` from `t = 1`, where σ is infinite.
         ImportError: `"dopri5"` without torchdiffeq.
     """
-    if solver not in ODE_SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown: choose one of {', '.join(ODE_SOLVERS)}.")
-    _check_times(times)
-    if solver == "heun_sigma" and times[0] >= 1:
-        raise ValueError("solver='heun_sigma' needs a grid that starts below 1, such as that of karras_grid.")
 
     def at(t: float) -> Tensor:
         return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
 
     if solver == "dopri5":
-        return _dopri5(velocity, x, times[0], times[-1], rtol, atol)
+        return _dopri5(velocity, x, times[0], times[-1])
     for t, t_next in pairwise(times):
         v = velocity(x, at(t))
         euler = x + v * (t_next - t)
-        if solver == "heun2" or (solver != "euler" and t_next > 0):
-            v_next = velocity(euler, at(t_next))
-            if solver == "heun_sigma":  # of the step from x that the noise predicted at its end, x + (1-t) v, makes
-                v_next = (euler + (1 - t_next) * v_next - x) / (1 - t)
-            x = x + 0.5 * (v + v_next) * (t_next - t)
-        else:
+        if solver == "euler" or t_next == 0:
             x = euler
+            continue
+        v_next = velocity(euler, at(t_next))
+        if solver == "heun_sigma":  # the slope in σ at the step's end, written as a velocity at its start
+            v_next = (euler + (1 - t_next) * v_next - x) / (1 - t)
+        x = x + 0.5 * (v + v_next) * (t_next - t)
     return x
 
 
-def _dopri5(velocity: Velocity, x: Tensor, start: float, end: float, rtol: float, atol: float) -> Tensor:
+def _dopri5(velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
     try:
         from torchdiffeq import odeint
     except ImportError as error:
@@ -452,4 +432,4 @@ def _dopri5(velocity: Velocity, x: Tensor, start: float, end: float, rtol: float
         return -velocity(x, (start - elapsed).to(x.dtype).expand(x.shape[0]))
 
     ends = torch.tensor([0.0, start - end], dtype=torch.float64, device=x.device)
-    return odeint(backwards, x, ends, method="dopri5", rtol=rtol, atol=atol)[-1]
+    return odeint(backwards, x, ends, method="dopri5", rtol=1e-3, atol=1e-6)[-1]

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from ..conditions import balanced_labels
+from ..conditions import balanced_labels, take
 from ..files import written_whole
 from ..generation import SamplingSchedule, generate_images
 from ..metrics.extractors import network_digest
@@ -118,7 +118,12 @@ def generate_shards(
     for i in trange(len(mine), desc="generation", unit="batch", disable=not (progress and state.is_main_process)):
         indices = plan.shard(mine[i])
         batches = generate_images(
-            policy, conditions, plan.schedule, seed=plan.seed, batch_size=plan.batch_size, indices=indices
+            policy,
+            take(conditions, indices),
+            plan.schedule,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            indices=indices,
         )
         (images,) = (images for images, _ in batches)
         with written_whole(shard_path(folder, mine[i])) as file:

@@ -35,10 +35,10 @@ from ..evaluation.measure import LOGIT_METRICS, FeatureSpace, takes_logits
 from ..evaluation.real import RealPath
 from ..evaluation.sources import ImageSource, ShardedImages, open_images
 from ..files import write_json, written_whole
-from ..generation import SamplingSchedule
+from ..generation import TIME_GRIDS, SamplingSchedule
 from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
-from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS, TIME_GRIDS
+from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS
 from . import cli
 from .common import (
     EXTRACTOR_HELP,

@@ -5,9 +5,9 @@ from typing import Any, get_args, get_origin
 
 from trl.trainer.base_config import _BaseConfig
 
-from ..generation import SamplingSchedule
+from ..generation import TIME_GRIDS, SamplingSchedule
 from ..policies import DiffusionPolicy
-from ..sampling import NOISE_SCHEDULES, TIME_GRIDS
+from ..sampling import NOISE_SCHEDULES
 
 
 @dataclass
@@ -38,7 +38,7 @@ class DiffusionTrainerConfig(_BaseConfig):
             Size of the SDE's last step, without noise: SiT's "Mean" step, which is not trained. 0 or `None`: all steps
             are equal.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`; `"karras"`: EDM's noise levels, which EDM2 is sampled with; or `"scheduler"`: the times of the
+            `"uniform"`; `"karras"`: EDM's noise levels, which EDM2 is sampled with; or `"auto"`: the times of the
             pipeline's own scheduler, in training as in evaluation. The SDE on the latter two needs `last_step_size=0`.
         time_shift (`float`, *optional*, defaults to `1.0`):
             Resolution shift of the time grid; 1 is none.
@@ -126,7 +126,7 @@ class DiffusionTrainerConfig(_BaseConfig):
 
     def bind(self, policy: DiffusionPolicy) -> None:
         """
-        Takes what is the policy's own: its guidance, and its scheduler's times where `time_grid="scheduler"`.
+        Takes what is the policy's own: its guidance, and its scheduler's times where `time_grid="auto"`.
 
         Raises:
             ValueError: the policy was made with other guidance than is asked for.

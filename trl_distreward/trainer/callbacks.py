@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from ..conditions import take
 from ..files import written_whole
 from ..generation import generate_images
 from .sharding import is_split
@@ -178,7 +179,7 @@ class LogSamplesCallback(TrainerCallback):
         with trainer.run_record.timed("samples"), trainer.evaluation_weights(), autocast:
             batches = generate_images(
                 trainer.policy,
-                self.conditions,
+                take(self.conditions, indices),
                 self.schedule,
                 seed=self.seed,
                 batch_size=args.per_device_eval_batch_size,

@@ -284,12 +284,12 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         self._check_reward()
         self._check_update()
         self._set_schedules(*self._schedules())
-        if self.time_grid != "scheduler":
+        if self.time_grid != "auto":
             self._check_steps()
         super().__post_init__()
 
     def bind(self, policy: DiffusionPolicy) -> None:
-        """Gives the schedules the times of `policy` where `time_grid="scheduler"`."""
+        """Gives the schedules the times of `policy` where `time_grid="auto"`."""
         super().bind(policy)
         self._check_steps()
 
