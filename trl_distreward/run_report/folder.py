@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-RUN_RECORD = "run.json"
+from ..trainer.run_record import RUN_RECORD, is_evaluation
+
 STATE = "trainer_state.json"
 _ESSENTIAL = ("trainer", "step", "evaluations", "log_history")
 
@@ -149,11 +150,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object.")
     return content
-
-
-def is_evaluation(entry: Mapping[str, Any]) -> bool:
-    """Whether a log entry is of an evaluation, under whatever prefix: transformers notes how long each took."""
-    return any(name.endswith("_runtime") and name != "train_runtime" for name in entry)
 
 
 def _record_of_checkpoint(path: Path) -> dict[str, Any]:

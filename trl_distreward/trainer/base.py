@@ -37,12 +37,11 @@ from ..generation import SamplingSchedule, evaluating, image_generators, sample
 from ..merging.adapters import changes_base
 from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy, decode_uint8
-from ..run_report.folder import is_evaluation
 from .callbacks import NormalizeWeights, StopOnSIGTERM, UpdateEMA, asks_for_normalization
 from .cuda_graphs import copy_outputs, hold_gradients, uses_cuda_graphs
 from .ema import PolicyEMA
 from .publishing import SKIPPED_FOLDER, PublishingTrainer
-from .run_record import KeepRecord, RunRecord
+from .run_record import KeepRecord, RunRecord, is_evaluation
 from .sharding import is_split, without_weights
 
 logger = get_logger(__name__)

@@ -33,9 +33,8 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..files import written_whole
 from ..hub import without_tokens
 from ..policies import DiffusionPolicy
-from ..run_report.folder import RUN_RECORD, is_evaluation
 from .ema import PolicyEMA
-from .run_record import RunRecord, describe_config, device_name, now, versions
+from .run_record import RUN_RECORD, RunRecord, describe_config, device_name, is_evaluation, now, versions
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict
 
 logger = get_logger(__name__)

@@ -30,7 +30,6 @@ from ..merging.search import CMASearch, GridSearch, RandomSearch, Search, power_
 from ..merging.stamp import stamp_network
 from ..metrics.image_metrics import ImageMetric
 from ..policies import as_policy
-from ..run_report.folder import is_evaluation
 from .base import DiffusionTrainer, disable_dropout
 from .candidates import CandidateJudge
 from .checkpoints import ADAPTER_FOLDER
@@ -42,6 +41,7 @@ from .model_card import recipe_of
 from .objective import normalize_advantages
 from .reference_set import conditions_and_slots
 from .reward_functions import RewardFunctions
+from .run_record import is_evaluation
 
 logger = get_logger(__name__)
 

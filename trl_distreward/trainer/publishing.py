@@ -16,9 +16,9 @@ from huggingface_hub import CommitInfo, run_as_future
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..hub import push_folder, with_retries
-from ..run_report.folder import RUN_RECORD
 from .checkpoints import RAW_WEIGHTS, TRAINING_STATE, CheckpointingTrainer
 from .model_card import build_model_card, recipe_of
+from .run_record import RUN_RECORD
 
 logger = get_logger(__name__)
 

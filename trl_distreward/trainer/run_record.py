@@ -6,7 +6,7 @@ import platform
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from .. import __version__
 from .recipes import RECIPES
 
+RUN_RECORD = "run.json"
 # Share of a run's time that writing its record may take
 _WRITING_SHARE = 0.02
 _PACKAGES = (
@@ -136,6 +137,11 @@ class KeepRecord(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.run_record.is_due():
             self.trainer.write_record()
+
+
+def is_evaluation(entry: Mapping[str, Any]) -> bool:
+    """Whether a log entry belongs to an evaluation: transformers logs how long each one took."""
+    return any(name.endswith("_runtime") and name != "train_runtime" for name in entry)
 
 
 def now() -> str:
