@@ -25,7 +25,6 @@ from digits_merge import COLUMNS, run_methods  # noqa: E402
 PAPER = {"antithetic_sampling": False, "sampling_std_decay": 1.0, "coefficient_map": "softmax", "sampling_std": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "best power profile": {"method": "grid"},
-    "random search": {"method": "random"},
     "CMA-ES": {"method": "cma"},
     "EMANet": {"method": "emanet"},
     "EMANet, softmax, standard deviation 1": {"method": "emanet", **PAPER},

@@ -26,7 +26,6 @@ from trl_distreward import MergeCoefficientConfig, MergeCoefficientTrainer  # no
 COLUMNS = ["reward", *METRICS]
 METHODS: dict[str, dict[str, Any]] = {
     "grid": {"method": "grid"},
-    "random": {"method": "random"},
     "cma": {"method": "cma"},
     "emanet": {"method": "emanet"},
 }

@@ -1,8 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""A stand-in for the Hub on loopback: creates, commits, branches, lists and serves repositories kept in memory.
-
-It can be made to misbehave: `server.misbehave("GET", "model.safetensors", 500, times=2)`.
-"""
+"""A stand-in for the Hub on this machine: creates, commits, branches, lists and serves repositories in memory."""
 
 import base64
 import hashlib
@@ -12,29 +9,23 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-LARGE = (".safetensors",)  # files with an announced SHA-256, as those in Git LFS have
-
 
 class HubServer(ThreadingHTTPServer):
     """
-    `repos[repo_id]` is a list of commits of all branches, oldest first: `(oid, {path: bytes}, message)`.
-
     Attributes:
-        branches (`dict[str, dict[str, str]]`): heads by repository and name; `main` is made by the first commit.
-        gated, private (`dict[str, str]`): repositories by the one token that may read them.
-        ranges (`bool`): whether parts of files are served.
-        storage (`str`, *optional*): another server, to which requests for files are sent on.
-        requests (`list`): of POST, path and body.
-        served (`list[tuple[str, str, int]]`): method, path in its repository, and bytes sent, of every file.
+        repos (`dict[str, list]`): commits of all branches, oldest first: `(oid, {path: bytes}, message)`.
+        branches (`dict[str, dict[str, str]]`): heads by repository and name; the first commit makes `main`.
+        gated, private (`dict[str, str]`): repositories, with the one token that may read them.
+        storage (`str`, *optional*): another server, to which requests for files are redirected.
+        served (`list[tuple[str, str, int]]`): method, path and sent bytes of every request for a file.
     """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.branches, self.requests, self.served = {}, {}, [], []
-        self.gated, self.private, self.ranges, self.fail_commits = {}, {}, True, 0
-        self.storage = None
+        self.repos, self.branches, self.served = {}, {}, []
+        self.gated, self.private, self.storage = {}, {}, None
         self.faults, self.closing = [], threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -48,9 +39,9 @@ class HubServer(ThreadingHTTPServer):
 
     def misbehave(self, method, part, fault, times=1):
         """
-        For the next `times` requests of `method` whose path contains `part`: `fault` is a status, `"silence"` (no
-        answer), `"reset"` (connection closed), `"cut"` (half the body), `"short"` (a shorter file, politely) or
-        `"commit and reset"` (the request is done, but its answer is lost).
+        Makes the next `times` requests of `method` fail whose path contains `part`. `fault` is a status, `"silence"`
+        (no answer), `"reset"` (connection closed), `"cut"` (half the body), `"short"` (half the file, as if it were
+        the whole) or `"commit and reset"` (the commit is made, but its answer is lost).
         """
         self.faults += [(method, part, fault)] * times
 
@@ -114,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def misbehaves(self):
-        """Whether a fault was in order that leaves nothing to do; `self.fault` is one that must be done later."""
+        """Whether a fault ended the request; `self.fault` keeps one that acts on the answer."""
         self.fault = self.server.fault_of(self.command, unquote(self.path))
         if isinstance(self.fault, int):
             self.answer(self.fault, {"error": f"token {self.headers.get('Authorization')} is out of order"})
@@ -126,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         return isinstance(self.fault, int) or self.fault in ("silence", "reset")
 
     def refused(self, repo_id):
-        """Whether this request may not see the repository; answered if so."""
+        """Whether the request may not see the repository, which is answered."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if self.server.private.get(repo_id, token) != token:
             self.answer(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -139,7 +130,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        self.server.requests.append((self.path, body))
         if self.misbehaves():
             return None
         if parts == ["api", "repos", "create"]:
@@ -160,9 +150,6 @@ class Handler(BaseHTTPRequestHandler):
             ]
             return self.answer(200, {"files": files})
         if action == "commit":
-            if self.server.fail_commits:
-                self.server.fail_commits -= 1
-                return self.answer(500, {"error": "out of order"})
             oid = self.server.commit(repo_id, [json.loads(line) for line in body.splitlines()], parts[5])
             if self.fault == "commit and reset":
                 return self.hang_up()
@@ -190,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             if len(parts) > 4 and parts[4] == "tree":
                 listed = [{"type": "file", "path": p, "size": len(d), "oid": oid} for p, d in files.items()]
                 return self.answer(200, listed)
-            siblings = [sibling(path, data) for path, data in files.items()]
+            siblings = [{"rfilename": path, "size": len(data), "blobId": "0" * 40} for path, data in files.items()]
             return self.answer(200, {"_id": "1", "id": repo_id, "modelId": repo_id, "sha": oid, "siblings": siblings})
         if "resolve" in parts:
             found = self.server.revision(repo_id, parts[3])
@@ -211,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         asked, status, size = self.headers.get("Range"), 200, len(data)
         if self.fault == "short":
             data = data[: size // 2]
-        if asked and self.server.ranges:
+        if asked:
             first, last = asked.removeprefix("bytes=").split("-")
             first, last = int(first), min(int(last or size - 1), size - 1)
             if first >= size:
@@ -222,15 +209,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(status, data, headers)
 
 
-def sibling(path, data):
-    entry = {"rfilename": path, "size": len(data), "blobId": "0" * 40}
-    if path.endswith(LARGE):
-        entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
-    return entry
-
-
 def git_oid(commit, path):
-    """Of a file that a commit has, as git names it; the client leaves out what is the same."""
+    """Returns git's hash of a file in a commit; the client does not upload a file with the same hash."""
     if commit is None or path not in commit[1]:
         return None
     data = commit[1][path]
@@ -238,7 +218,7 @@ def git_oid(commit, path):
 
 
 def connect(monkeypatch, server, home):
-    """Points huggingface_hub, in this process, at a stand-in with an empty cache; waiting takes no time."""
+    """Points huggingface_hub in this process to a stand-in with an empty cache, and shortens its waits."""
     import huggingface_hub
     from huggingface_hub import constants
 

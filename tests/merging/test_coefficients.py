@@ -17,7 +17,7 @@ from trl_distreward.merging.coefficients import (
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
-def test_network_starts_exactly_at_what_it_is_given_and_learns_from_there(num_layers):
+def test_network_starts_at_the_initial_mean_and_learns(num_layers):
     initial = torch.randn(2, 4, dtype=torch.float64)
     network = EMANet(initial, num_layers=num_layers, scale=0.1)
     assert torch.equal(network(), initial)
@@ -31,7 +31,7 @@ def test_network_starts_exactly_at_what_it_is_given_and_learns_from_there(num_la
     assert loss.item() < 1e-2 * before
 
 
-def test_network_of_the_paper_has_three_layers_on_an_embedding():
+def test_default_network_has_three_layers_on_an_embedding():
     network = EMANet(torch.zeros(1, 8))
     shapes = [tuple(layer.weight.shape) for layer in network.layers if hasattr(layer, "weight")]
     assert shapes == [(64, 64), (64, 64), (8, 64)]
@@ -58,23 +58,23 @@ def test_affine_coefficients_are_the_nearest_that_sum_to_one():
     assert ((others - samples).norm(dim=1) > (coefficients - samples).norm()).all()
 
 
-def test_coefficients_that_a_map_does_not_reach_are_refused():
+def test_coefficients_outside_of_a_maps_range_are_refused():
     last = initial_coefficients("last", 3)
-    with pytest.raises(ValueError, match="not all positive"):
+    with pytest.raises(ValueError, match="must be positive"):
         samples_of(last, "softmax")
     assert torch.equal(samples_of(last, "affine"), last)
-    with pytest.raises(ValueError, match="do not sum to one"):
+    with pytest.raises(ValueError, match="must sum to one"):
         samples_of(torch.tensor([0.5, 0.7]), "affine")
     assert samples_of(torch.tensor([0.5, 0.7]), "none").tolist() == pytest.approx([0.5, 0.7])
 
 
-def test_starts():
+def test_initial_coefficients():
     assert initial_coefficients("uniform", 4).tolist() == [0.25] * 4
     assert initial_coefficients("last", 3).tolist() == [0, 0, 1]
     assert initial_coefficients([0.5, -0.5, 1.0], 3).tolist() == [0.5, -0.5, 1.0]
     power = initial_coefficients("post_hoc", 5, target_std=0.1)
     assert power.sum().item() == pytest.approx(1) and (power.diff() > 0).all()
-    # a stored average of the very width that is asked for is the answer
+    # a stored average with the target's width is the answer
     stored = initial_coefficients("post_hoc", 2, times=[5.0, 5.0], stds=[0.05, 0.1], target_std=0.05)
     torch.testing.assert_close(stored, torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-9, rtol=0)
     with pytest.raises(ValueError, match="checkpoint_times has 2 entries for 3"):
@@ -97,16 +97,16 @@ def test_groups_cover_every_tensor():
     assert not any("." in name for name in outside)  # t_embedder.mlp.0 and .2 are no blocks
 
 
-def test_blocks_of_edm2_are_told_apart():
+def test_edm2_blocks_are_separate_groups():
     keys = list(tiny_edm2().state_dict())
     names = coefficient_groups(keys, "per_block")[1]
     blocks = {key[: key.index("block") + len("block0")] for key in keys if "_block" in key}
     assert len(blocks) > 3 and blocks < set(names)
-    assert "unet" in names  # what is in no block
+    assert "unet" in names  # tensors outside of blocks
 
 
 @pytest.mark.parametrize("granularity", ["per_block", "per_parameter_group"])
-def test_factors_of_an_adapter_are_grouped_as_the_weights_they_adapt(granularity):
+def test_lora_factors_are_grouped_like_the_weights_they_adapt(granularity):
     plain = ["blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "y.weight"]
     endings = {"y.weight": ("lora_embedding_A", "lora_embedding_B")}
     factors = [
@@ -125,7 +125,7 @@ def test_names_without_blocks_are_refused():
         coefficient_groups(["net.first.weight", "net.second.weight"], "per_block")
 
 
-def test_network_of_the_mean_does_not_run_in_half_precision():
+def test_mean_is_computed_in_full_precision():
     network = EMANet(torch.zeros(1, 4))
     torch.nn.init.normal_(network.layers[-1].weight)
     expected = network()
@@ -133,7 +133,7 @@ def test_network_of_the_mean_does_not_run_in_half_precision():
         assert torch.equal(network(), expected)
 
 
-def test_antithetic_samples_come_in_pairs_about_the_mean():
+def test_antithetic_samples_are_pairs_around_the_mean():
     mean = torch.randn(1, 3, dtype=torch.float64)
     samples = gaussian_samples(mean, 0.5, 6, torch.Generator().manual_seed(0), antithetic=True)
     torch.testing.assert_close(samples[:3] + samples[3:], 2 * mean.expand(3, 1, 3))
@@ -142,7 +142,7 @@ def test_antithetic_samples_come_in_pairs_about_the_mean():
     assert plain.std(dim=0).sub(0.5).abs().max() < 0.03 and (plain.mean(dim=0) - mean).abs().max() < 0.03
 
 
-def test_log_probability_is_the_gaussians():
+def test_log_prob_matches_torch():
     mean = torch.randn(2, 3, dtype=torch.float64)
     samples = torch.randn(5, 2, 3, dtype=torch.float64)
     expected = torch.distributions.Normal(mean, 0.7).log_prob(samples).sum((1, 2))

@@ -5,7 +5,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -16,8 +15,6 @@ from trl_distreward.generation import SamplingSchedule, image_generators, sample
 from trl_distreward.merging.posthoc import LARGEST_SIGMA_REL
 from trl_distreward.policies import to_uint8
 from trl_distreward.trainer.merge_coefficient_config import METHODS, MergeCoefficientConfig
-
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +197,7 @@ def test_a_reward_that_served_another_run_starts_afresh(tmp_path, pool):
 
 
 def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
-    trainer = tiny_merge_trainer(tmp_path, pool, method="random", max_steps=1)
+    trainer = tiny_merge_trainer(tmp_path, pool, method="cma", max_steps=1)
     judge = trainer.judge.judge
 
     def broken(candidates, step):
@@ -244,13 +241,10 @@ def test_saved_pipeline_is_the_merge_and_says_how_it_was_made(tmp_path, pool):
         expected = sum(w * f[name] for w, f in zip(row, files, strict=True))
         torch.testing.assert_close(parameter.data, expected)
         assert torch.equal(parameter, dict(trainer.merged_network.named_parameters())[name])
-    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
-        metadata = {name: json.loads(value) for name, value in file.metadata().items() if name != "format"}
-    assert metadata["coefficients"] == dict(zip(trainer.group_names, coefficients.tolist(), strict=True))
-    assert [list(m["files"].values()) for m in metadata["pool"]["members"]] == [
-        list(m["files"].values()) for m in trainer.pool.describe()["members"]
-    ]
-    assert metadata["recipe"]["sampling_std"] == 0.15 and metadata["num_images"] == trainer.num_images
+    about = json.loads((tmp_path / "coefficients.json").read_text())
+    assert about["coefficients"] == dict(zip(trainer.group_names, coefficients.tolist(), strict=True))
+    assert about["pool"] == trainer.pool.describe()
+    assert about["recipe"]["sampling_std"] == 0.15 and about["num_images"] == trainer.num_images
     card = (tmp_path / "README.md").read_text()
     assert "![Coefficients](coefficients.png)" in card and (tmp_path / "coefficients.png").is_file()
     assert f"{coefficients[0, 3]:.4f}" in card and "step-3.safetensors" in card
@@ -278,7 +272,7 @@ def test_network_of_the_mean_is_exact_under_bf16(tmp_path, pool):
 
 def test_logs_over_several_steps_have_the_best_of_them_and_the_number_of_images(tmp_path, pool):
     every, few = (
-        tiny_merge_trainer(tmp_path, pool, method="random", max_steps=4, logging_steps=steps) for steps in (1, 2)
+        tiny_merge_trainer(tmp_path, pool, method="cma", max_steps=4, logging_steps=steps) for steps in (1, 2)
     )
     for trainer in (every, few):
         trainer.train()
@@ -293,7 +287,7 @@ def test_reward_functions_get_the_trainers_state(tmp_path, pool):
         return [0.5] * len(images)
 
     seen = set()
-    tiny_merge_trainer(tmp_path, pool, reward_funcs=steps, method="random", max_steps=2).train()
+    tiny_merge_trainer(tmp_path, pool, reward_funcs=steps, method="cma", max_steps=2).train()
     assert seen == {0, 1}
 
 
@@ -365,7 +359,7 @@ def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
         {"method": "emanet", "lr_scheduler_type": "linear"},
         {"method": "cma", "num_replacements": 1, "replace_size": 3},
         {"method": "grid"},
-        {"method": "random", "granularity": "per_block"},
+        {"method": "cma", "granularity": "per_block"},
     ],
     ids=lambda settings: settings["method"],
 )
@@ -383,8 +377,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
     assert torch.equal(resumed.coefficients, whole.coefficients)
     assert logged(resumed, "reward") == logged(whole, "reward")
     assert resumed.num_images == whole.num_images
-    with safe_open(tmp_path / "whole" / "checkpoint-4" / WEIGHTS, framework="pt") as file:
-        assert json.loads(file.metadata()["coefficients"])[whole.group_names[0]] == whole.coefficients[0].tolist()
+    saved = json.loads((tmp_path / "whole" / "checkpoint-4" / "coefficients.json").read_text())
+    assert saved["coefficients"][whole.group_names[0]] == whole.coefficients[0].tolist()
 
 
 class Age:
@@ -403,7 +397,7 @@ class Age:
         return float(self.evaluations)
 
 
-@pytest.mark.parametrize("method", ["emanet", "random"])
+@pytest.mark.parametrize("method", ["emanet", "cma"])
 def test_best_coefficients_come_back(tmp_path, pool, method):
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -473,7 +467,7 @@ def test_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
         ({"method": "adam"}, "method='adam' is unknown: choose one of"),
         ({"initial_coefficients": "first"}, "initial_coefficients='first' is unknown"),
         ({"method": "cma", "sampling_std_decay": 0.1}, "sampling_std_decay=0.1 does nothing under method='cma'"),
-        ({"method": "random", "learning_rate": 0.1}, "learning_rate=0.1 does nothing under method='random'"),
+        ({"method": "cma", "learning_rate": 0.1}, "learning_rate=0.1 does nothing under method='cma'"),
         ({"method": "grid", "sampling_std": 0.1}, "sampling_std=0.1 does nothing under method='grid'"),
         ({"num_subsets": 3}, "num_subsets=3 does nothing under num_replacements=0"),
         ({"replace_size": 3}, "replace_size=3 does nothing under num_replacements=0"),
@@ -531,7 +525,7 @@ def test_start_is_a_word_or_numbers(tmp_path):
 def test_what_does_not_fit_a_set_is_refused(tmp_path, pool):
     with pytest.raises(ValueError, match="leave credit='shared'"):
         tiny_merge_trainer(tmp_path, pool, reward_funcs=tiny_reward(credit="leave_one_in"))
-    with pytest.raises(ValueError, match="not all positive"):
+    with pytest.raises(ValueError, match="must be positive"):
         tiny_merge_trainer(tmp_path, pool, coefficient_map="softmax", initial_coefficients="last")
     with pytest.raises(ValueError, match="3 entries for 4 checkpoints"):
         tiny_merge_trainer(tmp_path, pool, initial_coefficients=[0.5, 0.25, 0.25])

@@ -1,26 +1,28 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Pools of LoRA adapters, merged exactly.
+"""Merge LoRA adapters exactly.
 
 An adapter adds `s B A` to a weight. The combination of N of them, `sum_i w_i s B_i A_i`, is itself an adapter, of N
-times the rank: rows of all `A_i` below one another, columns of all `w_i B_i` beside one another. Combining the `A_i`
-and the `B_i` on their own, as if they were weights, gives another model: it has the cross terms `w_i w_j B_i A_j`.
+times the rank: stack the rows of all `A_i`, and the columns of all `w_i B_i`. Summing the `A_i` and the `B_i` on their
+own, as if they were weights, gives another model, with the cross terms `w_i w_j B_i A_j`.
 """
 
-import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-CONFIG = "adapter_config.json"
+if TYPE_CHECKING:
+    from .sources import Checkpoint
+
+ADAPTER_CONFIG = "adapter_config.json"
 _LOW_RANK = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
-# As peft, diffusers and kohya name them, before and after peft
+# names of factors by peft, diffusers and kohya, before and after peft
 _FACTOR = re.compile(r"(^|[._])lora_(embedding_)?[AB](\.|$)|[._]lora[._](up|down)\.|lora_linear_layer\.(up|down)\.")
-# Ways to start an adapter that take from the network's own weights what the adapter then holds
+# initializations that move a part of the network's own weights into the adapter
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-# What may differ between adapters that are the same function of their weights
+# fields in which adapters may differ and still be the same function of their weights
 _IRRELEVANT = {
     "base_model_name_or_path",
     "inference_mode",
@@ -33,18 +35,13 @@ _IRRELEVANT = {
 
 
 def concatenated_axis(key: str) -> int | None:
-    """The dimension that is the rank, of a factor of an adapter: 0 of an A, 1 of a B, `None` of any other tensor."""
+    """Returns the dimension of a LoRA factor that is its rank: 0 for an A, 1 for a B, `None` for other tensors."""
     match = _LOW_RANK.search(key)
     return None if match is None else 0 if match["factor"] == "A" else 1
 
 
-def is_factor(key: str) -> bool:
-    """Whether a tensor's name is that of a factor of a LoRA, by any library's convention."""
-    return _FACTOR.search(key) is not None
-
-
 def concatenated(key: str, members: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """All members' factors of one key, those of B times their weight, in float32 or better."""
+    """Concatenates all adapters' factors with one name, those of B times their weight, in float32 or better."""
     axis = concatenated_axis(key)
     assert axis is not None
     wide = torch.promote_types(members[0].dtype, torch.float32)
@@ -53,47 +50,63 @@ def concatenated(key: str, members: Sequence[Tensor], weights: Sequence[float]) 
     return torch.cat([member.to(wide) * weight for member, weight in zip(members, weights, strict=True)], dim=1)
 
 
-def check_configs(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, Any] | None:
     """
+    Builds the configuration of the merged adapter: N times the rank, at the same scaling.
+
+    Returns:
+        `dict` or `None`: content of `adapter_config.json`; `None` if the checkpoints are whole models.
+
     Raises:
-        ValueError: an adapter is not a LoRA, or differs from the first in what its weights mean.
+        ValueError: a checkpoint is not a LoRA adapter as the others are, or does not tell what its factors mean.
     """
-    for config, name in zip(configs, names, strict=True):
-        if config.get("peft_type") != "LORA" or config.get("use_dora"):
-            kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-            raise ValueError(f"{name} is a {kind} adapter: only LoRA adapters can be merged as a pool.")
-        if changes_base(config.get("init_lora_weights")):
+    configs = [member.adapter_config for member in members if member.adapter_config is not None]
+    for member in members:
+        factor = next((key for key in member.specs if _FACTOR.search(key)), None)
+        if member.adapter_config is None and (configs or factor):
             raise ValueError(
-                f"{name} was begun with init_lora_weights={config['init_lora_weights']!r}, which changes the network "
-                "that it is an adapter of: save it with peft's path_initial_model_for_weight_conversion, as one of "
-                "the network as it was."
+                f"{member.source} has no {ADAPTER_CONFIG}, which "
+                f"{f'LoRA factors such as {factor} need' if factor else 'other checkpoints have'}: save each adapter "
+                "with peft's PeftModel.save_pretrained."
             )
-        for field in sorted({*config, *configs[0]} - _IRRELEVANT):
-            ours, first = (_comparable(c.get(field)) for c in (config, configs[0]))
-            if ours != first:
-                raise ValueError(
-                    f"{name} has {field}={config.get(field)!r}, but {names[0]} has {configs[0].get(field)!r}: "
-                    "adapters of a pool must be alike."
-                )
+    if not configs:
+        return None
+    for member in members:
+        _check_config(member, members[0])
+    count, config = len(members), configs[0]
+    # peft scales by alpha / rank, or by alpha / sqrt(rank) with use_rslora
+    alpha = count**0.5 if config.get("use_rslora") else count
+    return config | {
+        "init_lora_weights": True,  # until the merged weights are in place
+        "r": config["r"] * count,
+        "lora_alpha": config["lora_alpha"] * alpha,
+        "rank_pattern": {key: rank * count for key, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: value * alpha for key, value in (config.get("alpha_pattern") or {}).items()},
+    }
 
 
-def changes_base(init_lora_weights: Any) -> bool:
-    """Whether an adapter that is begun so changes the weights of the network beneath it."""
+def _check_config(member: "Checkpoint", first: "Checkpoint") -> None:
+    config, expected = member.adapter_config or {}, first.adapter_config or {}
+    kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{member.source} is a {kind} adapter: only LoRA adapters can be merged.")
+    if changes_base(config.get("init_lora_weights")):
+        raise ValueError(
+            f"{member.source} was started with init_lora_weights={config['init_lora_weights']!r}, which changes the "
+            "network below it: save it with peft's path_initial_model_for_weight_conversion."
+        )
+    for field in sorted({*config, *expected} - _IRRELEVANT):
+        if _comparable(config.get(field)) != _comparable(expected.get(field)):
+            raise ValueError(
+                f"{member.source} has {field}={config.get(field)!r}, but {first.source} has {expected.get(field)!r}: "
+                "merge adapters that agree in all but their weights."
+            )
+
+
+def changes_base(init_lora_weights: bool | str | None) -> bool:
+    """Whether an adapter with this initialization changes the weights of the network below it."""
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_CHANGES_BASE)
 
 
 def _comparable(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, list) else value or None
-
-
-def widened_config(config: dict[str, Any], count: int) -> dict[str, Any]:
-    """The configuration of `count` adapters beside one another: that many times the rank, at the same scaling."""
-    # peft scales by alpha / rank, or alpha / sqrt(rank) with use_rslora
-    alpha = count**0.5 if config.get("use_rslora") else count
-    widened = json.loads(json.dumps(config))
-    widened["init_lora_weights"] = True  # until the merged weights are in place
-    widened["r"] = config["r"] * count
-    widened["lora_alpha"] = config["lora_alpha"] * alpha
-    widened["rank_pattern"] = {k: rank * count for k, rank in (config.get("rank_pattern") or {}).items()}
-    widened["alpha_pattern"] = {k: value * alpha for k, value in (config.get("alpha_pattern") or {}).items()}
-    return widened

@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Merging coefficients: the Gaussian policy they are drawn from, and what is made of a draw.
+"""Merging coefficients: the Gaussian policy that draws samples, and the map from a sample to coefficients.
 
-Section 3.3 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291). A *sample* is what the policy draws; a map
-makes coefficients of it. The paper names none, and with a standard deviation of 1 the sum of eight coefficients would
-vary by 2.8: the map is explicit here.
+Section 3.3 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291). The paper names no map. With a standard
+deviation of 1 the sum of eight coefficients would then vary by 2.8, so the map is explicit here.
 """
 
 import math
@@ -21,10 +20,10 @@ GRANULARITIES = ("per_model", "per_block", "per_parameter_group")
 
 def coefficients_of(samples: Tensor, coefficient_map: str) -> Tensor:
     """
-    Coefficients of samples `(..., N_c)`, in their dtype.
+    Maps samples `(..., N_c)` to coefficients, in the same dtype.
 
-    `"softmax"`: positive, and their sum is one. `"affine"`: the nearest coefficients whose sum is one; some may be
-    negative. `"none"`: the samples themselves.
+    `"softmax"` gives positive coefficients that sum to one. `"affine"` gives the nearest coefficients that sum to one;
+    some may be negative. `"none"` gives the samples themselves.
     """
     if coefficient_map == "softmax":
         return samples.softmax(dim=-1)
@@ -35,23 +34,23 @@ def coefficients_of(samples: Tensor, coefficient_map: str) -> Tensor:
 
 def samples_of(coefficients: Tensor, coefficient_map: str) -> Tensor:
     """
-    Samples that the map takes to `coefficients` `(..., N_c)`.
+    Returns samples that the map takes to `coefficients` `(..., N_c)`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the map does not reach these coefficients.
     """
     total = coefficients.sum(dim=-1)
     if coefficient_map != "none" and not bool(((total - 1).abs() < 1e-6).all()):
         raise ValueError(
-            f"coefficients {coefficients.tolist()} do not sum to one, as coefficient_map={coefficient_map!r} has it: "
-            "divide them by their sum, or use coefficient_map='none'."
+            f"coefficients {coefficients.tolist()} must sum to one with coefficient_map={coefficient_map!r}: divide "
+            "them by their sum, or use coefficient_map='none'."
         )
     if coefficient_map != "softmax":
         return coefficients
     if not bool((coefficients > 0).all()):
         raise ValueError(
-            f"coefficients {coefficients.tolist()} are not all positive, as coefficient_map='softmax' has it: start "
-            "elsewhere, or use coefficient_map='affine'."
+            f"coefficients {coefficients.tolist()} must be positive with coefficient_map='softmax': start elsewhere, "
+            "or use coefficient_map='affine'."
         )
     return coefficients.log()
 
@@ -64,27 +63,31 @@ def initial_coefficients(
     target_std: float = 0.1,
 ) -> Tensor:
     """
-    Where learning starts.
+    Computes the coefficients that a search starts at.
 
     Args:
         kind (`str` or `list[float]`):
-            `"post_hoc"`: a power-function average that ends at the last checkpoint, see
-            [`~merging.posthoc_ema_coefficients`]; `"uniform"`; `"last"`; or the coefficients themselves.
-        count (`int`): checkpoints N_c.
-        times (`list[float]`, *optional*): their training times; 1, 2, …, N_c by default.
-        stds (`list[float]`, *optional*): their relative widths, where they are averages themselves.
-        target_std (`float`, *optional*, defaults to 0.1): relative width of the average under `"post_hoc"`.
+            `"post_hoc"`, a power-function average that ends at the last checkpoint (see
+            [`~merging.posthoc_ema_coefficients`]); `"uniform"`; `"last"`; or the coefficients themselves.
+        count (`int`): number of checkpoints N_c.
+        times (`list[float]`, *optional*): training times of the checkpoints; 1, 2, …, N_c by default.
+        stds (`list[float]`, *optional*): relative widths of the checkpoints, if they are averages themselves.
+        target_std (`float`, *optional*, defaults to 0.1): relative width of the `"post_hoc"` average.
 
     Returns:
         `torch.Tensor` of shape `(N_c,)`, float64.
+
+    Raises:
+        ValueError: a list does not have one entry per checkpoint.
     """
+    given = {"checkpoint_times": times, "checkpoint_stds": stds}
     if not isinstance(kind, str):
-        if len(kind) != count:
-            raise ValueError(f"initial_coefficients has {len(kind)} entries for {count} checkpoints: give one each.")
-        return torch.tensor([float(value) for value in kind], dtype=torch.float64)
-    for name, values in (("checkpoint_times", times), ("checkpoint_stds", stds)):
+        given["initial_coefficients"] = kind
+    for name, values in given.items():
         if values is not None and len(values) != count:
             raise ValueError(f"{name} has {len(values)} entries for {count} checkpoints: give one each.")
+    if not isinstance(kind, str):
+        return torch.tensor([float(value) for value in kind], dtype=torch.float64)
     if kind == "last":
         return torch.eye(count, dtype=torch.float64)[-1]
     if kind == "uniform" or count == 1:
@@ -97,21 +100,21 @@ def initial_coefficients(
 
 def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str, int], list[str]]:
     """
-    Which tensors share coefficients.
+    Groups the tensors that share coefficients.
 
     Args:
         keys (`list[str]`): names of the tensors.
         granularity (`str`):
-            `"per_model"`: all of them, as in the paper. `"per_block"`: those of a block, `blocks.3` or
-            `unet.enc.64x64_block0`, or of a module outside of blocks, `x_embedder`. `"per_parameter_group"`: those of
-            the same kind in all blocks, `blocks.#.attn.qkv`. The factors of an adapter are where the weight is that
-            they adapt.
+            `"per_model"`, one group, as in the paper. `"per_block"`, a group for each block, such as `blocks.3` or
+            `unet.enc.64x64_block0`, and for each module outside of blocks, such as `x_embedder`.
+            `"per_parameter_group"`, a group for the same parameter of all blocks, such as `blocks.#.attn.qkv`. LoRA
+            factors are in the group of the weight that they adapt.
 
     Returns:
-        the group of each tensor, and the groups' names.
+        `tuple[dict[str, int], list[str]]`: index of each tensor's group, and the groups' names.
 
     Raises:
-        ValueError: the tensors' names tell no blocks.
+        ValueError: the names show no blocks.
     """
     of_key = {key: _group(key, granularity) for key in keys}
     names = list(dict.fromkeys(of_key.values()))
@@ -126,7 +129,7 @@ def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str,
 def _group(key: str, granularity: str) -> str:
     if granularity == "per_model":
         return "all"
-    # peft's names of adapters, back to those of the network; one factor without its partner would mean nothing
+    # from peft's names of factors to the network's: one factor without its partner would mean nothing
     key = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", ".weight", key.removeprefix("base_model.model."))
     parts = key.split(".")
     if granularity == "per_parameter_group":
@@ -138,16 +141,16 @@ def _group(key: str, granularity: str) -> str:
 
 class EMANet(nn.Module):
     """
-    The mean of the coefficients' Gaussian policy: an MLP on a learnable embedding (Section 3.3, Eq. 8).
+    Mean of the Gaussian policy over coefficients: an MLP on a learnable embedding (Section 3.3, Eq. 8).
 
-    Its last layer starts at zero, so that the first mean is exactly `initial`.
+    The last layer starts at zero, so the first mean is exactly `initial`.
 
     Args:
-        initial (`torch.Tensor` of shape `(G, N_c)`): the mean before training; G groups of tensors.
+        initial (`torch.Tensor` of shape `(G, N_c)`): mean before training, for G groups of tensors.
         num_layers (`int`, *optional*, defaults to 3):
-            linear layers, as in the paper. With 0 the mean itself is the parameter, and there is no network.
-        hidden_size (`int`, *optional*, defaults to 64): of the embedding and of the layers between.
-        scale (`float`, *optional*, defaults to 1.0): what an output of 1 adds to the mean.
+            Number of linear layers, as in the paper. With 0 the mean itself is the parameter.
+        hidden_size (`int`, *optional*, defaults to 64): width of the embedding and of the hidden layers.
+        scale (`float`, *optional*, defaults to 1.0): change of the mean for a network output of 1.
 
     Example:
 
@@ -165,10 +168,6 @@ class EMANet(nn.Module):
 
     def __init__(self, initial: Tensor, num_layers: int = 3, hidden_size: int = 64, scale: float = 1.0):
         super().__init__()
-        if initial.ndim != 2:
-            raise ValueError(f"initial has shape {tuple(initial.shape)}, but must have (groups, checkpoints).")
-        if num_layers < 0 or hidden_size < 1:
-            raise ValueError(f"num_layers={num_layers} must be at least 0 and hidden_size={hidden_size} at least 1.")
         self.register_buffer("initial", initial.double())
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))  # a part of what is learnt
         self.embedding = nn.Parameter(torch.randn(hidden_size) if num_layers else torch.zeros(initial.numel()))
@@ -182,7 +181,7 @@ class EMANet(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self) -> Tensor:
-        """The mean, `(G, N_c)`, float64."""
+        """Returns the mean, `(G, N_c)`, float64."""
         with torch.autocast(self.embedding.device.type, enabled=False):  # a coefficient has more than three digits
             return self.initial + self.scale * self.layers(self.embedding).double().view_as(self.initial)
 
@@ -191,10 +190,10 @@ def gaussian_samples(
     mean: Tensor, std: float, count: int, generator: torch.Generator, antithetic: bool = False
 ) -> Tensor:
     """
-    Samples `(B, G, N_c)` of the policy, float64 (Eq. 8).
+    Draws samples `(B, G, N_c)` from the policy, float64 (Eq. 8).
 
-    With `antithetic`, the second half has the first half's deviations with the other sign: what a policy gradient
-    takes from the mean's own reward then cancels in every pair.
+    With `antithetic`, the second half has the deviations of the first half with the other sign. The part of a policy
+    gradient that comes from the mean's own reward then cancels in every pair.
     """
     drawn = (count + 1) // 2 if antithetic else count
     noise = torch.randn(drawn, *mean.shape, generator=generator, dtype=torch.float64)
@@ -204,6 +203,6 @@ def gaussian_samples(
 
 
 def gaussian_log_prob(samples: Tensor, mean: Tensor, std: float) -> Tensor:
-    """`(B,)`: log-density of samples `(B, G, N_c)` (Eq. 9), summed over coefficients."""
+    """Computes the log-density `(B,)` of samples `(B, G, N_c)`, summed over coefficients (Eq. 9)."""
     per_coefficient = -((samples - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     return per_coefficient.flatten(1).sum(dim=1)

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Searches for merging coefficients that need no gradient: what a learnt policy has to beat at equal images.
+"""Gradient-free searches for merging coefficients.
 
-Each is asked for candidates, `(B, G, N_c)` float64, the same on every process, and told their rewards. All candidates
-of a step are judged from the same noise, another one at every step: only rewards of one step are compared.
+A search is asked for candidates `(B, G, N_c)`, float64 and the same on every process, and is told their rewards. All
+candidates of a step are judged with the same noise, but each step has new noise, so only rewards of one step compare.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,24 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .coefficients import gaussian_samples
 from .posthoc import LARGEST_SIGMA_REL, posthoc_ema_coefficients, power_profile_coefficients
 
 
 class Search(Protocol):
-    """What the trainer needs of a search."""
+    """Interface of a search, as the trainer uses it."""
 
     @property
     def mean(self) -> Tensor:
-        """Its choice so far, `(G, N_c)`."""
+        """The choice so far, `(G, N_c)`."""
         ...
 
-    def ask(self, count: int, generator: torch.Generator) -> Tensor:
-        """Candidates `(count, G, N_c)`; `generator` is another one at every step."""
+    def ask(self) -> Tensor:
+        """Returns candidates `(B, G, N_c)`."""
         ...
 
-    def tell(self, samples: Tensor, rewards: Tensor) -> None:
-        """Takes the finite rewards `(count,)` of what was asked last."""
+    def tell(self, rewards: Tensor) -> None:
+        """Takes the finite rewards `(B,)` of the last candidates."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -39,9 +38,9 @@ class Search(Protocol):
 
 def power_profile_grid(times: Sequence[float], count: int, stds: Sequence[float] | None = None) -> Tensor:
     """
-    Coefficients `(count, N_c)` of power-function averages, their widths evenly spaced up to the uniform average.
+    Computes coefficients `(count, N_c)` of averages whose widths are evenly spaced, up to the uniform average.
 
-    Of checkpoints with relative widths `stds`, which are averages themselves, the nearest combinations are taken.
+    Checkpoints with relative widths `stds` are averages themselves; raw checkpoints have none.
     """
     widths = [LARGEST_SIGMA_REL * (i + 1) / count for i in range(count)]
     if stds is None:
@@ -51,7 +50,7 @@ def power_profile_grid(times: Sequence[float], count: int, stds: Sequence[float]
 
 class GridSearch:
     """
-    Judges the same points at every step, and chooses by their mean reward.
+    Judges the same points at every step, and chooses the one with the best mean reward.
 
     Args:
         points (`torch.Tensor` of shape `(B, G, N_c)`): samples to judge.
@@ -65,10 +64,10 @@ class GridSearch:
     def mean(self) -> Tensor:
         return self.points[self.totals.argmax()]
 
-    def ask(self, count: int, generator: torch.Generator) -> Tensor:
+    def ask(self) -> Tensor:
         return self.points
 
-    def tell(self, samples: Tensor, rewards: Tensor) -> None:
+    def tell(self, rewards: Tensor) -> None:
         self.totals += rewards
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -77,50 +76,24 @@ class GridSearch:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if not torch.equal(state["points"], self.points):
             raise ValueError(
-                f"the grid is not that of the checkpoint, {len(state['points'])} points, now {len(self.points)}: "
+                f"the checkpoint's grid of {len(state['points'])} points is not this run's of {len(self.points)}: "
                 "resume with the num_generations, checkpoint_times and checkpoint_stds that the run was started with."
             )
         self.totals = state["totals"].clone()
 
 
-class RandomSearch:
-    """
-    Draws about the start; the best so far is judged again beside the new ones, and gives way to what beats it there.
-
-    Args:
-        initial (`torch.Tensor` of shape `(G, N_c)`): mean of the draws.
-        std (`float`): their standard deviation.
-    """
-
-    def __init__(self, initial: Tensor, std: float):
-        self.initial, self.std = initial, std
-        self.mean = initial.clone()
-
-    def ask(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.cat([self.mean[None], gaussian_samples(self.initial, self.std, count - 1, generator)])
-
-    def tell(self, samples: Tensor, rewards: Tensor) -> None:
-        self.mean = samples[rewards.argmax()].clone()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"mean": self.mean}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.mean = state["mean"].clone()
-
-
 class CMASearch:
     """
-    CMA-ES of the [`cma`](https://github.com/CMA-ES/pycma) package, which `pip install "trl-distreward[merging]"` has.
+    CMA-ES, by the [`cma`](https://github.com/CMA-ES/pycma) package.
 
-    Its state is what it answered and was told: a search that is loaded does all of it again, and nothing needs to be
-    pickled. What was asked and never told, as a step without finite images is, has NaN for rewards.
+    The state is the list of candidates and rewards so far. Loading it repeats the search, so nothing is pickled.
+    Candidates without rewards, from a step without finite images, have NaN.
 
     Args:
-        initial (`torch.Tensor` of shape `(G, N_c)`): its first mean.
-        std (`float`): its first standard deviation.
+        initial (`torch.Tensor` of shape `(G, N_c)`): first mean.
+        std (`float`): first standard deviation.
         count (`int`): candidates per step.
-        seed (`int`, *optional*, defaults to 0): of its own generator; numpy's global one is left alone.
+        seed (`int`, *optional*, defaults to 0): seed of the search's own generator.
     """
 
     def __init__(self, initial: Tensor, std: float, count: int, seed: int = 0):
@@ -128,12 +101,8 @@ class CMASearch:
         self._start()
 
     def _start(self) -> None:
-        try:
-            import cma
-        except ImportError as error:
-            raise ImportError(
-                "method='cma' needs the cma package: pip install 'trl-distreward[merging]', or choose another method."
-            ) from error
+        import cma  # takes a second, and few runs need it
+
         generator = np.random.default_rng(self.seed)
         options = {
             "popsize": self.count,
@@ -150,13 +119,13 @@ class CMASearch:
     def mean(self) -> Tensor:
         return torch.as_tensor(np.asarray(self._evolution.mean)).view_as(self.initial).clone()
 
-    def ask(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        self._asked = self._evolution.ask(count)
-        self._samples.append(torch.as_tensor(np.stack(self._asked)).view(count, *self.initial.shape))
-        self._rewards.append(torch.full((count,), torch.nan, dtype=torch.float64))
+    def ask(self) -> Tensor:
+        self._asked = self._evolution.ask(self.count)
+        self._samples.append(torch.as_tensor(np.stack(self._asked)).view(self.count, *self.initial.shape))
+        self._rewards.append(torch.full((self.count,), torch.nan, dtype=torch.float64))
         return self._samples[-1].clone()
 
-    def tell(self, samples: Tensor, rewards: Tensor) -> None:
+    def tell(self, rewards: Tensor) -> None:
         self._evolution.tell(self._asked, (-rewards).tolist())
         self._rewards[-1] = rewards.double()
 
@@ -168,11 +137,11 @@ class CMASearch:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._start()
         for samples, rewards in zip(state.get("samples", ()), state.get("rewards", ()), strict=True):
-            if len(samples) != self.count or not torch.equal(self.ask(len(samples)), samples):
+            if len(samples) != self.count or not torch.equal(self.ask(), samples):
                 raise ValueError(
-                    f"the search does not repeat itself: resume with the versions of cma and numpy, the "
-                    f"num_generations ({len(samples)}, now {self.count}), sampling_std and seed that the run was "
+                    f"the search does not repeat itself: resume with num_generations={len(samples)} (now "
+                    f"{self.count}), and with the sampling_std, seed, and versions of cma and numpy that the run was "
                     "started with."
                 )
             if bool(rewards.isfinite().all()):
-                self.tell(samples, rewards)
+                self.tell(rewards)

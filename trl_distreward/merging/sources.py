@@ -1,168 +1,260 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Where checkpoints come from, and what is kept of it."""
+"""Find the weight files of a checkpoint, here or on the Hub, and read their headers before their weights."""
 
+import json
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections.abc import Callable, Collection
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-from .files import INDEX, PICKLES, WEIGHTS, TensorSpec, find_weights, no_pickle, read_header, shards_of
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..hub import with_retries
+from .adapters import ADAPTER_CONFIG
+
+T = TypeVar("T")
+
+INDEX = ".safetensors.index.json"
+WEIGHTS = (".safetensors", INDEX)
+# names under which diffusers, transformers and peft save weights
+STEMS = ("diffusion_pytorch_model", "model", "adapter_model")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^:@\s]+))?(?::(\S*))?")
+NO_PICKLES = (
+    "pickles (.bin, .pth, .pt, .ckpt) run code when they are read, so convert them once with "
+    "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+)
+
+# shape and dtype of a tensor, the dtype as safetensors writes it: ((1152, 4), "F16")
+TensorSpec = tuple[tuple[int, ...], str]
 
 
-class Source(Protocol):
-    """A checkpoint's folder, here or on the Hub."""
-
-    name: str
-    file: str | None  # named by the user, relative to the folder
-    names: Collection[str]
-
-    def read_text(self, name: str) -> str: ...
-
-    def header(self, name: str) -> dict[str, TensorSpec]: ...
-
-    def path(self, name: str) -> Path:
-        """The file on this machine, downloaded if need be."""
-        ...
-
-    def member(self, paths: Mapping[str, Path]) -> "PoolMember": ...
-
-
-@dataclass(frozen=True)
-class PoolFile:
+class Checkpoint:
     """
-    A file of weights on this machine.
+    A checkpoint in a pool. Making one reads headers only; `load` gets the weights.
 
     Attributes:
-        name (`str`): relative to the checkpoint's folder.
-        path (`Path`): absolute.
-        expected (`str`, *optional*): SHA-256 that the Hub announces.
+        source (`str`): the name it was asked for by.
+        specs (`dict[str, TensorSpec]`): shape and dtype of its tensors, sorted by name.
+        adapter_config (`dict` or `None`): content of `adapter_config.json`, if there is one beside the weights.
+        files (`dict[str, Path]`): local path of each weight file, by its name in the checkpoint's folder.
     """
 
-    name: str
-    path: Path
-    expected: str | None = None
+    def __init__(self, source: str, names: Collection[str], file: str | None, component: str | None):
+        self.source = source
+        file = file or find_weights(names, component, source)
+        folder = file.rpartition("/")[0]
+        weights = {file} if not file.endswith(INDEX) else self._read_index(file, names)
+        headers = {name: self._read_header(name) for name in sorted(weights)}
+        self._file_of = {key: name for name, header in headers.items() for key in header}
+        self.specs: dict[str, TensorSpec] = {key: headers[self._file_of[key]][key] for key in sorted(self._file_of)}
+        config = f"{folder}/{ADAPTER_CONFIG}".lstrip("/")
+        self.adapter_config = json.loads(self._path(config).read_text()) if config in names else None
+        self.files: dict[str, Path] = {}
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_stat", self._now())
-
-    def _now(self) -> tuple[int, ...]:
-        stat = self.path.stat()
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-    @cached_property
-    def sha256(self) -> str:
-        """
-        Of the file's bytes, read when first asked for.
-
-        Raises:
-            ValueError: the file is another one than was opened, or not the one that the Hub has.
-        """
-        with open(self.path, "rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-        if self._now() != self._stat:  # type: ignore[attr-defined]
-            raise ValueError(f"{self.path} was changed after the pool was opened: make the pool again.")
-        if self.expected is not None and digest != self.expected:
-            raise ValueError(
-                f"{self.path} has SHA-256 {digest}, but the Hub has {self.expected}: delete the file from the cache "
-                "and make the pool again."
-            )
-        return digest
-
-
-@dataclass(frozen=True)
-class PoolMember:
-    """
-    A checkpoint of a pool.
-
-    Attributes:
-        source (`str`): as it was asked for.
-        files (`tuple[PoolFile]`): that hold its weights, each with `name`, `path` and `sha256`.
-        path (`Path`, *optional*): absolute local folder or file, where it is local.
-        repo_id (`str`, *optional*), revision (`str`, *optional*), subfolder (`str`):
-            on the Hub; `revision` is the commit's hash, whatever was asked for.
-    """
-
-    source: str
-    files: tuple[PoolFile, ...]
-    path: Path | None = None
-    repo_id: str | None = None
-    revision: str | None = None
-    subfolder: str = ""
+    def load(self) -> dict[str, Tensor]:
+        """Downloads the weight files that are not here yet, and maps their tensors into memory."""
+        self.files = {name: self._path(name) for name in sorted({*self._file_of.values()})}
+        opened = {name: safe_open(path, framework="pt") for name, path in self.files.items()}
+        return {key: opened[self._file_of[key]].get_tensor(key) for key in self.specs}
 
     def describe(self) -> dict[str, Any]:
-        """For metadata and model cards. Of a local path only the last two parts: the others are nobody's business."""
-        files = {file.name: file.sha256 for file in self.files}
-        if self.repo_id is not None:
-            place = {"repo_id": self.repo_id, "revision": self.revision, "subfolder": self.subfolder}
-            return {**place, "files": files}
-        assert self.path is not None
-        return {"path": "/".join(self.path.parts[-2:]), "files": files}
+        """Returns where the checkpoint is, and the SHA-256 of each weight file, which are read for it."""
+        hashes = {}
+        for name, path in self.files.items():
+            with open(path, "rb") as file:
+                hashes[name] = file_digest(file, "sha256").hexdigest()
+        return {**self._place(), "files": hashes}
+
+    def _path(self, name: str) -> Path:
+        """Returns the local path of a file, after downloading it if need be."""
+        raise NotImplementedError
+
+    def _place(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _read_header(self, name: str) -> dict[str, TensorSpec]:
+        path = self._path(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}
+                return {key: (tuple(found.get_shape()), found.get_dtype()) for key, found in slices.items()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}): save or download it again."
+            ) from error
+
+    def _read_index(self, file: str, names: Collection[str]) -> set[str]:
+        """Returns the names of the shards that an index lists."""
+        folder = file.rpartition("/")[0]
+        listed = json.loads(self._path(file).read_text())["weight_map"].values()
+        shards = {f"{folder}/{shard}".lstrip("/") for shard in listed}
+        missing = sorted(shards - {*names})  # an index may name no file outside of its folder either
+        if missing:
+            raise FileNotFoundError(f"{self.source} lacks {len(missing)} of {len(shards)} shards, e.g. {missing[0]}.")
+        return shards
 
 
-class LocalSource:
-    """A folder, or one file of it."""
+class LocalCheckpoint(Checkpoint):
+    """A checkpoint in a folder or file of this machine."""
 
-    def __init__(self, source: str):
-        path = Path(source).expanduser()
-        if path.is_symlink() and not path.exists():
-            raise FileNotFoundError(f"{source} is a link to {os.readlink(path)}, which does not exist.")
-        self.name, self.asked = source, path.absolute()
-        self.file: str | None = None
-        if path.is_dir():
-            self.folder = path.absolute()
-            files = [
-                *self.folder.iterdir(),
-                *(file for sub in self.folder.iterdir() if sub.is_dir() for file in sub.iterdir()),
-            ]
-            self.names: Collection[str] = {
-                file.relative_to(self.folder).as_posix() for file in files if not file.is_dir()
-            }
+    def __init__(self, source: str, component: str | None):
+        path = self.asked = Path(source).expanduser().absolute()
+        self.folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+        if file is not None and not file.endswith(WEIGHTS):
+            raise ValueError(f"{source} is not a folder, a .safetensors file or a {INDEX} file; {NO_PICKLES}.")
+        found = [path for pattern in ("*", "*/*") for path in self.folder.glob(pattern) if path.is_file()]
+        super().__init__(source, [path.relative_to(self.folder).as_posix() for path in found], file, component)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _place(self) -> dict[str, Any]:
+        return {"path": "/".join(self.asked.parts[-2:])}  # published: not the folders above
+
+
+class HubCheckpoint(Checkpoint):
+    """
+    A checkpoint in a repository on the Hub, at the commit that its revision has now.
+
+    Attributes:
+        repo_id (`str`), revision (`str`), subfolder (`str`): the revision is the commit's hash.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        component: str | None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ):
+        match = HUB_NAME.fullmatch(source)
+        assert match is not None
+        self.source, self.repo_id, self._branch = source, match[1], match[2] or constants.DEFAULT_REVISION
+        self._api = HfApi(token=token)
+        offline = local_files_only or is_offline_mode()
+        self._options = {"cache_dir": cache_dir, "token": token, "local_files_only": offline}
+        if offline:
+            folder = self._call(
+                lambda: snapshot_download(self.repo_id, revision=self._branch, allow_patterns=[], **self._options)
+            )
+            self.revision = Path(folder).name
+            found = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
         else:
-            if path.name.endswith(PICKLES):
-                raise ValueError(f"{source} cannot be merged. {no_pickle(path.name)}")
-            if not path.name.endswith(WEIGHTS):
-                raise ValueError(f"{source} is no checkpoint: name a folder, a .safetensors file or a {INDEX} file.")
-            self.folder, self.file = path.absolute().parent, path.name
-            self.names = {file.name for file in self.folder.iterdir() if not file.is_dir()}
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without one it waits for ever
+            info = self._call(lambda: self._api.model_info(self.repo_id, revision=self._branch, timeout=timeout))
+            self.revision = info.sha
+            found = [file.rfilename for file in info.siblings]
+        below, file = (match[3] or "").strip("/"), None
+        if below.endswith(WEIGHTS):
+            below, _, file = below.rpartition("/")
+        self.subfolder = below
+        prefix = f"{below}/" if below else ""
+        names = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+        if not names or (file is not None and file not in names):
+            folders = sorted({name.rpartition("/")[0] for name in found if name.endswith(WEIGHTS)})
+            raise FileNotFoundError(
+                f"{source} is not in {self.repo_id} at commit {self.revision[:12]}: folders with safetensors there "
+                f"are {folders}."
+            )
+        super().__init__(source, names, file, component)
 
-    def path(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            broken = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
-            raise FileNotFoundError(f"{path}{broken} is no file that can be read.")
+    def _call(self, call: Callable[[], T]) -> T:
+        return with_retries(call, f"reading {self.source}", self.repo_id)
+
+    def _in_repo(self, name: str) -> str:
+        return f"{self.subfolder}/{name}".lstrip("/")
+
+    def _path(self, name: str) -> Path:
+        return self._call(lambda: self._download(name))
+
+    def _download(self, name: str) -> Path:
+        # by the branch's name, so that the cache knows it when there is no network
+        path = Path(hf_hub_download(self.repo_id, self._in_repo(name), revision=self._branch, **self._options))
+        if self.revision not in path.parts:
+            raise ConnectionError(f"{self._branch} moved while it was read")
         return path
 
-    def read_text(self, name: str) -> str:
-        return self.path(name).read_text()
+    def _place(self) -> dict[str, Any]:
+        return {"repo_id": self.repo_id, "revision": self.revision, "subfolder": self.subfolder}
 
-    def header(self, name: str) -> dict[str, TensorSpec]:
-        return read_header(self.path(name))
+    def _read_header(self, name: str) -> dict[str, TensorSpec]:
+        """Reads the first bytes of a file on the Hub, unless the cache has the file."""
+        file, cache = self._in_repo(name), self._options["cache_dir"]
+        if isinstance(try_to_load_from_cache(self.repo_id, file, cache_dir=cache, revision=self.revision), str):
+            return super()._read_header(name)
+        parse = self._api.parse_safetensors_file_metadata
+        try:
+            header = self._call(lambda: parse(self.repo_id, file, revision=self.revision))
+        except SafetensorsParsingError as error:
+            raise ValueError(f"{file} of {self.source} is not a safetensors file: upload it again.") from error
+        return {key: (tuple(info.shape), info.dtype) for key, info in header.tensors.items()}
 
-    def member(self, paths: Mapping[str, Path]) -> PoolMember:
-        return PoolMember(self.name, tuple(PoolFile(name, path) for name, path in paths.items()), path=self.asked)
 
-
-def read_layout(source: Source, component: str | None) -> tuple[dict[str, str], dict[str, TensorSpec]]:
+def open_checkpoint(source: str | os.PathLike, component: str | None = None, **hub: Any) -> Checkpoint:
     """
-    Which file of a checkpoint holds each tensor, and what its header says of it; nothing else is read.
+    Opens a checkpoint by name: what exists here is local, anything else is on the Hub.
 
     Raises:
-        ValueError, FileNotFoundError: see `find_weights`, `shards_of` and `parse_header`.
+        FileNotFoundError: neither exists.
     """
-    file = source.file or find_weights(source.names, component, source.name)
-    if not file.endswith(INDEX):
-        specs = source.header(file)
-        layout = dict.fromkeys(specs, file)
-    else:
-        layout = shards_of(file, source.read_text(file), source.names, source.name)
-        headers = {shard: source.header(shard) for shard in sorted({*layout.values()})}
-        lost = [key for key, shard in layout.items() if key not in headers[shard]]
-        if lost:
-            raise ValueError(f"{layout[lost[0]]} of {source.name} lacks {lost[0]}, which {file} has there.")
-        specs = {key: headers[shard][key] for key, shard in layout.items()}
-    if not specs:
-        raise ValueError(f"{file} of {source.name} has no tensors.")
-    return layout, specs
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.exists():
+        return LocalCheckpoint(name, component)
+    if path.is_absolute() or name.startswith((".", "~")) or HUB_NAME.fullmatch(name) is None:
+        raise FileNotFoundError(
+            f"there is no file or folder {name}: pass a folder, a .safetensors file, or 'org/repo@revision:subfolder'."
+        )
+    return HubCheckpoint(name, component, **hub)
+
+
+def find_weights(names: Collection[str], component: str | None, source: str) -> str:
+    """
+    Finds the file with a checkpoint's weights, or the index of its shards.
+
+    Args:
+        names (`list[str]`): files of the checkpoint, relative to its folder.
+        component (`str`, *optional*): folder of a pipeline; by default `transformer` or `unet`, if only one is there.
+        source (`str`): name of the checkpoint, for messages.
+
+    Raises:
+        FileNotFoundError: there are no weights in safetensors.
+        ValueError: several files could be meant.
+    """
+    folders = {name.rpartition("/")[0] for name in names}
+    folder = ""
+    if component in folders:
+        folder = str(component)
+    elif "model_index.json" in names:
+        networks = [name for name in ("transformer", "unet") if name in folders]
+        if component is not None or len(networks) != 1:
+            raise ValueError(
+                f"component={component!r} does not name one network of the pipeline {source}: choose from "
+                f"{sorted(folders - {''})}."
+            )
+        folder = networks[0]
+    safe = sorted(name for name in names if name.rpartition("/")[0] == folder and name.endswith(WEIGHTS))
+    usual = [name for name in safe if name.rpartition("/")[2] in {stem + end for stem in STEMS for end in WEIGHTS}]
+    found = usual or [name for name in safe if name.endswith(INDEX)] or safe
+    if len(found) == 1:
+        return found[0]
+    if safe:
+        raise ValueError(f"{source} has several files of weights, {safe}: name one, e.g. {source}/{safe[0]}.")
+    elsewhere = sorted(name for name in names if name.endswith(WEIGHTS))
+    raise FileNotFoundError(
+        f"{source} has no safetensors weights{f' in {folder}' if folder else ''}; elsewhere it has "
+        f"{elsewhere[:3] or 'none either'}; {NO_PICKLES}."
+    )

@@ -48,7 +48,7 @@ class MergeArguments(RewardArguments):
     baselines: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Other methods to compare with, each with as many images: grid, random, cma, emanet. What only "
+            "help": "Other methods to compare with, each with as many images: grid, cma, emanet. What only "
             "they have a use for is at its default."
         },
     )

@@ -6,7 +6,7 @@ from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
 from ..sampling import ODE_SOLVERS
 from .base_config import DiffusionTrainerConfig
 
-METHODS = ("emanet", "cma", "grid", "random")
+METHODS = ("emanet", "cma", "grid")
 STARTS = ("post_hoc", "uniform", "last")
 _CHOICES = {
     "method": METHODS,
@@ -49,7 +49,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         method (`str`, *optional*, defaults to `"cma"`):
             `"emanet"`: a policy gradient on the mean of a Gaussian (Section 3.3 of
             [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)). `"cma"`: CMA-ES. `"grid"`: power-function
-            averages of all widths. `"random"`: draws about the start. All judge as many candidates.
+            averages of all widths. All judge as many candidates.
         num_generations (`int`, *optional*, defaults to `16`):
             Candidates B of a step, over all processes.
         coefficient_map (`str`, *optional*, defaults to `"affine"`):

@@ -26,8 +26,7 @@ from ..merging.coefficients import (
     samples_of,
 )
 from ..merging.pool import CheckpointPool
-from ..merging.search import CMASearch, GridSearch, RandomSearch, Search, power_profile_grid
-from ..merging.stamp import stamp_network
+from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
 from ..metrics.image_metrics import ImageMetric
 from ..policies import as_policy
 from .base import DiffusionTrainer, disable_dropout
@@ -127,7 +126,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         else:
             buffers = [name for name, _ in policy.model.named_buffers()]
             self.pool = CheckpointPool(checkpoints, buffers=buffers, token=args.hub_token)
-        files = [tuple(os.path.realpath(file.path) for file in member.files) for member in self.pool.members]
+        files = [tuple(os.path.realpath(path) for path in member.files.values()) for member in self.pool.members]
         if len(set(files)) < max(2, len(files)):
             raise ValueError(
                 f"{len(files)} checkpoints, of which {len(set(files))} differ: give at least 2 to merge, each once."
@@ -199,8 +198,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         args, start = self.args, samples_of(self.initial_coefficients, self.args.coefficient_map)
         if args.method == "cma":
             return CMASearch(start, args.sampling_std, args.num_generations, args.seed)
-        if args.method == "random":
-            return RandomSearch(start, args.sampling_std)
         if args.method == "grid":
             times = args.checkpoint_times or [float(i + 1) for i in range(len(self.pool))]
             profiles = power_profile_grid(times, args.num_generations, args.checkpoint_stds)
@@ -266,7 +263,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         if self.search is None:
             samples = gaussian_samples(self.mean, std, args.num_generations, generator, args.antithetic_sampling)
         else:
-            samples = self.search.ask(args.num_generations, generator)
+            samples = self.search.ask()
         candidates = coefficients_of(samples, args.coefficient_map)
         with self._timed("candidates"):
             values = self.judge.judge(candidates, step)  # (B, functions)
@@ -281,7 +278,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         rewards = torch.where(finite, rewards, rewards[finite].min())
         self._record_rewards(values[finite], rewards, finite)
         if self.search is not None:
-            self.search.tell(samples, rewards)
+            self.search.tell(rewards)
             return self._no_update()
         return self._policy_gradient(model, samples, rewards, std)
 
@@ -468,9 +465,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         }
         if isinstance(self.merged_network, PeftModel):
             adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
-            self.pool.save_merged(adapter, coefficients, {"recipe": recipe}, self.groups)
+            self.pool.save_merged(adapter, coefficients, self.groups)
         self.policy.save_pretrained(folder, model=self._plain_network())
-        stamp_network(folder, getattr(self.policy, "component", None), about)
         (folder / "coefficients.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
         # not transformers' training_args.bin: a pickle, with the Hub token in plain text
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
