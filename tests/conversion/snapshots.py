@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Pickles laid out as NVIDIA's code lays out EDM2's snapshots, made without that code."""
+"""Make pickles with the layout of EDM2's snapshots, without NVIDIA's code."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# Code that a snapshot carries; whoever runs it makes a file in the current folder
+# code in a snapshot; running it makes a file in the current folder
 SOURCE = "open('executed', 'w').close()\n"
 
 
@@ -30,7 +30,7 @@ _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 
 
 class Persistent:
-    """Pickles as an object of a class whose source travels with it."""
+    """Pickles as an object together with the source of its class."""
 
     def __init__(self, class_name, state):
         self.class_name, self.state = class_name, state
@@ -42,7 +42,7 @@ class Persistent:
 
 @contextmanager
 def original_modules():
-    """Modules by the names that a pickle writes; there is nothing else in them."""
+    """Adds modules with the names in the pickle, and nothing else in them."""
     contents = {
         "dnnlib.util": {"EasyDict": EasyDict},
         "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
@@ -60,7 +60,7 @@ def original_modules():
 
 
 def persistent(module, class_name="Anything", **init_kwargs):
-    """A torch module as the persistent object that the original's would be; torch's own containers stay."""
+    """Turns a torch module into the original's persistent object; torch's own containers stay."""
     children = {
         name: child if isinstance(child, nn.ModuleDict) else child and persistent(child)
         for name, child in module._modules.items()
@@ -80,7 +80,7 @@ def persistent(module, class_name="Anything", **init_kwargs):
 
 
 def snapshot(model, in_latents=True, network="Precond", **overrides):
-    """The pickle of a snapshot with the weights of an `EDM2UNet2DModel`, in float16 as published."""
+    """Makes a snapshot with the weights of an `EDM2UNet2DModel`, in float16 as published."""
     names = {"sample_size": "img_resolution", "in_channels": "img_channels", "num_classes": "label_dim"}
     ours = {name for name in model.config if not name.startswith("_")} - {"forced_weight_normalization"}
     kwargs = {names.get(name, name): model.config[name] for name in ours}
@@ -116,7 +116,7 @@ class _StoragePickler(pickle.Pickler):
 
 
 def storage_bytes(values, numel=None):
-    """A float32 storage as pickles of tensors hold it; `numel` is how long it claims to be."""
+    """Makes a float32 storage as in pickles of tensors; `numel` is the length that it claims."""
     numel = len(values) if numel is None else numel
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     stream = io.BytesIO()
@@ -128,6 +128,6 @@ def storage_bytes(values, numel=None):
 
 
 def tensor_call(storage, size, stride=(1,), offset=0):
-    """A tensor as pickles have it, of a storage's bytes."""
+    """Makes a tensor as in pickles, from a storage's bytes."""
     storage = Call(torch.storage._load_from_bytes, storage)
     return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""From original files to folders and repositories that load, with this library and without it."""
+"""Original files become folders and repositories that load, with this library and without it."""
 
 import os
 import shutil
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTPipeline
 
 from tests.conversion.snapshots import snapshot
 from tests.edm2 import tiny_edm2
@@ -19,7 +18,7 @@ from trl_distreward import load_pipeline
 from trl_distreward.conversion.hub import code_of
 from trl_distreward.scripts import convert
 
-# One process for all, as it takes seconds to start: without the library, then with it, then pushing
+# one process, which takes seconds to start, loads without the library, then with it, then pushes
 LOAD_AND_PUSH = """
 import sys
 import torch
@@ -68,7 +67,7 @@ def convert_both(folder, *extra):
     return [[*command, "--vae", str(folder / "vae"), *extra] for command in (sit, edm2)]
 
 
-def test_folders_load_with_all_that_was_in_the_originals(originals, capsys):
+def test_folders_load_with_the_content_of_the_originals(originals, capsys):
     for command in convert_both(originals):
         convert.main(command)
     assert "EDM2Pipeline of" in capsys.readouterr().out
@@ -82,7 +81,7 @@ def test_folders_load_with_all_that_was_in_the_originals(originals, capsys):
     assert not list(originals.glob("*.partial"))
 
 
-def test_vae_is_named_where_it_is_not_embedded(originals, capsys):
+def test_vae_that_is_not_embedded_is_named(originals, capsys):
     for command in convert_both(originals, "--no-embed-vae", "--dtype", "bfloat16"):
         convert.main(command)
     printed, vae = capsys.readouterr().out, str(originals / "vae")
@@ -93,7 +92,7 @@ def test_vae_is_named_where_it_is_not_embedded(originals, capsys):
     assert pipeline.unet.dtype == torch.bfloat16 and pipeline.unet.unet.out_gain.dtype == torch.float32
 
 
-def test_a_vae_of_other_channels_is_refused(originals):
+def test_vae_with_other_channels_is_refused(originals):
     torch.save(tiny_sit(in_channels=1, learn_sigma=True).state_dict(), originals / "pixels.pt")
     command = ["sit", str(originals / "pixels.pt"), str(originals / "out"), "--num-attention-heads", "2"]
     with pytest.raises(ValueError, match="makes 1 channels and the VAE .*vae decodes 4: .*--pixels"):
@@ -102,7 +101,7 @@ def test_a_vae_of_other_channels_is_refused(originals):
     convert.main([*command, "--pixels"])
 
 
-def test_what_is_there_is_not_overwritten(originals):
+def test_existing_files_are_not_overwritten(originals):
     command = convert_both(originals)[0]
     (originals / "sit").mkdir()
     (originals / "sit" / "mine.txt").write_text("mine")
@@ -143,46 +142,12 @@ def test_pushed_pipelines_load_with_the_library_and_without(originals):
     finally:
         hub.shutdown()
     for name, network in (("sit", "transformer/sit.py"), ("edm2", "unet/edm2.py")):
-        (commit,) = hub.repos[f"org/new-{name}"]  # one, so that a push is whole or absent
+        (commit,) = hub.repos[f"org/new-{name}"]  # one commit, so a push is whole or absent
         assert {"pipeline.py", network, "model_index.json", "vae/config.json", "README.md"} <= set(commit[1])
         assert commit[1]["model_index.json"] == hub.repos[f"org/{name}"][0][1]["model_index.json"]
         assert str(originals).encode() not in commit[1]["model_index.json"]
         assert all(b"hf_secret" not in data for data in commit[1].values())
         assert b"trust_remote_code=True" in commit[1]["README.md"]
-
-
-def test_a_checkpoint_and_its_pipeline_become_the_same_pipeline_of_diffusers(originals, capsys):
-    convert.main(convert_both(originals)[0])
-    (originals / "labels.json").write_text('{"0": "tench", "2": "shark"}')
-    vae = ["--vae", str(originals / "vae")]
-    original = ["dit", str(originals / "sit.pt"), str(originals / "a"), "--num-attention-heads", "2", *vae]
-    convert.main(original)
-    convert.main(["dit", str(originals / "sit"), str(originals / "b"), "--labels", str(originals / "labels.json")])
-    assert "b: DiTPipeline of" in capsys.readouterr().out
-    pipelines = [load_pipeline(originals / "sit"), *(DiTPipeline.from_pretrained(originals / n) for n in ("a", "b"))]
-    assert pipelines[2].get_label_ids(["shark"]) == [2] and not pipelines[1].labels
-    made = []
-    for pipeline in pipelines:
-        generator = torch.Generator().manual_seed(0)
-        settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": generator, "output_type": "pt"}
-        made.append(pipeline([0, 2], **settings).images)
-    assert torch.equal(made[1], made[2]) and (made[0] - made[1]).abs().max() < 1e-4
-    card = (originals / "b" / "README.md").read_text()
-    assert "DiTPipeline.from_pretrained" in card and "no guidance for 3 classes" in card
-    assert code_of(pipelines[1]) == {}  # diffusers has it
-
-
-def test_what_cannot_be_a_pipeline_of_diffusers_is_refused(originals):
-    for command in convert_both(originals):
-        convert.main(command)
-    for source, extra, reason in (
-        ("edm2", [], "is a EDM2Pipeline: only a SiTPipeline"),
-        ("sit", ["--num-classes", "3"], "num_classes is for original checkpoints"),
-        ("sit", ["--labels", str(originals / "sit.pt")], "must be JSON"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            convert.main(["dit", str(originals / source), str(originals / "out"), *extra])
-    assert not (originals / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +165,7 @@ def test_options_without_effect_are_refused(originals, options, message):
 
 
 @pytest.mark.parametrize("family", ["sit", "edm2"])
-def test_refusals_leave_no_folder(originals, family):
+def test_refused_files_leave_no_folder(originals, family):
     (originals / "sit.pt").write_bytes(b"nothing")
     (originals / "edm2.pkl").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is refused as"):

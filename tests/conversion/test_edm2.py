@@ -28,13 +28,13 @@ def test_snapshot_is_read_as_it_was_written(tmp_path, monkeypatch):
     assert {name: model.config[name] for name in original.config} == original.config
     assert original.vae == "stabilityai/sd-vae-ft-mse"
     assert original.latents_scale == pytest.approx([0.1] * 4) and original.latents_bias == [0, 1, 2, 3]
-    assert not Path("executed").exists()  # the code it carries
+    assert not Path("executed").exists()  # by the code in it
 
 
 def test_loaded_network_denoises_like_its_original(tmp_path):
     model = tiny_edm2()
     for name, value in model.state_dict().items():
-        value.copy_(value.half())  # what the file can hold
+        value.copy_(value.half())  # the file holds float16
         assert value.dtype == torch.float32, name
     path = write(tmp_path, snapshot(model, in_latents=False))
     loaded = load_original_edm2(path)
@@ -56,11 +56,11 @@ def test_loaded_network_denoises_like_its_original(tmp_path):
         ({"channel_mult_emb": 8}, "channel_mult_emb=8"),
         ({"num_blocks": 10**9}, "1000000000 blocks"),
         ({"num_blocks": "3"}, "not numbers"),
-        ({"channel_mult": [None]}, "cannot be"),
-        ({"model_channels": 10**30}, "cannot be"),
+        ({"channel_mult": [None]}, "impossible"),
+        ({"model_channels": 10**30}, "impossible"),
     ],
 )
-def test_networks_that_cannot_be_are_refused(tmp_path, changes, message):
+def test_impossible_networks_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_original_edm2(write(tmp_path, snapshot(tiny_edm2(in_channels=4), **changes)))
 
@@ -71,7 +71,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
             load_original_edm2(write(tmp_path, snapshot(tiny_edm2(in_channels=4), **change)))
 
 
-def test_networks_that_grow_on_reading_are_refused(tmp_path):
+def test_networks_larger_than_the_file_are_refused(tmp_path):
     def write_network(modules, parameters=None):
         state = {"_parameters": parameters or {}, "_buffers": {}, "_modules": modules, "_init_args": ()}
         return Persistent("Precond", {**state, "_init_kwargs": {}})
@@ -88,7 +88,7 @@ def test_networks_that_grow_on_reading_are_refused(tmp_path):
             read_original_edm2(write(tmp_path, data))
 
 
-def test_what_is_no_snapshot_is_refused_and_nothing_runs(tmp_path, monkeypatch):
+def test_other_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = snapshot(tiny_edm2())
     with original_modules():
@@ -98,7 +98,7 @@ def test_what_is_no_snapshot_is_refused_and_nothing_runs(tmp_path, monkeypatch):
         "damaged": whole[: len(whole) // 2],
         "laid out": pickle.dumps({"network": 1}),
         "int": pickle.dumps({"ema": 1}),
-        "none of the known names": whole.replace(b"EasyDict", b"EvilDict"),
+        "not one of the known names": whole.replace(b"EasyDict", b"EvilDict"),
     }
     for message, data in cases.items():
         with pytest.raises(ValueError, match=f"network.pkl is refused as an EDM2 snapshot: .*({message})"):

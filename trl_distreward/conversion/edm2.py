@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""EDM2's published snapshots (`.pkl`) as [`EDM2UNet2DModel`], without executing anything they carry."""
+"""Load EDM2's published snapshots (`.pkl`) as [`EDM2UNet2DModel`], without executing anything in them."""
 
+import inspect
 import os
 import pickle
 import reprlib
@@ -13,36 +14,24 @@ import torch
 from torch import Tensor
 
 from ..models.edm2 import EDM2UNet2DModel
-from .restricted_pickle import is_record, load_records, read_floats, read_tensor
+from .restricted_pickle import is_record, load_records, read_array, read_tensor
 
-# The original's names of what a network is made with, and ours; those it was published with are its defaults too.
-_CONFIG_NAMES = {
-    "img_resolution": "sample_size",
-    "img_channels": "in_channels",
-    "label_dim": "num_classes",
-    **{
-        name: name
-        for name in (
-            *("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "channels_per_head", "dropout"),
-            *("label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"),
-            *("sigma_data", "logvar_channels"),
-        )
-    },
-}
-# Arguments that change nothing as long as they have these values
+# the original's names of arguments that have other names here; defaults are the same
+_RENAMED = {"img_resolution": "sample_size", "img_channels": "in_channels", "label_dim": "num_classes"}
+# arguments that change nothing as long as they have these values
 _FIXED = {"channel_mult_noise": None, "channel_mult_emb": None, "resample_filter": [1, 1]}
 
 
 @dataclass(frozen=True)
 class OriginalEDM2:
     """
-    What a snapshot holds.
+    Content of a snapshot.
 
     Attributes:
-        config (`dict`): of [`EDM2UNet2DModel`].
-        state_dict (`dict[str, torch.Tensor]`): in the order and dtypes of the file, float16 in published ones.
+        config (`dict`): configuration for [`EDM2UNet2DModel`].
+        state_dict (`dict[str, torch.Tensor]`): weights, in the order and dtypes of the file (published: float16).
         vae (`str` or `None`): Hub id of the VAE whose latents the network denoises; `None` for pixels.
-        latents_scale, latents_bias (`list[float]` or `None`): of `latents = raw · scale + bias`.
+        latents_scale, latents_bias (`list[float]` or `None`): per channel, `latents = raw · scale + bias`.
     """
 
     config: dict[str, Any]
@@ -54,14 +43,13 @@ class OriginalEDM2:
 
 def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
     """
-    Reads a snapshot as NVIDIA's code writes it.
+    Reads a snapshot that NVIDIA's code wrote. Nothing in it is executed.
 
     Args:
         path (`str`): the `.pkl` file.
 
     Raises:
-        ValueError: anything in it that such a snapshot does not have, a damaged file, or a network this library's
-            [`EDM2UNet2DModel`] cannot be. No code of the file has run, and no more memory is taken than it fills.
+        ValueError: the file is damaged, or holds something that such a snapshot does not have.
     """
     path = Path(path)
     try:
@@ -74,41 +62,38 @@ def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
 
 def load_original_edm2(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
     """
-    The network of a snapshot, in evaluation mode.
+    Loads the network of a snapshot, in evaluation mode.
 
     Args:
         path (`str`): the `.pkl` file.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            of the weights; float32 holds the published float16 values exactly. Gains and frequencies stay float32.
+            dtype of the weights; float32 holds the published float16 values exactly. Gains and frequencies stay
+            float32.
 
     Raises:
-        ValueError: as in [`~conversion.read_original_edm2`].
+        ValueError: see [`~conversion.read_original_edm2`].
     """
     return build_edm2(read_original_edm2(path), dtype)
 
 
 def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
+    """Builds the network of a snapshot that was read, in evaluation mode; see [`~conversion.load_original_edm2`]."""
     try:
         with torch.device("meta"):  # no random weights that are thrown away
             model = EDM2UNet2DModel(**original.config)
     except (TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise ValueError(f"the snapshot describes a network that cannot be: {original.config} ({error}).") from error
+        raise ValueError(f"the snapshot describes an impossible network: {original.config} ({error}).") from error
     expected = model.state_dict()
     odd = sorted(expected.keys() ^ original.state_dict.keys())
     odd += [name for name, value in original.state_dict.items() if not odd and value.shape != expected[name].shape]
     if odd:
-        raise ValueError(
-            f"the snapshot's weights are not those of the network it describes: {len(odd)} differ, e.g. {odd[0]}."
-        )
-    weights = {
-        name: value.to(torch.float32 if _stays_float32(name) else dtype) for name, value in original.state_dict.items()
-    }
+        raise ValueError(f"the snapshot's weights do not fit its network: {len(odd)} differ, e.g. {odd[0]}.")
+    weights = {}
+    for name, value in original.state_dict.items():
+        stays = any(part in name for part in EDM2UNet2DModel._keep_in_fp32_modules)
+        weights[name] = value.to(torch.float32 if stays else dtype)
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def _stays_float32(name: str) -> bool:
-    return any(part in name for part in EDM2UNet2DModel._keep_in_fp32_modules)
 
 
 def _interpret(snapshot: Any, file_size: int) -> OriginalEDM2:
@@ -119,7 +104,7 @@ def _interpret(snapshot: Any, file_size: int) -> OriginalEDM2:
     weights, remaining = {}, file_size
     for name, tensor in _tensors(network, set()):
         remaining -= tensor.nbytes
-        if remaining < 0:  # some of them are the same bytes once more
+        if remaining < 0:  # the same bytes are used several times
             raise pickle.UnpicklingError(f"its weights are larger than the {file_size} bytes of the file")
         weights[name] = tensor
     if config.get("num_blocks", 1) * len(config.get("channel_mult", [])) > len(weights):
@@ -128,9 +113,9 @@ def _interpret(snapshot: Any, file_size: int) -> OriginalEDM2:
 
 
 def _state(record: Any) -> dict[str, Any]:
-    """The attributes of a persistent object, or of one of torch's containers."""
+    """Returns the attributes of a persistent object, or of one of torch's containers."""
     if is_record(record, "_reconstruct_persistent_obj"):
-        return record.args[0]["state"]  # beside it is source code, which is not looked at
+        return record.args[0]["state"]  # the source code beside it is not read
     if is_record(record, "ModuleDict", "ModuleList"):
         return record.state
     raise pickle.UnpicklingError(f"a {type(record).__name__} is where a module should be")
@@ -141,9 +126,9 @@ def _class_name(record: Any) -> str:
 
 
 def _tensors(module: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then buffers, then those of submodules, in the order of `torch.nn.Module.state_dict`."""
-    if id(module) in seen:  # which could take for ever
-        raise pickle.UnpicklingError(f"it has one module in two places, {prefix[:-1]} being the second")
+    """Yields parameters, buffers, and those of submodules, in the order of `torch.nn.Module.state_dict`."""
+    if id(module) in seen:  # reading it again and again could take for ever
+        raise pickle.UnpicklingError(f"it has one module in two places, the second is {prefix[:-1]}")
     seen.add(id(module))
     state = _state(module)
     for name, value in [*state["_parameters"].items(), *state["_buffers"].items()]:
@@ -156,18 +141,17 @@ def _tensors(module: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[st
 
 def _read_config(state: dict[str, Any]) -> dict[str, Any]:
     if state["_init_args"]:
-        raise pickle.UnpicklingError("its network was made with arguments that have no names")
+        raise pickle.UnpicklingError("its network has arguments without names")
+    known = inspect.signature(EDM2UNet2DModel.__init__).parameters
     config = {}
     for name, value in state["_init_kwargs"].items():
-        if name in _CONFIG_NAMES:
-            config[_CONFIG_NAMES[name]] = value
+        if _RENAMED.get(name, name) in known:
+            config[_RENAMED.get(name, name)] = value
         elif name != "use_fp16" and (name not in _FIXED or value != _FIXED[name]):
-            raise pickle.UnpicklingError(
-                f"its network has {name}={reprlib.repr(value)}, which EDM2UNet2DModel cannot have"
-            )
+            raise pickle.UnpicklingError(f"its network has {name}={reprlib.repr(value)}, unlike any EDM2UNet2DModel")
     flat = [v for value in config.values() for v in (value if isinstance(value, list) else [value])]
     if not all(isinstance(value, int | float | None) for value in flat):
-        raise pickle.UnpicklingError("its network was made with arguments that are not numbers")
+        raise pickle.UnpicklingError("its network has arguments that are not numbers")
     return config
 
 
@@ -177,4 +161,4 @@ def _read_encoder(encoder: Any) -> tuple[str | None, list[float] | None, list[fl
     if _class_name(encoder) != "StabilityVAEEncoder":
         raise pickle.UnpicklingError(f"its encoder is a {_class_name(encoder)}, which is not known")
     state = _state(encoder)
-    return str(state["vae_name"]), read_floats(state["scale"]), read_floats(state["bias"])
+    return str(state["vae_name"]), read_array(state["scale"]).tolist(), read_array(state["bias"]).tolist()

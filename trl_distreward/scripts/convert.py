@@ -4,14 +4,9 @@ Converts original checkpoints to folders that load as pipelines. Nothing in a ch
 
     trl-distreward convert sit SiT-XL-2-256x256.pt sit-xl/
     trl-distreward convert edm2 edm2-img512-xs-2147483-0.135.pkl edm2-xs/
-
-and SiT, an original checkpoint or a pipeline of this library, to diffusers' own DiTPipeline:
-
-    trl-distreward convert dit sit-xl/ dit-xl/
 """
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,17 +16,15 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..conversion.diffusers_dit import to_diffusers_pipeline
 from ..conversion.edm2 import build_edm2, read_original_edm2
 from ..conversion.hub import push_with_code
 from ..conversion.sit import load_original_sit
 from ..pipelines.edm2 import EDM2Pipeline
 from ..pipelines.sit import SiTPipeline
-from ..policies import load_pipeline
 from . import cli
 
 SIT_VAE = "stabilityai/sd-vae-ft-ema"
-PAPERS = {"sit": "2401.08740", "dit": "2401.08740", "edm2": "2312.02696"}
+PAPERS = {"sit": "2401.08740", "edm2": "2312.02696"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,9 +54,6 @@ def make_parser() -> argparse.ArgumentParser:
     help_sit = "SiT's .pt: a state dict or a training checkpoint"
     sit = families.add_parser("sit", parents=[shared, named, sizes], help=help_sit)
     sit.add_argument("--pixels", action="store_true", help="the network's samples are images: there is no VAE")
-    help_dit = "the same, or the folder or Hub id of a SiTPipeline, as diffusers' DiTPipeline"
-    dit = families.add_parser("dit", parents=[shared, sizes], help=help_dit)
-    dit.add_argument("--labels", type=Path, help='JSON file of the classes\' names, {"0": "tench", …}')
     edm2 = families.add_parser("edm2", parents=[shared, named], help="EDM2's .pkl")
     edm2.add_argument("--guider", type=Path, help="snapshot of the network that guidance leads away from")
     return parser
@@ -74,34 +64,6 @@ def convert_sit(arguments: argparse.Namespace) -> tuple[DiffusionPipeline, str |
     vae = None if arguments.pixels else arguments.vae or SIT_VAE
     pipeline = SiTPipeline(transformer.to(getattr(torch, arguments.dtype)), load_vae(arguments, vae))
     return pipeline, vae
-
-
-def convert_dit(arguments: argparse.Namespace) -> tuple[DiffusionPipeline, str | None]:
-    source = arguments.checkpoint
-    if source.suffix in (".pt", ".pth"):
-        transformer = load_original_sit(source, arguments.num_attention_heads, arguments.num_classes)
-        pipeline = SiTPipeline(transformer, AutoencoderKL.from_pretrained(arguments.vae or SIT_VAE))
-    else:
-        given = [name for name in ("num_attention_heads", "num_classes") if getattr(arguments, name) is not None]
-        if given:
-            raise ValueError(f"{given[0]} is for original checkpoints: {source} says by itself, leave it out.")
-        vae = {} if arguments.vae is None else {"vae": AutoencoderKL.from_pretrained(arguments.vae)}
-        pipeline = load_pipeline(str(source), **vae)
-        if not isinstance(pipeline, SiTPipeline):
-            raise ValueError(f"{source} is a {type(pipeline).__name__}: only a SiTPipeline can be a DiTPipeline.")
-    pipeline.transformer.to(getattr(torch, arguments.dtype))
-    return to_diffusers_pipeline(pipeline, read_labels(arguments.labels)), None
-
-
-def read_labels(path: Path | None) -> dict[int, str] | None:
-    """Names by class of a JSON file."""
-    if path is None:
-        return None
-    try:
-        labels = json.loads(path.read_text())
-        return {int(label): str(name) for label, name in labels.items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path} must be JSON of the form {{"0": "tench", …}}: {error}.') from error
 
 
 def convert_edm2(arguments: argparse.Namespace) -> tuple[DiffusionPipeline, str | None]:
@@ -139,24 +101,8 @@ def build_card(arguments: argparse.Namespace, pipeline: DiffusionPipeline, vae: 
 Converted by `trl-distreward convert {family}` from `{arguments.checkpoint.name}`, whose licence applies. Paper:
 [arXiv {PAPERS[family]}](https://huggingface.co/papers/{PAPERS[family]}).
 """
-    body = dit_usage(name, pipeline) if family == "dit" else own_usage(arguments, name, pipeline, vae)
+    body = own_usage(arguments, name, pipeline, vae)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{head}{body}")
-
-
-def dit_usage(name: str, pipeline: DiffusionPipeline) -> str:
-    classes = pipeline.transformer.config.num_embeds_ada_norm
-    guidance = "Guidance acts on all channels." if classes == 1000 else f"There is no guidance for {classes} classes."
-    return f"""
-```python
-from diffusers import DiTPipeline
-
-pipeline = DiTPipeline.from_pretrained("{name}")
-images = pipeline(class_labels=[0, 1], guidance_scale=1.0, num_inference_steps=250).images
-```
-
-The network predicts velocities, as `FlowMapEulerDiscreteScheduler` takes them; schedulers for predicted noise do not
-fit. {guidance}
-"""
 
 
 def own_usage(arguments: argparse.Namespace, name: str, pipeline: DiffusionPipeline, vae: str | None) -> str:
@@ -199,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"the output {str(arguments.output)!r} has no name of its own: name a folder.")
     if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
         raise ValueError(f"{arguments.output} is not empty: name a folder that is not there yet.")
-    pipeline, vae = {"sit": convert_sit, "dit": convert_dit, "edm2": convert_edm2}[arguments.family](arguments)
+    pipeline, vae = {"sit": convert_sit, "edm2": convert_edm2}[arguments.family](arguments)
     network = pipeline.unet if arguments.family == "edm2" else pipeline.transformer
     if pipeline.vae is not None:
         check_channels(network, pipeline.vae, vae)
