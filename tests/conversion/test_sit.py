@@ -92,12 +92,16 @@ def changed(**changes):
     ("checkpoint", "kwargs", "message"),
     [
         (changed(), {}, "2 layers of width 16 are not one of SiT's sizes"),
-        (changed(**{"blocks.0.norm1.weight": torch.ones(16)}), {}, r"has \['blocks.0.norm1.weight'\] more"),
-        (changed(**{"blocks.1.mlp.fc2.bias": None}), {}, r"lacks \['blocks.1.mlp.fc2.bias'\]"),
-        (changed(**{"blocks.1.mlp.fc2.bias": torch.ones(1)}), {}, r"blocks.1.mlp.fc2.bias has shape \(1,\)"),
+        (changed(**{"blocks.0.norm1.weight": torch.ones(16)}), {}, r"Unexpected key.*blocks.0.norm1.weight"),
+        (changed(**{"blocks.1.mlp.fc2.bias": None}), {}, r"Missing key.*blocks.1.mlp.fc2.bias"),
+        (changed(**{"blocks.1.mlp.fc2.bias": torch.ones(1)}), {}, "size mismatch for blocks.1.mlp.fc2.bias"),
         (changed(pos_embed=None), {}, "lacks pos_embed"),
         (changed(), {"num_classes": 9}, "num_classes=9 does not fit an embedding of 4 rows"),
-        (changed(**{"final_layer.linear.weight": torch.ones(12, 16)}), {}, "final_layer.linear.weight has shape"),
+        (
+            changed(**{"final_layer.linear.weight": torch.ones(12, 16)}),
+            {},
+            "size mismatch for final_layer.linear.weight",
+        ),
         ({"ema": {}}, {}, "neither a state dict nor"),
         ({"state_dict": {}}, {}, "neither a state dict nor"),
         ({"ema": [1]}, {}, "neither a state dict nor"),
@@ -105,5 +109,5 @@ def changed(**changes):
 )
 def test_other_checkpoints_are_refused(checkpoint, kwargs, message):
     heads = {} if "not one of SiT's sizes" in message else {"num_attention_heads": 2}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         load_original_sit(checkpoint, **heads, **kwargs)

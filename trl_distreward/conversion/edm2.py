@@ -83,16 +83,14 @@ def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> ED
             model = EDM2UNet2DModel(**original.config)
     except (TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"the snapshot describes an impossible network: {original.config} ({error}).") from error
-    expected = model.state_dict()
-    odd = sorted(expected.keys() ^ original.state_dict.keys())
-    odd += [name for name, value in original.state_dict.items() if not odd and value.shape != expected[name].shape]
-    if odd:
-        raise ValueError(f"the snapshot's weights do not fit its network: {len(odd)} differ, e.g. {odd[0]}.")
     weights = {}
     for name, value in original.state_dict.items():
         stays = any(part in name for part in EDM2UNet2DModel._keep_in_fp32_modules)
         weights[name] = value.to(torch.float32 if stays else dtype)
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # lists the keys and shapes
+        raise ValueError(f"the snapshot's weights do not fit its network: {error}") from error
     return model.eval()
 
 
