@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Small EDM2 networks, and a pattern of weights that the original code can be given as well."""
+"""Small EDM2 networks, and a pattern of weights for them and for the original code."""
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ TINY = {
 
 
 def tiny_edm2(seed=0, **kwargs):
-    """An EDM2 of random weights, gains included, so that labels and noise levels matter."""
+    """Makes an EDM2 with random weights and gains, so that labels and noise levels matter."""
     torch.manual_seed(seed)
     model = EDM2UNet2DModel(**{**TINY, **kwargs})
     for parameter in model.parameters():
@@ -35,13 +35,13 @@ def tiny_edm2_pipeline(seed=0, **kwargs):
 
 
 def pattern(shape, phase):
-    """A chirp: fixed numbers in [-1, 1] without much structure."""
+    """Makes a chirp: fixed numbers in [-1, 1] without much structure."""
     numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return torch.sin(0.7 * numbers**2 + phase).float().view(shape)
 
 
 def fill_with_pattern(model, phase=0.0):
-    """Chirps in every tensor, in the order of the state dict; gains between 0.5 and 1.5."""
+    """Fills every tensor with a chirp, in the order of the state dict, and gains with numbers from 0.5 to 1.5."""
     for i, value in enumerate(model.state_dict().values()):
         filled = pattern(value.shape, phase + i)
         value.copy_(1 + 0.5 * filled if value.ndim == 0 else filled)

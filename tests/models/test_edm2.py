@@ -10,7 +10,7 @@ from tests.helpers import tiny_trainer
 from trl_distreward import EDM2Pipeline, EDM2UNet2DModel
 from trl_distreward.models.edm2 import EDM2Block, MPFourier, MPLayer, mp_cat, mp_silu, mp_sum, normalize
 
-# Every 48th number of what the original code makes of the same weights and input, with labels and without
+# every 48th number of the original code's output for the same weights and input, with labels and without
 ORIGINAL = [
     *(0.41800159, -0.44366232, -0.30273217, 0.53444582, 0.00714153, 0.24398839),
     *(-0.4936322, 0.01229098, 0.29883829, 0.03985866, -0.1767821, 0.58966392),
@@ -25,7 +25,7 @@ def inputs():
 
 
 @torch.no_grad()
-def test_output_is_that_of_the_original_code():
+def test_output_matches_the_original_code():
     model, (z, sigma, labels) = fill_with_pattern(EDM2UNet2DModel(**TINY).eval()), inputs()
     assert model(z, sigma, labels).sample.flatten()[::48].tolist() == pytest.approx(ORIGINAL, abs=1e-5)
     assert model(z, sigma).sample.flatten()[::96].tolist() == pytest.approx(ORIGINAL_WITHOUT_LABELS, abs=1e-5)
@@ -44,7 +44,7 @@ def test_output_is_that_of_the_original_code():
         ("XXL", 1_523_164_773),
     ],
 )
-def test_sizes_have_the_published_parameters_and_keys(size, parameters):
+def test_sizes_match_the_published_networks(size, parameters):
     with torch.device("meta"):
         model = EDM2UNet2DModel.from_size(size)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -74,7 +74,7 @@ def test_layers_keep_the_magnitude_of_random_input():
     assert torch.allclose(normalize(7 * a, dim=1).square().mean(1), torch.ones(64, 8, 8), atol=1e-3)
 
 
-def test_blocks_keep_the_magnitude_on_the_whole():
+def test_blocks_keep_the_magnitude():
     settings = {"channels_per_head": 32, "dropout": 0.0, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256.0}
     x, emb = torch.randn(16, 64, 8, 8), torch.randn(16, 48)
     for decoder in (False, True):
@@ -82,7 +82,7 @@ def test_blocks_keep_the_magnitude_on_the_whole():
         assert block(x, emb).square().mean().sqrt().item() == pytest.approx(1, abs=0.15)
 
 
-def test_size_of_weights_has_no_effect_and_is_left_alone_unless_asked():
+def test_size_of_weights_has_no_effect_and_stays():
     model, (z, sigma, labels) = tiny_edm2(), inputs()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,7 +101,7 @@ def test_size_of_weights_has_no_effect_and_is_left_alone_unless_asked():
 
 
 @pytest.mark.parametrize("recipe", ["recommended", "policy_gradient"])
-def test_forced_normalization_follows_every_step_of_the_optimizer(tmp_path, recipe):
+def test_weights_are_normalized_after_every_step_if_asked(tmp_path, recipe):
     def trained(forced):
         network = tiny_edm2(in_channels=1, sample_size=4, forced_weight_normalization=forced)
         network.unet.out_conv.weight.data.mul_(3)
@@ -135,12 +135,12 @@ def test_gradient_checkpointing_changes_no_gradient():
     for network in (model, other):
         network(z, sigma, labels).sample.square().sum().backward()
     compared = [(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
-    assert sum(a is None for a, _ in compared) == 1  # the uncertainty's, frozen
+    assert sum(a is None for a, _ in compared) == 1  # that of the uncertainty, which is not trained
     assert all(torch.equal(a, b) for a, b in compared if a is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_for_weights_alone(tmp_path, dtype):
+def test_gains_and_frequencies_stay_in_float32(tmp_path, dtype):
     model, (z, sigma, labels) = tiny_edm2(), inputs()
     model.save_pretrained(tmp_path)
     loaded = EDM2UNet2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
@@ -154,8 +154,7 @@ def test_half_precision_is_for_weights_alone(tmp_path, dtype):
         assert 0 < (half - expected).abs().max() < 0.1
 
 
-def test_every_head_attends_by_itself():
-    """Attention by the definition: softmax of cosines times the head's width."""
+def test_attention_is_the_softmax_of_scaled_cosines_per_head():
     settings = {"channels_per_head": 4, "dropout": 0.0, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": None}
     block, x = EDM2Block(8, 8, 6, decoder=True, attention=True, **settings), torch.randn(2, 8, 3, 3)
     qkv = block.attn_qkv(x).view(2, 2, 4, 3, 9)  # batch, head, channel, kind, pixel

@@ -9,7 +9,7 @@ from tests.helpers import tiny_sit
 from trl_distreward import SiTTransformer2DModel
 
 
-def test_xl_has_the_published_keys_and_parameters():
+def test_xl_matches_the_published_network():
     with torch.device("meta"):
         model = SiTTransformer2DModel.from_size("XL/2")
     keys = set(model.state_dict())
@@ -33,11 +33,11 @@ def test_sizes(size, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
-def test_patches_return_to_their_places():
+def test_unpatchify_inverts_patching():
     model = tiny_sit(sample_size=8, in_channels=3)
     x = torch.randn(2, 3, 8, 8)
     patches = nn.functional.unfold(x, 2, stride=2).transpose(1, 2)  # (B, patches, C p p)
-    tokens = patches.view(2, 16, 3, 4).transpose(2, 3).reshape(2, 16, 12)  # channels last, as the output layer has it
+    tokens = patches.view(2, 16, 3, 4).transpose(2, 3).reshape(2, 16, 12)  # channels last, as in the output layer
     assert torch.equal(model.unpatchify(tokens), x)
 
 
@@ -48,7 +48,7 @@ def test_position_embedding_tells_rows_from_columns():
     assert len({tuple(row) for row in embedding.view(16, 16).tolist()}) == 16
 
 
-def test_learned_sigma_channels_do_not_reach_the_velocity():
+def test_sigma_channels_do_not_change_the_velocity():
     model = tiny_sit(learn_sigma=True)
     x, t, labels = torch.randn(2, 1, 4, 4), torch.rand(2), torch.tensor([0, 2])
     before = model(x, t, labels).sample
@@ -59,7 +59,7 @@ def test_learned_sigma_channels_do_not_reach_the_velocity():
     assert torch.equal(model(x, t, labels).sample, before)
 
 
-def test_label_dropout_acts_in_training_only():
+def test_labels_are_dropped_in_training_only():
     model = tiny_sit(class_dropout_prob=1.0)
     x, t = torch.randn(2, 1, 4, 4), torch.rand(2)
     labels, null = torch.tensor([0, 1]), torch.tensor([3, 3])

@@ -30,7 +30,7 @@ def test_save_and_load_give_the_same_images(tmp_path):
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
 
 
-def test_pixel_pipeline_needs_no_vae_and_gives_every_output_type():
+def test_pixel_pipeline_gives_every_output_type():
     pipeline = tiny_pipeline()
     kwargs = {"num_inference_steps": 3}
     tensor = pipeline([1, 2], generator=generator(), output_type="pt", **kwargs).images
@@ -79,8 +79,7 @@ def test_guidance_extrapolates_from_the_null_class():
     ("kwargs", "message"),
     [
         ({"class_labels": [3]}, "integers from 0 to 2"),
-        ({"class_labels": [-1, 0]}, "span -1 to 0"),
-        ({"class_labels": []}, "pass a list of one or more"),
+        ({"class_labels": [-1, 0]}, r"class_labels=\[-1, 0\] must be"),
         ({"class_labels": [0], "sampler": "ddim"}, "sampler='ddim'"),
         ({"class_labels": [0], "latents": torch.zeros(1, 1, 8, 8)}, r"\(1, 1, 8, 8\)"),
         ({"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps=0"),
@@ -99,7 +98,7 @@ def test_guidance_without_a_null_class_is_refused():
         ClassConditionalPolicy(pipeline, guidance_scale=2.0)
 
 
-def test_a_new_process_loads_a_saved_pipeline_with_either_class(tmp_path):
+def test_new_process_loads_a_saved_pipeline(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     for code in (
         "from trl_distreward import SiTPipeline; SiTPipeline.from_pretrained(sys.argv[1])",

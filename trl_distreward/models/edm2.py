@@ -1,12 +1,12 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""EDM2's U-Net with magnitude-preserving layers (arXiv 2312.02696, config G), under the published weights' keys.
+"""EDM2's U-Net with magnitude-preserving layers (arXiv 2312.02696, config G), with the published state-dict keys.
 
-Written from the paper's equations and Figure 21. Weights enter every layer normalized, so their size has no effect on
-the output; activations keep unit magnitude on expectation without any normalization layer but the pixel norms.
+Written from the paper's equations and Figure 21. Every layer normalizes its weights, so their size does not change the
+output. Activations keep unit magnitude on expectation, with pixel norms as the only normalization layers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-# Channels of the first level, and dropout in training
+# channels of the first level, and dropout in training
 EDM2_SIZES: dict[str, dict[str, Any]] = {
     "XXS": {"model_channels": 64},
     "XS": {"model_channels": 128},
@@ -29,7 +29,7 @@ EDM2_SIZES: dict[str, dict[str, Any]] = {
 
 
 def normalize(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
-    """`x` over its root mean square along `dim`, or along all dimensions but the first (Eq. 66)."""
+    """Divides `x` by its root mean square along `dim`, or along all dimensions but the first (Eq. 66)."""
     dims = list(range(1, x.ndim)) if dim is None else [dim]
     count = math.prod(x.shape[d] for d in dims)
     rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32) / math.sqrt(count)
@@ -37,23 +37,23 @@ def normalize(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over the root mean square it has on standard normal input (Eq. 81)."""
+    """Computes SiLU, divided by its root mean square on standard normal input (Eq. 81)."""
     return F.silu(x) / 0.596
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Weighted sum that keeps the magnitude of independent inputs (Eq. 88); `t` is the share of `b`."""
+    """Adds with weights that keep the magnitude of independent inputs (Eq. 88); `t` is the share of `b`."""
     return torch.lerp(a, b, t) / math.hypot(1 - t, t)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Channels of both inputs, scaled so that `b` contributes the share `t` whatever their numbers (Eq. 103)."""
+    """Concatenates channels, scaled so that `b` contributes the share `t` for any channel counts (Eq. 103)."""
     scale = math.sqrt(a.shape[1] + b.shape[1]) / math.hypot(1 - t, t)
     return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[1])), b * (scale * t / math.sqrt(b.shape[1]))], dim=1)
 
 
 class MPFourier(nn.Module):
-    """Fourier features of unit magnitude, `√2 cos(f x + φ)`, of fixed random frequencies and phases (Eq. 75)."""
+    """Fourier features of unit magnitude, `√2 cos(f x + φ)`, with fixed random frequencies and phases (Eq. 75)."""
 
     freqs: Tensor
     phases: Tensor
@@ -69,7 +69,7 @@ class MPFourier(nn.Module):
 
 
 class MPLayer(nn.Module):
-    """Linear layer, or convolution if given a kernel size, whose weights are used at unit magnitude (Eq. 47)."""
+    """Linear layer, or convolution with a kernel size, that uses its weights at unit magnitude (Eq. 47)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | None = None):
         super().__init__()
@@ -109,8 +109,7 @@ class EDM2Block(nn.Module):
         self.num_heads = out_channels // channels_per_head if attention else 0
         if attention and out_channels % channels_per_head:
             raise ValueError(
-                f"channels_per_head={channels_per_head} must divide the {out_channels} channels of every level with "
-                "attention."
+                f"channels_per_head={channels_per_head} must divide the {out_channels} channels at attention."
             )
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.emb_gain = nn.Parameter(torch.zeros(()))
@@ -123,7 +122,7 @@ class EDM2Block(nn.Module):
         self.attn_proj = MPLayer(out_channels, out_channels, 1) if attention else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.resample == "down":  # the published filter [1, 1]: means of, or copies to, 2x2 pixels
+        if self.resample == "down":  # the published filter [1, 1]: averages 2x2 pixels, or copies to them
             x = F.avg_pool2d(x, 2)
         elif self.resample == "up":
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -143,7 +142,7 @@ class EDM2Block(nn.Module):
         return x if self.conv_skip is None else self.conv_skip(x)
 
     def _attend(self, x: Tensor) -> Tensor:
-        """Cosine attention: queries, keys and values are normalized per head and pixel."""
+        """Computes cosine attention: queries, keys and values are normalized per head and pixel."""
         assert self.attn_qkv is not None and self.attn_proj is not None
         batch, channels, height, width = x.shape
         qkv = self.attn_qkv(x).reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
@@ -153,35 +152,26 @@ class EDM2Block(nn.Module):
 
 
 class EDM2UNet(nn.Module):
-    """The raw network `F(x; c_noise, class)`, before preconditioning."""
+    """The raw network `F(x; c_noise, class)`, before preconditioning; `config` is that of [`EDM2UNet2DModel`]."""
 
-    def __init__(
-        self,
-        sample_size: int,
-        in_channels: int,
-        num_classes: int,
-        model_channels: int,
-        channel_mult: Sequence[int],
-        num_blocks: int,
-        attn_resolutions: Sequence[int],
-        label_balance: float,
-        concat_balance: float,
-        **block_kwargs: Any,
-    ):
+    def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        widths = [model_channels * multiplier for multiplier in channel_mult]
-        emb_channels = max(widths)
-        self.label_balance, self.concat_balance = label_balance, concat_balance
+        sample_size, in_channels, num_classes = (config[k] for k in ("sample_size", "in_channels", "num_classes"))
+        widths = [config["model_channels"] * multiplier for multiplier in config["channel_mult"]]
+        emb_channels, num_blocks = max(widths), config["num_blocks"]
+        self.label_balance, self.concat_balance = config["label_balance"], config["concat_balance"]
         self.gradient_checkpointing = False
         self.out_gain = nn.Parameter(torch.zeros(()))
         self.emb_fourier = MPFourier(widths[0])
         self.emb_noise = MPLayer(widths[0], emb_channels)
         self.emb_label = MPLayer(num_classes, emb_channels) if num_classes else None
+        shared = ("channels_per_head", "dropout", "res_balance", "attn_balance", "clip_act")
+        block_kwargs = {name: config[name] for name in shared}
 
         def block(
             cin: int, cout: int, size: int, decoder: bool, attention: bool | None = None, resample: str | None = None
         ) -> EDM2Block:
-            attends = size in attn_resolutions if attention is None else attention
+            attends = size in config["attn_resolutions"] if attention is None else attention
             return EDM2Block(
                 cin, cout, emb_channels, decoder=decoder, attention=attends, resample=resample, **block_kwargs
             )
@@ -214,7 +204,7 @@ class EDM2UNet(nn.Module):
     def embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(c_noise))  # (B, emb_channels)
         if self.emb_label is not None:
-            # One-hot labels times √classes, as Eq. 47 divides by it: the label's column of the unit weight.
+            # Eq. 47 divides by √classes and one-hot labels are multiplied by it, which leaves the unit weight's column
             label = torch.zeros_like(emb)
             if class_labels is not None:
                 label = self.emb_label.unit_weight().t()[class_labels].to(emb.dtype)
@@ -242,13 +232,13 @@ class EDM2UNet(nn.Module):
 
 class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     """
-    Denoiser of EDM2 with its preconditioning: noisy samples and noise levels to denoised samples.
+    EDM2's denoiser with its preconditioning: takes noisy samples and noise levels, and returns denoised samples.
 
-    Weights are normalized wherever they are used, so only their direction matters. Training should keep their size
-    at one all the same, or steps of a given learning rate turn them less and less: set
-    `forced_weight_normalization`, or call `normalize_weights` after each optimizer step. Neither happens by itself.
+    Every layer normalizes its weights, so only their direction matters. Training should still keep their size at one:
+    as weights grow, a step of the same size turns them less. Set `forced_weight_normalization`, or call
+    `normalize_weights` after each optimizer step.
 
-    There is no adapter support: a low-rank update added beside a normalized weight is not what merging it yields.
+    Adapters are not supported: a low-rank update beside a normalized weight differs from one merged into it.
 
     Parameters:
         sample_size (`int`, *optional*, defaults to 64): height and width of the input, in latent or image pixels.
@@ -256,17 +246,17 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         num_classes (`int`, *optional*, defaults to 1000): classes; 0 for an unconditional model.
         model_channels (`int`, *optional*, defaults to 192): channels of the first level.
         channel_mult (`list[int]`, *optional*, defaults to `[1, 2, 3, 4]`):
-            channels of each level, in `model_channels`; sides halve from level to level.
-        num_blocks (`int`, *optional*, defaults to 3): blocks of each level of the encoder; the decoder has one more.
-        attn_resolutions (`list[int]`, *optional*, defaults to `[16, 8]`): sides of the levels with self-attention.
+            channels of each level, as multiples of `model_channels`; height and width halve from level to level.
+        num_blocks (`int`, *optional*, defaults to 3): blocks per level of the encoder; the decoder has one more.
+        attn_resolutions (`list[int]`, *optional*, defaults to `[16, 8]`): heights of the levels with self-attention.
         channels_per_head (`int`, *optional*, defaults to 64): width of an attention head.
         dropout (`float`, *optional*, defaults to 0.0): dropout in training mode.
         label_balance, concat_balance (`float`, *optional*, default to 0.5):
-            share of the class embedding, and of the main path against skip connections, as [`mp_sum`]'s `t`.
+            share of the class embedding, and of the skip connections against the main path.
         res_balance, attn_balance (`float`, *optional*, default to 0.3): share of residual branches and of attention.
-        clip_act (`float`, *optional*, defaults to 256.0): bound of each block's activations; `None` is none.
+        clip_act (`float`, *optional*, defaults to 256.0): bound on each block's activations; `None` for no bound.
         sigma_data (`float`, *optional*, defaults to 0.5): standard deviation of the data.
-        logvar_channels (`int`, *optional*, defaults to 128): Fourier features of the uncertainty.
+        logvar_channels (`int`, *optional*, defaults to 128): Fourier features for the uncertainty.
         forced_weight_normalization (`bool`, *optional*, defaults to `False`):
             whether the trainers of this library call `normalize_weights` after each optimizer step (Eq. 66).
     """
@@ -274,7 +264,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["EDM2Block"]
     _repeated_blocks = ["EDM2Block"]
-    # frequencies reach tens, and gains scale everything: half precision is for the weights between
+    # half precision would round frequencies, which reach tens, and gains, which scale everything
     _keep_in_fp32_modules = ["emb_fourier", "logvar_fourier", "emb_gain", "out_gain"]
 
     @register_to_config
@@ -304,43 +294,28 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
                 f"sample_size={sample_size} must be a multiple of {1 << (len(channel_mult) - 1)}: it is halved "
                 f"between the {len(channel_mult)} levels of channel_mult."
             )
-        self.unet = EDM2UNet(
-            sample_size,
-            in_channels,
-            num_classes,
-            model_channels,
-            channel_mult,
-            num_blocks,
-            attn_resolutions,
-            label_balance,
-            concat_balance,
-            channels_per_head=channels_per_head,
-            dropout=dropout,
-            res_balance=res_balance,
-            attn_balance=attn_balance,
-            clip_act=clip_act,
-        )
+        self.unet = EDM2UNet(self.config)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPLayer(logvar_channels, 1)
-        # the uncertainty takes no part in denoising, and DDP wants a gradient for all that is trained
+        # denoising does not use the uncertainty, and DDP needs a gradient for every trained parameter
         self.logvar_linear.requires_grad_(False)
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "EDM2UNet2DModel":
-        """A model with random weights of a published size, `"XXS"` to `"XXL"`; the rest as in the constructor."""
+        """Builds a published size, `"XXS"` to `"XXL"`, with random weights; `kwargs` are those of the constructor."""
         if size not in EDM2_SIZES:
             raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(EDM2_SIZES)}.")
         return cls(**{**EDM2_SIZES[size], **kwargs})
 
     @torch.no_grad()
     def normalize_weights(self) -> None:
-        """Overwrites the weights of all layers with their normalized values; the output stays (to `normalize`'s ε)."""
+        """Overwrites the weights of all layers with their normalized values. The output stays the same, to an ε."""
         for module in self.modules():
             if isinstance(module, MPLayer):
                 module.weight.copy_(module.unit_weight())
 
     def uncertainty(self, timestep: Tensor) -> Tensor:
-        """`u(σ)` of shape `(B,)`, the log-variance of the loss at noise level σ (Eq. 21); frozen unless asked for."""
+        """Computes `u(σ)` of shape `(B,)`, the log-variance of the loss at noise levels σ (Eq. 21); not trained."""
         return self.logvar_linear(self.logvar_fourier(timestep.float().log() / 4)).flatten()
 
     def forward(
@@ -351,11 +326,11 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(B, C, H, W)`): `z = x_0 + σ ε`.
             timestep (`torch.Tensor` of shape `(B,)`, or one number): noise level σ > 0.
             class_labels (`torch.LongTensor` of shape `(B,)`, *optional*):
-                labels in [0, num_classes); without them, the embedding of no class. An unconditional model has none.
+                labels in [0, num_classes). Without labels no class is embedded.
 
         Returns:
-            `.sample` of shape `(B, C, H, W)`, float32: the denoised sample. Between the float32 preconditioning
-            (EDM, arXiv 2206.00364, Table 1) the network runs in its weights' dtype, or under autocast.
+            `.sample` of shape `(B, C, H, W)`, float32: the denoised sample. Preconditioning is in float32 (EDM, arXiv
+            2206.00364, Table 1), and the network runs in its weights' dtype, or under autocast.
         """
         z, data = sample.float(), self.config.sigma_data
         sigma = torch.as_tensor(timestep, dtype=torch.float32, device=z.device).reshape(-1).expand(len(z))

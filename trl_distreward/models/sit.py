@@ -1,8 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""SiT, the Scalable Interpolant Transformer (arXiv 2401.08740), under the original state-dict keys.
+"""SiT, the Scalable Interpolant Transformer (arXiv 2401.08740), with the original state-dict keys.
 
-The network is DiT's (arXiv 2212.09748) read as a velocity. It is not diffusers' `DiTTransformer2DModel`: one timestep
-and one label embedder serve all blocks, and frequencies run over `k/128`, as in the published checkpoints.
+The network is that of DiT (arXiv 2212.09748), and its output is a velocity. diffusers' `DiTTransformer2DModel` is
+another: here all blocks share one timestep embedder and one label embedder, and frequencies are `10000^(-k/128)`, as
+in the published checkpoints.
 """
 
 import math
@@ -30,13 +31,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding: half of the channels encode the column, half the row."""  # (1, grid², width)
+    """Computes a fixed 2-D sine-cosine embedding: half of the channels for the column, half for the row."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, width / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
     columns = axis[None, :, :].expand(grid_size, -1, -1)
     rows = axis[:, None, :].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).float()
+    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).float()  # (1, patches, width)
 
 
 class PatchEmbedder(nn.Module):
@@ -49,22 +50,18 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, hidden_size: int, frequency_size: int = 256):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.frequency_size // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         angles = t.float()[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """Class embedding with a last row for the null class, taken with `dropout_prob` in training mode."""
+    """Class embedding whose last row is the null class, which replaces labels with `dropout_prob` in training mode."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
@@ -136,27 +133,27 @@ class FinalLayer(nn.Module):
 
 class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
-    Class-conditional transformer that predicts SiT's velocity.
+    Class-conditional transformer that predicts a velocity.
 
     Parameters:
         sample_size (`int`, *optional*, defaults to 32): height and width of the input, in latent or image pixels.
-        patch_size (`int`, *optional*, defaults to 2): side of a patch; must divide `sample_size`.
+        patch_size (`int`, *optional*, defaults to 2): height and width of a patch; must divide `sample_size`.
         in_channels (`int`, *optional*, defaults to 4): channels of the input and of the velocity.
         hidden_size (`int`, *optional*, defaults to 1152): width; a multiple of 4 and of `num_attention_heads`.
         num_layers (`int`, *optional*, defaults to 28): number of blocks.
         num_attention_heads (`int`, *optional*, defaults to 16): heads of each block.
-        mlp_ratio (`float`, *optional*, defaults to 4.0): width of the MLP over `hidden_size`.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): width of the MLP, as a multiple of `hidden_size`.
         num_classes (`int`, *optional*, defaults to 1000): classes; label `num_classes` is the null class.
         class_dropout_prob (`float`, *optional*, defaults to 0.1):
-            chance to train on the null class instead of the label, in training mode; 0 leaves no null class.
+            probability of training on the null class instead of the label; with 0 there is no null class.
         learn_sigma (`bool`, *optional*, defaults to `True`):
-            whether the last layer has a second half of channels, unused by the velocity, as published weights have.
+            whether the last layer has a second half of channels, as published weights do; the velocity ignores them.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock"]
     _repeated_blocks = ["SiTBlock"]
-    # what an adapter adapts unless its config says otherwise
+    # the layers that an adapter adapts by default
     _lora_target_modules = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 
     @register_to_config
@@ -192,14 +189,14 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "SiTTransformer2DModel":
-        """A model with random weights of a published size, e.g. `"XL/2"`; other arguments as in the constructor."""
+        """Builds a published size, e.g. `"XL/2"`, with random weights; `kwargs` are those of the constructor."""
         name, _, patch = size.partition("/")
         if name not in SIT_SIZES or (patch and not patch.isdigit()):
             raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(SIT_SIZES)}, e.g. 'XL/2'.")
         return cls(**{**SIT_SIZES[name], "patch_size": int(patch or 2), **kwargs})
 
     def initialize_weights(self) -> None:
-        """Xavier for linear layers, N(0, 0.02²) for embedders, zero for modulations and output: adaLN-Zero."""
+        """Initializes linear layers by Xavier, embedders by N(0, 0.02²), modulations and output by 0 (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -213,7 +210,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """(B, patches, patch² · channels) -> (B, channels, H, W)."""
+        """Puts patches `(B, patches, patch² · channels)` together to `(B, channels, H, W)`."""
         p, grid = self.config.patch_size, self.config.sample_size // self.config.patch_size
         x = x.reshape(x.shape[0], grid, grid, p, p, -1)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, grid * p, grid * p)

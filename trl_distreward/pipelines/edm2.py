@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Class-conditional generation with EDM2 (arXiv 2312.02696), in latent space or, without a VAE, in pixel space."""
-
-from collections.abc import Sequence
+"""Image generation with EDM2 (arXiv 2312.02696): in latent space, or in pixel space without a VAE."""
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -9,8 +7,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-# Mean and standard deviation of each latent channel of stabilityai/sd-vae-ft-mse, for images in [0, 1]; the networks
-# were trained on latents brought to mean 0 and standard deviation 0.5.
+# mean and standard deviation of each latent channel of stabilityai/sd-vae-ft-mse, for images in [0, 1]; the networks
+# were trained on latents with mean 0 and standard deviation 0.5
 _RAW_MEAN, _RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 LATENTS_SCALE = [0.5 / std for std in _RAW_STD]
 LATENTS_BIAS = [-0.5 * mean / std for mean, std in zip(_RAW_MEAN, _RAW_STD, strict=True)]
@@ -22,15 +20,15 @@ class EDM2Pipeline(DiffusionPipeline):
     Pipeline for image generation with an EDM2 network.
 
     Parameters:
-        unet ([`EDM2UNet2DModel`]): denoises.
+        unet ([`EDM2UNet2DModel`]): denoiser.
         guider ([`EDM2UNet2DModel`], *optional*):
-            a worse network that guidance leads away from: unconditional, smaller or less trained (autoguidance,
+            a worse network that guidance moves away from: unconditional, smaller or less trained (autoguidance,
             arXiv 2406.02507).
         vae ([`~diffusers.AutoencoderKL`], *optional*):
-            decodes latents to images in [0, 1]; without one the samples are images in [-1, 1].
+            decodes latents to images in [0, 1]; without a VAE the samples are images in [-1, 1].
         latents_scale, latents_bias (`list[float]`, *optional*):
-            per channel, `latents = raw · scale + bias` of the VAE's raw latents; defaults to EDM2's for
-            `stabilityai/sd-vae-ft-mse`.
+            per channel, `latents = raw · scale + bias`, where `raw` are the VAE's own latents; by default those of
+            EDM2 with `stabilityai/sd-vae-ft-mse`.
     """
 
     model_cpu_offload_seq = "guider->unet->vae"
@@ -52,13 +50,14 @@ class EDM2Pipeline(DiffusionPipeline):
     def denoise(
         self, model: nn.Module, z: Tensor, sigma: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
     ) -> Tensor:
-        """Denoised samples, led away from the guider's when `guidance_scale != 1` (arXiv 2406.02507).
+        """
+        Denoises samples, and with `guidance_scale != 1` moves them away from the guider's (arXiv 2406.02507).
 
         Args:
             model (`nn.Module`): the network, possibly wrapped for distributed training.
             z (`torch.Tensor` of shape `(B, C, H, W)`): `x_0 + σ ε`.
             sigma (`torch.Tensor` of shape `(B,)`): noise levels.
-            class_labels (`torch.LongTensor` of shape `(B,)`): labels; a network without classes does not see them.
+            class_labels (`torch.LongTensor` of shape `(B,)`): labels; not used by a network without classes.
         """
         denoised = model(z, sigma, class_labels if self.unet.config.num_classes else None, return_dict=False)[0]
         if guidance_scale == 1.0:
@@ -71,10 +70,11 @@ class EDM2Pipeline(DiffusionPipeline):
     def predict_velocity(
         self, model: nn.Module, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
     ) -> Tensor:
-        """Velocity `x_noise - x_data` on the path `x = (1-t) x_data + t x_noise`, data at `t = 0`.
+        """
+        Predicts the velocity `x_noise - x_data` on the path `x = (1-t) x_data + t x_noise`.
 
-        With `σ = t/(1-t)`, `z = x (1+σ)` is the network's input and `(x - denoised) / t` the velocity. The network
-        knows no noise level beyond 80, which stands for those between it and `t = 1`.
+        With `σ = t/(1-t)`, the network's input is `z = x (1+σ)`, and the velocity is `(x - denoised) / t`. The network
+        was trained up to a noise level of 80, which is used for all higher ones.
 
         Args: as in `denoise`, with `x (B, C, H, W)` and `t (B,)` in (0, 1] in place of `z` and `sigma`.
         """
@@ -84,7 +84,7 @@ class EDM2Pipeline(DiffusionPipeline):
         return (x - denoised) / t.view(shape)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Samples (B, C, H, W) to images (B, channels, height, width) in [0, 1]; differentiable but for the clamp."""
+        """Decodes samples `(B, C, H, W)` to images `(B, channels, height, width)` in [0, 1], with gradients."""
         if self.vae is None:
             return (x.float() / 2 + 0.5).clamp(0, 1)
         scale, bias = (
@@ -101,26 +101,15 @@ class EDM2Pipeline(DiffusionPipeline):
                 "with guider=..., or use guidance_scale=1.0."
             )
 
-    def check_inputs(
-        self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int, sigmas: Sequence[float]
-    ) -> None:
+    def check_inputs(self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int) -> None:
         self.check_guidance(guidance_scale)
         classes = max(self.unet.config.num_classes, 1)
-        if class_labels.ndim != 1 or not len(class_labels):
-            raise ValueError(f"class_labels have shape {tuple(class_labels.shape)}: pass a list of one or more.")
-        if class_labels.min() < 0 or class_labels.max() >= classes:
+        if class_labels.ndim != 1 or any(not 0 <= label < classes for label in class_labels.tolist()):
             raise ValueError(
-                f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
-                f"of integers from 0 to {classes - 1}."
+                f"class_labels={class_labels.tolist()} must be a list of integers from 0 to {classes - 1}."
             )
         if num_inference_steps < 2:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 2.")
-        sigma_min, sigma_max, rho = sigmas
-        if not 0 < sigma_min < sigma_max or rho <= 0:
-            raise ValueError(
-                f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: they must be positive, and sigma_min the "
-                "smaller."
-            )
 
     @torch.no_grad()
     def __call__(
@@ -137,15 +126,15 @@ class EDM2Pipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """
-        Heun's method on EDM's noise levels, without churn (arXiv 2206.00364, Algorithm 1 and Eq. 5).
+        Generates images by Heun's method on EDM's noise levels, without churn (arXiv 2206.00364, Algorithm 1, Eq. 5).
 
         Args:
             class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`; zeros without classes.
-            guidance_scale (`float`, *optional*, defaults to 1.0): guidance by the guider; 1.0 is none.
-            num_inference_steps (`int`, *optional*, defaults to 32): steps, of two network evaluations but the last.
+            guidance_scale (`float`, *optional*, defaults to 1.0): scale of the guidance; 1.0 for none.
+            num_inference_steps (`int`, *optional*, defaults to 32): steps, each of two evaluations but the last.
             sigma_min, sigma_max, rho (`float`, *optional*, default to 0.002, 80.0 and 7.0): the noise levels.
             generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
-            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise, of standard deviation 1.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise, standard normal.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` (B, H, W, C), `"pt"` (B, C, H, W), both in [0, 1], or `"latent"`.
 
@@ -154,7 +143,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         device, config = self._execution_device, self.unet.config
         labels = torch.as_tensor(class_labels, device=device)
-        self.check_inputs(labels, guidance_scale, num_inference_steps, (sigma_min, sigma_max, rho))
+        self.check_inputs(labels, guidance_scale, num_inference_steps)
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

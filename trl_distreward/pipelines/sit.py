@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Class-conditional generation with SiT (arXiv 2401.08740), in latent space or, without a VAE, in pixel space."""
+"""Image generation with SiT (arXiv 2401.08740): in latent space, or in pixel space without a VAE."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 
 def dopri5(velocity: Callable[[Tensor, float], Tensor], x: Tensor, rtol: float, atol: float) -> Tensor:
-    """From noise at `t = 1` to data at `t = 0` by torchdiffeq's adaptive Dormand-Prince method."""
-    try:
-        from torchdiffeq import odeint
-    except ImportError as error:
-        raise ImportError("solver='dopri5' needs torchdiffeq: pip install torchdiffeq.") from error
+    """Goes from noise at `t = 1` to data at `t = 0` by the adaptive Dormand-Prince method."""
+    from torchdiffeq import odeint  # not a dependency: pip install torchdiffeq
+
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=x.device)
     return odeint(lambda s, x: -velocity(x, 1 - s.item()), x, ends, method="dopri5", rtol=rtol, atol=atol)[-1]
 
@@ -25,8 +23,9 @@ class SiTPipeline(DiffusionPipeline):
     Pipeline for class-conditional image generation with a SiT network.
 
     Parameters:
-        transformer ([`SiTTransformer2DModel`]): predicts the velocity.
-        vae ([`~diffusers.AutoencoderKL`], *optional*): decodes latents; without one the samples are images in [-1, 1].
+        transformer ([`SiTTransformer2DModel`]): network that predicts the velocity.
+        vae ([`~diffusers.AutoencoderKL`], *optional*):
+            decodes latents; without a VAE the samples are images in [-1, 1].
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -46,15 +45,16 @@ class SiTPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_channels: int | None = None,
     ) -> Tensor:
-        """Velocity `x_noise - x_data` at time `t`, with data at 0 and noise at 1, guided when `guidance_scale != 1`.
+        """
+        Predicts the velocity `x_noise - x_data` at time `t`, with data at 0 and noise at 1.
 
         Args:
             model (`nn.Module`): the transformer, possibly wrapped for distributed training.
             x (`torch.Tensor` of shape `(B, C, H, W)`): sample.
-            t (`torch.Tensor` of shape `(B,)`): time in [0, 1]; SiT's own clock runs the other way, as does its sign.
+            t (`torch.Tensor` of shape `(B,)`): time in [0, 1]; SiT's own time runs the other way.
             class_labels (`torch.LongTensor` of shape `(B,)`): labels.
-            guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 is none.
-            guidance_channels (`int`, *optional*): guide so many of the first channels only; 3 is what SiT's code does.
+            guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 for none.
+            guidance_channels (`int`, *optional*): number of first channels to guide; all by default, 3 in SiT's code.
         """
         x = x.to(self.transformer.dtype)
         if guidance_scale == 1.0:
@@ -68,7 +68,7 @@ class SiTPipeline(DiffusionPipeline):
         return -guided
 
     def decode(self, x: Tensor) -> Tensor:
-        """Samples (B, C, H, W) to images (B, channels, height, width) in [0, 1]; differentiable but for the clamp."""
+        """Decodes samples `(B, C, H, W)` to images `(B, channels, height, width)` in [0, 1], with gradients."""
         if self.vae is not None:
             x = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         return (x.float() / 2 + 0.5).clamp(0, 1)
@@ -84,23 +84,20 @@ class SiTPipeline(DiffusionPipeline):
         self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int, sampler: str, solver: str
     ) -> None:
         self.check_guidance(guidance_scale)
-        config = self.transformer.config
+        classes = self.transformer.config.num_classes
+        if class_labels.ndim != 1 or any(not 0 <= label < classes for label in class_labels.tolist()):
+            raise ValueError(
+                f"class_labels={class_labels.tolist()} must be a list of integers from 0 to {classes - 1}."
+            )
         if num_inference_steps < (2 if sampler == "sde" else 1):
             raise ValueError(
-                f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for the SDE, whose last step is "
-                "apart."
-            )
-        if class_labels.ndim != 1 or not len(class_labels):
-            raise ValueError(f"class_labels have shape {tuple(class_labels.shape)}: pass a list of one or more.")
-        if class_labels.min() < 0 or class_labels.max() >= config.num_classes:
-            raise ValueError(
-                f"class_labels span {class_labels.min().item()} to {class_labels.max().item()}: they must be a list "
-                f"of integers from 0 to {config.num_classes - 1}."
+                f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for sampler='sde', which ends "
+                "with a step of its own."
             )
         if sampler not in ("ode", "sde") or solver not in ("euler", "heun", "heun2", "dopri5"):
             raise ValueError(
-                f"sampler={sampler!r}, solver={solver!r}: sampler must be 'ode' or 'sde', solver 'euler', 'heun', "
-                "'heun2' or 'dopri5'."
+                f"sampler={sampler!r} must be 'ode' or 'sde', and solver={solver!r} must be 'euler', 'heun', 'heun2' "
+                "or 'dopri5'."
             )
 
     @torch.no_grad()
@@ -122,20 +119,21 @@ class SiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """
+        Generates images by the ODE or the SDE.
+
         Args:
             class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`.
-            guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 is none.
+            guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 for none.
             num_inference_steps (`int`, *optional*, defaults to 250): steps of the sampler.
             sampler (`str`, *optional*, defaults to `"ode"`):
-                `"ode"`, or `"sde"`: Euler-Maruyama with SiT's `sigma` diffusion, ending with a noiseless step.
+                `"ode"`, or `"sde"` for Euler-Maruyama with SiT's `sigma` diffusion and a last step without noise.
             solver (`str`, *optional*, defaults to `"euler"`):
-                for the ODE: `"euler"`; `"heun"`, whose last step is Euler's; `"heun2"`, Heun's method in every step;
-                or `"dopri5"`, adaptive, for which `num_inference_steps` means nothing (needs torchdiffeq).
-            noise_level (`float`, *optional*, defaults to 1.0): the SDE's η in `s² = 2 η² t`; 1.0 is SiT's.
-            last_step_size (`float`, *optional*, defaults to 0.04): the SDE's last, noiseless step, SiT's "Mean" step.
-            guidance_channels (`int`, *optional*):
-                guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
-            rtol, atol (`float`, *optional*, default to 1e-3 and 1e-6): tolerances of `"dopri5"`; these are SiT's.
+                solver of the ODE: `"euler"`; `"heun"`, with Euler's last step; `"heun2"`, Heun's method in every step;
+                or `"dopri5"`, which chooses its own steps (needs torchdiffeq).
+            noise_level (`float`, *optional*, defaults to 1.0): η of the SDE, in `s² = 2 η² t`; SiT has 1.0.
+            last_step_size (`float`, *optional*, defaults to 0.04): size of the SDE's last step, "Mean" in SiT's code.
+            guidance_channels (`int`, *optional*): number of first channels to guide; all by default, 3 in SiT's code.
+            rtol, atol (`float`, *optional*, default to 1e-3 and 1e-6): tolerances of `"dopri5"`, as in SiT's code.
             generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise.
             output_type (`str`, *optional*, defaults to `"pil"`):
