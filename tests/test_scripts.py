@@ -11,13 +11,12 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors.torch import save_file
 
 from tests.clip import coloured, save_tiny_clip
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
 from tests.policies_tiny import sd3
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, MergeCoefficientTrainer, load_pipeline
-from trl_distreward.rewards import aesthetic_score, clip_score, hps_score, pick_score
+from trl_distreward.rewards import clip_score, hps_score, pick_score
 from trl_distreward.scripts import arguments, cli, evaluate, merge, statistics, train
 
 RECIPE = """
@@ -76,7 +75,7 @@ def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_pa
     lines = [line for line in recipe.read_text().splitlines() if line.partition(":")[0] not in TRAIN_ONLY]
     lines = [line.replace("real_statistics:", "real_images:") for line in lines]
     checkpoints = "".join(f"\n  - {path}" for path in tiny_pool(tmp_path))
-    recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: random"]))
+    recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: cma"]))
     merge.main(["--config", str(recipe), "--initial_coefficients", "0.5,0,0,0.5", "--baselines", "grid", "emanet"])
     assert computed == [str(tmp_path / "out" / "real_statistics.safetensors")]  # once, for all methods
     printed = capsys.readouterr().out
@@ -86,8 +85,8 @@ def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_pa
     assert learnt["recipe"]["initial_coefficients"] == [0.5, 0, 0, 0.5] and len(learnt["coefficients"]["all"]) == 4
     assert "| learnt |" in (tmp_path / "out" / "README.md").read_text()
     assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
-    with pytest.raises(ValueError, match="are unknown, or the method itself: choose from emanet, cma, grid"):
-        merge.main(["--config", str(recipe), "--baselines", "random"])
+    with pytest.raises(ValueError, match="are unknown, or the method itself: choose from emanet, grid"):
+        merge.main(["--config", str(recipe), "--baselines", "cma"])
     made = ["--initial_coefficients", "uniform", "--coefficient_map", "softmax", "--checkpoint_stds", *"1234"]
     started = sorted(tmp_path.glob("new/**"))
     with pytest.raises(ValueError, match="set coefficient_map='affine'"):  # before the method itself is run
@@ -130,18 +129,18 @@ def test_train_ends_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch
     assert pushed[-1] == "whole" and "eval_ode" in printed and "SIGTERM" not in printed
 
 
-@pytest.mark.parametrize("where", ["out", "out/baselines/random"])
+@pytest.mark.parametrize("where", ["out", "out/baselines/cma"])
 def test_merge_ends_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch, where):
     lines = [line for line in recipe.read_text().splitlines() if line.partition(":")[0] not in TRAIN_ONLY]
     checkpoints = "".join(f"\n  - {path}" for path in tiny_pool(tmp_path))
     recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: emanet"]))
-    given = ["--config", str(recipe), "--max_steps", "3", "--baselines", "random", "cma"]
+    given = ["--config", str(recipe), "--max_steps", "3", "--baselines", "cma", "grid"]
     terminate_once(monkeypatch, MergeCoefficientTrainer, tmp_path / where, 2)
     merge.main(given)
     printed = capsys.readouterr().out
     assert "Stopped by SIGTERM after step 2 of 3" in printed and f"checkpoint in {tmp_path / where}" in printed
     assert "| learnt" not in printed and not (tmp_path / "out" / "coefficients.json").exists()
-    assert (tmp_path / where / "checkpoint-2").is_dir() and not (tmp_path / "out" / "baselines" / "cma").exists()
+    assert (tmp_path / where / "checkpoint-2").is_dir() and not (tmp_path / "out" / "baselines" / "grid").exists()
     steps = []
     update = MergeCoefficientTrainer.training_step
     monkeypatch.setattr(
@@ -151,8 +150,8 @@ def test_merge_ends_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch
     )
     merge.main([*given, "--resume_from_checkpoint", "true"])
     assert "| learnt" in capsys.readouterr().out and (tmp_path / "out" / "coefficients.json").exists()
-    done = {"out": ["emanet"] + 3 * ["random"], "out/baselines/random": ["random"]}
-    assert steps == done[where] + 3 * ["cma"]
+    done = {"out": ["emanet"] + 3 * ["cma"], "out/baselines/cma": ["cma"]}
+    assert steps == done[where] + 3 * ["grid"]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +200,8 @@ EXTRACTOR = {"feature_extractor": "tests.helpers.features"}
         ({**EXTRACTOR, "real_statistics": "r", "heldout_extractor": "clip"}, "heldout_statistics go together"),
         ({"reward_funcs": ["pickscore"]}, "'pickscore' is unknown: give one of clip_score, pick_score, hps_score"),
         ({"reward_funcs": ["clip_score,colour=3"]}, "no option colour: clip_score takes source, tokenizer"),
-        ({"reward_funcs": ["aesthetic_score"]}, "lacks head: write 'aesthetic_score,head=…'"),
         ({"reward_funcs": ["hps_score,source="]}, "lacks source: write 'hps_score,source=…'"),
         ({"reward_funcs": ["my.reward,source=x"]}, "a function of your own: it takes no source"),
-        ({"reward_funcs": ["my.reward"], "debias": True}, "debias=True does nothing without feature_extractor or"),
         ({"reward_funcs": ["my.reward"], "credit": "leave_one_in"}, "credit='leave_one_in' does nothing without"),
         ({**EXTRACTOR, "real_statistics": "r", "prompt_scale": 2.0}, "prompt_scale=2.0 does nothing without"),
         (
@@ -221,16 +218,12 @@ def test_rewards_that_cannot_be_are_told_before_anything_is_loaded(options, mess
 
 
 def test_rewards_are_known_by_name(tmp_path):
-    clip, layers = save_tiny_clip(tmp_path / "clip"), torch.nn.Linear(6, 1)
-    save_file(layers.state_dict(), tmp_path / "head.safetensors")
+    clip = save_tiny_clip(tmp_path / "clip")
     images, prompts = coloured(4)
     specs = {
         f"clip_score,source={clip},resize=torch": clip_score(clip, resize="torch"),
         f"pick_score,source={clip}": pick_score(clip),
         f"hps_score,source={clip}": hps_score(clip),
-        f"aesthetic_score,source={clip},head={tmp_path}/head.safetensors": aesthetic_score(
-            tmp_path / "head.safetensors", clip
-        ),
         "tests.helpers.features": features,
     }
     given = train.TrainArguments(model="x", reward_funcs=list(specs))
@@ -239,7 +232,7 @@ def test_rewards_are_known_by_name(tmp_path):
         assert torch.equal(reward(images, conditions=prompts), expected(images, conditions=prompts))
     assert rewards[-1] is features
     metrics = arguments.build_metrics(given, rewards)
-    assert list(metrics) == ["clip_score", "pick_score", "hps_score", "aesthetic_score"]
+    assert list(metrics) == ["clip_score", "pick_score", "hps_score"]
     for part in (slice(0, 3), slice(3, 4)):
         metrics["pick_score"].update(images[part], prompts[part])
     mean = rewards[1](images, conditions=prompts).double().mean().item()

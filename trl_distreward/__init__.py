@@ -9,7 +9,6 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CheckpointPool": "merging.pool",
     "ClassConditionalPolicy": "policies",
-    "DebiasedDistance": "metrics.composite",
     "DiffusionDistributionConfig": "trainer.distribution_reward_config",
     "DiffusionPolicy": "policies",
     "DiffusionTrainerConfig": "trainer.base_config",
@@ -30,9 +29,7 @@ _PUBLIC = {
     "RECIPES": "trainer.recipes",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
-    "SlicedWassersteinDistance": "metrics.sliced",
     "SubsetReplaceReward": "rewards.subset_replace",
-    "SumDistance": "metrics.composite",
     "as_policy": "policies",
     "check_resources": "trainer.dry_run",
     "dry_run": "trainer.dry_run",
@@ -65,7 +62,6 @@ _SUBMODULES = {
 __all__ = [
     "CheckpointPool",
     "ClassConditionalPolicy",
-    "DebiasedDistance",
     "DiffusionDistributionConfig",
     "DiffusionPolicy",
     "DiffusionTrainerConfig",
@@ -86,9 +82,7 @@ __all__ = [
     "RECIPES",
     "SiTPipeline",
     "SiTTransformer2DModel",
-    "SlicedWassersteinDistance",
     "SubsetReplaceReward",
-    "SumDistance",
     "as_policy",
     "check_resources",
     "dry_run",
@@ -105,15 +99,13 @@ if TYPE_CHECKING:
     from .merging.coefficients import EMANet
     from .merging.pool import CheckpointPool
     from .metrics.clip import JointTextFeatures, load_clip
-    from .metrics.composite import DebiasedDistance, SumDistance
     from .metrics.extractors import JointFeatures, load_feature_extractor
     from .metrics.frechet import FrechetDistance, frechet_distance
+    from .metrics.image_metrics import FeatureDistance
     from .metrics.inception import InceptionV3, load_inception
     from .metrics.kernel import KernelDistance
     from .metrics.prdc import precision_recall_density_coverage
-    from .metrics.image_metrics import FeatureDistance
     from .metrics.scores import feature_metrics
-    from .metrics.sliced import SlicedWassersteinDistance
     from .metrics.statistics import FeatureStatistics
     from .models.edm2 import EDM2UNet2DModel
     from .models.sit import SiTTransformer2DModel

@@ -220,7 +220,6 @@ EXPERIMENTS: dict[str, Experiment] = {
             "+ one image a subset": paper(replace_size=1),
             "+ leave-one-in credit": Arm("RL", PAPER, {"credit": "leave_one_in"}),
             "+ control variate": Arm("RL", PAPER, {"control_variate": True}),
-            "+ debiased": Arm("RL", PAPER, {"debias": True}),
             "+ rolling set": paper(reference_update="rolling"),
             "+ automatic refresh": paper(reference_refresh_steps="auto"),
             "+ averaged weights": paper(ema_decay=0.9),

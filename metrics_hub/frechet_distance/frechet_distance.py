@@ -10,8 +10,8 @@ the 2048 pooled features of Inception-v3 it is the FID.
 """
 
 INPUTS = """
-    statistics (`str`, *optional*): path of the real images' statistics in place of references: `.safetensors` as
-        trl-distreward writes them, or `.npz` with `mu` and `sigma`.
+    statistics (`str`, *optional*): file of the real images' statistics in place of references: `.safetensors` of
+        trl-distreward, or `.npz` with `mu` and `sigma`.
 Returns:
     `frechet_distance` (`float`).
 Example:
@@ -32,7 +32,7 @@ CITATION = """\
 
 
 class FrechetDistance(feature_module.FeatureModule):
-    """Of float64 moments; both sets need at least 2 rows, and as many more than d as can be had."""
+    """Computed from float64 moments; both sets need at least 2 rows, and should have many more than d."""
 
     def _info(self):
         return self.describe(DESCRIPTION, INPUTS, CITATION)

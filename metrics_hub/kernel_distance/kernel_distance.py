@@ -13,7 +13,7 @@ under a cubic polynomial kernel (Bińkowski et al., 2018), mean and standard dev
 INPUTS = """
     num_subsets (`int`, *optional*, defaults to 100): number of pairs of subsets.
     subset_size (`int`, *optional*, defaults to 1000): rows of a subset; neither set may have fewer.
-    seed (`int`, *optional*, defaults to 0): of the subsets, drawn as torch-fidelity draws them.
+    seed (`int`, *optional*, defaults to 0): seed of the subsets, drawn as torch-fidelity draws them.
 Returns:
     `kernel_distance` (`float`), `kernel_distance_std` (`float`).
 Example:
@@ -35,7 +35,7 @@ CITATION = """\
 
 
 class KernelDistance(feature_module.FeatureModule):
-    """Of `(x·y / d + 1)^3`, unbiased: it can be slightly negative where the sets are alike."""
+    """Unbiased distance with the kernel `(x·y / d + 1)^3`; it can be slightly negative for similar sets."""
 
     def _info(self):
         return self.describe(DESCRIPTION, INPUTS, CITATION)
@@ -43,6 +43,5 @@ class KernelDistance(feature_module.FeatureModule):
     def _compute(self, predictions, references, num_subsets=100, subset_size=1000, seed=0):
         real = feature_module.to_features(references, "references")
         generated = feature_module.to_features(predictions, "predictions")
-        sizes = {"num_subsets": num_subsets, "subset_size": subset_size}
-        score = metrics.kernel_inception_distance(real, generated, seed=seed, **sizes)
-        return {"kernel_distance": score.mean, "kernel_distance_std": score.std}
+        mean, std = metrics.kernel_inception_distance(real, generated, num_subsets, subset_size, seed)
+        return {"kernel_distance": mean, "kernel_distance_std": std}

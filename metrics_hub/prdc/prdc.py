@@ -10,8 +10,8 @@ images among those of real ones. Results equal those of the prdc package.
 """
 
 INPUTS = """
-    nearest_k (`int`, *optional*, defaults to 5): neighbours that make a neighbourhood.
-    precision_recall_k (`int`, *optional*): the same for precision and recall, where it is to differ.
+    nearest_k (`int`, *optional*, defaults to 5): k of density and coverage.
+    precision_recall_k (`int`, *optional*, defaults to `nearest_k`): k of precision and recall.
 Returns:
     `precision`, `recall`, `density`, `coverage` (`float`).
 Example:
@@ -32,7 +32,7 @@ CITATION = """\
 
 
 class PRDC(feature_module.FeatureModule):
-    """Blocked: no matrix of all pairs is held."""
+    """Computed in blocks, without a matrix of all pairs."""
 
     def _info(self):
         return self.describe(DESCRIPTION, INPUTS, CITATION)

@@ -1,13 +1,17 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The FID network. Fingerprints are outputs of the original networks with the weights of `fill_by_pattern`."""
 
+import hashlib
+from pathlib import Path
+from urllib.error import URLError
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.helpers import fill_by_pattern, pattern_images
 from trl_distreward.metrics import inception
-from trl_distreward.metrics.inception import BLOCKS, InceptionV3, check_state, load_inception, nvidia_names
+from trl_distreward.metrics.inception import BLOCKS, InceptionV3, load_inception
 
 IMAGES = pattern_images(2, 3, 48, 40)
 # first and last three values of each image, and the norm of both
@@ -76,48 +80,19 @@ def test_other_resizes_are_those_of_pytorch_fid_and_clean_fid(network, monkeypat
     assert_fingerprint(network(IMAGES), resize)
 
 
-def test_nvidia_names_load_and_spatial_features_are_adms(network, tmp_path):
-    parts = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
-    state, ours = {}, network.state_dict()
-    for name, theirs in nvidia_names().items():
-        state |= {f"{theirs}.{part}": ours[f"{name}.{mine}"] for part, mine in parts.items()}
-    state |= {"output.weight": ours["fc.weight"], "output.bias": ours["fc.bias"]}
-    assert len(state) == 378
-    torch.save(state, tmp_path / "inception-2015-12-05.pt")
-    loaded = load_inception(tmp_path / "inception-2015-12-05.pt", output="spatial")
-    assert (loaded.name, loaded.dimension) == ("inception-spatial", 2023)
-    outputs = loaded.outputs(IMAGES, ["pool3", "spatial"])
+def test_spatial_features_are_those_of_adms_evaluator():
+    network = fill_by_pattern(InceptionV3(output="spatial"))
+    assert (network.name, network.dimension) == ("inception-spatial", 2023)
+    for name, value in network.state_dict().items():
+        if name.endswith("bn.weight"):
+            value.fill_(1)  # NVIDIA's network has no scale of normalization
+    outputs = network.outputs(IMAGES, ["pool3", "spatial"])
     assert_fingerprint(outputs["pool3"], "nvidia")
     assert_fingerprint(outputs["spatial"], "spatial")
-    assert torch.equal(loaded(IMAGES), outputs["spatial"])  # where the pass ends early
+    assert torch.equal(network(IMAGES), outputs["spatial"])  # this pass ends early
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ("Conv2d_1a_3x3", "conv"),
-        ("Conv2d_4a_3x3", "conv_4"),
-        ("Mixed_5b.branch1x1", "mixed.conv"),
-        ("Mixed_5b.branch5x5_1", "mixed.tower.conv"),
-        ("Mixed_5d.branch3x3dbl_3", "mixed_2.tower_1.conv_2"),
-        ("Mixed_5d.branch_pool", "mixed_2.tower_2.conv"),
-        ("Mixed_6a.branch3x3", "mixed_3.conv"),
-        ("Mixed_6a.branch3x3dbl_1", "mixed_3.tower.conv"),
-        ("Mixed_6d.branch1x1", "mixed_6.conv"),
-        ("Mixed_6d.branch7x7_2", "mixed_6.tower.conv_1"),
-        ("Mixed_6d.branch7x7dbl_5", "mixed_6.tower_1.conv_4"),
-        ("Mixed_7a.branch3x3_2", "mixed_8.tower.conv_1"),
-        ("Mixed_7a.branch7x7x3_4", "mixed_8.tower_1.conv_3"),
-        ("Mixed_7c.branch3x3_2a", "mixed_10.tower_mixed_conv"),
-        ("Mixed_7c.branch3x3dbl_3b", "mixed_10.tower_1_mixed_conv_1"),
-        ("Mixed_7c.branch_pool", "mixed_10.tower_2_conv"),
-    ],
-)
-def test_names_of_the_frozen_graph(ours, theirs):
-    assert nvidia_names()[ours] == f"layers.{theirs}"
-
-
-def test_weights_come_back_from_pytorch_fids_file_and_from_safetensors(network, saved, tmp_path):
+def test_weights_load_from_pytorch_fids_file_and_from_safetensors(network, saved, tmp_path):
     save_file(network.state_dict(), tmp_path / "inception.safetensors")
     for path in (saved, tmp_path / "inception.safetensors"):
         loaded = load_inception(path, resize="clean", output="logits")
@@ -128,49 +103,54 @@ def test_weights_come_back_from_pytorch_fids_file_and_from_safetensors(network, 
     assert {"Mixed_5b.branch5x5_1.bn.running_mean", "Mixed_7c.branch3x3dbl_3a.conv.weight", "fc.bias"} <= names
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop("Mixed_6b.branch7x7_2.bn.bias"), r"1 are missing \(Mixed_6b.branch7x7_2.bn.bias\)"),
-        (lambda s: s.update(extra=torch.ones(1)), r"1 are unknown \(extra\)"),
-        (
-            lambda s: s.update({"fc.weight": torch.ones(1000, 2048)}),
-            r"1 have another shape \(fc.weight \(1000, 2048\), not \(1008, 2048\)\)",
-        ),
-        (lambda s: s.update({"fc.bias": torch.ones(1008).half()}), r"1 are not float32 \(fc.bias\)"),
-        (lambda s: s["fc.bias"].fill_(float("nan")), r"1 are not finite \(fc.bias\)"),
-        (lambda s: s.update({"AuxLogits.fc.bias": torch.ones(1)}), "torchvision's Inception-v3, which is another"),
-    ],
-)
-def test_weights_of_another_network_are_refused_by_name(network, change, message):
-    state = {name: value.clone() if name == "fc.bias" else value for name, value in network.state_dict().items()}
-    change(state)
-    with pytest.raises(ValueError, match=f"some.pth does not hold the FID Inception-v3.*{message}"):
-        check_state(state, network, "some.pth")
+def test_files_of_another_network_are_refused(network, tmp_path):
+    cases = {
+        "missing": ({"fc.bias": torch.ones(1008)}, "Missing key.*Conv2d_1a_3x3"),
+        "other shape": ({**network.state_dict(), "fc.bias": torch.ones(1000)}, "size mismatch for fc.bias"),
+        "torchvision": ({**network.state_dict(), "AuxLogits.fc.bias": torch.ones(1)}, "Unexpected key.*AuxLogits"),
+    }
+    for name, (state, message) in cases.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+        with pytest.raises(ValueError, match=f"(?s){name}.pth does not hold the weights of the FID.*{message}"):
+            load_inception(tmp_path / f"{name}.pth")
+    torch.save(network, tmp_path / "pickle.pth")  # a pickle that would run code
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for name in ("pickle.pth", "broken.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} does not hold the weights"):
+            load_inception(tmp_path / name)
 
 
-def test_files_of_another_network_are_refused(tmp_path):
-    torch.save({"fc.bias": torch.ones(1008)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other.pth does not hold the FID Inception-v3: of its tensors 471 are miss"):
-        load_inception(tmp_path / "other.pth")
-
-
-def test_pickles_with_code_are_refused(tmp_path):
-    (tmp_path / "inception-2015-12-05.pkl").write_bytes(b"anything")
-    with pytest.raises(ValueError, match="carries source code and is not read: its weights are those of https://"):
-        load_inception(tmp_path / "inception-2015-12-05.pkl")
-
-
-def test_default_weights_are_pytorch_fids_release(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("trl_distreward.metrics.weights.constants.HF_HUB_OFFLINE", True)
+def test_default_weights_are_downloaded_once_and_checked(network, saved, tmp_path, monkeypatch):
     place = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
-    with pytest.raises(ConnectionError, match=f"put the file of sha256 6726825d0af5f729cebd.* at {place}"):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(inception.torch.hub, "download_url_to_file", broken)
+        with pytest.raises(OSError, match=f"cannot be downloaded .*no network.*put that file at {place}"):
+            load_inception()
+    asked = []
+
+    def download(url, path, hash_prefix):
+        asked.append((url, hash_prefix))
+        Path(path).write_bytes(saved.read_bytes())
+
+    monkeypatch.setattr(inception.torch.hub, "download_url_to_file", download)
+    with pytest.raises(ValueError, match=f"{place} is damaged or another file"):
         load_inception()
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="not 6726825d0af5f729"):
-        load_inception()
+    digest = hashlib.sha256(saved.read_bytes()).hexdigest()
+    monkeypatch.setattr(inception, "FID_WEIGHTS_SHA256", digest)
+    assert torch.equal(load_inception().fc.bias, network.fc.bias)
+    assert len(asked) == 1 and asked[0][0].startswith("https://github.com/mseitzer/pytorch-fid/")
+
+
+def broken(*args, **kwargs):
+    raise URLError("no network")
+
+
+def test_weights_on_the_hub(saved, monkeypatch):
+    asked = []
+    monkeypatch.setattr(inception, "hf_hub_download", lambda *args: asked.append(args) or str(saved))
+    load_inception("org/repo:sub/weights.pth")
+    assert asked == [("org/repo", "sub/weights.pth")]
 
 
 def test_autocast_and_training_mode_change_nothing(network):
@@ -191,7 +171,7 @@ def test_images_carry_gradients_and_weights_do_not(network):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_grey_images_are_three_equal_channels(network):
+def test_grey_images_become_three_equal_channels(network):
     grey = IMAGES[:1, :1]
     names = ["spatial"]  # a pass that ends early suffices
     expected = network.outputs(grey.repeat(1, 3, 1, 1), names)

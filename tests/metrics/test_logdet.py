@@ -1,9 +1,11 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import math
+
 import pytest
 import torch
 
 from trl_distreward.metrics.logdet import ShiftedGrams, eigenvalues_above, factorize
-from trl_distreward.metrics.precision import full_precision
+from trl_distreward.metrics.quadrature import elliptic_quadrature, error_bound
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def test_grams_of_many_shifts(rank, zeros):
     shifts = torch.logspace(-11, 3, 25, dtype=torch.float64)
     shifts[0] = -eigenvalues[zeros].item() / 4
     rows = torch.randn(4, rank, dimension, generator=generator, dtype=torch.float64)
-    grams = ShiftedGrams(eigenvalues, shifts, torch.float64)
+    grams = ShiftedGrams(eigenvalues, shifts)
     assert rank <= 7 or sum(f.numel() for _, f in grams.blocks) < 0.75 * dimension * len(shifts)
     white = torch.where(eigenvalues > 0, eigenvalues, 1.0)
     for got, shift in zip(grams(rows), shifts, strict=True):
@@ -59,16 +61,29 @@ def test_an_eigenvalue_that_falls_below_is_noticed():
     assert eigenvalues_above(grams, 1).tolist() == [True, False]
 
 
-def test_precision_settings_are_set_and_restored():
-    place, name = torch.backends.cuda.matmul, "allow_tf32"
-    if hasattr(place, "fp32_precision"):
-        name = "fp32_precision"
-    before = getattr(place, name)
-    try:
-        setattr(place, name, "tf32" if name == "fp32_precision" else True)
-        inside = getattr(place, name)
-        with full_precision():
-            assert getattr(place, name) in ("ieee", False)
-        assert getattr(place, name) == inside
-    finally:
-        setattr(place, name, before)
+# ---- quadrature ----
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1e-2, 1e-5, 1e-8])
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-7, 1e-10])
+def test_error_of_one_number_is_just_below_the_bound(ratio, tolerance):
+    rule = elliptic_quadrature(3 * ratio, 3.0, tolerance)
+    assert rule.bound <= tolerance < error_bound(rule.lower, rule.upper, max(len(rule.nodes) - 3, 1))
+    numbers = torch.logspace(math.log10(rule.lower), math.log10(rule.upper), 5001, dtype=torch.float64)[:, None]
+    slopes = 2 * numbers / (numbers**2 + rule.nodes**2)  # of Σ w log(a² + s²), which is a
+    for weights, bound in ((rule.weights, rule.bound), (rule.coarse, rule.coarse_bound)):
+        error = ((slopes * weights).sum(1) - 1).abs().max().item()
+        assert 0.9 * bound - 2e-15 < error < bound + 2e-15
+
+
+def test_nodes_keep_all_digits_and_mirror():
+    rule = elliptic_quadrature(1e-9, 1.0)
+    assert (rule.nodes.diff() > 0).all()
+    expected = torch.full_like(rule.nodes, 1e-9)
+    torch.testing.assert_close(rule.nodes * rule.nodes.flip(0), expected, rtol=1e-14, atol=0)
+
+
+def test_bound_falls_exponentially_at_the_known_rate():
+    lower, upper = 1e-5, 1.0
+    rate = math.log(error_bound(lower, upper, 20) / error_bound(lower, upper, 30)) / 10
+    assert rate == pytest.approx(math.pi**2 / math.log(4 * upper / lower), rel=1e-4)

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from tests.helpers import pattern_images
-from trl_distreward.metrics.preprocessing import full_precision, resize_pillow, resize_tensorflow, to_rgb
+from trl_distreward.metrics.precision import full_precision
+from trl_distreward.metrics.preprocessing import resize_pillow, resize_tensorflow, to_rgb
 
 
 def noise(*shape):
@@ -34,7 +35,7 @@ def test_pillow_resize_equals_pillow_bit_for_bit(shape, size, mode):
         assert torch.equal(resized, torch.from_numpy(expected).permute(0, 3, 1, 2).float())
 
 
-def test_unrounded_pillow_resize_is_that_of_images_of_floats():
+def test_unrounded_pillow_resize_equals_that_of_images_of_floats():
     image = noise(1, 1, 40, 56).float()
     expected = np.asarray(Image.fromarray(image[0, 0].numpy(), mode="F").resize((99, 99), Image.Resampling.BICUBIC))
     resized = resize_pillow(image, 99, eight_bit=False)
@@ -49,7 +50,7 @@ def test_gradients_pass_resizes(resize):
     assert torch.autograd.gradcheck(lambda x: resize(x * 64, 7), image, eps=1e-2, atol=1e-2)
 
 
-def test_gradient_of_the_rounded_resize_is_that_of_the_unrounded_one():
+def test_the_rounded_resize_has_the_gradient_of_the_unrounded_one():
     image = (64 + noise(1, 1, 9, 8).float() / 2).requires_grad_()  # its resize stays within [0, 255]
     weights = torch.linspace(-1, 1, 49).view(7, 7)
     gradients = [
@@ -60,7 +61,7 @@ def test_gradient_of_the_rounded_resize_is_that_of_the_unrounded_one():
     assert gradients[0].abs().max() > 0.1
 
 
-def test_one_channel_is_three_equal_ones():
+def test_one_channel_becomes_three_equal_ones():
     grey = noise(2, 1, 6, 5)
     assert torch.equal(to_rgb(grey), grey.float().repeat(1, 3, 1, 1))
 
@@ -80,7 +81,7 @@ def test_images_that_would_be_misread_are_refused(images, dtype, message):
         to_rgb(images, dtype)
 
 
-def test_black_and_whole_numbered_images_are_no_mistake():
+def test_black_images_and_images_of_whole_numbers_are_accepted():
     assert to_rgb(torch.zeros(1, 3, 4, 4)).max() == 0
     assert to_rgb(torch.ones(1, 3, 4, 4)).max() == 1
 
@@ -92,7 +93,7 @@ def test_full_precision_forbids_autocast_and_tf32_and_puts_the_settings_back():
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         with pytest.raises(KeyError), torch.autocast("cpu", dtype=torch.bfloat16):
-            with full_precision(torch.device("cpu")):
+            with full_precision():
                 assert [backend.fp32_precision for backend in backends] == ["ieee"] * 3
                 assert torch.equal(a @ a, torch.autocast("cpu", enabled=False)(torch.matmul)(a, a))
                 assert (a @ a).dtype == torch.float32

@@ -1,9 +1,22 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import io
+import os
+import pickle
+import zipfile
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from trl_distreward import FeatureStatistics
+from trl_distreward import FeatureDistance, FeatureStatistics, SubsetReplaceReward, frechet_distance
+from trl_distreward.metrics.distance import build_distance
+from trl_distreward.metrics.statistics import check_extractor
+
+
+def moments(dimension=3, seed=0):
+    rows = np.random.default_rng(seed).normal(size=(30, dimension))
+    return {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
 
 
 def test_streaming_and_merging_equal_the_whole():
@@ -22,30 +35,7 @@ def test_streaming_and_merging_equal_the_whole():
         torch.testing.assert_close(statistics.covariance, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_save_and_load(tmp_path):
-    statistics = FeatureStatistics.from_features(torch.randn(50, 4), metadata={"extractor": "test"})
-    statistics.save(tmp_path / "real.safetensors")
-    loaded = FeatureStatistics.load(tmp_path / "real.safetensors")
-    assert loaded.count == 50 and loaded.metadata == {"extractor": "test"}
-    assert torch.equal(loaded.mean, statistics.mean)
-    torch.testing.assert_close(loaded.covariance, statistics.covariance, rtol=1e-15, atol=0)
-    for name in ("real.npz", "real.pkl"):  # which would be read as another format
-        with pytest.raises(ValueError, match=f"{name} would be a safetensors file"):
-            statistics.save(tmp_path / name)
-    assert [p.name for p in tmp_path.iterdir()] == ["real.safetensors"]
-
-
-def test_reads_npz_of_other_tools(tmp_path):
-    features = np.random.default_rng(0).normal(size=(30, 3))
-    np.savez(tmp_path / "adm.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
-    loaded = FeatureStatistics.load(tmp_path / "adm.npz")
-    assert loaded.count is None and loaded.mean.dtype == torch.float64
-    np.testing.assert_allclose(loaded.covariance.numpy(), np.cov(features, rowvar=False))
-    with pytest.raises(ValueError, match="count is unknown"):
-        loaded.update(torch.randn(2, 3))
-
-
-def test_refuses_bad_input(tmp_path):
+def test_refuses_bad_features():
     features = torch.randn(5, 3)
     features[2, 1] = float("nan")
     with pytest.raises(ValueError, match=r"NaN or infinite values in 1 of 5 rows \(2\)"):
@@ -56,11 +46,161 @@ def test_refuses_bad_input(tmp_path):
         FeatureStatistics(3).update(torch.randn(2, 4))
     with pytest.raises(ValueError, match="at least 2 vectors"):
         FeatureStatistics.from_features(torch.randn(1, 3)).covariance  # noqa: B018
+
+
+# ---- files ----
+
+
+def test_save_and_load(tmp_path):
+    statistics = FeatureStatistics.from_features(torch.randn(50, 4), metadata={"extractor": "test"})
+    statistics.save(tmp_path / "real.safetensors")
+    loaded = FeatureStatistics.load(tmp_path / "real.safetensors")
+    assert loaded.count == 50 and loaded.metadata == {"extractor": "test"}
+    assert torch.equal(loaded.mean, statistics.mean)
+    torch.testing.assert_close(loaded.covariance, statistics.covariance, rtol=1e-15, atol=0)
+    with pytest.raises(ValueError, match="real.npz would be read as another format"):
+        statistics.save(tmp_path / "real.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["real.safetensors"]
     with pytest.raises(FileNotFoundError, match="no statistics file"):
         FeatureStatistics.load(tmp_path / "none.safetensors")
-    np.savez(tmp_path / "images.npz", arr_0=np.zeros(3))
-    with pytest.raises(ValueError, match="'mu' and 'sigma'"):
-        FeatureStatistics.load(tmp_path / "images.npz")
     (tmp_path / "broken.safetensors").write_bytes(b"12345678garbage")
     with pytest.raises(ValueError, match="damaged"):
         FeatureStatistics.load(tmp_path / "broken.safetensors")
+
+
+def test_reads_npz_of_other_tools(tmp_path):
+    pool, spatial = moments(), moments(4, seed=1)
+    np.savez(tmp_path / "ref.npz", **pool, mu_s=spatial["mu"], sigma_s=spatial["sigma"], arr_0=np.zeros((2, 4, 4, 3)))
+    loaded = FeatureStatistics.load(tmp_path / "ref.npz", "inception")
+    assert loaded.count is None and np.array_equal(loaded.mean.numpy(), pool["mu"])
+    np.testing.assert_allclose(loaded.covariance.numpy(), pool["sigma"])
+    with pytest.raises(ValueError, match="count is unknown"):
+        loaded.update(torch.randn(2, 3))
+    loaded = FeatureStatistics.load(tmp_path / "ref.npz", "inception-spatial")
+    assert np.array_equal(loaded.mean.numpy(), spatial["mu"]) and loaded.metadata["extractor"] == "inception-spatial"
+    np.savez(tmp_path / "sample.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ValueError, match=r"'mu' and 'sigma'. It holds images: give it as a source"):
+        FeatureStatistics.load(tmp_path / "sample.npz")
+
+
+class Runs:
+    """Pickles to a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def absurd_npz(path, shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("mu", "sigma"):
+            archive.writestr(f"{name}.npy", header.getvalue() + b"12345678")
+
+
+def test_damaged_and_hostile_npz_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    absurd_npz(path, (10**15,))
+    with pytest.raises(ValueError, match=r"a.npz is damaged: array 'mu' claims shape \(1000000000000000,\)"):
+        FeatureStatistics.load(path)
+    np.savez(path, mu=np.array([Runs(os.system, f"touch {tmp_path / 'ran'}")], dtype=object), sigma=np.eye(1))
+    with pytest.raises(ValueError, match="dtype object"):
+        FeatureStatistics.load(path)
+    assert not (tmp_path / "ran").exists()
+    np.savez(path, **moments(40))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="damaged or not an .npz"):
+        FeatureStatistics.load(path)
+    path.write_bytes(content[:5000] + b"????" + content[5004:])
+    with pytest.raises(ValueError, match="damaged"):
+        FeatureStatistics.load(path)
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(ValueError, match=r"a.npz holds no statistics: mean has shape \(3,\)"):
+        FeatureStatistics.load(path)
+
+
+def test_edm2_statistics_are_chosen_by_extractor(tmp_path):
+    path = tmp_path / "img512.pkl"
+    content = {"num_images": 30, "fid": moments(), "fd_dinov2": moments(5, seed=1)}
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    for name, expected in (("inception", moments()), ("dinov2", moments(5, seed=1))):
+        loaded = FeatureStatistics.load(path, name)
+        assert loaded.count == 30 and loaded.metadata == {"source": "img512.pkl", "extractor": name}
+        assert np.array_equal(loaded.mean.numpy(), expected["mu"])
+        np.testing.assert_allclose(loaded.covariance.numpy(), expected["sigma"], rtol=1e-14)
+    for wanted in (None, "clip"):
+        with pytest.raises(ValueError, match=r"statistics of \['inception', 'dinov2'\], choose one"):
+            FeatureStatistics.load(path, wanted)
+    del content["fid"]
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    assert FeatureStatistics.load(path).dimension == 5
+
+
+def test_hostile_edm2_files_are_refused_and_run_nothing(tmp_path):
+    path, marker = tmp_path / "a.pkl", tmp_path / "ran"
+    good = pickle.dumps({"fid": moments()}, 4)
+    hostile = Runs(os.system, f"touch {marker}")
+    for content in (pickle.dumps(hostile), pickle.dumps({"fid": {"mu": hostile}}), good[: len(good) // 2], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be read as statistics of EDM2"):
+            FeatureStatistics.load(path, "inception")
+    assert not marker.exists()
+
+
+# ---- whose statistics they are ----
+
+
+def test_statistics_of_another_extractor_are_refused(tmp_path):
+    metadata = {"extractor": "dinov2", "resize": "torch-bicubic-224"}
+    FeatureStatistics.from_features(torch.randn(9, 3), metadata).save(tmp_path / "real.safetensors")
+    assert FeatureStatistics.load(tmp_path / "real.safetensors", "dinov2").dimension == 3
+    with pytest.raises(ValueError, match="extractor 'dinov2', but the images are seen with 'inception'.*recompute"):
+        FeatureStatistics.load(tmp_path / "real.safetensors", "inception")
+    check_extractor(metadata, 3, extractor="dinov2", resize="torch-bicubic-224", extractor_dimension=3)
+    check_extractor({}, 3, extractor="anything", resize="any")  # a file that does not say
+    check_extractor(metadata, 3, extractor="dinov2", weights="b")
+    with pytest.raises(ValueError, match="resize 'torch-bicubic-224', but the images are seen with 'pillow'"):
+        check_extractor(metadata, 3, extractor="dinov2", resize="pillow")
+    with pytest.raises(ValueError, match="weights 'a', but the images are seen with 'b'"):
+        check_extractor({**metadata, "weights": "a"}, 3, extractor="dinov2", weights="b")
+    with pytest.raises(ValueError, match="dimension 3, but 'dinov2' gives 1024"):
+        check_extractor(metadata, 3, extractor="dinov2", extractor_dimension=1024)
+
+
+class Named(torch.nn.Module):
+    def __init__(self, name, resize):
+        super().__init__()
+        self.name, self.resize = name, resize
+
+    def forward(self, images):
+        return images.float().flatten(1)[:, :3]
+
+
+@pytest.mark.parametrize("judge", [FeatureDistance, SubsetReplaceReward])
+def test_rewards_and_metrics_refuse_statistics_of_another_extractor(judge, tmp_path):
+    path = tmp_path / "real.safetensors"
+    FeatureStatistics.from_features(torch.randn(9, 3), {"extractor": "dinov2", "resize": "torch"}).save(path)
+    judge(Named("dinov2", "torch"), path)
+    judge(lambda images: images.float().flatten(1)[:, :3], path)  # without a name
+    for name, resize, message in (("inception", "torch", "extractor 'dinov2'"), ("dinov2", "pil", "resize 'torch'")):
+        for real in (path, FeatureStatistics.load(path)):
+            with pytest.raises(ValueError, match=f"{message}, but the images are seen with"):
+                judge(Named(name, resize), real)
+
+
+def test_files_with_features_serve_every_distance(tmp_path):
+    features = torch.randn(9, 3)
+    statistics = FeatureStatistics.from_features(features)
+    both = {"features": features, "mean": statistics.mean, "covariance": statistics.covariance}
+    save_file(both, tmp_path / "both.safetensors", metadata={"count": "9"})
+    save_file({"features": features}, tmp_path / "features.safetensors")
+    generated = torch.randn(20, 3)
+    for path in (tmp_path / "both.safetensors", tmp_path / "features.safetensors"):
+        value = build_distance("frechet", path).fit(generated).value
+        assert value == pytest.approx(frechet_distance(FeatureStatistics.from_features(generated), statistics))
+        build_distance("kernel", path).fit(generated)
+        assert torch.equal(build_distance(lambda real: real, path), features)

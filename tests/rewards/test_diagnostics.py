@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.rewards.test_credit import REAL, draw, reward_for
-from trl_distreward.rewards import reward_diagnostics
+from trl_distreward.rewards.diagnostics import reward_diagnostics
 
 
 def diagnose(new, reference, conditions, slots):

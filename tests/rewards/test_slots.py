@@ -12,6 +12,44 @@ def counts_of(slots):
     return torch.tensor([[[STRATA[s] for s in row].count(name) for name in "abcd"] for row in slots.tolist()])
 
 
+def test_plain_slots_are_distinct_within_subsets_and_repeatable():
+    draws = [SlotSampler(20, seed=1).draw(50, 7) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert all(len(set(row.tolist())) == 7 for row in draws[0])
+    counts = torch.bincount(SlotSampler(20).draw(4000, 5).flatten(), minlength=20).double()
+    assert ((counts / counts.sum() - 1 / 20).abs() < 5 * (0.05 * 0.95 / 20000) ** 0.5).all()  # uniform
+
+
+def test_distinct_slots_come_in_rounds_without_replacement():
+    sampler = SlotSampler(20, seed=1)
+    slots = sampler.draw(10, 3, distinct=True)  # 30 slots: one round and a half
+    assert sorted(slots.flatten()[:20].tolist()) == list(range(20))
+    assert all(len(set(row.tolist())) == 3 for row in slots)
+    rest = sampler.draw(10, 3, distinct=True)
+    counts = torch.bincount(torch.cat([slots, rest]).flatten(), minlength=20)
+    assert (counts == 3).all()
+    assert all(len(set(row.tolist())) == 3 for row in rest)
+
+
+def test_distinct_slots_stay_distinct_over_a_batch_that_crosses_a_round():
+    sampler = SlotSampler(1000, seed=0)
+    for num_subsets, size in ((256, 1), (3, 50)):
+        for _ in range(20):
+            slots = sampler.draw(num_subsets, size, distinct=True).flatten()
+            assert len(slots.unique()) == num_subsets * size
+
+
+def test_slot_sampler_resumes_in_the_middle_of_a_round():
+    sampler, other = SlotSampler(20, seed=1), SlotSampler(20, seed=2)
+    sampler.draw(3, 4, distinct=True)
+    other.load_state_dict(sampler.state_dict())
+    for distinct in (True, False, True):
+        assert torch.equal(sampler.draw(5, 3, distinct), other.draw(5, 3, distinct))
+
+
+# ---- strata ----
+
+
 def test_every_subset_keeps_the_strata_in_proportion():
     sampler, share = StratifiedSlotSampler(STRATA, seed=1), torch.tensor([10, 6, 2.6, 1.4])
     for distinct in (False, True):
@@ -51,15 +89,15 @@ def test_resumes_in_the_middle_of_a_round_and_refuses_other_strata():
     other.load_state_dict(sampler.state_dict())
     for distinct in (True, False, True):
         assert torch.equal(sampler.draw(5, 3, distinct), other.draw(5, 3, distinct))
-    with pytest.raises(ValueError, match="4 strata, this run has 2"):
+    with pytest.raises(ValueError, match="from 4 strata, and this run has 2"):
         StratifiedSlotSampler([0, 1] * 50).load_state_dict(sampler.state_dict())
-    with pytest.raises(ValueError, match="no strata, this run has 4"):
+    with pytest.raises(ValueError, match="from 0 strata, and this run has 4"):
         sampler.load_state_dict(SlotSampler(100).state_dict())
-    with pytest.raises(ValueError, match="drew its slots from strata"):
+    with pytest.raises(ValueError, match="slots were drawn from strata"):
         SlotSampler(100).load_state_dict(sampler.state_dict())
 
 
-def test_one_stratum_is_no_stratum():
+def test_one_stratum_draws_like_none():
     slots = StratifiedSlotSampler([0] * 12, seed=0).draw(3, 4, distinct=True)
     assert sorted(slots.flatten().tolist()) == list(range(12))
 

@@ -294,7 +294,7 @@ def test_rollout_images_do_not_depend_on_the_batch_they_are_drawn_in(tmp_path):
     assert (to_uint8(trainer.policy.decode(alone)).int() - images[5].int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("reward", [{"credit": "leave_one_in"}, {"control_variate": True}, {"debias": True}])
+@pytest.mark.parametrize("reward", [{"credit": "leave_one_in"}, {"control_variate": True}])
 def test_credits_train_and_their_spread_is_told(tmp_path, reward):
     trainer = tiny_trainer(
         tmp_path,

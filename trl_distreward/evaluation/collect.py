@@ -25,8 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import write_json
-from ..metrics.extractors import extractor_digest, module_of
-from ..metrics.extractors import FeatureExtractor, extract_features, freeze
+from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, module_of
 from ..metrics.statistics import FeatureStatistics
 from .decoding import StoredImage, UnreadableImage, decode_image
 from .sources import SETTINGS, ImageSource, chain_lanes

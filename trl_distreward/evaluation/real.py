@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..metrics.checks import load_real_features
 from ..metrics.npz import array_names, open_archive
-from ..metrics.statistics import FeatureStatistics
-from ..metrics.statistics import SPATIAL
+from ..metrics.statistics import SPATIAL, FeatureStatistics
 from .collect import CollectedFeatures
 
 # how images are resized in files that do not say it: EDM2's .pkl, and ADM's reference batches

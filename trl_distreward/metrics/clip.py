@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Images and prompts in CLIP's space, and features of both together, which a distance sees unanswered prompts in."""
+"""CLIP embeddings of images and prompts, and features of images joined with their prompts."""
 
 import os
 from collections import OrderedDict
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .extractors import CLIP_MEAN, CLIP_STD, BackboneFeatures, FeatureExtractor, freeze, module_of
-from .preprocessing import full_precision
+from .backbones import CLIP_MEAN, CLIP_STD, BackboneFeatures
+from .extractors import FeatureExtractor, freeze, module_of
+from .precision import full_precision
 
 TEXT_BATCH = 64  # prompts that go through the text encoder at a time
 
@@ -21,16 +22,15 @@ class CLIPEmbeddings(BackboneFeatures):
     """
     Embeddings of length 1 of images and of prompts by a CLIP model, in float32 without autocast or TF32.
 
-    As a feature extractor it is that of images alone; gradients pass to images that are floating-point.
+    Calling it embeds images; gradients pass to floating-point images.
 
     Args:
-        model ([`~transformers.CLIPModel`]): both towers.
-        tokenizer: of its prompts, one of transformers' tokenizers. Longer prompts are cut off.
-        name (`str`, *optional*, defaults to `"clip"`): what to call these features in metadata.
-        resize (`str`, *optional*, defaults to `"pillow"`):
-            `"pillow"` or `"torch"`, as in [`~metrics.BackboneFeatures`].
-        mean, std (`tuple[float]` of length 3, *optional*): CLIP's own by default.
-        cache_size (`int`, *optional*, defaults to 10000): prompts whose embeddings are kept, in CPU memory.
+        model ([`~transformers.CLIPModel`]): the model, with both towers.
+        tokenizer: one of transformers' tokenizers for its prompts. Longer prompts are cut off.
+        name (`str`, *optional*, defaults to `"clip"`): name of these features in metadata.
+        resize (`str`, *optional*, defaults to `"pillow"`): or `"torch"`, as in [`~metrics.BackboneFeatures`].
+        mean, std (`tuple[float]` of length 3, *optional*): normalization, CLIP's own by default.
+        cache_size (`int`, *optional*, defaults to 10000): number of prompts whose embeddings are kept, in CPU memory.
     """
 
     model: Any
@@ -52,25 +52,20 @@ class CLIPEmbeddings(BackboneFeatures):
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def forward(self, images: Tensor) -> Tensor:
-        with full_precision(images.device):
+        with full_precision():
             outputs = self.model.get_image_features(pixel_values=self.prepare(images))
             return F.normalize(outputs.pooler_output, dim=1).float()
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> Tensor:
-        """
-        Embeddings `(B, d)` of prompts, on the model's device.
-
-        Raises:
-            ValueError: something else than strings.
-        """
+        """Embeddings `(B, d)` of prompts, on the model's device."""
         wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
         if wrong:
             raise ValueError(f"{wrong[0]!r} is not a prompt: the images' conditions must be strings.")
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(missing), TEXT_BATCH):
             part = missing[start : start + TEXT_BATCH]
-            # always as many, or a prompt's last bits would depend on which others are known already
+            # always the same number: a prompt's last bits must not depend on which others are cached
             filled = part + [""] * (TEXT_BATCH - len(part))
             self._cache.update(zip(part, self._embed(filled).cpu().unbind()[: len(part)], strict=True))
         embeddings = torch.stack([self._cache[prompt] for prompt in prompts])
@@ -82,11 +77,11 @@ class CLIPEmbeddings(BackboneFeatures):
 
     def _embed(self, prompts: list[str]) -> Tensor:
         device = self.mean.device
-        # to the full length: which other prompts are beside it would change a prompt's last digits
+        # always the full length: a prompt's last bits must not depend on the longest one beside it
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
-        with full_precision(device):
+        with full_precision():
             outputs = self.model.get_text_features(
                 input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
             )
@@ -95,17 +90,17 @@ class CLIPEmbeddings(BackboneFeatures):
 
 class JointTextFeatures(nn.Module):
     """
-    Features of an image beside the embedding of its prompt: a distance between such features sees whether images
-    answer their prompts.
+    Features of an image joined with the embedding of its prompt, so that the distance sees whether images match their
+    prompts.
 
-    The distance of images alone is blind to prompts, as [`JointFeatures`] says of classes. Real statistics are those
-    of real images beside their captions.
+    A distance of images alone is blind to prompts, as it is to classes ([`JointFeatures`]). Real statistics come from
+    real images with their captions.
 
     Args:
         feature_extractor (`Callable`): images `(B, C, H, W)` to features `(B, d)`.
-        text_encoder (`Callable`):
-            prompts, a list of B strings, to embeddings `(B, e)`, e.g. [`~metrics.CLIPEmbeddings.prompts`].
-        scale (`float`, *optional*, defaults to 1.0): what a prompt is worth: the embeddings are multiplied by it.
+        text_encoder (`Callable`): a list of B prompts to embeddings `(B, e)`, for instance
+            [`~metrics.CLIPEmbeddings.prompts`].
+        scale (`float`, *optional*, defaults to 1.0): factor of the prompts' embeddings.
 
     Example:
 
@@ -123,10 +118,10 @@ class JointTextFeatures(nn.Module):
     ):
         super().__init__()
         if not scale > 0:
-            raise ValueError(f"scale={scale} must be positive: at 0 the prompts are not seen.")
+            raise ValueError(f"scale={scale} must be positive: with 0 the distance is blind to prompts.")
         self.extractor = freeze(feature_extractor)
         self.text_encoder = freeze(text_encoder)
-        # methods and wrappers are no modules: theirs are named here, so that they are moved
+        # registered here, because the module behind a method or a wrapper would not be moved otherwise
         self.image_module, self.text_module = module_of(feature_extractor), module_of(text_encoder)
         self.scale = scale
         self.name = f"{getattr(feature_extractor, 'name', 'features')}+text-{scale:g}"
@@ -146,31 +141,25 @@ def load_clip(
     **kwargs: Any,
 ) -> CLIPEmbeddings:
     """
-    A CLIP model of transformers, for images and prompts.
+    Loads a CLIP model of transformers, for images and prompts.
 
     Args:
         source (`str` or path): Hub id or folder of a [`~transformers.CLIPModel`].
-        device (`torch.device` or `str`, *optional*): where to put it; the trainer moves it by itself.
+        device (`torch.device` or `str`, *optional*): device of the model; the trainer moves it by itself.
         tokenizer (`str` or path, *optional*): Hub id or folder of the tokenizer, if `source` has none.
-        revision (`str`, *optional*): of `source`.
+        revision (`str`, *optional*): revision of `source`.
         kwargs: further arguments of [`~metrics.CLIPEmbeddings`].
 
     Raises:
-        OSError: it is neither here nor to be had, with what to put where.
-        ValueError: it lacks weights of a CLIP model.
+        OSError: the model is not here and cannot be downloaded.
+        ValueError: the file lacks weights of a CLIP model.
     """
     from transformers import AutoTokenizer, CLIPModel
 
     source, text = str(source), str(tokenizer or source)
     at = {} if revision is None else {"revision": revision}
-    try:
-        model, report = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **at)
-        tokens = AutoTokenizer.from_pretrained(text, **(at if text == source else {}))
-    except OSError as error:
-        raise OSError(
-            f"{source} cannot be loaded ({error}): where there is a network, `hf download {source}` puts it into the "
-            "cache of the Hub; or give a folder, and another tokenizer= if it has none."
-        ) from error
+    model, report = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **at)
+    tokens = AutoTokenizer.from_pretrained(text, **(at if text == source else {}))
     if report["missing_keys"]:
         raise ValueError(
             f"{source} lacks weights of CLIP, which would stay random: {list(report['missing_keys'])[:4]}."

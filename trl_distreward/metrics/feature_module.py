@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What the modules of Hugging Face `evaluate` under `metrics_hub` share."""
+"""Base of the modules for Hugging Face `evaluate` under `metrics_hub`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +23,12 @@ class FeatureModule(evaluate.Metric):
     """
     A metric between two sets of feature vectors of any sizes.
 
-    `evaluate` keeps predictions and references as columns of one table. The shorter of the two is filled up with empty
-    rows here, which are left out again when the sets are taken from the table.
+    `evaluate` keeps predictions and references as columns of one table. Here the shorter column is filled with empty
+    rows, which `to_features` removes.
     """
 
     def describe(self, description: str, inputs: str, citation: str) -> evaluate.MetricInfo:
-        """What `_info` returns: rows of float32."""
+        """Value of `_info`: both columns hold rows of float32."""
         row = ListOf(Value("float32"))
         info = evaluate.MetricInfo(
             description=description,
@@ -36,12 +36,12 @@ class FeatureModule(evaluate.Metric):
             inputs_description=INPUTS + inputs,
             features=Features({"predictions": row, "references": row}),
         )
-        # refused as an argument where rows are lists; without it every number becomes a Python object of 32 bytes
+        # without it every number becomes a Python object of 32 bytes; the constructor refuses it for rows of lists
         info.format = "numpy"
         return info
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Adds features of generated images, of real images, or of both. In numbers as they come."""
+        """Adds features of generated images, of real images, or of both, in any numbers."""
         columns = {"predictions": _rows(predictions), "references": _rows(references)}
         longest = max(map(len, columns.values()))
         filled = {name: [*rows, *[[]] * (longest - len(rows))] for name, rows in columns.items()}
@@ -63,7 +63,7 @@ def _rows(features: Any) -> Sequence[Any]:
 
 
 def to_features(rows: Any, name: str) -> Tensor:
-    """The rows `(N, d)` of a column, without those that fill it up; the metric itself says if they are too few."""
+    """Features `(N, d)` of a column without the rows that fill it."""
     kept = [row for row in rows if row is not None and len(row)]
     if not kept:
         raise ValueError(f"there are no {name}: give features of shape (N, d) to add_batch or compute.")

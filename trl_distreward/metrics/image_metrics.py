@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of generated sets: fed with batches of images, computed at the end.
+"""Metrics of generated sets, which take images in batches and compute a value at the end.
 
-Anything with `reset()`, `update(images, conditions)` and `compute() -> float` serves as a metric. An attribute
-`higher_is_better` tells the report of a run which way is up.
+Anything with `reset()`, `update(images, conditions)` and `compute() -> float` is a metric. An attribute
+`higher_is_better` says which direction is better.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .distance import build_distance
+from .distance import Distance, RealData, build_distance
 from .extractors import FeatureExtractor, extract_features, freeze, module_of
 
 
 class ImageMetric(Protocol):
-    """A metric over a set of uint8 images `(B, C, H, W)` that arrive in batches."""
+    """A metric of a set of uint8 images that arrive in batches `(B, C, H, W)`."""
 
     def reset(self) -> None: ...
 
@@ -27,10 +27,10 @@ class ImageMetric(Protocol):
 
 class MeanScore:
     """
-    Mean of a reward of single images over a generated set, e.g. of [`~rewards.per_image.pick_score`].
+    Mean of a reward of single images over a generated set, for instance of [`~rewards.per_image.pick_score`].
 
     Args:
-        reward (`Callable`): `reward(images=…, conditions=…)`, one number per image.
+        reward (`Callable`): `reward(images=…, conditions=…)` returns one number per image.
     """
 
     higher_is_better = True
@@ -63,7 +63,7 @@ class FeatureDistance:
 
     Args:
         feature_extractor (`Callable` or `torch.nn.Module`): uint8 images `(B, C, H, W)` to features `(B, d)`.
-        real ([`FeatureStatistics`], features or path): the real data, as the distance wants it.
+        real ([`FeatureStatistics`], `torch.Tensor` of shape `(M, d)` or path): the real data.
         distance (`str` or `Callable`, *optional*, defaults to `"frechet"`): as in [`SubsetReplaceReward`].
 
     Example:
@@ -79,16 +79,16 @@ class FeatureDistance:
     higher_is_better = False
 
     def __init__(
-        self, feature_extractor: FeatureExtractor, real: Any, distance: str | Callable[[Any], Any] = "frechet"
+        self, feature_extractor: FeatureExtractor, real: RealData, distance: str | Callable[..., Distance] = "frechet"
     ):
         self.extractor = freeze(feature_extractor)
         self.distance = build_distance(distance, real, feature_extractor)
         self._features: list[Tensor] = []
 
     @classmethod
-    def of(cls, feature_extractor: FeatureExtractor, distance: Any) -> "FeatureDistance":
-        """The metric of a distance that is already built; it is fitted at every `compute`."""
-        return cls(feature_extractor, None, lambda _: distance)
+    def of(cls, feature_extractor: FeatureExtractor, distance: Distance) -> "FeatureDistance":
+        """Builds the metric from a distance, which every `compute` fits anew."""
+        return cls(feature_extractor, torch.empty(0), lambda _: distance)
 
     def to(self, device: torch.device) -> None:
         module = module_of(self.extractor)

@@ -1,33 +1,40 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The Inception-v3 of the Fréchet inception distance: Google's frozen graph of 2015-12-05, as pure PyTorch.
 
-Where it departs from later Inception-v3 networks, the torchvision one among them: 1008 logits; average pooling that
-leaves padding out of the mean; a maximum in place of the average in the last block; TensorFlow 1's resize. All
-published FIDs are distances in the features of this network (arXiv 1706.08500, section 4).
+It differs from later Inception-v3 networks, torchvision's among them: 1008 logits; average pooling that leaves padding
+out of the mean; a maximum in place of the average in the last block; TensorFlow 1's resize. All published FIDs are
+distances in the features of this network (arXiv 1706.08500, section 4).
 """
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .preprocessing import full_precision, resize_pillow, resize_tensorflow, to_rgb
-from .weights import find_weights, read_tensors
+from .precision import full_precision
+from .preprocessing import resize_pillow, resize_tensorflow, to_rgb
 
 FID_WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
-# of that file, and of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, which is the same
+# also the digest of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, the same file
 FID_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 INPUT_SIZE = 299
 RESIZES = ("tensorflow", "pytorch", "clean")
 DIMENSIONS = {"pool3": 2048, "spatial": 7 * 17 * 17, "logits": 1008, "logits_unbiased": 1008}
 
-# A convolution is its name, channels, kernel, and optionally stride and padding; padding keeps the size by default,
-# and is none with stride 2. Convolutions in a list follow each other, a tuple at its end runs side by side.
+# A convolution is its name, channels, kernel, and optionally stride and padding. By default padding keeps the size,
+# and is 0 with stride 2. Convolutions in a list follow each other; a tuple at its end runs side by side.
 STEM = (
     ("Conv2d_1a_3x3", 32, 3, 2),
     ("Conv2d_2a_3x3", 32, 3, 1, 0),
@@ -70,8 +77,7 @@ def _block_e(pool: str) -> list[list]:
     ]
 
 
-# What a block concatenates, under torchvision's names. The order of the branches is also that of the frozen graph,
-# whose names for the blocks are mixed, mixed_1, … mixed_10, and for the branches conv, tower, tower_1, tower_2.
+# The branches that a block concatenates, in the frozen graph's order, under torchvision's names.
 BLOCKS: dict[str, list[list]] = {
     "Mixed_5b": _block_a(32),
     "Mixed_5c": _block_a(64),
@@ -172,23 +178,23 @@ class Branches(nn.Module):
 
 class InceptionV3(nn.Module):
     """
-    The FID network, frozen. It computes in float32 without autocast or TF32, whatever surrounds it; images carry
-    gradients through it when they are floating-point.
+    The FID network, frozen. It always computes in float32 without autocast or TF32. Floating-point images carry
+    gradients through it.
 
     Args:
-        resize (`str`, *optional*, defaults to `"tensorflow"`):
-            how images come to 299x299, and with it how they are scaled. Each is one of the literature's:
-            `"tensorflow"`: the graph's own resize, then `(x - 128) / 128`; the original FID, ADM's evaluator,
-            torch-fidelity and NVIDIA's networks. `"pytorch"`: `F.interpolate` of `x / 255` with half-pixel centres,
-            then `2 x - 1`; pytorch-fid. `"clean"`: Pillow's bicubic, then `(x - 128) / 128`; clean-fid. Distances
-            with different resizes are not comparable.
-        output (`str`, *optional*, defaults to `"pool3"`):
-            what a call returns: `"pool3"`, 2048 features, of FID, KID, precision and recall; `"spatial"`, 2023
-            features, of sFID; `"logits"` or `"logits_unbiased"`, 1008, of the Inception Score (published scores are
-            of the latter).
+        resize (`str`, *optional*, defaults to `"tensorflow"`): resize to 299x299 and scaling. Distances with different
+            resizes are not comparable.
+
+            - `"tensorflow"`: the graph's own resize, then `(x - 128) / 128`; the original FID, ADM's evaluator,
+              torch-fidelity and NVIDIA's networks.
+            - `"pytorch"`: `F.interpolate` of `x / 255` with half-pixel centres, then `2 x - 1`; pytorch-fid.
+            - `"clean"`: Pillow's bicubic, then `(x - 128) / 128`; clean-fid.
+        output (`str`, *optional*, defaults to `"pool3"`): result of a call: `"pool3"`, 2048 features for FID, KID,
+            precision and recall; `"spatial"`, 2023 features for sFID; `"logits"` or `"logits_unbiased"`, 1008 logits
+            for the Inception Score (published scores use the latter).
 
     Attributes:
-        name (`str`), resize (`str`), dimension (`int`): what to record with statistics of these features.
+        name (`str`), resize (`str`), dimension (`int`): to be recorded with statistics of these features.
 
     Example:
 
@@ -231,7 +237,7 @@ class InceptionV3(nn.Module):
         return (resize_tensorflow(images, INPUT_SIZE) - 128) / 128
 
     def activations(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Name and output of each layer, one after the other: convolutions, pools and blocks, then `"pool3"`."""
+        """Yields name and output of each layer: convolutions, pools and blocks, then `"pool3"`."""
         x = self.prepare(images)
         for stage in STEM:
             name = stage if isinstance(stage, str) else stage[0]
@@ -248,14 +254,14 @@ class InceptionV3(nn.Module):
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`): uint8, or floating-point in [0, 255].
-            names (`list[str]`): of `"pool3"`, `"spatial"`, `"logits"`, `"logits_unbiased"`.
+            names (`list[str]`): any of `"pool3"`, `"spatial"`, `"logits"`, `"logits_unbiased"`.
 
         Returns:
-            `dict[str, torch.Tensor]`: `(B, d)` each. `"spatial"` is ADM's `mixed_6/conv:0`, first seven channels:
-            position by position, as ADM's evaluator flattens it.
+            `dict[str, torch.Tensor]`: `(B, d)` each. `"spatial"` is the first seven channels of ADM's
+            `mixed_6/conv:0`, flattened position by position as in ADM's evaluator.
         """
         found: dict[str, Tensor] = {}
-        with full_precision(images.device):
+        with full_precision():
             for layer, x in self.activations(images):
                 if layer == "Mixed_6d":  # its first branch is the graph's mixed_6/conv
                     found["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)
@@ -268,84 +274,13 @@ class InceptionV3(nn.Module):
         return {name: found[name] for name in names}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features `(B, d)` of `images`, as `outputs`."""
+        """Features `(B, d)` of `images`."""
         return self.outputs(images, (self.output,))[self.output]
-
-
-def nvidia_names() -> dict[str, str]:
-    """
-    Names of the convolutions in NVIDIA's `inception-2015-12-05.pt`, by ours: `layers.mixed_4.tower.conv_1` for
-    `Mixed_6b.branch7x7_2`. They are the frozen graph's, where the branches stand in the same order.
-    """
-    stem = [stage[0] for stage in STEM if not isinstance(stage, str)]
-    names = {ours: "layers.conv" + (f"_{i}" if i else "") for i, ours in enumerate(stem)}
-    for i, (block, chains) in enumerate(BLOCKS.items()):
-        towers = iter(("tower", "tower_1", "tower_2"))
-        forked, prefix = block in ("Mixed_7b", "Mixed_7c"), f"{block}."
-        parent = f"layers.mixed_{i}." if i else "layers.mixed."
-        for chain in chains:
-            stages = [stage for stage in chain if not isinstance(stage, str)]
-            if len(chain) == 1 and stages:
-                names[prefix + stages[0][0]] = f"{parent}conv"
-                continue
-            tower = next(towers) + ("_" if forked else ".")
-            for j, stage in enumerate(stages):
-                parallel = stage if isinstance(stage[0], tuple) else (stage,)
-                inner = "mixed_conv" if len(parallel) > 1 else "conv"
-                for k, (ours, *_) in enumerate(parallel):
-                    number = k if len(parallel) > 1 else j
-                    names[prefix + ours] = f"{parent}{tower}{inner}" + (f"_{number}" if number else "")
-    return names
-
-
-def from_nvidia(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of this network from NVIDIA's, whose normalization has no scale, the graph's being all ones."""
-    parts = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
-    ours = {"output.weight": "fc.weight", "output.bias": "fc.bias"}
-    for name, theirs in nvidia_names().items():
-        ours |= {f"{theirs}.{part}": f"{name}.{mine}" for part, mine in parts.items()}
-    state = {ours.get(name, name): value for name, value in tensors.items()}
-    for name in nvidia_names():
-        if f"{name}.bn.bias" in state:
-            state[f"{name}.bn.weight"] = torch.ones_like(state[f"{name}.bn.bias"])
-    return state
-
-
-def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
-    """
-    `state` without counts of training batches, when its names and shapes are those of `network`.
-
-    Raises:
-        ValueError: tensors are missing, unknown, misshapen, not float32 or not finite; it names them.
-    """
-    expected = network.state_dict()
-    given = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    faults = {
-        "are missing": sorted(expected.keys() - given.keys()),
-        "are unknown": sorted(given.keys() - expected.keys()),
-        "have another shape": [
-            f"{name} {tuple(given[name].shape)}, not {tuple(value.shape)}"
-            for name, value in expected.items()
-            if name in given and given[name].shape != value.shape
-        ],
-        "are not float32": [name for name in expected if name in given and given[name].dtype != torch.float32],
-        "are not finite": [name for name in expected if name in given and not given[name].isfinite().all()],
-    }
-    if any(faults.values()):
-        said = [
-            f"{len(n)} {what} ({', '.join(n[:4])}{', …' if len(n) > 4 else ''})" for what, n in faults.items() if n
-        ]
-        hint = ""
-        if any(name.startswith("AuxLogits") for name in given):
-            hint = " It looks like torchvision's Inception-v3, which is another network than FID's."
-        raise ValueError(f"{source} does not hold the FID Inception-v3: of its tensors {'; '.join(said)}.{hint}")
-    return given
 
 
 def load_inception(
     source: str | os.PathLike | None = None,
     *,
-    sha256: str | None = None,
     resize: str = "tensorflow",
     output: str = "pool3",
     device: torch.device | str | None = None,
@@ -354,32 +289,55 @@ def load_inception(
     The FID network with its weights.
 
     Args:
-        source (`str` or path, *optional*):
-            weights, as [`~metrics.find_weights`] takes them: a local file, `"org/repo:file"` on the Hub, or a URL. By
-            default pytorch-fid's release, which is downloaded once to `$TORCH_HOME/hub/checkpoints`, where pytorch-fid
-            looks for it too. Read are pytorch-fid's and torch-fidelity's `.pth`, NVIDIA's TorchScript
-            `inception-2015-12-05.pt` (its code is not run) and OpenAI's state dict of that name, and `.safetensors`
-            of `InceptionV3().state_dict()`.
-        sha256 (`str`, *optional*): digest the file must have; required with a URL of one's own.
+        source (`str` or path, *optional*): a local file or one on the Hub, `"org/repo:file"`: pytorch-fid's or
+            torch-fidelity's `.pth`, or `.safetensors` of `InceptionV3().state_dict()`. By default pytorch-fid's
+            release, downloaded once to `$TORCH_HOME/hub/checkpoints`, where pytorch-fid looks for it too.
         resize, output (`str`, *optional*): as in [`InceptionV3`].
-        device (`torch.device`, *optional*): where to put it.
+        device (`torch.device`, *optional*): device of the network.
 
     Raises:
-        FileNotFoundError, ConnectionError: there are no weights, and where they would be looked for.
-        ValueError: another digest, missing or unknown tensors, wrong shapes, or a pickle that would run code.
+        OSError: the weights are not here and cannot be downloaded.
+        ValueError: the file is damaged or holds another network.
     """
-    if source is None:
-        source, sha256 = FID_WEIGHTS_URL, sha256 or FID_WEIGHTS_SHA256
-    path = find_weights(source, sha256)
-    if path.suffix == ".pkl":
-        raise ValueError(
-            f"{path} is a pickle that carries source code and is not read: its weights are those of {FID_WEIGHTS_URL}."
-        )
+    path = _find_weights(source)
     with torch.device("meta"):  # without drawing weights that are replaced at once
         network = InceptionV3(resize, output)
-    state = read_tensors(path)
-    if "output.weight" in state:
-        state = from_nvidia(state)
-    state = check_state(state, network, str(path))
-    network.to_empty(device="cpu").load_state_dict(state)
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        network.load_state_dict(state, assign=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not hold the weights of the FID Inception-v3 (torchvision's is another network): {error}"
+        ) from error
     return network.to(device or "cpu")
+
+
+def _find_weights(source: str | os.PathLike | None) -> Path:
+    if source is None:
+        return _download_weights()
+    repo, _, name = os.fspath(source).partition(":")
+    if name and "/" in repo and not os.path.exists(source):
+        return Path(hf_hub_download(repo, name))
+    return Path(source)
+
+
+def _download_weights() -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FID_WEIGHTS_URL.rpartition("/")[2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # the first of several processes on a machine downloads for all
+        if not path.is_file():
+            try:  # to a temporary name, which becomes `path` once the digest is right
+                torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=FID_WEIGHTS_SHA256)
+            except (OSError, RuntimeError) as error:
+                raise OSError(
+                    f"{FID_WEIGHTS_URL} cannot be downloaded ({error}): put that file at {path}, or pass a local file "
+                    "as source."
+                ) from error
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != FID_WEIGHTS_SHA256:
+            raise ValueError(f"{path} is damaged or another file than {FID_WEIGHTS_URL}: delete it to get it again.")
+    return path

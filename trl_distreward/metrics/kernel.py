@@ -6,41 +6,34 @@ For a kernel `k`, `N` generated rows `g` and `M` real rows `r` (Gretton et al., 
     MMD²_u = Σ_{i≠j} k(g_i, g_j) / (N(N-1)) + Σ_{i≠j} k(r_i, r_j) / (M(M-1)) - 2 Σ_ij k(g_i, r_j) / (NM)     unbiased
     MMD²_b = Σ_ij  k(g_i, g_j) / N²         + Σ_ij  k(r_i, r_j) / M²         - 2 Σ_ij k(g_i, r_j) / (NM)     biased
 
-A constant added to `k` cancels in both, so that all sums here are of `k - k₀`, with `k₀` the kernel's value at the
-centre: what is left is small, and MMD², a small difference of means of `k`, keeps its digits.
+A constant added to `k` cancels in both. So all sums here are sums of `k - k₀`, with `k₀` the kernel's value at the
+centre of the real rows. These numbers are small, and MMD², a small difference of means of `k`, keeps its digits.
 """
 
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import (
-    check_features,
-    check_fitted,
-    check_replacement,
-    check_rows,
-    check_shape_and_values,
-    load_real_features,
-)
-from .precision import full_precision, mean_of_rows
+from .checks import check_features, check_fitted, check_replacement, load_real_features
+from .precision import full_precision
 
 HEURISTIC_ROWS = 2_000  # real rows that the median heuristic looks at
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows about the centre and, per row, what turns their inner products into kernel values."""
+    """Rows about the centre, and per row the terms that turn their inner products into kernel values."""
 
     centred: Tensor  # (P, d) in the distance's dtype
     square: Tensor  # (P,) float64, |z|²
     term: Tensor  # (P,) float64: γ μ·z of the polynomial kernel, |z|² of the Gaussian one
 
-    def __getitem__(self, key: Any) -> "_Rows":
+    def __getitem__(self, key: slice | Tensor) -> "_Rows":
         return _Rows(self.centred[key], self.square[key], self.term[key])
 
     def __len__(self) -> int:
@@ -54,60 +47,46 @@ class _Rows:
 
 
 class _Sums(NamedTuple):
-    """What MMD² needs of a generated set; of one set or, batched, of many."""
+    """The sums in MMD² that depend on the generated set; of one set or, batched, of many."""
 
     pairs: Tensor  # Σ_{i≠j} k(g_i, g_j)
     diagonal: Tensor  # Σ_i k(g_i, g_i)
     cross: Tensor  # Σ_i mean_r k(g_i, r)
 
     def without(self, row: "_Sums") -> "_Sums":
-        """`row.pairs` is the row's own sum over the others, which counts twice in the set's."""
+        """Sums of the set without a row. `row.pairs` is the row's sum over the others, which the set counts twice."""
         return _Sums(self.pairs - 2 * row.pairs, self.diagonal - row.diagonal, self.cross - row.cross)
 
 
 class KernelDistance:
     """
     Squared maximum mean discrepancy (MMD²) of a reference set from real features, and its exact values after some of
-    its rows are replaced, left out or added.
+    its rows are replaced or left out.
 
-    `kernel="polynomial"` is the kernel inception distance of Bińkowski et al. (arXiv 1801.01401), over the whole sets
-    rather than blocks of 1,000 rows: `k(x, y) = (γ x·y + coef)^degree`. `kernel="gaussian"` is the *mean* over
+    `kernel="polynomial"` is the kernel inception distance of Bińkowski et al. (arXiv 1801.01401), computed over whole
+    sets rather than blocks of 1,000 rows: `k(x, y) = (x·y / d + 1)³`. `kernel="gaussian"` is the *mean* over
     bandwidths σ of `exp(-|x - y|² / 2σ²)`.
 
-    A new image costs one row of kernel values against the reference set and one against the real set, 2 (N + M) d
-    multiply-adds; leaving an image out costs nothing more. `fit` costs N (N / 2 + M) d, construction M² d / 2.
-
-    Inner products are taken in float64 while the real set has at most `float64_elements` numbers, in float32 beyond,
-    of rows about the real mean; kernel values and sums are float64 always. With N = M = 5,000, d = 2,048, n = 50 on
-    one thread of a shared machine: in float64 `replaced` takes 0.03 to 0.08 s a subset and differs from a recompute by
-    less than 1e-12 of the value; in float32 it takes 0.02 to 0.05 s and differs from float64 by 1.4e-6 of the standard
-    deviation over subsets (credits likewise by 1.3e-6 of theirs), the value by 7e-9 of itself.
+    A new image costs one row of kernel values against the reference set and one against the real set, `2 (N + M) d`
+    multiply-adds. Inner products are float64 if the real set has at most `float64_elements` numbers, and float32
+    beyond; kernel values and sums are always float64. With N = M = 5,000, d = 2,048, n = 50, float32 changes
+    `replaced` by 1.4e-6 of its standard deviation over subsets.
 
     Args:
         real_features (`torch.Tensor` of shape `(M, d)` or path):
-            of the real data, any float dtype, or a `.safetensors` file that holds them as `"features"`.
+            the real features, any float dtype, or a `.safetensors` file that holds them as `"features"`.
         kernel (`str`, *optional*, defaults to `"polynomial"`): or `"gaussian"`.
         unbiased (`bool`, *optional*, defaults to `True`):
-            the U-statistic, whose expectation does not depend on the sets' sizes and which can be negative. Otherwise
-            the V-statistic, which counts each row's kernel value with itself and is never negative.
-        degree (`int`, *optional*, defaults to 3): of the polynomial kernel.
-        gamma (`float`, *optional*, defaults to 1/d): γ of the polynomial kernel.
-        coef (`float`, *optional*, defaults to 1.0): of the polynomial kernel.
+            the U-statistic: its expectation does not depend on the sets' sizes, and it can be negative. Otherwise the
+            V-statistic, which counts each row's kernel value with itself and is never negative.
         bandwidths (`Sequence[float]`, *optional*):
             σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median distance between at most 2,000 real
             rows, evenly spaced through the set.
-        dtype (`torch.dtype`, *optional*): of the inner products, `torch.float32` or `torch.float64`.
 
     Attributes:
         value (`float`): MMD² of the fitted reference set.
         features (`torch.Tensor` or `None`): the fitted rows.
-        bandwidths (`tuple[float, ...]`): of the Gaussian kernels in use; empty with the polynomial one.
-
-    Raises:
-        TypeError: `real_features` are moments or nothing that can be read as features.
-        ValueError: an argument is out of range, or the features are no finite `(M, d)` with M ≥ 2.
-
-    A shallow copy (`copy.copy`) shares the real side and can be fitted apart.
+        bandwidths (`tuple[float, ...]`): σ of the Gaussian kernels in use; empty with the polynomial kernel.
 
     Example:
 
@@ -130,35 +109,20 @@ class KernelDistance:
         kernel: str = "polynomial",
         unbiased: bool = True,
         *,
-        degree: int = 3,
-        gamma: float | None = None,
-        coef: float = 1.0,
         bandwidths: Sequence[float] | None = None,
-        dtype: torch.dtype | None = None,
     ):
         if kernel not in ("polynomial", "gaussian"):
             raise ValueError(f"kernel={kernel!r} is unknown: choose 'polynomial' or 'gaussian'.")
-        if bandwidths is not None and kernel != "gaussian":
-            raise ValueError(f"bandwidths={bandwidths} belong to the Gaussian kernel: set kernel='gaussian' too.")
         if bandwidths is not None and not (len(bandwidths) and all(0 < b < math.inf for b in bandwidths)):
             raise ValueError(f"bandwidths={bandwidths} must be one or more positive numbers.")
-        if int(degree) != degree or degree < 1:
-            raise ValueError(f"degree={degree} must be a whole number from 1.")
-        if (gamma is not None and not 0 < gamma < math.inf) or not 0 <= coef < math.inf:
-            raise ValueError(
-                f"gamma={gamma} must be positive and coef={coef} not negative: it is no kernel otherwise."
-            )
-        if dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(f"dtype={dtype} is too coarse for a small difference of means: use float32 or float64.")
         real = load_real_features(real_features, "KernelDistance")
         if len(real) < 2:
-            raise ValueError(f"real_features have {len(real)} row: pairs of real rows need at least 2.")
+            raise ValueError(f"the real features have {len(real)} row: pairs of real rows need at least 2.")
         self.kernel, self.unbiased = kernel, unbiased
-        self.degree, self.coef = int(degree), float(coef)
-        self.gamma = 1 / real.shape[1] if gamma is None else float(gamma)
-        self.dtype = dtype or (torch.float64 if real.numel() <= self.float64_elements else torch.float32)
-        self._centre = mean_of_rows(real)  # (d,)
-        self._base = self.gamma * self._centre.square().sum().item() + self.coef  # the polynomial's base at the centre
+        self.dtype = torch.float64 if real.numel() <= self.float64_elements else torch.float32
+        self._gamma = 1 / real.shape[1]
+        self._centre = _mean_of_rows(real)  # (d,)
+        self._base = self._gamma * self._centre.square().sum().item() + 1.0  # the polynomial's base at the centre
         self._real = self._rows(real)
         self.bandwidths: tuple[float, ...] = ()
         if kernel == "gaussian":
@@ -185,7 +149,7 @@ class KernelDistance:
         Raises:
             ValueError: wrong shape or dimension, fewer than 2 rows, NaN or infinite values.
         """
-        check_shape_and_values(features, "reference features", self.dimension)
+        check_features(features, "reference features", self.dimension)
         if len(features) < 2:
             raise ValueError(f"the reference set has {len(features)} row: pairs of rows need at least 2.")
         self.features = features.detach()
@@ -202,7 +166,7 @@ class KernelDistance:
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
         """
-        Distances of the reference set after replacing its rows `indices[b]` by `features[b]`, for each subset b apart.
+        Distances of the reference set after replacing its rows `indices[b]` by `features[b]`, one subset b at a time.
 
         Args:
             indices (`torch.LongTensor` of shape `(B, n)`): distinct rows within each subset, from 0 to N - 1.
@@ -215,57 +179,49 @@ class KernelDistance:
             ValueError: before `fit`, on wrong shapes, repeated or out-of-range rows, NaN or infinite features.
         """
         total, _ = self._replacement(indices, features, "replaced")
-        return self._distance(total, self._count)
+        return self._distance(total, len(self._generated))
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
         """
-        Credit of each new row: the distance of the updated set minus its distance without that row, N - 1 rows.
+        Credit of each new row: the distance of the updated set minus its distance without that row.
 
         Args:
             indices, features: as in [`~KernelDistance.replaced`].
 
         Returns:
             `torch.Tensor` of shape `(B, n)`, float64; negative where the row brings the set nearer to the real one.
-
-        Raises:
-            ValueError: as `replaced`, and if the set would be too small without a row.
         """
         total, row = self._replacement(indices, features, "leave_one_in")
-        self._check_one_less()
+        count = self._count_without_one()
         whole = _Sums(*(part[:, None] for part in total))
-        return self._distance(whole, self._count) - self._distance(whole.without(row), self._count - 1)
+        return self._distance(whole, count + 1) - self._distance(whole.without(row), count)
 
     @torch.no_grad()
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
         """
-        Gradient of [`~KernelDistance.replaced`] with respect to the new rows, each subset apart; for rewards that are
-        back-propagated.
+        Gradient of [`~KernelDistance.replaced`] with respect to the new rows, one subset at a time.
 
         With `∂k(x, y)` the derivative in x, row x of the updated set g has the gradient
 
             2/N · [ mean_{g ≠ x} ∂k(x, g) - mean_r ∂k(x, r) ]      unbiased; biased: the mean over all g, x too
 
-        where `∂k = degree · γ (γ x·y + coef)^(degree - 1) · y` of the polynomial kernel and the mean over bandwidths
-        of `exp(-|x - y|² / 2σ²) (y - x) / σ²` of the Gaussian one. Inner products are in the distance's `dtype`, all
-        else is float64; it costs twice what `replaced` does and no more work space.
+        where `∂k` is `3γ (γ x·y + 1)² · y` with γ = 1/d for the polynomial kernel, and the mean over bandwidths of
+        `exp(-|x - y|² / 2σ²) (y - x) / σ²` for the Gaussian one. It costs twice as much as `replaced`.
 
         Args:
             indices, features: as in [`~KernelDistance.replaced`].
 
         Returns:
             `torch.Tensor` of shape `(B, n, d)`, float64, without a graph.
-
-        Raises:
-            ValueError: as [`~KernelDistance.replaced`].
         """
         check_fitted(self.features, "gradient")
-        features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
+        features = check_replacement(indices, features, len(self._generated), self.dimension).to(self._centre.device)
         pairs = zip(indices.to(self._centre.device), features, strict=True)
         return torch.stack([self._gradient_of_subset(rows, new) for rows, new in pairs])
 
     def delete_one(self, indices: Tensor) -> Tensor:
         """
-        Distance without row `indices[i]` minus the distance with it, for each i apart.
+        Distance without row `indices[i]` minus the distance with it, one row at a time.
 
         Args:
             indices (`torch.LongTensor` of shape `(M,)`): rows of the reference set.
@@ -274,32 +230,9 @@ class KernelDistance:
             `torch.Tensor` of shape `(M,)`, float64.
         """
         check_fitted(self.features, "delete_one")
-        self._check_one_less()
-        rows = check_rows(indices, self._count).to(self._centre.device)
+        count, rows = self._count_without_one(), indices.to(self._centre.device)
         without = self._total.without(_Sums(*(part[rows] for part in self._each)))
-        return self._distance(without, self._count - 1) - self._distance(self._total, self._count)
-
-    def add_one(self, features: Tensor) -> Tensor:
-        """
-        Distance with the row `features[i]` added minus the distance as it is, for each i apart.
-
-        Not for training: many copies of one good image are each judged as if they were alone.
-
-        Args:
-            features (`torch.Tensor` of shape `(M, d)`).
-
-        Returns:
-            `torch.Tensor` of shape `(M,)`, float64.
-        """
-        check_fitted(self.features, "add_one")
-        new = self._rows(check_features(features, "new features", self.dimension).to(self._centre.device))
-        pairs, cross = self._sums_over(new, self._generated), self._sums_over(new, self._real)
-        total = _Sums(
-            self._total.pairs + 2 * pairs,
-            self._total.diagonal + self._with_themselves(new),
-            self._total.cross + cross / len(self._real),
-        )
-        return self._distance(total, self._count + 1) - self._distance(self._total, self._count)
+        return self._distance(without, count) - self._distance(self._total, count + 1)
 
     # ---- sums ----
 
@@ -310,10 +243,16 @@ class KernelDistance:
             generated = (sums.pairs + sums.diagonal) / count**2
         return generated + self._real_term - 2 * sums.cross / count
 
+    def _count_without_one(self) -> int:
+        count, least = len(self._generated), 3 if self.unbiased else 2
+        if count < least:
+            raise ValueError(f"the reference set has {count} rows: leaving one out needs at least {least} of them.")
+        return count - 1
+
     def _replacement(self, indices: Tensor, features: Tensor, method: str) -> tuple[_Sums, _Sums]:
         """Sums of each updated set, (B,), and of each new row in its updated set, (B, n)."""
         check_fitted(self.features, method)
-        features = check_replacement(indices, features, self._count, self.dimension).to(self._centre.device)
+        features = check_replacement(indices, features, len(self._generated), self.dimension).to(self._centre.device)
         indices = indices.to(self._centre.device)
         size = indices.shape[1]
         chunk = max(1, self.memory_budget // (8 * size * (6 * self.dimension + 12 * size)))
@@ -338,23 +277,23 @@ class KernelDistance:
             over_real.view(indices.shape) / len(self._real),
         )
         gone = _Sums(*(part[indices].sum(dim=1) for part in self._each))
-        # pairs of removed rows are taken out twice with their rows' sums, pairs of new rows come in twice
+        # the rows' sums take pairs of removed rows out twice, and count pairs of new rows twice
         pairs = self._total.pairs - 2 * gone.pairs + old_old.sum((1, 2)) + 2 * each.pairs.sum(1) - new_new.sum((1, 2))
         diagonal = self._total.diagonal - gone.diagonal + each.diagonal.sum(1)
         return _Sums(pairs, diagonal, self._total.cross - gone.cross + each.cross.sum(1)), each
 
     def _gradient_of_subset(self, indices: Tensor, features: Tensor) -> Tensor:
-        """Rows `(n,)` and features `(n, d)` of one subset, (n, d)."""
-        new, count, number = self._rows(features), self._count, len(self._real)
+        """Gradient (n, d) of one subset, with rows (n,) and features (n, d)."""
+        new, count, number = self._rows(features), len(self._generated), len(self._real)
         kept = torch.ones(count, dtype=torch.float64, device=indices.device)
         kept[indices] = 0
         others = count - 1 if self.unbiased else count
         slopes = torch.zeros_like(new.term)  # (n,)
         gradient = torch.zeros(new.centred.shape, dtype=torch.float64, device=indices.device)
         self._add_slopes(gradient, slopes, new, self._generated, kept / others)
-        self._add_slopes(gradient, slopes, new, new, torch.ones_like(new.term) / others, apart=self.unbiased)
+        self._add_slopes(gradient, slopes, new, new, torch.ones_like(new.term) / others, exclude_self=self.unbiased)
         self._add_slopes(gradient, slopes, new, self._real, torch.full_like(self._real.term, -1 / number))
-        # what all of a row's slopes have in common: y = z + centre of the polynomial kernel, y - x of the Gaussian one
+        # the part that all slopes of a row share: y = z + centre (polynomial kernel), y - x (Gaussian kernel)
         size = max(1, self.memory_budget // (32 * self.dimension))
         for start in range(0, len(new), size):
             block = slice(start, start + size)
@@ -363,19 +302,16 @@ class KernelDistance:
         return gradient.mul_(2 / count)
 
     def _add_slopes(
-        self, gradient: Tensor, slopes: Tensor, x: _Rows, y: _Rows, weights: Tensor, apart: bool = False
+        self, gradient: Tensor, slopes: Tensor, x: _Rows, y: _Rows, weights: Tensor, exclude_self: bool = False
     ) -> None:
-        """
-        Adds `Σ_y w_y s(x, y) y` to `gradient` (P, d) and `Σ_y w_y s(x, y)` to `slopes` (P,), for `weights` w (Q,) and
-        slopes s of the kernel; `apart`: x and y are the same rows, and none counts with itself.
-        """
+        """Adds `Σ_y w_y s(x, y) y` to `gradient` (P, d) and `Σ_y w_y s(x, y)` to `slopes` (P,), for weights w (Q,)."""
         rows, columns = self._block(len(x), len(y))
         columns = min(columns, max(1, self.memory_budget // (32 * self.dimension)))  # y in float64
         for j in range(0, len(y), columns):
             part, weight, centred = y[j : j + columns], weights[j : j + columns], y.centred[j : j + columns].double()
             for i in range(0, len(x), rows):
                 values = self._slopes(x[i : i + rows], part).mul_(weight)
-                if apart:
+                if exclude_self:
                     values.diagonal(offset=i - j).zero_()
                 gradient[i : i + rows].addmm_(values, centred)
                 slopes[i : i + rows] += values.sum(dim=1)
@@ -390,7 +326,7 @@ class KernelDistance:
         return sums
 
     def _sums_over_others(self, x: _Rows) -> Tensor:
-        """Σ_{j≠i} k(x_i, x_j) for each row i, (P,): half of the blocks, as k is symmetric."""
+        """Σ_{j≠i} k(x_i, x_j) for each row i, (P,): half of the blocks suffice, as k is symmetric."""
         size, _ = self._block(len(x), len(x))
         sums = torch.zeros_like(x.term)
         for i in range(0, len(x), size):
@@ -411,7 +347,7 @@ class KernelDistance:
     # ---- the kernel ----
 
     def _rows(self, features: Tensor) -> _Rows:
-        """Rows about the centre. Blocked: the set may be large and only its float32 copy fit."""
+        """Rows about the centre. Blocked: perhaps only a float32 copy of the set fits."""
         size = max(1, self.memory_budget // (64 * features.shape[1]))
         centred = torch.empty(features.shape, dtype=self.dtype, device=features.device)
         square, term = torch.empty(2, len(features), dtype=torch.float64, device=features.device)
@@ -419,7 +355,7 @@ class KernelDistance:
             block = slice(start, start + size)
             centred[block] = features[block].detach().double() - self._centre
             wide = centred[block].double()
-            square[block], term[block] = wide.square().sum(1), self.gamma * (wide @ self._centre)
+            square[block], term[block] = wide.square().sum(1), self._gamma * (wide @ self._centre)
         return _Rows(centred, square, square if self.kernel == "gaussian" else term)
 
     def _values(self, x: _Rows, y: _Rows) -> Tensor:
@@ -428,10 +364,10 @@ class KernelDistance:
         return self._gaussian(arguments) if self.kernel == "gaussian" else self._polynomial(arguments)
 
     def _slopes(self, x: _Rows, y: _Rows) -> Tensor:
-        """What y, or y - x of the Gaussian kernel, is multiplied by in the derivative of k(x, y) in x; (P, Q)."""
+        """Factor of y (Gaussian kernel: of y - x) in the derivative of k(x, y) with respect to x, (P, Q)."""
         arguments = self._arguments(x, y)
         if self.kernel == "polynomial":
-            return arguments.add_(self._base).pow_(self.degree - 1).mul_(self.degree * self.gamma)
+            return arguments.add_(self._base).pow_(2).mul_(3 * self._gamma)
         arguments.clamp_(min=0)
         values = torch.zeros_like(arguments)
         for bandwidth in self.bandwidths:
@@ -439,25 +375,21 @@ class KernelDistance:
         return values.div_(len(self.bandwidths))
 
     def _arguments(self, x: _Rows, y: _Rows) -> Tensor:
-        """What the kernel is a function of: γ x·y less its value at the centre, or |x - y|²; (..., P, Q) float64."""
+        """Arguments of the kernel: γ x·y minus its value at the centre, or |x - y|²; (..., P, Q) float64."""
         with full_precision():
             products = (x.centred @ y.centred.mT).double()
-        factor = -2 if self.kernel == "gaussian" else self.gamma
+        factor = -2 if self.kernel == "gaussian" else self._gamma
         return products.mul_(factor).add_(x.term[..., :, None]).add_(y.term[..., None, :])
 
     def _with_themselves(self, x: _Rows) -> Tensor:
         """k(x, x) - k₀ of each row, (..., P) float64."""
         if self.kernel == "gaussian":
             return torch.zeros_like(x.term)
-        return self._polynomial(self.gamma * x.square + 2 * x.term)
+        return self._polynomial(self._gamma * x.square + 2 * x.term)
 
     def _polynomial(self, change: Tensor) -> Tensor:
-        """(a + v)^degree - a^degree by Horner's rule, with a the base at the centre and v its change."""
-        coefficients = [math.comb(self.degree, p) * self._base ** (self.degree - p) for p in range(1, self.degree + 1)]
-        values = torch.full_like(change, coefficients[-1])
-        for coefficient in reversed(coefficients[:-1]):
-            values.mul_(change).add_(coefficient)
-        return values.mul_(change)
+        """(a + v)³ - a³ by Horner's rule, with a the base at the centre and v its change."""
+        return (change + 3 * self._base).mul_(change).add_(3 * self._base**2).mul_(change)
 
     def _gaussian(self, squared_distances: Tensor) -> Tensor:
         """Mean over bandwidths of exp(-|x - y|² / 2σ²) - 1; rounding can leave a distance just below zero."""
@@ -468,7 +400,7 @@ class KernelDistance:
         return values.div_(len(self.bandwidths))
 
     def _median_heuristic(self) -> tuple[float, ...]:
-        """σ is the median distance between rows (Gretton et al., JMLR 2012, Sec. 8), beside half and twice of it."""
+        """The median distance between rows (Gretton et al., JMLR 2012, Sec. 8), half and twice of it."""
         count = len(self._real)
         chosen = torch.linspace(0, count - 1, min(count, HEURISTIC_ROWS), dtype=torch.float64).round().long()
         rows = self._real[chosen.to(self._real.term.device)].centred.double()
@@ -479,15 +411,10 @@ class KernelDistance:
             raise ValueError("the median distance between real rows is 0, too many are equal: pass bandwidths=(…).")
         return (0.5 * median, median, 2 * median)
 
-    # ---- checks ----
 
-    @property
-    def _count(self) -> int:
-        return len(self._generated)
-
-    def _check_one_less(self) -> None:
-        least = 3 if self.unbiased else 2
-        if self._count < least:
-            raise ValueError(
-                f"the reference set has {self._count} rows: leaving one out needs at least {least} of them."
-            )
+def _mean_of_rows(features: Tensor) -> Tensor:
+    """Mean `(d,)` in float64; torch's own first copies all rows to float64."""
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for block in features.split(4096):
+        total += block.sum(dim=0, dtype=torch.float64)
+    return total / len(features)

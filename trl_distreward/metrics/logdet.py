@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TRUNCATION = 1e-11  # singular values that ShiftedGrams leaves out, relative to the largest
+
 
 def whitened_resolvents(eigenvalues: Tensor, shifts: Tensor) -> Tensor:
-    """`λ / (λ + s²)`, `1 / s²` where λ is 0: the scales of rows divided by `λ^½` where λ is not 0; `(J, d)`."""
+    """`λ / (λ + s²)`, or `1 / s²` where λ is 0, `(J, d)`: for rows that are divided by `λ^½` where λ is not 0."""
     return torch.where(eigenvalues > 0, eigenvalues, 1.0) / (eigenvalues + shifts[:, None])
 
 
@@ -22,33 +24,31 @@ class ShiftedGrams:
     `M_j = W (Λ + s_j²)⁻¹ Wᵀ` for many shifts at once, at the price of about nine for features 2048 wide.
 
     Within a block of neighbouring eigenvalues the J functions `λ / (λ + s_j²)` are nearly dependent: six or eight of
-    their singular vectors carry them to a part in 10¹¹. So each block takes that many products, and the M_j are sums
-    of them. In all, terms times width is a third or less of J times d.
+    their singular vectors carry them to a part in 10¹¹. Each block takes that many products, and the M_j are sums of
+    them.
 
     Args:
         eigenvalues (`torch.Tensor` of shape `(d,)`, float64): Λ, ascending.
         shifts (`torch.Tensor` of shape `(J,)`, float64): `s_j²`, or a `-τ²` below the eigenvalues that are not 0.
-        dtype (`torch.dtype`): of the products.
     """
 
-    truncation = 1e-11
-
-    def __init__(self, eigenvalues: Tensor, shifts: Tensor, dtype: torch.dtype):
+    def __init__(self, eigenvalues: Tensor, shifts: Tensor):
         self.resolvents = whitened_resolvents(eigenvalues, shifts)
-        self.dtype = dtype
         self.blocks: list[tuple[slice, Tensor]] = []  # columns, and the functions of them that are multiplied (k, w)
         mixing = []
         for block in _blocks(eigenvalues):
             values = self.resolvents[:, block]
             size = values.abs().amax(1, keepdim=True)
             left, singular, right = torch.linalg.svd(values / size, full_matrices=False)
-            kept = int((singular > self.truncation * singular[0]).sum())
-            self.blocks.append((block, right[:kept].to(dtype)))
+            kept = int((singular > TRUNCATION * singular[0]).sum())
+            self.blocks.append((block, right[:kept]))
             mixing.append(size * left[:, :kept] * singular[:kept])
         self.mixing = torch.cat(mixing, dim=1)  # (J, terms)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """
+        Grams of each subset's change at every shift.
+
         Args:
             rows (`torch.Tensor` of shape `(B, r, d)`): W for each of B subsets, divided by `λ^½` where λ is not 0.
 
@@ -56,11 +56,11 @@ class ShiftedGrams:
             `torch.Tensor` of shape `(J, B, r, r)`, float64.
         """
         batch, rank, _ = rows.shape
-        if rank <= 7:  # products of pairs of rows once
+        if rank <= 7:  # multiplies each pair of rows once
             first, second = torch.tril_indices(rank, rank, device=rows.device)
-            pairs = (rows[:, first] * rows[:, second]) @ self.resolvents.T.to(self.dtype)  # (B, p, J)
+            pairs = (rows[:, first] * rows[:, second]) @ self.resolvents.T  # (B, p, J)
             result = torch.empty(len(self.resolvents), batch, rank, rank, dtype=torch.float64, device=rows.device)
-            result[:, :, first, second] = result[:, :, second, first] = pairs.double().permute(2, 0, 1)
+            result[:, :, first, second] = result[:, :, second, first] = pairs.permute(2, 0, 1)
             return result
         terms = rows.new_empty(self.mixing.shape[1], batch, rank, rank)
         position = 0
@@ -69,10 +69,10 @@ class ShiftedGrams:
             for function in functions:
                 torch.bmm(part * function, part.mT, out=terms[position])
                 position += 1
-        return (self.mixing @ terms.flatten(1).double()).view(-1, batch, rank, rank)
+        return (self.mixing @ terms.flatten(1)).view(-1, batch, rank, rank)
 
     def bytes_per_subset(self, rank: int) -> int:
-        """Work space of a subset whose change has that rank, with the factors that follow."""
+        """Work space for a subset whose change has that rank, including the factors that follow."""
         width, shifts = self.resolvents.shape[1], len(self.resolvents)
         if rank <= 7:
             return 8 * (3 * rank**2 * width + 6 * shifts * rank**2)
@@ -80,7 +80,7 @@ class ShiftedGrams:
 
 
 def _blocks(eigenvalues: Tensor) -> list[slice]:
-    """At most 8 blocks, alike in their number of eigenvalues and in the range of these; zeros are one more."""
+    """At most 8 blocks, similar in their number of eigenvalues and in the range of these; zeros are one more."""
     zeros = int((eigenvalues <= 0).sum())
     positive = eigenvalues[zeros:]
     blocks = [slice(0, zeros)] if zeros else []
@@ -96,29 +96,21 @@ def _blocks(eigenvalues: Tensor) -> list[slice]:
 
 
 class Factors(NamedTuple):
-    """
-    `C + M = [[L₁, 0], [Tᵀ, L₂]] C [[L₁, 0], [Tᵀ, L₂]]ᵀ` for grams M `(..., n + k, n + k)`, n rows added and k removed.
+    """`C + M = [[L₁, 0], [Tᵀ, L₂]] C [[L₁, 0], [Tᵀ, L₂]]ᵀ`, for n added and k removed rows."""
 
-    Attributes:
-        added (`torch.Tensor` of shape `(..., n, n)`): L₁.
-        cross (`torch.Tensor` of shape `(..., n, k)`): T.
-        removed (`torch.Tensor` of shape `(..., k, k)`): L₂.
-        failed (`torch.Tensor` of shape `(...,)`, bool): a factor does not exist.
-    """
-
-    added: Tensor
-    cross: Tensor
-    removed: Tensor
-    failed: Tensor
+    added: Tensor  # L₁, (..., n, n)
+    cross: Tensor  # T, (..., n, k)
+    removed: Tensor  # L₂, (..., k, k)
+    failed: Tensor  # (...,), bool: a factor does not exist
 
     @property
     def rise(self) -> Tensor:
-        """`log det(I + M₊₊) >= 0`, what the added rows contribute."""
+        """`log det(I + M₊₊) >= 0`, the contribution of the added rows."""
         return 2 * self.added.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     @property
     def fall(self) -> Tensor:
-        """`-log det(I - M₋₋ + TᵀT) >= 0`, what the removed rows take away thereafter."""
+        """`-log det(I - M₋₋ + TᵀT) >= 0`, the loss by the rows removed afterwards."""
         return -2 * self.removed.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def inverse_forms(self, vectors_added: Tensor, vectors_removed: Tensor) -> Tensor:
@@ -131,9 +123,9 @@ class Factors(NamedTuple):
 
 def factorize(grams: Tensor, added: int) -> Factors:
     """
-    Factors of grams M `(..., n + k, n + k)` whose first `added` rows belong to rows added.
+    Factors of grams M `(..., n + k, n + k)`, whose first `added` rows belong to the added rows.
 
-    Positive rows first, negative ones after: both factors are positive definite, because `A + W₊ᵀW₊` and `A'` are.
+    With the added rows first, both factors are positive definite, because `A + W₊ᵀW₊` and `A'` are.
     """
     plus = grams[..., :added, :added].clone()
     plus.diagonal(dim1=-2, dim2=-1).add_(1)

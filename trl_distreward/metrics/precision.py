@@ -1,41 +1,31 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Sums and products that keep their digits."""
+"""Float32 products in full precision."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """
-    Float32 products in float32: no TF32 on CUDA, no bfloat16 on CPU, no autocast, whatever training runs under.
+    Switches TF32, bfloat16 products and autocast off, whatever the training around has chosen.
 
-    TF32 Gram matrices cost 0.1 % of the rewards' standard deviation, bfloat16 ones 4 %.
+    TF32 Gram matrices cost 0.1 % of the rewards' standard deviation, bfloat16 ones 4 %. The settings are those of the
+    process and are put back at the end; a backward pass outside runs with the old ones.
     """
-    backends: list[Any] = [torch.backends.cuda.matmul]
-    name: str = "allow_tf32"
-    full: Any = False
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later, which has it on CPU too
-        backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        name, full = "fp32_precision", "ieee"
-    before = [getattr(backend, name) for backend in backends]
-    try:
-        for backend in backends:
-            setattr(backend, name, full)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
-
-
-def mean_of_rows(features: Tensor) -> Tensor:
-    """Mean `(d,)` in float64; torch's own makes a float64 copy of everything first."""
-    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    for block in features.split(4096):
-        total += block.sum(dim=0, dtype=torch.float64)
-    return total / len(features)
+    backends: Any = torch.backends
+    if hasattr(backends, "fp32_precision"):  # since torch 2.9, where reading the older names may raise
+        parts = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        switches: list[tuple[Any, str, Any]] = [(part, "fp32_precision", "ieee") for part in parts]
+    else:
+        switches = [(part, "allow_tf32", False) for part in (backends.cuda.matmul, backends.cudnn)]
+    with ExitStack() as stack:
+        for backend, name, exact in switches:
+            stack.callback(setattr, backend, name, getattr(backend, name))
+            setattr(backend, name, exact)
+        for device in ("cuda", "cpu"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -1,9 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""From images as they are generated to what feature networks take: range, colour, size and precision."""
-
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+"""Preparation of generated images for feature networks: range, colour and size."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +13,7 @@ def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`):
             uint8, or floating-point numbers in the same range [0, 255]; one channel is repeated to three.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the network, float32 or float64.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the network, float32 or float64.
 
     Raises:
         ValueError: another shape, another data type, images in [0, 1], or a network in half precision.
@@ -28,7 +24,7 @@ def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise ValueError(f"the feature network's weights are {dtype}: features are computed in float32 or float64.")
     if images.is_floating_point():
         values = images.detach()
-        # the commonest mistake gives features of a black image, and a distance that looks like a number
+        # the most frequent mistake, which silently gives features of a black image
         if values.numel() and values.max() <= 1 and (values != values.round()).any():
             raise ValueError(
                 f"floating-point images end at {values.max().item():.4g}: they must lie in [0, 255]; multiply by 255."
@@ -40,8 +36,8 @@ def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def resize_tensorflow(images: Tensor, size: int) -> Tensor:
     """
-    `tf.image.resize_bilinear` of TensorFlow 1, which the FID network's graph begins with: output pixel i is read at
-    `i * in / out`, without half-pixel centres, and the border is repeated. Coordinates are float32 as they are there.
+    `tf.image.resize_bilinear` of TensorFlow 1, the first layer of the FID network's graph: output pixel i is read at
+    `i * in / out`, without half-pixel centres, and the border is repeated. Coordinates are float32, as in TensorFlow.
     """
     for dim in (3, 2):
         length = images.shape[dim]
@@ -56,16 +52,18 @@ def resize_tensorflow(images: Tensor, size: int) -> Tensor:
 
 
 def resize_antialiased(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """Whole images to `(size, size)` with the filter widened when shrinking; bicubic may leave [0, 255]."""
+    """Resize of whole images to `(size, size)`, antialiased when shrinking; bicubic may leave [0, 255]."""
     return F.interpolate(images, size=(size, size), mode=mode, antialias=True, align_corners=False)
 
 
 def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: bool = True) -> Tensor:
     """
-    `PIL.Image.resize` to `(size, size)`, antialiased, bit for bit with `eight_bit`: then weights are Pillow's 22-bit
-    fixed-point numbers, and values are rounded and clamped after the horizontal pass and after the vertical one; the
-    gradient is that of the unrounded result where it is not clamped. Otherwise as Pillow treats an image of mode "F".
-    (Of images taller than wide, Pillow 13 may take the vertical pass first, which rounds otherwise.)
+    `PIL.Image.resize` to `(size, size)`, antialiased.
+
+    With `eight_bit` the result equals Pillow's bit for bit: weights are its 22-bit fixed-point numbers, and values are
+    rounded and clamped after the horizontal and after the vertical pass. The gradient is that of the unrounded result
+    where it is not clamped. (For images taller than wide, Pillow 13 may take the vertical pass first, which rounds
+    differently.) Without `eight_bit` it is Pillow's resize of an image of mode "F".
     """
     result = images.double()
     for dim in (3, 2):
@@ -74,7 +72,7 @@ def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: b
             weights = (weights * 2**22).round() / 2**22
         weights = weights.to(images.device)
         result = result @ weights.T if dim == 3 else weights @ result
-        if eight_bit:  # sums of such products are exact in float64, ties included, which go up
+        if eight_bit:  # sums of such products are exact in float64; ties go up
             result = result.clamp(0, 255)
             result = result + ((result + 0.5).floor() - result).detach()
         else:
@@ -84,8 +82,8 @@ def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: b
 
 def pillow_weights(length: int, size: int, mode: str) -> Tensor:
     """
-    What each of `size` output pixels takes from each of `length` input pixels, `(size, length)`, float64: the filter
-    around the output's centre, widened by the shrinkage, normalized.
+    Weight of each of `length` input pixels in each of `size` output pixels, `(size, length)`, float64: the filter
+    around the output's centre, widened when shrinking, normalized.
     """
     scale = length / size
     width = max(scale, 1.0)
@@ -93,7 +91,7 @@ def pillow_weights(length: int, size: int, mode: str) -> Tensor:
     centre = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
     pixel = torch.arange(length, dtype=torch.float64)
     inside = (pixel >= (centre - support + 0.5).floor()) & (pixel < (centre + support + 0.5).floor())
-    # in Pillow's order of operations: the last bit decides which way ties go, and 8/7 and 4/3 have many
+    # in Pillow's order of operations: the last bit decides ties, and factors like 8/7 and 4/3 have many
     x = ((pixel - centre + 0.5) * (1 / width)).abs()
     if mode == "bilinear":
         weights = (1 - x).clamp(min=0)
@@ -102,28 +100,3 @@ def pillow_weights(length: int, size: int, mode: str) -> Tensor:
         weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far) * (x < 2)
     weights = weights * inside
     return weights / weights.cumsum(dim=1)[:, -1:]
-
-
-def _precision_switches() -> list[tuple[Any, str, Any]]:
-    """What lets float32 products run in TF32 or bfloat16, and the value that forbids it."""
-    backends: Any = torch.backends
-    cuda, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
-    if hasattr(backends, "fp32_precision"):  # since torch 2.9, where reading the older names may raise
-        return [(b, "fp32_precision", "ieee") for b in (cuda, cudnn.conv, mkldnn.matmul, mkldnn.conv)]
-    return [(cuda, "allow_tf32", False), (cudnn, "allow_tf32", False)]
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """
-    Neither autocast nor TF32 nor bfloat16 products, whatever the training around it has chosen: features are compared
-    with others to the last digits. Convolutions on CUDA use TF32 unless they are told not to.
-
-    The settings of TF32 are the process's own and are put back at the end; a backward pass outside runs with those.
-    """
-    with ExitStack() as stack:
-        for backend, name, exact in _precision_switches():
-            stack.callback(setattr, backend, name, getattr(backend, name))
-            setattr(backend, name, exact)
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield

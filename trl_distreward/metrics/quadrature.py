@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Change of `Tr A^½` from log-determinants, by a quadrature whose error is known beforehand.
+"""Change of `Tr A^½` from log-determinants, by a quadrature with an a-priori error bound.
 
 For symmetric positive semi-definite matrices, because `∫₀^∞ log((a² + s²) / (b² + s²)) ds = π (a - b)`,
 
@@ -7,8 +7,7 @@ For symmetric positive semi-definite matrices, because `∫₀^∞ log((a² + s�
 
 The substitution `s = lower · sc(u)` by a Jacobi elliptic function makes the integrand periodic and analytic in the
 widest possible strip, where the midpoint rule converges exponentially (Hale, Higham and Trefethen, "Computing A^α,
-log(A), and related matrix functions by contour integrals", SIAM J. Numer. Anal. 46, 2008, method 3). Its nodes are
-those of Zolotarev's rational approximation of the sign function.
+log(A), and related matrix functions by contour integrals", SIAM J. Numer. Anal. 46, 2008, method 3).
 """
 
 import math
@@ -17,19 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TOLERANCE = 1e-7  # error bound relative to the rise and fall of Tr A^½, which sets the number of nodes
+
 
 @dataclass(frozen=True)
 class Quadrature:
     """
-    Nodes and weights for spectra of `A^½` in `[lower, upper]`, zeros that `A` and `A'` share aside.
+    Nodes and weights for spectra of `A^½` in `[lower, upper]`; zeros that `A` and `A'` share do not matter.
 
     Attributes:
         lower, upper (`float`): the interval of square roots of eigenvalues.
         nodes, weights (`torch.Tensor` of shape `(num_nodes,)`, float64): `s_j` ascending, and `w_j`.
-        bound (`float`): δ, the worst relative error on the square root of one number in the interval. The error of a
-            change of trace that is the sum of a rise `Δ₊` and a fall `Δ₋` is at most `δ (Δ₊ + Δ₋)`: by the spectral
-            shift function ξ, it is `∫ E'(a) ξ(a) da` with `|E'| <= δ`, and ξ keeps its sign in a rise and in a fall.
-        coarse_bound (`float`): the same of the rule made of every third node.
+        bound (`float`): δ, the largest relative error on the square root of one number in the interval. If the trace
+            changes by the sum of a rise `Δ₊` and a fall `Δ₋`, the error is at most `δ (Δ₊ + Δ₋)`.
+        coarse_bound (`float`): the same bound for the rule of every third node.
     """
 
     lower: float
@@ -41,42 +41,28 @@ class Quadrature:
 
     @property
     def coarse(self) -> Tensor:
-        """Weights of the rule of a third as many nodes, which are nodes of this rule: a free error estimate."""
+        """Weights of the rule of every third node, which estimates the error at no cost."""
         weights = torch.zeros_like(self.weights)
         weights[1::3] = 3 * self.weights[1::3]
         return weights
 
 
-def elliptic_quadrature(
-    lower: float, upper: float, tolerance: float = 1e-8, num_nodes: int | None = None
-) -> Quadrature:
+def elliptic_quadrature(lower: float, upper: float, tolerance: float = TOLERANCE) -> Quadrature:
     """
-    Quadrature for square roots of eigenvalues in `[lower, upper]`.
+    Quadrature for square roots of eigenvalues in `[lower, upper]`, `0 < lower <= upper`.
 
-    Args:
-        lower, upper (`float`): the interval, `0 < lower <= upper`.
-        tolerance (`float`, *optional*, defaults to 1e-8): the error bound δ that chooses the number of nodes.
-        num_nodes (`int`, *optional*): a number of nodes, a multiple of 3, in place of the smallest that `tolerance`
-            needs.
-
-    Raises:
-        ValueError: an empty interval, or `num_nodes` is not a multiple of 3.
+    The number of nodes is the smallest multiple of 3 whose error bound δ is at most `tolerance`.
     """
-    if not 0 < lower <= upper or not math.isfinite(upper):
-        raise ValueError(f"interval [{lower}, {upper}]: its ends must be positive, finite and in order.")
-    if num_nodes is not None and (num_nodes < 3 or num_nodes % 3):
-        raise ValueError(f"num_nodes={num_nodes} must be a multiple of 3: every third node makes the error estimate.")
-    upper = max(upper, 2 * lower)  # keeps the nome below 0.02, so that a dozen terms of its series are plenty
+    upper = max(upper, 2 * lower)  # keeps the nome below 0.02, so that a dozen terms of its series suffice
     modulus = lower / upper
     quarter, across = _quarter_periods(modulus)  # K(κ) and K(1 - κ) at κ = modulus²
     rate = 2 * math.pi * quarter / across
-    if num_nodes is None:
-        num_nodes = 3 * math.ceil(math.log1p(4 / tolerance) / rate / 3)
+    num_nodes = 3 * math.ceil(math.log1p(4 / tolerance) / rate / 3)
     u = (torch.arange(num_nodes, dtype=torch.float64) + 0.5) * (across / num_nodes)
     half = u[: (num_nodes + 1) // 2]
     nodes, slopes = _sc(half, modulus, quarter, across)
     nodes, slopes = lower * nodes, lower * slopes
-    # sc(K' - u) = 1 / (modulus · sc(u)): the upper half is the lower one mirrored, with no loss near K'
+    # sc(K' - u) = 1 / (modulus · sc(u)): mirroring the lower half loses no digits near K'
     mirrored = num_nodes // 2
     upper_nodes = (lower * upper / nodes[:mirrored]).flip(0)
     upper_slopes = (slopes[:mirrored] * lower * upper / nodes[:mirrored] ** 2).flip(0)
@@ -94,10 +80,9 @@ def error_bound(lower: float, upper: float, num_nodes: int) -> float:
     """
     A-priori error bound δ of the rule: `4ρ / (1 - ρ)`, `ρ = exp(-2π n K(κ) / K(1 - κ))`, `κ = (lower / upper)²`.
 
-    For small κ, `ρ ≈ exp(-π² n / log(4 upper / lower))`. The integrand of one eigenvalue's slope,
-    `2a / π · s'(u) / (a² + s(u)²)`, has period `2K(1 - κ)` and four simple poles in it, at distance `K(κ)` from the
-    real line and with residues of size `1/π`: the midpoint rule errs by at most `2ρ / (1 - ρ)` at each, on an integral
-    of 2 over the period.
+    The slope of the integrand for one eigenvalue, `2a / π · s'(u) / (a² + s(u)²)`, has period `2K(1 - κ)` and four
+    simple poles in it, at distance `K(κ)` from the real line and with residues of size `1/π`. Each adds at most
+    `2ρ / (1 - ρ)` to the error of the midpoint rule, on an integral of 2 over the period.
     """
     quarter, across = _quarter_periods(lower / upper)
     rho = math.exp(-2 * math.pi * num_nodes * quarter / across)
@@ -121,9 +106,8 @@ def _sc(u: Tensor, modulus: float, quarter: float, across: float) -> tuple[Tenso
     """
     `sn/cn` at the complementary modulus and its derivative `dn/cn²`, for `0 < u <= across / 2`.
 
-    By Jacobi's imaginary transformation it is `-i sn(iu)` at the small modulus, whose Fourier series in the nome (DLMF
-    22.11.1) has only positive terms here: full float64 accuracy where the parameter `1 - κ` rounds to 1 and library
-    routines lose theirs.
+    By Jacobi's imaginary transformation it is `-i sn(iu)` at the small modulus. Its Fourier series in the nome (DLMF
+    22.11.1) has only positive terms, so it keeps all digits where `1 - κ` rounds to 1 and library routines lose them.
     """
     odd = 2 * torch.arange(24, dtype=torch.float64) + 1
     x = odd * (math.pi / (2 * quarter)) * u[:, None]  # sinh(x) times the nome's power, kept from overflowing

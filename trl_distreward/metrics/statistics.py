@@ -1,57 +1,45 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""First and second moments of feature vectors, accumulated in float64."""
+"""First and second moments of feature vectors, accumulated in float64, and the files that hold them."""
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from ..files import written_whole
 from .checks import check_features
 from .npz import DAMAGES, array_names, open_archive, read_array
-from .numpy_pickle import load_numpy_pickle
 
-# names of feature spaces in EDM2's files, and of ADM's spatial features, as this library calls them
-_EDM2_EXTRACTORS = {"fid": "inception", "fd_dinov2": "dinov2"}
-SPATIAL = "inception-spatial"
-
-
-@dataclass
-class Moments:
-    """A mean `(d,)` and a covariance `(d, d)` from a file, and what the file says of them."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
+SPATIAL = "inception-spatial"  # name of ADM's spatial features, whose moments its reference batches hold too
+_EDM2_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}  # feature spaces in EDM2's files, by extractor
 
 
 class FeatureStatistics:
     """
     Count, mean and covariance of a set of feature vectors.
 
-    Features stream in through [`~FeatureStatistics.update`]; sets merge with [`~FeatureStatistics.merge`], by the
+    Features stream in through [`~FeatureStatistics.update`]. Sets merge with [`~FeatureStatistics.merge`], by the
     pairwise update of Chan, Golub and LeVeque (1983), which does not cancel as a sum of squares would.
 
     Args:
         dimension (`int`): feature dimension d.
-        metadata (`dict[str, str]`, *optional*): said of the set: extractor, dataset, resize…; saved with it.
+        metadata (`dict[str, str]`, *optional*): description of the set (extractor, resize, dataset…), saved with it.
 
     Attributes:
-        count (`int` or `None`): number of vectors; `None` when the file that was read does not say.
+        count (`int` or `None`): number of vectors; `None` if they come from a file that does not say.
         mean (`torch.Tensor` of shape `(d,)`, float64).
         covariance (`torch.Tensor` of shape `(d, d)`, float64): divided by `count - 1`.
     """
 
     def __init__(self, dimension: int, metadata: Mapping[str, str] | None = None):
-        if dimension < 1:
-            raise ValueError(f"dimension={dimension} must be at least 1.")
         self.count: int | None = 0
         self.mean = torch.zeros(dimension, dtype=torch.float64)
         self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # sum of (x - mean)(x - mean)ᵀ
@@ -60,8 +48,7 @@ class FeatureStatistics:
     @classmethod
     def from_features(cls, features: Tensor, metadata: Mapping[str, str] | None = None) -> "FeatureStatistics":
         """Statistics of `features` of shape `(N, d)`; raises `ValueError` on NaN or infinite values."""
-        features = check_features(features)
-        statistics = cls(features.shape[1], metadata)
+        statistics = cls(check_features(features).shape[1], metadata)
         statistics.update(features)
         return statistics
 
@@ -77,8 +64,6 @@ class FeatureStatistics:
             )
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean and covariance must be finite: the statistics file is damaged.")
-        if count is not None and count < 2:
-            raise ValueError(f"count={count}: a covariance needs at least 2 vectors.")
         statistics = cls(len(mean), metadata)
         symmetric = (covariance.double() + covariance.double().T) / 2
         statistics.mean, statistics.count = mean.double().clone(), count
@@ -94,17 +79,22 @@ class FeatureStatistics:
         if self.count is None:
             return self._scatter
         if self.count < 2:
-            raise ValueError(f"count={self.count}: a covariance needs at least 2 vectors: update() with more.")
+            raise ValueError(f"count={self.count}: a covariance needs at least 2 vectors; update() with more.")
         return self._scatter / (self.count - 1)
 
     @property
     def rank_bound(self) -> int:
-        """The most that the covariance's rank can be: `count - 1` where that is below d."""
+        """Largest possible rank of the covariance: `count - 1` where that is below d."""
         return self.dimension if self.count is None else min(self.dimension, self.count - 1)
+
+    def to(self, device: torch.device) -> "FeatureStatistics":
+        """Moves the moments: later updates are computed on `device`."""
+        self.mean, self._scatter = self.mean.to(device), self._scatter.to(device)
+        return self
 
     def update(self, features: Tensor) -> None:
         """Adds `features` of shape `(N, d)`."""
-        features = check_features(features, dimension=self.dimension).to(self.mean.device)
+        features = check_features(features, dimension=self.dimension).double().to(self.mean.device)
         if len(features) == 0:
             return
         mean = features.mean(dim=0)
@@ -113,12 +103,10 @@ class FeatureStatistics:
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Adds the vectors that `other` counted, as if they had been seen here."""
-        if other.dimension != self.dimension:
-            raise ValueError(f"cannot merge statistics of dimension {other.dimension} into {self.dimension}.")
+        if other.count is None:
+            raise ValueError("cannot merge statistics whose count is unknown: recompute them from the images.")
         if other.count:
             self._add(other.count, other.mean.to(self.mean.device), other._scatter.to(self.mean.device))
-        elif other.count is None:
-            raise ValueError("cannot merge statistics whose count is unknown: recompute them from the images.")
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if self.count is None:
@@ -130,76 +118,61 @@ class FeatureStatistics:
         self.count = total
 
     def save(self, path: str | os.PathLike) -> None:
-        """
-        Writes a `.safetensors` file with mean, covariance, count and metadata; whole or not at all.
-
-        Raises:
-            ValueError: the path ends as a file of another format, as which it would be read.
-        """
-        path = Path(path)
-        if path.suffix in (".npz", ".pkl"):
-            raise ValueError(f"{path} would be a safetensors file: give it the suffix .safetensors.")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes mean, covariance, count and metadata to a `.safetensors` file, whole or not at all."""
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"{path} would be read as another format: give it the suffix .safetensors.")
         tensors = {"mean": self.mean.cpu().contiguous(), "covariance": self.covariance.cpu().contiguous()}
         metadata = {"format": "pt", "count": json.dumps(self.count), "metadata": json.dumps(self.metadata)}
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        with written_whole(path) as file:
+            file.write(save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike, feature_extractor: str | None = None) -> "FeatureStatistics":
         """
-        Reads a `.safetensors` file written by [`~FeatureStatistics.save`], an `.npz` with arrays `mu` and `sigma` as
-        pytorch-fid, clean-fid, ADM, DiT and MAR write them (their count is not recorded), or a `.pkl` of EDM2, by a
-        reader that runs nothing.
+        Reads statistics of this library or of other tools. Nothing in the file is executed.
 
         Args:
-            path (`str` or `os.PathLike`): of the file.
-            feature_extractor (`str`, *optional*): name of the extractor whose statistics are wanted: chosen from a
-                file that holds several, refused where a file says that it holds another's.
+            path (`str` or `os.PathLike`): a `.safetensors` file written by [`~FeatureStatistics.save`]; an `.npz` file
+                with arrays `mu` and `sigma`, as pytorch-fid, clean-fid, ADM, DiT and MAR write them (their count is
+                unknown); or a `.pkl` file of EDM2.
+            feature_extractor (`str`, *optional*): name of the extractor whose statistics are wanted. It chooses among
+                several in one file, and must be the extractor that the file names.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, holds something else, or is another extractor's.
+            ValueError: the file is damaged, holds something else, or statistics of another extractor.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no statistics file at {path}.")
-        if path.suffix in (".npz", ".pkl"):
-            read = read_npz_moments if path.suffix == ".npz" else read_edm2_moments
-            moments = read(path, feature_extractor)
-        else:
-            moments = _read_safetensors(path)
+        read = {".npz": _read_npz, ".pkl": _read_edm2}.get(path.suffix, _read_safetensors)
+        mean, covariance, count, metadata = read(path, feature_extractor)
         try:
-            statistics = cls.from_moments(moments.mean, moments.covariance, moments.count, moments.metadata)
+            statistics = cls.from_moments(mean, covariance, count, metadata)
         except ValueError as error:
             raise ValueError(f"{path} holds no statistics: {error}") from error
         if feature_extractor is not None:
-            check_extractor(statistics.metadata, statistics.dimension, extractor=feature_extractor, path=path)
+            check_extractor(metadata, statistics.dimension, extractor=feature_extractor, path=path)
         return statistics
 
     def __repr__(self) -> str:
         return f"FeatureStatistics(dimension={self.dimension}, count={self.count}, metadata={self.metadata})"
 
 
-def _read_safetensors(path: Path) -> Moments:
+Moments = tuple[Tensor, Tensor, int | None, dict[str, str]]  # mean, covariance, count and metadata
+
+
+def _read_safetensors(path: Path, extractor: str | None) -> Moments:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a statistics file of this library or is damaged: {error}") from error
-    metadata = json.loads(header.get("metadata", "{}"))
-    return Moments(mean, covariance, json.loads(header.get("count", "null")), metadata)
+    return mean, covariance, json.loads(header.get("count", "null")), json.loads(header.get("metadata", "{}"))
 
 
-def read_npz_moments(path: Path, extractor: str | None = None) -> Moments:
-    """
-    Moments from an `.npz` with arrays `mu` and `sigma`, as pytorch-fid, clean-fid, ADM, DiT, MAR and EDM write them.
-
-    ADM's reference batches hold `mu_s` and `sigma_s` of spatial features as well, which are read for the extractor
-    `"inception-spatial"`.
-    """
+def _read_npz(path: Path, extractor: str | None) -> Moments:
     names = ("mu_s", "sigma_s") if extractor == SPATIAL else ("mu", "sigma")
     with open_archive(path) as archive:
         held = array_names(archive)
@@ -207,46 +180,36 @@ def read_npz_moments(path: Path, extractor: str | None = None) -> Moments:
             also = " It holds images: give it as a source of images." if "arr_0" in held else ""
             raise ValueError(f"{path} holds {held}: a statistics file holds {names[0]!r} and {names[1]!r}.{also}")
         try:
-            mean, covariance = (read_array(archive, name) for name in names)
+            mean, covariance = (torch.from_numpy(read_array(archive, name).astype(np.float64)) for name in names)
         except DAMAGES as error:
             raise ValueError(f"{path} is damaged: {error}.") from error
-    return _moments(path, mean, covariance, metadata={"extractor": SPATIAL} if extractor == SPATIAL else {})
+    return mean, covariance, None, {"source": path.name, **({"extractor": SPATIAL} if extractor == SPATIAL else {})}
 
 
-def read_edm2_moments(path: Path, extractor: str | None = None) -> Moments:
-    """Moments from an EDM2 `.pkl`, which holds them for several extractors; by a reader that runs nothing."""
-    content = load_numpy_pickle(path)
-    content = content if isinstance(content, dict) else {}
-    held = {name: content[key] for key, name in _EDM2_EXTRACTORS.items() if key in content}
-    if not held:
-        raise ValueError(f"{path} holds no statistics: an EDM2 file holds 'fid' or 'fd_dinov2', each a mu and sigma.")
-    if extractor is None and len(held) > 1:
-        raise ValueError(
-            f"{path} holds statistics of {', '.join(held)}: say which, as feature_extractor={[*held][0]!r}."
+def _read_edm2(path: Path, extractor: str | None) -> Moments:
+    """Moments from EDM2's reference statistics, which hold them by feature space."""
+    from ..conversion.restricted_pickle import is_record, load_records
+
+    def array(record: Any) -> Tensor:
+        if not is_record(record, "_reconstruct") or record.state is None:
+            raise ValueError("an array is missing")
+        _, shape, dtype, fortran_order, data = record.state
+        values = np.frombuffer(data, np.dtype(dtype.state[1] + dtype.args[0])).reshape(
+            shape, order="F" if fortran_order else "C"
         )
-    name = extractor or next(iter(held))
-    if name not in held:
-        raise ValueError(f"{path} holds statistics of {', '.join(held)}, not of {name!r}: compute those of {name!r}.")
-    entry, count = held[name], content.get("num_images")
-    if not isinstance(entry, dict) or not {"mu", "sigma"} <= set(entry):
-        raise ValueError(f"{path} holds no mu and sigma for {name!r}: it is not a statistics file of EDM2.")
-    return _moments(path, entry["mu"], entry["sigma"], count, {"extractor": name})
+        return torch.from_numpy(values.astype(np.float64))
 
-
-def _moments(
-    path: Path, mean: object, covariance: object, count: object = None, metadata: Mapping[str, str] | None = None
-) -> Moments:
-    if count is not None and not isinstance(count, int):
-        raise ValueError(f"num_images={count!r} in {path} must be a whole number.")
-    tensors = [_tensor(array, f"{name} in {path}") for name, array in (("mu", mean), ("sigma", covariance))]
-    return Moments(tensors[0], tensors[1], count, {"source": path.name, **(metadata or {})})
-
-
-def _tensor(array: object, name: str) -> Tensor:
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"{name} is {kind}: it must be an array of floating-point numbers.")
-    return torch.from_numpy(array.astype(np.float64))
+    try:
+        content = load_records(path)
+        names = [name for name, key in _EDM2_NAMES.items() if key in content]
+        if extractor not in names and (extractor is not None or len(names) != 1):
+            raise ValueError(f"it holds statistics of {names}, choose one as feature_extractor={extractor!r}")
+        name = extractor or names[0]
+        entry = content[_EDM2_NAMES[name]]
+        mean, covariance = array(entry["mu"]), array(entry["sigma"])
+    except (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as statistics of EDM2: {error}.") from error
+    return mean, covariance, content.get("num_images"), {"source": path.name, "extractor": name}
 
 
 def check_extractor(
@@ -257,38 +220,28 @@ def check_extractor(
     resize: str | None = None,
     weights: str | None = None,
     extractor_dimension: int | None = None,
-    path: object = "the statistics",
+    path: object = "the real data",
 ) -> None:
     """
-    Raises `ValueError` where statistics with this `metadata` were not made by this extractor.
+    Raises `ValueError` if real data with this `metadata` was not made by this extractor.
 
     Files of other tools do not name their extractor: only their dimension can be checked.
 
     Args:
-        metadata (`dict[str, str]`), dimension (`int`): of the statistics.
+        metadata (`dict[str, str]`), dimension (`int`): of the real data.
         extractor (`str`), resize (`str`, *optional*), extractor_dimension (`int`, *optional*): of the extractor.
-        weights (`str`, *optional*): digest of its network, as [`~metrics.extractors.network_digest`] gives it.
+        weights (`str`, *optional*): digest of the extractor's network, see [`~metrics.extractors.network_digest`].
         path: named in the message.
     """
-    remedy = f"recompute them with trl-distreward statistics {_as_option(extractor, resize)}"
     for name, value in (("extractor", extractor), ("resize", resize), ("weights", weights)):
         held = metadata.get(name)
         if held and value and held != value:
             raise ValueError(
-                f"{path} has {name} {held!r}, but the images are seen with {value!r}: features of one cannot be "
-                f"compared with those of the other: {remedy}."
+                f"{path} has {name} {held!r}, but the images are seen with {value!r}, and such features cannot be "
+                "compared: recompute the statistics with this extractor."
             )
     if extractor_dimension is not None and dimension != extractor_dimension:
         raise ValueError(
-            f"{path} has dimension {dimension}, but {extractor!r} gives {extractor_dimension}: they must be the same: "
-            f"{remedy}."
+            f"{path} has dimension {dimension}, but {extractor!r} gives {extractor_dimension}: recompute the "
+            "statistics with this extractor."
         )
-
-
-def _as_option(extractor: str, resize: str | None) -> str:
-    """How an extractor is named on the command line; those of which more would have to be said are not spelt out."""
-    name, _, output = extractor.partition("-")
-    if name != "inception":
-        return "and the --feature-extractor of the images, its options included"
-    options = {"output": output, "resize": "" if resize in (None, "tensorflow") else resize}
-    return ",".join(["--feature-extractor inception", *(f"{key}={value}" for key, value in options.items() if value)])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..metrics.distance import supports
 from .subset_replace import SubsetReplaceReward
 
 
@@ -61,7 +62,7 @@ def reward_diagnostics(
         found["placement_share"] = noise / variance
     if noise > 0:
         found["signal_to_noise"] = max(variance - noise, 0.0) / noise
-    if variance > 0 and reward.knows_removal:
+    if variance > 0 and all(supports(distance, "delete_one") for distance in reward.distances.values()):
         effects = reward.removal_effects[slots.to(reward.removal_effects.device)].sum(dim=1)
         found["removed_share"] = 1 - (rewards + effects.to(rewards.device)).var().item() / variance
     return found

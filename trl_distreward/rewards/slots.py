@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Which places of the reference set are judged next."""
+"""Samplers of slots: the places of the reference set that new images are judged in."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from ..conditions import members_of, proportional_subsets
 
 class SlotSampler:
     """
-    Draws which places of the reference set are judged next, from a generator of its own that checkpoints.
+    Draws slots of the reference set from its own generator, whose state is saved with checkpoints.
 
     Args:
         num_slots (`int`): size N of the reference set.
@@ -26,12 +26,14 @@ class SlotSampler:
 
     def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
         """
+        Draws subsets of slots.
+
         Args:
-            num_subsets (`int`): subsets B.
+            num_subsets (`int`): number of subsets B.
             replace_size (`int`): slots n of a subset, always distinct within it.
             distinct (`bool`, *optional*, defaults to `False`):
-                draw in rounds without replacement, so that no slot comes twice before all have come once. Otherwise
-                subsets are independent, as in the paper.
+                draws in rounds without replacement: no slot comes twice before all have come once. Otherwise subsets
+                are independent, as in the paper.
 
         Returns:
             `torch.LongTensor` of shape `(B, n)`.
@@ -40,13 +42,13 @@ class SlotSampler:
         return torch.stack(self.subsets([replace_size] * num_subsets, distinct))
 
     def subsets(self, sizes: Sequence[int], distinct: bool) -> list[Tensor]:
-        """Subsets of `sizes`, none of which exceeds `num_slots`."""
+        """Draws subsets of `sizes`, each at most `num_slots`."""
         if not distinct:
             return [self._permutation()[:size] for size in sizes]
         seen = torch.empty(0, dtype=torch.long)
         subsets = []
         for size in sizes:
-            # over the whole draw while that is possible, then at least within the subset
+            # distinct over the whole draw while that is possible, then at least within the subset
             avoid = seen if len(seen) + size <= self.num_slots else seen[:0]
             subsets.append(self._next_of_round(size, avoid))
             seen = torch.cat([seen, subsets[-1]])
@@ -57,7 +59,7 @@ class SlotSampler:
 
     def _next_of_round(self, count: int, avoid: Tensor) -> Tensor:
         taken, self._pending = self._pending[:count], self._pending[count:]
-        if len(taken) < count:  # a new round, in which what must not come now comes last
+        if len(taken) < count:  # a new round; slots to avoid now come last in it
             order = self._permutation()
             repeated = torch.isin(order, torch.cat([avoid, taken]))
             fresh, missing = order[~repeated], count - len(taken)
@@ -70,20 +72,20 @@ class SlotSampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not isinstance(state["pending"], Tensor):
-            raise ValueError("the checkpoint drew its slots from strata: resume with the stratify_by it had.")
+            raise ValueError("the checkpoint's slots were drawn from strata: resume with the same stratify_by.")
         self.generator.set_state(state["generator"])
         self._pending = state["pending"].clone()
 
 
 class StratifiedSlotSampler:
     """
-    Draws like [`SlotSampler`], each subset in proportion over strata.
+    Draws slots such that each subset holds the strata in proportion.
 
-    A stratum of `m` of the `N` slots has `n m / N` of a subset's `n`, rounded up or down, and likewise of all slots of
-    a draw. Every slot is still drawn with probability `n / N`, so that what the reward says in expectation stays.
+    A stratum of `m` of the `N` slots gets `n m / N` of a subset's `n`, rounded up or down, and likewise of all slots
+    of a draw. Every slot is still drawn with probability `n / N`, so the expected reward is the same.
 
     Args:
-        strata (`Sequence`): the stratum of each slot, anything that can be compared.
+        strata (`Sequence`): stratum of each slot, any hashable values.
         seed (`int`, *optional*, defaults to 0): seed of the generator.
     """
 
@@ -96,12 +98,7 @@ class StratifiedSlotSampler:
             sampler.generator = self.generator
 
     def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
-        """
-        As [`SlotSampler.draw`]; under `distinct` no slot comes twice before all of its stratum have come once.
-
-        Returns:
-            `torch.LongTensor` of shape `(B, n)`.
-        """
+        """Draws like [`SlotSampler.draw`]; with `distinct`, rounds are those of each stratum."""
         check_size(replace_size, self.num_slots)
         sizes = torch.tensor([len(places) for places in self.members])
         counts = proportional_subsets(sizes, num_subsets, replace_size, self.generator)
@@ -110,7 +107,7 @@ class StratifiedSlotSampler:
             for sampler, places, wanted in zip(self._samplers, self.members, counts.T.tolist(), strict=True)
         ]
         subsets = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
-        # in no order: what looks at the first images of a subset must not see the first strata only
+        # shuffled, so that the first images of a subset are not all from the first strata
         return torch.stack([s[torch.randperm(replace_size, generator=self.generator)] for s in subsets])
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,11 +116,11 @@ class StratifiedSlotSampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state["pending"]
-        if isinstance(pending, Tensor) or len(pending) != len(self.members):
-            count = "no strata" if isinstance(pending, Tensor) else f"{len(pending)} strata"
+        count = 0 if isinstance(pending, Tensor) else len(pending)
+        if count != len(self.members):
             raise ValueError(
-                f"the checkpoint drew its slots from {count}, this run has {len(self.members)}: resume with the "
-                "stratify_by and the dataset it had."
+                f"the checkpoint's slots were drawn from {count} strata, and this run has {len(self.members)}: resume "
+                "with the same stratify_by and dataset."
             )
         self.generator.set_state(state["generator"])
         for sampler, rest in zip(self._samplers, pending, strict=True):
@@ -134,6 +131,6 @@ def check_size(replace_size: int, num_slots: int) -> None:
     """Raises `ValueError` if a subset is not smaller than the reference set."""
     if replace_size >= num_slots:
         raise ValueError(
-            f"replace_size={replace_size} is not smaller than reference_set_size={num_slots}: a subset must "
-            "leave most of the reference set in place; lower replace_size or raise reference_set_size."
+            f"replace_size={replace_size} is not smaller than reference_set_size={num_slots}: lower replace_size or "
+            "raise reference_set_size."
         )

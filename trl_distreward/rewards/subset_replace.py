@@ -1,20 +1,19 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The distribution-wise reward: minus the distance to real data after replacing part of a generated set.
 
-Eq. 4 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291): with a reference set 𝒢 of N generated images
-and n of them, g, replaced by new images g' under the same conditions, `R(g') = -D((𝒢 ∖ g) ∪ g', real)`.
+Eq. 4 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291): a reference set 𝒢 holds N generated images. The
+new images g' take the places of n of them, g, that have the same conditions. `R(g') = -D((𝒢 ∖ g) ∪ g', real)`.
 """
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..metrics.composite import DebiasedDistance, SumDistance, supports
-from ..metrics.distance import build_distance
+from ..metrics.distance import Distance, RealData, build_distance, supports
 from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, module_of
 from ..metrics.image_metrics import FeatureDistance
 
@@ -28,25 +27,22 @@ class SubsetReplaceReward:
     Args:
         feature_extractor (`Callable`, `torch.nn.Module` or `dict` of them):
             maps uint8 images `(B, C, H, W)` to features `(B, d)`. A dictionary names several feature spaces.
-        real_statistics ([`FeatureStatistics`], path, or `dict` of them with the extractors' names):
-            the real data in each feature space.
+        real_statistics ([`FeatureStatistics`], path, or `dict` of them):
+            the real data in each feature space, under the extractors' names.
         distance (`str` or `Callable`, *optional*, defaults to `"frechet"`):
-            `"frechet"`, `"kernel"`, `"sliced_wasserstein"`, or a function from what `real_statistics` holds to a
-            [`~metrics.Distance`]. The latter two compare with the real features `(M, d)` themselves.
+            `"frechet"`, `"kernel"` (compares with the real features `(M, d)` themselves), or a function from what
+            `real_statistics` holds to a [`~metrics.Distance`].
         space_weights (`dict[str, float]`, *optional*):
-            weights of the feature spaces, 1 by default. With more than one space each distance is first divided by
-            the one the first reference set had, so that no space dominates by its units.
+            weights of the feature spaces, 1 by default. With more than one space, each distance is first divided by
+            the value it had for the first reference set, so that no space dominates by its units.
         credit (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`: the images of a subset share its reward (Eq. 4). `"leave_one_in"`: each has its own, what the
-            updated set's distance gains by having it: `D(without it) - D(with it)`, exactly. It does not pay for more
-            of what the other images of the subset already supply.
+            `"shared"`: the images of a subset share its reward (Eq. 4). `"leave_one_in"`: each image gets its own
+            reward, `D(updated set without it) - D(updated set)`, computed exactly. It does not pay for more of what
+            the other images of the subset already supply.
         control_variate (`bool`, *optional*, defaults to `False`):
-            adds to a shared reward what the removed images' absence changes by itself, about its mean over the
-            reference set. That part of the reward says nothing of the new images; without it the reward keeps its
-            mean and loses variance.
-        debias (`bool`, *optional*, defaults to `False`):
-            extrapolates distances to an infinite generated set ([`~metrics.DebiasedDistance`]), so that shrinking the
-            spread of the images is not rewarded; costs about three times as much.
+            adds to a shared reward the change that removing the old images causes by itself, minus the mean of that
+            change. This part of the reward says nothing about the new images. The mean stays the same, the variance
+            falls.
 
     Example:
 
@@ -59,47 +55,39 @@ class SubsetReplaceReward:
 
     __name__ = "subset_replace"
 
+    features: dict[str, Tensor]  # reference set, per space (N, d) float32
+    first_distances: dict[str, float]
+    _removal_effects: Tensor | None
+
     def __init__(
         self,
         feature_extractor: FeatureExtractor | Mapping[str, FeatureExtractor],
-        real_statistics: Any,
-        distance: str | Callable[[Any], Any] = "frechet",
+        real_statistics: RealData | Mapping[str, RealData],
+        distance: str | Callable[..., Distance] = "frechet",
         *,
         space_weights: Mapping[str, float] | None = None,
         credit: str = "shared",
         control_variate: bool = False,
-        debias: bool = False,
     ):
         if credit not in CREDITS:
             raise ValueError(f"credit={credit!r} is unknown: choose one of {', '.join(map(repr, CREDITS))}.")
         if control_variate and credit != "shared":
             raise ValueError(
-                f"control_variate=True has nothing to take from credit={credit!r}, which does not contain the removed "
-                "images: leave it off."
+                f"control_variate=True corrects shared rewards only, and credit={credit!r}: leave one of them out."
             )
         self.credit, self.control_variate = credit, control_variate
         if isinstance(feature_extractor, Mapping):
-            self.extractors = dict(feature_extractor)
-            if not isinstance(real_statistics, Mapping) or set(real_statistics) != set(self.extractors):
-                given = sorted(real_statistics) if isinstance(real_statistics, Mapping) else real_statistics
-                raise ValueError(
-                    f"real_statistics ({given}) must be a dictionary with the extractors' names "
-                    f"({sorted(self.extractors)})."
-                )
+            extractors, real = dict(feature_extractor), real_statistics
         else:
-            self.extractors, real_statistics = {"features": feature_extractor}, {"features": real_statistics}
-        for name, extractor in self.extractors.items():
-            if not callable(extractor):
-                raise TypeError(f"feature extractor {name!r} is a {type(extractor).__name__}: it must be callable.")
-            freeze(extractor)
+            extractors, real = {"features": feature_extractor}, {"features": real_statistics}  # type: ignore[dict-item]
+        if not isinstance(real, Mapping) or set(real) != set(extractors):
+            raise ValueError(
+                f"real_statistics must be a dictionary with the extractors' names {sorted(extractors)}."
+            )
+        self.extractors = {name: freeze(extractor) for name, extractor in extractors.items()}
         self.distances = {
-            name: build_distance(distance, real_statistics[name], extractor)
-            for name, extractor in self.extractors.items()
+            name: build_distance(distance, real[name], extractor) for name, extractor in extractors.items()
         }
-        self._plain = {name: copy.copy(d) for name, d in self.distances.items()}  # share the real side
-        self.debias = debias
-        if debias:
-            self.distances = {name: DebiasedDistance(partial(copy.copy, d)) for name, d in self.distances.items()}
         needed = ["leave_one_in", "delete_one"] if credit == "leave_one_in" else ["delete_one"] * control_variate
         for name, built in self.distances.items():
             lacking = [method for method in needed if not supports(built, method)]
@@ -111,14 +99,12 @@ class SubsetReplaceReward:
         self.space_weights = dict.fromkeys(self.extractors, 1.0) | dict(space_weights or {})
         if set(self.space_weights) != set(self.extractors):
             raise ValueError(f"space_weights name {sorted(self.space_weights)}, extractors {sorted(self.extractors)}.")
-        self.features: dict[str, Tensor] = {}  # reference set, per space (N, d) float32
-        self.first_distances: dict[str, float] = {}
-        self._removal_effects: Tensor | None = None
-        self._given_scales = self._scales
+        self.reset()
 
     # ---- features ----
 
     def to(self, device: torch.device) -> "SubsetReplaceReward":
+        """Moves the extractors' modules."""
         for extractor in self.extractors.values():
             module = module_of(extractor)
             if module is not None:
@@ -129,13 +115,20 @@ class SubsetReplaceReward:
         self, images: Tensor, conditions: Any = None, check_finite: bool = True, gradient: bool = False
     ) -> dict[str, Tensor]:
         """
-        Features of uint8 images `(M, C, H, W)` in each space, `(M, d)` float32; conditions go to the extractors that
-        need them, such as [`JointFeatures`]. With `gradient` images are float32 in the same range, and features carry
-        gradients to them.
+        Features of images in each feature space.
+
+        Args:
+            images (`torch.Tensor` of shape `(M, C, H, W)`): uint8, or float32 in [0, 255] with `gradient`.
+            conditions (*optional*): for extractors that need them, such as [`JointFeatures`].
+            check_finite (`bool`, *optional*, defaults to `True`): refuses NaN and infinite values.
+            gradient (`bool`, *optional*, defaults to `False`): keeps the graph from features to images.
+
+        Returns:
+            `dict` of `torch.Tensor` of shape `(M, d)`, float32.
 
         Raises:
-            ValueError: an extractor changed the batch size, gave another dimension than the statistics have, or
-                NaN or infinite values, unless `check_finite=False`.
+            ValueError: an extractor changed the batch size, gave another dimension than the statistics have, or NaN or
+                infinite values.
         """
         return {
             name: extract_features(
@@ -151,39 +144,34 @@ class SubsetReplaceReward:
         }
 
     def metrics(self) -> dict[str, FeatureDistance]:
-        """The same distances as evaluation metrics of whole sets, one per space; neither debiased nor normalized."""
-        plain = {
-            name: d.without_scales() if isinstance(d, SumDistance) else copy.copy(d) for name, d in self._plain.items()
+        """The same distances as evaluation metrics of whole sets, one per space, neither weighted nor divided."""
+        return {
+            name: FeatureDistance.of(extractor, copy.copy(self.distances[name]))
+            for name, extractor in self.extractors.items()
         }
-        return {name: FeatureDistance.of(extractor, plain[name]) for name, extractor in self.extractors.items()}
 
     # ---- reference set ----
 
     @property
     def reference_distances(self) -> dict[str, float]:
-        """Distance of the current reference set from real data, per feature space."""
+        """Distance of the current reference set from real data, per feature space; empty without a set."""
         return {name: distance.value for name, distance in self.distances.items()} if self.features else {}
 
     @property
     def baseline(self) -> float:
-        """What an image, or a subset of images, like those of the reference set would get."""
+        """Reward that new images get, on average, if they are distributed as the reference set."""
         if self.credit == "leave_one_in":
             return self.removal_effects.mean().item()
         return -sum(self.weighted_distances.values())
 
     @property
     def weighted_distances(self) -> dict[str, float]:
-        """Of the reference set from real data, each as it counts in the reward."""
+        """Distances of the reference set, each with its weight in the reward."""
         return {name: self._weight(name) * distance.value for name, distance in self.distances.items()}
 
     @property
-    def knows_removal(self) -> bool:
-        """Whether the distances can tell what taking an image away does."""
-        return all(supports(distance, "delete_one") for distance in self.distances.values())
-
-    @property
     def removal_effects(self) -> Tensor:
-        """`(N,)`, float64: what the distance changes by when a reference image is taken away, weighted over spaces."""
+        """Change of the weighted distance when one reference image is taken away, `(N,)`, float64."""
         if self._removal_effects is None:
             every = torch.arange(len(next(iter(self.features.values()))))
             parts = [self._weight(name) * distance.delete_one(every) for name, distance in self.distances.items()]
@@ -194,15 +182,9 @@ class SubsetReplaceReward:
         scale = self.first_distances[name] if len(self.distances) > 1 else 1.0
         return self.space_weights[name] / scale
 
-    @property
-    def _scales(self) -> dict[str, dict[str, float]]:
-        return {name: distance.scales for name, distance in self.distances.items() if hasattr(distance, "scales")}
-
     def reset(self) -> None:
-        """Forgets the reference set, and the units that the first one gave: the next one is the first again."""
+        """Forgets the reference set and the units of the spaces: the next reference set is the first again."""
         self.features, self.first_distances, self._removal_effects = {}, {}, None
-        for name, scales in self._given_scales.items():
-            self.distances[name].scales = scales
 
     def set_reference(self, features: Mapping[str, Tensor]) -> None:
         """Takes `features` `(N, d)` per space as the reference set."""
@@ -211,14 +193,12 @@ class SubsetReplaceReward:
         for name, distance in self.distances.items():
             distance.fit(self.features[name])
         if not self.first_distances:
-            # of a debiased distance, which may be below 0, the plain one tells the units
-            members = {name: getattr(distance, "whole", distance) for name, distance in self.distances.items()}
-            first = {name: member.value for name, member in members.items()}
+            first = {name: distance.value for name, distance in self.distances.items()}
             bad = {name: value for name, value in first.items() if not value > 0}
             if bad and len(first) > 1:
                 raise ValueError(
-                    f"the first reference set has distances {bad}, which cannot be divided by: leave these spaces "
-                    "out, or use KernelDistance(..., unbiased=False), which is never below 0."
+                    f"the first reference set has distances {bad}, and they must be positive to divide by: leave "
+                    "these spaces out, or use KernelDistance(..., unbiased=False), which is never below 0."
                 )
             self.first_distances = first
 
@@ -226,36 +206,34 @@ class SubsetReplaceReward:
         self, slots: Tensor, features: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> None:
         """
-        Leaves new images in the places they were judged in: the *rolling* reference set.
+        Leaves new images in the slots they were judged in: the *rolling* reference set.
 
         Args:
-            slots (`torch.LongTensor` of shape `(B, n)`): places; of a place's several candidates one stays at random.
-            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): the new images' features.
+            slots (`torch.LongTensor` of shape `(B, n)`): if a slot has several candidates, one at random stays.
+            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): features of the new images.
             generator (`torch.Generator`, *optional*): chooses among candidates.
         """
         flat = slots.flatten()
         order = torch.randperm(len(flat), generator=generator).to(flat.device)
-        shuffled = flat[order]
-        kept, inverse = shuffled.unique(return_inverse=True)
+        kept, inverse = flat[order].unique(return_inverse=True)
         winner = torch.full((len(kept),), len(flat), dtype=torch.long, device=flat.device)
         winner = winner.scatter_reduce(0, inverse, torch.arange(len(flat), device=flat.device), "amin")
         chosen = order[winner]
         updated = {}
         for name, reference in self.features.items():
-            updated[name] = reference.index_copy(
-                0, kept.to(reference.device), features[name][chosen.to(features[name].device)].to(reference)
-            )
+            new = features[name][chosen.to(features[name].device)].to(reference)
+            updated[name] = reference.index_copy(0, kept.to(reference.device), new)
         self.set_reference(updated)
 
     # ---- reward ----
 
     def subset_rewards(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         """
-        Rewards of subsets (Eq. 4), whatever the credit.
+        Rewards of subsets (Eq. 4), whatever `credit` is.
 
         Args:
-            slots (`torch.LongTensor` of shape `(B, n)`): replaced places of the reference set.
-            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): the new images' features, subset by subset.
+            slots (`torch.LongTensor` of shape `(B, n)`): replaced slots of the reference set.
+            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): features of the new images, subset by subset.
 
         Returns:
             `torch.Tensor` of shape `(B,)`, float64.
@@ -264,27 +242,29 @@ class SubsetReplaceReward:
 
     def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         """
-        Rewards as `credit` and `control_variate` have them; arguments as in [`~SubsetReplaceReward.subset_rewards`].
+        Rewards with `credit` and `control_variate` applied.
+
+        Args:
+            slots, features: as in [`~SubsetReplaceReward.subset_rewards`].
 
         Returns:
-            `torch.Tensor`, float64: shape `(B,)` if a subset's images share their reward, else `(B, n)`.
+            `torch.Tensor`, float64: shape `(B,)` with `credit="shared"`, else `(B, n)`.
         """
         if self.credit == "leave_one_in":
             return self._total("leave_one_in", slots, features)
         rewards = self.subset_rewards(slots, features)
         if self.control_variate:
             effects = self.removal_effects
-            # what the absence of these slots' images does by itself, lower on average by as much: the mean stays
             rewards = rewards + (effects[slots.to(effects.device)] - effects.mean()).sum(dim=1)
         return rewards
 
     def gradient(self, slots: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        Gradient of the weighted distance of the set in which all of `slots` are replaced, by the new features.
+        Gradient of the weighted distance, after all of `slots` are replaced, with respect to the new features.
 
         Args:
-            slots (`torch.LongTensor` of shape `(M,)`): distinct places.
-            features (`dict` of `torch.Tensor` of shape `(M, d)`): of the new images.
+            slots (`torch.LongTensor` of shape `(M,)`): distinct slots.
+            features (`dict` of `torch.Tensor` of shape `(M, d)`): features of the new images.
 
         Returns:
             `dict` of `torch.Tensor` of shape `(M, d)`, float64.
@@ -307,11 +287,11 @@ class SubsetReplaceReward:
         self, images: Tensor, conditions: Any = None, slots: Tensor | None = None, **kwargs: Any
     ) -> list[float]:
         """
-        One reward per image, as TRL's reward functions give.
+        One reward per image, as TRL's reward functions return.
 
         Args:
             images (`torch.Tensor` of shape `(B * n, C, H, W)`, uint8): new images, subset by subset.
-            slots (`torch.LongTensor` of shape `(B, n)`): the places they would take.
+            slots (`torch.LongTensor` of shape `(B, n)`): slots of the reference set that they take.
         """
         if slots is None or len(images) != slots.numel():
             shape = None if slots is None else tuple(slots.shape)
@@ -324,17 +304,15 @@ class SubsetReplaceReward:
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference set's features and the first distances; moments follow from the features."""
+        """The reference set's features, the first distances and the identity of the extractors."""
         return {
             "features": dict(self.features),
             "first_distances": dict(self.first_distances),
-            "scales": self._scales,
             "extractors": self._identities,
         }
 
     @cached_property
     def _identities(self) -> dict[str, dict[str, str | None]]:
-        """What tells extractors apart: their names, how they resize, and a digest of their weights."""
         return {
             space: {
                 "name": getattr(extractor, "name", None),
@@ -345,20 +323,12 @@ class SubsetReplaceReward:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["features"] and set(state["features"]) != set(self.extractors):
+        """Restores a reference set, whose features must come from the same extractors."""
+        if state["extractors"] != self._identities:
             raise ValueError(
-                f"the checkpoint's feature spaces {sorted(state['features'])} are not this reward's "
-                f"{sorted(self.extractors)}: resume with the reward the run was started with."
+                f"the checkpoint's features come from the extractors {state['extractors']}, and this reward has "
+                f"{self._identities}: resume with the reward that the run started with."
             )
-        for space, held in state.get("extractors", {}).items():  # version 0.1.0 did not keep them
-            own = self._identities.get(space)
-            if own is not None and own != held:
-                raise ValueError(
-                    f"the checkpoint's features {space!r} are of the extractor {held}, and this reward's is {own}: "
-                    "resume with the reward the run was started with."
-                )
         self.first_distances = dict(state["first_distances"])
-        for name, scales in state["scales"].items():
-            self.distances[name].scales = scales
         if state["features"]:
             self.set_reference(state["features"])

@@ -13,7 +13,7 @@ from ..metrics.distance import DISTANCES
 from ..metrics.extractors import load_feature_extractor
 from ..metrics.image_metrics import FeatureDistance, ImageMetric, MeanScore
 from ..metrics.statistics import FeatureStatistics
-from ..rewards.per_image import aesthetic_score, clip_score, hps_score, pick_score
+from ..rewards.per_image import clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..trainer.base_config import DiffusionTrainerConfig
 from . import statistics
@@ -24,7 +24,6 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "clip_score": clip_score,
     "pick_score": pick_score,
     "hps_score": hps_score,
-    "aesthetic_score": aesthetic_score,
 }
 
 
@@ -35,7 +34,7 @@ class RewardArguments:
     # what is needed, one of each key, for options to do anything
     idle_without: ClassVar[dict[tuple[str, ...], tuple[str, ...]]] = {
         ("prompt_encoder",): ("prompt_scale",),
-        ("feature_extractor", "prompt_encoder"): ("distance", "debias"),
+        ("feature_extractor", "prompt_encoder"): ("distance",),
         ("real_images",): ("real_resize", "real_split"),
         ("dataset_name",): ("dataset_split",),
         ("dataset_name", "real_images"): ("prompt_column",),
@@ -80,13 +79,11 @@ class RewardArguments:
     distance: str = field(
         default="frechet", metadata={"help": "Distance of the reward.", "choices": sorted(DISTANCES)}
     )
-    debias: bool = field(default=False, metadata={"help": "Extrapolate the distance to an infinite generated set."})
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Further reward functions: clip_score, pick_score, hps_score or aesthetic_score, with options "
-            "after commas, e.g. 'pick_score,source=FOLDER_OR_ID' or 'aesthetic_score,head=FILE', or dotted paths, "
-            "e.g. 'my_package.my_reward'."
+            "help": "Further reward functions: clip_score, pick_score or hps_score, with options after commas, e.g. "
+            "'pick_score,source=FOLDER_OR_ID', or dotted paths, e.g. 'my_package.my_reward'."
         },
     )
     heldout_extractor: str | None = field(
@@ -147,7 +144,6 @@ def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -
             extractor if encoder is None else beside_prompts(extractor, encoder, arguments.prompt_scale),
             find_real_statistics(arguments, output_dir),
             arguments.distance,
-            debias=arguments.debias,
             **options,
         )
         rewards.insert(0, reward)

@@ -14,7 +14,7 @@ from trl import TrlParser
 from ..metrics.clip import JointTextFeatures, load_clip
 from ..metrics.extractors import load_feature_extractor
 
-_EXTRACTOR_OPTIONS = ("source", "resize", "output", "sha256", "pooling", "size", "mean", "std", "mode", "revision")
+_EXTRACTOR_OPTIONS = ("source", "resize", "output", "pooling", "size", "mean", "std", "mode", "revision")
 EXTRACTOR_HELP = (
     "inception, dinov2, clip, a Hub id or a folder of a vision backbone, or the dotted path of a callable; with "
     "options after commas, e.g. inception,source=weights.pth,resize=pytorch or inception,output=spatial or "

@@ -44,7 +44,7 @@ class TrainArguments(RewardArguments):
 
     idle_without: ClassVar[dict[tuple[str, ...], tuple[str, ...]]] = {
         **RewardArguments.idle_without,
-        ("feature_extractor", "prompt_encoder"): ("distance", "debias", "credit", "control_variate"),
+        ("feature_extractor", "prompt_encoder"): ("distance", "credit", "control_variate"),
         ("use_peft",): ("lora_r", "lora_alpha", "lora_target_modules"),
     }
 

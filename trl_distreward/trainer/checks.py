@@ -74,8 +74,7 @@ def check_sizes(args: Any, rewards: RewardFunctions, processes: int) -> None:
         processes (`int`): that share out the subsets.
 
     Raises:
-        ValueError: subsets cannot be shared out, a debiased distance would have no members of a half left, or the best
-            of several candidates has no distance to be chosen by.
+        ValueError: subsets cannot be shared out, or the best of several candidates has no distance to be chosen by.
     """
     if args.best_of_n > 1 and not rewards.distributional:
         raise ValueError(
@@ -86,14 +85,6 @@ def check_sizes(args: Any, rewards: RewardFunctions, processes: int) -> None:
         raise ValueError(
             f"num_subsets={args.num_subsets} is not divisible among {processes} processes: choose a multiple of "
             f"{processes}."
-        )
-    together = args.loss_type == "backprop"
-    replaced = args.replace_size * (args.num_subsets if together else 1)
-    if replaced >= args.reference_set_size // 2 and any(reward.debias for reward in rewards.distributional):
-        raise ValueError(
-            f"{replaced} images are replaced at once, not fewer than half of reference_set_size="
-            f"{args.reference_set_size}, which debias=True compares with the other half: lower "
-            f"{'num_subsets' if together else 'replace_size'} or raise reference_set_size."
         )
 
 

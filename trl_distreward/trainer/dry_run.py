@@ -13,8 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from ..metrics.extractors import module_of
-from ..metrics.extractors import FEATURE_BATCH
+from ..metrics.extractors import FEATURE_BATCH, module_of
 from ..policies import to_uint8
 from .checkpoints import HALF_PRECISION
 from .estimates import (
