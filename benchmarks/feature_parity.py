@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from trl_distreward import InceptionV3, load_feature_extractor, load_inception
-from trl_distreward.metrics.inception import from_nvidia
+from trl_distreward import InceptionV3, load_feature_extractor
+from trl_distreward.metrics.inception import BLOCKS, STEM
 from trl_distreward.metrics.preprocessing import resize_pillow, resize_tensorflow
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -132,6 +132,42 @@ def compare_clean_fid(table: Table) -> None:
         table.add("clean-fid", f"resize, {label}", ours, expected)
 
 
+def nvidia_names() -> dict[str, str]:
+    """Names of convolutions in NVIDIA's network, by ours: `layers.mixed_4.tower.conv_1` for `Mixed_6b.branch7x7_2`."""
+    stem = [stage[0] for stage in STEM if not isinstance(stage, str)]
+    names = {ours: "layers.conv" + (f"_{i}" if i else "") for i, ours in enumerate(stem)}
+    for i, (block, chains) in enumerate(BLOCKS.items()):
+        towers = iter(("tower", "tower_1", "tower_2"))
+        forked, prefix = block in ("Mixed_7b", "Mixed_7c"), f"{block}."
+        parent = f"layers.mixed_{i}." if i else "layers.mixed."
+        for chain in chains:
+            stages = [stage for stage in chain if not isinstance(stage, str)]
+            if len(chain) == 1 and stages:
+                names[prefix + stages[0][0]] = f"{parent}conv"
+                continue
+            tower = next(towers) + ("_" if forked else ".")
+            for j, stage in enumerate(stages):
+                parallel = stage if isinstance(stage[0], tuple) else (stage,)
+                inner = "mixed_conv" if len(parallel) > 1 else "conv"
+                for k, (ours, *_) in enumerate(parallel):
+                    number = k if len(parallel) > 1 else j
+                    names[prefix + ours] = f"{parent}{tower}{inner}" + (f"_{number}" if number else "")
+    return names
+
+
+def from_nvidia(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of our network from NVIDIA's, whose normalization has no scale."""
+    parts = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
+    ours = {"output.weight": "fc.weight", "output.bias": "fc.bias"}
+    for name, theirs in nvidia_names().items():
+        ours |= {f"{theirs}.{part}": f"{name}.{mine}" for part, mine in parts.items()}
+    state = {ours.get(name, name): value for name, value in tensors.items()}
+    for name in nvidia_names():
+        if f"{name}.bn.bias" in state:
+            state[f"{name}.bn.weight"] = torch.ones_like(state[f"{name}.bn.bias"])
+    return state
+
+
 def compare_openai(table: Table, folder: str) -> None:
     sys.path.insert(0, folder)
     from evaluations.inception_v3 import InceptionV3 as Original
@@ -144,22 +180,13 @@ def compare_openai(table: Table, folder: str) -> None:
         found = network.outputs(images, ["pool3", "spatial"])
         table.add("OpenAI (NVIDIA)", f"pool3, {label}", found["pool3"], features)
         table.add("OpenAI (NVIDIA)", f"spatial, {label}", found["spatial"], spatial)
-        # its resize goes through grid_sample, whose coordinates round otherwise: once more behind ours
+        # its resize goes through grid_sample, whose coordinates round differently: compared again after our resize
         prepared = network.prepare(images)
         hook = original.layers[0].register_forward_pre_hook(lambda module, inputs, prepared=prepared: (prepared,))
         features, spatial = original(images)
         hook.remove()
         table.add("OpenAI (NVIDIA)", f"pool3 behind our resize, {label}", found["pool3"], features)
         table.add("OpenAI (NVIDIA)", f"spatial behind our resize, {label}", found["spatial"], spatial)
-    # its layers, scripted and saved as NVIDIA saves them
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "inception.pt"
-        scripted = nn.Module()
-        scripted.layers, scripted.output = original.layers, original.output
-        torch.jit.script(scripted).save(str(path))
-        loaded = load_inception(path).state_dict()
-        pairs = [(loaded[name], value) for name, value in network.state_dict().items()]
-        table.worst("OpenAI (NVIDIA)", "weights read from TorchScript", pairs)
 
 
 def dinov2_weights(state: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
