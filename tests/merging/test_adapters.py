@@ -140,6 +140,6 @@ def test_networks_that_do_not_fit_are_refused_and_stay(tmp_path):
         get_peft_model(Base(), shallow),
     ):
         before = {name: p.clone() for name, p in network.named_parameters()}
-        with pytest.raises(ValueError, match="Make it with peft.get_peft_model"):
+        with pytest.raises(ValueError, match="and peft.get_peft_model"):
             pool.merge_into(network, torch.ones(2))
         assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())

@@ -60,7 +60,7 @@ def test_affine_coefficients_are_the_nearest_that_sum_to_one():
 
 def test_coefficients_outside_of_a_maps_range_are_refused():
     last = initial_coefficients("last", 3)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="be positive with 'softmax'"):
         samples_of(last, "softmax")
     assert torch.equal(samples_of(last, "affine"), last)
     with pytest.raises(ValueError, match="must sum to one"):

@@ -149,7 +149,7 @@ def test_another_network_is_refused(tmp_path):
     narrow.second = nn.Linear(7, 4, bias=False)
     wide.third = nn.Linear(2, 2)
     for network, message in [
-        (narrow, r"second.weight has shape \(4, 7\)"),
+        (narrow, "second.weight"),
         (wide, "third"),
         (nn.Linear(2, 2), "weight"),
     ]:

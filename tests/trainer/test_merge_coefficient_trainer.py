@@ -525,7 +525,7 @@ def test_start_is_a_word_or_numbers(tmp_path):
 def test_what_does_not_fit_a_set_is_refused(tmp_path, pool):
     with pytest.raises(ValueError, match="leave credit='shared'"):
         tiny_merge_trainer(tmp_path, pool, reward_funcs=tiny_reward(credit="leave_one_in"))
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="be positive with"):
         tiny_merge_trainer(tmp_path, pool, coefficient_map="softmax", initial_coefficients="last")
     with pytest.raises(ValueError, match="3 entries for 4 checkpoints"):
         tiny_merge_trainer(tmp_path, pool, initial_coefficients=[0.5, 0.25, 0.25])

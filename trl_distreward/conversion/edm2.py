@@ -8,13 +8,12 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.edm2 import EDM2UNet2DModel
-from .restricted_pickle import is_record, load_records, read_array, read_tensor
+from .restricted_pickle import Value, is_record, load_records, read_array, read_tensor
 
 # the original's names of arguments that have other names here; defaults are the same
 _RENAMED = {"img_resolution": "sample_size", "img_channels": "in_channels", "label_dim": "num_classes"}
@@ -34,7 +33,7 @@ class OriginalEDM2:
         latents_scale, latents_bias (`list[float]` or `None`): per channel, `latents = raw · scale + bias`.
     """
 
-    config: dict[str, Any]
+    config: dict[str, Value]
     state_dict: dict[str, Tensor]
     vae: str | None
     latents_scale: list[float] | None
@@ -94,7 +93,7 @@ def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> ED
     return model.eval()
 
 
-def _interpret(snapshot: Any, file_size: int) -> OriginalEDM2:
+def _interpret(snapshot: Value, file_size: int) -> OriginalEDM2:
     network = snapshot["ema"]
     if _class_name(network) != "Precond":
         raise pickle.UnpicklingError(f"its network is a {_class_name(network)}, not a Precond")
@@ -110,7 +109,7 @@ def _interpret(snapshot: Any, file_size: int) -> OriginalEDM2:
     return OriginalEDM2(config, weights, *_read_encoder(snapshot.get("encoder")))
 
 
-def _state(record: Any) -> dict[str, Any]:
+def _state(record: Value) -> dict[str, Value]:
     """Returns the attributes of a persistent object, or of one of torch's containers."""
     if is_record(record, "_reconstruct_persistent_obj"):
         return record.args[0]["state"]  # the source code beside it is not read
@@ -119,11 +118,11 @@ def _state(record: Any) -> dict[str, Any]:
     raise pickle.UnpicklingError(f"a {type(record).__name__} is where a module should be")
 
 
-def _class_name(record: Any) -> str:
+def _class_name(record: Value) -> str:
     return record.args[0]["class_name"] if is_record(record, "_reconstruct_persistent_obj") else type(record).__name__
 
 
-def _tensors(module: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _tensors(module: Value, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields parameters, buffers, and those of submodules, in the order of `torch.nn.Module.state_dict`."""
     if id(module) in seen:  # reading it again and again could take for ever
         raise pickle.UnpicklingError(f"it has one module in two places, the second is {prefix[:-1]}")
@@ -137,7 +136,7 @@ def _tensors(module: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[st
             yield from _tensors(child, seen, f"{prefix}{name}.")
 
 
-def _read_config(state: dict[str, Any]) -> dict[str, Any]:
+def _read_config(state: dict[str, Value]) -> dict[str, Value]:
     if state["_init_args"]:
         raise pickle.UnpicklingError("its network has arguments without names")
     known = inspect.signature(EDM2UNet2DModel.__init__).parameters
@@ -153,7 +152,7 @@ def _read_config(state: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _read_encoder(encoder: Any) -> tuple[str | None, list[float] | None, list[float] | None]:
+def _read_encoder(encoder: Value) -> tuple[str | None, list[float] | None, list[float] | None]:
     if encoder is None or _class_name(encoder) == "StandardRGBEncoder":
         return None, None, None
     if _class_name(encoder) != "StabilityVAEEncoder":

@@ -17,26 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# a value in a pickle: anything but an object of the classes that the file names
+Value = Any
+
 
 class Record:
     """Stands for an object: its class's name in the file, the arguments it would be made with, and its state."""
 
     args: tuple
-    state: Any
+    state: Value
 
-    def __new__(cls, *args: Any) -> "Record":
+    def __new__(cls, *args: Value) -> "Record":
         record = object.__new__(cls)
         record.args, record.state = args, None
         return record
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: Value) -> None:
         self.state = state
 
 
 class Items(dict):
     """Stands for a dictionary; attributes that are set on it become entries, as in `EasyDict`."""
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: Value) -> None:
         self.update(state)
 
 
@@ -65,11 +68,11 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not one of the known names")
         return GLOBALS[module, name]
 
-    def persistent_load(self, identifier: Any) -> Any:
+    def persistent_load(self, identifier: Value) -> Value:
         raise pickle.UnpicklingError("it refers to an object outside of the file")
 
 
-def load_records(path: Path) -> Any:
+def load_records(path: Path) -> Value:
     """
     Reads the object in a pickle file as records.
 
@@ -91,12 +94,12 @@ def load_records(path: Path) -> Any:
         raise pickle.UnpicklingError(f"it is damaged or no pickle ({type(error).__name__}: {error})") from error
 
 
-def is_record(value: Any, *names: str) -> bool:
+def is_record(value: Value, *names: str) -> bool:
     """Whether a value is a record with one of these names."""
     return isinstance(value, Record) and type(value).__name__ in names
 
 
-def read_tensor(value: Any) -> Tensor:
+def read_tensor(value: Value) -> Tensor:
     """Returns the tensor that a record of a tensor or parameter describes, in memory of its own."""
     if is_record(value, "_rebuild_parameter"):
         value = value.args[0]
@@ -115,7 +118,7 @@ def read_tensor(value: Any) -> Tensor:
     return flat.as_strided(size, stride, offset).clone()  # checks the bounds
 
 
-def read_array(value: Any) -> np.ndarray:
+def read_array(value: Value) -> np.ndarray:
     """Returns the array of numbers that a record of a NumPy array describes, read-only."""
     if not is_record(value, "_reconstruct") or value.state is None:
         raise pickle.UnpicklingError(f"a {type(value).__name__} is where an array should be")

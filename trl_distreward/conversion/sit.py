@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from ..models.sit import SIT_SIZES, SiTTransformer2DModel
 
 
 def load_original_sit(
-    path_or_state_dict: str | os.PathLike | Mapping[str, Any],
+    path_or_state_dict: str | os.PathLike | Mapping[str, object],
     num_attention_heads: int | None = None,
     num_classes: int | None = None,
 ) -> SiTTransformer2DModel:
@@ -43,8 +42,8 @@ def load_original_sit(
         if num_classes is None:
             num_classes = getattr(checkpoint.get("args"), "num_classes", None)
         checkpoint = checkpoint["ema"]
-    tensors = isinstance(checkpoint, Mapping) and all(isinstance(value, Tensor) for value in checkpoint.values())
-    if not tensors or not checkpoint:
+    found = checkpoint.values() if isinstance(checkpoint, Mapping) else [None]
+    if not isinstance(checkpoint, Mapping) or not found or not all(isinstance(value, Tensor) for value in found):
         raise ValueError("the checkpoint is neither a state dict nor a training checkpoint with one under 'ema'.")
     with torch.device("meta"):  # no random weights that are thrown away
         model = SiTTransformer2DModel(**infer_sit_config(checkpoint, num_attention_heads, num_classes))
@@ -57,7 +56,7 @@ def load_original_sit(
     return model.eval()
 
 
-def _read(path: str | os.PathLike) -> Any:
+def _read(path: str | os.PathLike) -> object:
     file = open(path, "rb")
     try:
         with file, torch.serialization.safe_globals([argparse.Namespace]):
@@ -72,7 +71,7 @@ def _read(path: str | os.PathLike) -> Any:
 
 def infer_sit_config(
     state_dict: Mapping[str, Tensor], num_attention_heads: int | None = None, num_classes: int | None = None
-) -> dict[str, Any]:
+) -> dict[str, int | float | bool]:
     """Infers the configuration of the [`SiTTransformer2DModel`] with these weights."""
     needed = ("x_embedder.proj", "final_layer.linear", "y_embedder.embedding_table", "blocks.0.mlp.fc1")
     missing = [name for name in ("pos_embed", *(f"{name}.weight" for name in needed)) if name not in state_dict]

@@ -23,15 +23,8 @@ _FACTOR = re.compile(r"(^|[._])lora_(embedding_)?[AB](\.|$)|[._]lora[._](up|down
 # initializations that move a part of the network's own weights into the adapter
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 # fields in which adapters may differ and still be the same function of their weights
-_IRRELEVANT = {
-    "base_model_name_or_path",
-    "inference_mode",
-    "init_lora_weights",
-    "lora_dropout",
-    "peft_version",
-    "revision",
-    "task_type",
-}
+_IRRELEVANT = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version"}
+_IRRELEVANT |= {"revision", "task_type"}
 
 
 def concatenated_axis(key: str) -> int | None:
@@ -52,13 +45,10 @@ def concatenated(key: str, members: Sequence[Tensor], weights: Sequence[float]) 
 
 def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, Any] | None:
     """
-    Builds the configuration of the merged adapter: N times the rank, at the same scaling.
-
-    Returns:
-        `dict` or `None`: content of `adapter_config.json`; `None` if the checkpoints are whole models.
+    Builds the `adapter_config.json` of the merged adapter, or `None` if the checkpoints are whole models.
 
     Raises:
-        ValueError: a checkpoint is not a LoRA adapter as the others are, or does not tell what its factors mean.
+        ValueError: the checkpoints are not all LoRA adapters with one configuration.
     """
     configs = [member.adapter_config for member in members if member.adapter_config is not None]
     for member in members:
@@ -108,5 +98,5 @@ def changes_base(init_lora_weights: bool | str | None) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_CHANGES_BASE)
 
 
-def _comparable(value: Any) -> Any:
+def _comparable(value: object) -> object:
     return sorted(map(str, value)) if isinstance(value, list) else value or None

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Merging coefficients: the Gaussian policy that draws samples, and the map from a sample to coefficients.
 
-Section 3.3 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291). The paper names no map. With a standard
-deviation of 1 the sum of eight coefficients would then vary by 2.8, so the map is explicit here.
+Section 3.3 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291). The paper names no map. Without one, the
+sum of eight coefficients with a standard deviation of 1 varies by 2.8.
 """
 
 import math
@@ -33,26 +33,16 @@ def coefficients_of(samples: Tensor, coefficient_map: str) -> Tensor:
 
 
 def samples_of(coefficients: Tensor, coefficient_map: str) -> Tensor:
-    """
-    Returns samples that the map takes to `coefficients` `(..., N_c)`.
-
-    Raises:
-        ValueError: the map does not reach these coefficients.
-    """
-    total = coefficients.sum(dim=-1)
-    if coefficient_map != "none" and not bool(((total - 1).abs() < 1e-6).all()):
+    """Returns samples that the map takes to `coefficients` `(..., N_c)`, or raises `ValueError` if there are none."""
+    reached = bool(((coefficients.sum(dim=-1) - 1).abs() < 1e-6).all()) or coefficient_map == "none"
+    if coefficient_map == "softmax":
+        reached = reached and bool((coefficients > 0).all())
+    if not reached:
         raise ValueError(
-            f"coefficients {coefficients.tolist()} must sum to one with coefficient_map={coefficient_map!r}: divide "
-            "them by their sum, or use coefficient_map='none'."
+            f"coefficients {coefficients.tolist()} must sum to one with coefficient_map={coefficient_map!r}, and be "
+            "positive with 'softmax': choose other coefficients, or coefficient_map='none'."
         )
-    if coefficient_map != "softmax":
-        return coefficients
-    if not bool((coefficients > 0).all()):
-        raise ValueError(
-            f"coefficients {coefficients.tolist()} must be positive with coefficient_map='softmax': start elsewhere, "
-            "or use coefficient_map='affine'."
-        )
-    return coefficients.log()
+    return coefficients.log() if coefficient_map == "softmax" else coefficients
 
 
 def initial_coefficients(
@@ -76,9 +66,6 @@ def initial_coefficients(
 
     Returns:
         `torch.Tensor` of shape `(N_c,)`, float64.
-
-    Raises:
-        ValueError: a list does not have one entry per checkpoint.
     """
     given = {"checkpoint_times": times, "checkpoint_stds": stds}
     if not isinstance(kind, str):
@@ -112,9 +99,6 @@ def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str,
 
     Returns:
         `tuple[dict[str, int], list[str]]`: index of each tensor's group, and the groups' names.
-
-    Raises:
-        ValueError: the names show no blocks.
     """
     of_key = {key: _group(key, granularity) for key in keys}
     names = list(dict.fromkeys(of_key.values()))

@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -28,14 +27,9 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
     """
-    Computes `sum_i weights[i] * tensors[i]` in the dtype of `out`.
+    Computes `sum_i weights[i] * tensors[i]` in `out`, from contiguous tensors of its shape and on its device.
 
     A tensor with weight 0 is not read, so one checkpoint alone comes out bit by bit.
-
-    Args:
-        tensors (`list[torch.Tensor]`): contiguous tensors of one shape, on the device of `out`.
-        weights (`list[float]`): one weight per tensor.
-        out (`torch.Tensor`): contiguous tensor of the same shape; overwritten and returned.
     """
     used = [(tensor.view(-1), weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
     if not used:
@@ -51,7 +45,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tenso
 
 class CheckpointPool:
     """
-    Checkpoints of one network, with the same tensors in the same shapes and dtypes, or LoRA adapters of one network.
+    Checkpoints of one network, or LoRA adapters of one network, with the same tensors in the same shapes and dtypes.
 
     The headers of all checkpoints are compared first. Only then are weights downloaded, and mapped into memory.
 
@@ -97,7 +91,16 @@ class CheckpointPool:
         integers = {key for key, tensor in last.items() if not (tensor.is_floating_point() or tensor.is_complex())}
         self.copied = integers | ({*buffers} & {*last})
         self.weighted = [key for key in last if key not in self.copied]
-        self._warn_of_different_copies()
+        same = {
+            key: all(torch.equal(t[key].double(), last[key].double()) for t in self._tensors) for key in self.copied
+        }
+        if not all(same.values()):
+            differ = sorted(key for key in same if not same[key])
+            warnings.warn(
+                f"{len(differ)} buffers or integer tensors differ between the checkpoints, e.g. {differ[0]}: they are "
+                f"taken from the last one, {self.members[-1].source}.",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self.members)
@@ -135,7 +138,7 @@ class CheckpointPool:
         """Copies the pool to a device. A merge is then made there."""
         self._tensors = [{key: tensor.to(device) for key, tensor in tensors.items()} for tensors in self._tensors]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Returns each checkpoint's place and SHA-256, and how they are merged; reads all weight files."""
         return {
             "adapters": self._adapter_config is not None,
@@ -266,32 +269,12 @@ class CheckpointPool:
         missing = [key for key, tensor in state.items() if key not in shapes and tensor.data_ptr() not in held]
         odd = missing + [key for key in shapes if key not in state or state[key].shape != shapes[key]]
         if odd:
-            ours, theirs = shapes.get(odd[0]), state[odd[0]].shape if odd[0] in state else None
-            remedy = "with the checkpoints' configuration"
-            if self._adapter_config is not None:
-                remedy = "with peft.get_peft_model(network, pool.adapter_config)"
+            adapters = "" if self._adapter_config is None else " and peft.get_peft_model(network, pool.adapter_config)"
             raise ValueError(
-                f"{type(network).__name__} does not fit the pool in {len(odd)} tensors: {odd[0]} has shape "
-                f"{theirs and tuple(theirs)} in the network and {ours and tuple(ours)} in the pool. Make it {remedy}."
+                f"{type(network).__name__} and the pool differ in {len(odd)} tensors, e.g. in the shape of {odd[0]}: "
+                f"make the network with the checkpoints' configuration{adapters}."
             )
         return state
-
-    def _warn_of_different_copies(self) -> None:
-        def bits(tensor: Tensor) -> Tensor:
-            return tensor.flatten().view(torch.uint8)  # not every dtype compares
-
-        last = self._tensors[-1]
-        differ = sorted(
-            key
-            for key in self.copied
-            if not all(torch.equal(bits(tensors[key]), bits(last[key])) for tensors in self._tensors)
-        )
-        if differ:
-            warnings.warn(
-                f"{len(differ)} buffers or integer tensors differ between the checkpoints, e.g. {differ[0]}: they are "
-                f"taken from the last one, {self.members[-1].source}.",
-                stacklevel=3,
-            )
 
 
 def check_alike(members: Sequence[Checkpoint]) -> None:

@@ -19,9 +19,6 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
     Returns:
         `float`: `gamma >= 0`, e.g. 16.97 for 0.05 and 6.94 for 0.10.
-
-    Raises:
-        ValueError: `sigma_rel` is out of range.
     """
     if not 0 < sigma_rel <= LARGEST_SIGMA_REL + 1e-12:
         raise ValueError(

@@ -1,39 +1,18 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Gradient-free searches for merging coefficients.
 
-A search is asked for candidates `(B, G, N_c)`, float64 and the same on every process, and is told their rewards. All
-candidates of a step are judged with the same noise, but each step has new noise, so only rewards of one step compare.
+`ask()` gives candidates `(B, G, N_c)`, float64 and the same on every process; `tell(rewards)` takes their finite
+rewards `(B,)`; `mean` is the choice so far. Each step has its own noise, so only rewards of one step are compared.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .posthoc import LARGEST_SIGMA_REL, posthoc_ema_coefficients, power_profile_coefficients
-
-
-class Search(Protocol):
-    """Interface of a search, as the trainer uses it."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The choice so far, `(G, N_c)`."""
-        ...
-
-    def ask(self) -> Tensor:
-        """Returns candidates `(B, G, N_c)`."""
-        ...
-
-    def tell(self, rewards: Tensor) -> None:
-        """Takes the finite rewards `(B,)` of the last candidates."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 def power_profile_grid(times: Sequence[float], count: int, stds: Sequence[float] | None = None) -> Tensor:
@@ -77,7 +56,7 @@ class GridSearch:
         if not torch.equal(state["points"], self.points):
             raise ValueError(
                 f"the checkpoint's grid of {len(state['points'])} points is not this run's of {len(self.points)}: "
-                "resume with the num_generations, checkpoint_times and checkpoint_stds that the run was started with."
+                "resume with the run's own num_generations, checkpoint_times and checkpoint_stds."
             )
         self.totals = state["totals"].clone()
 
@@ -86,8 +65,8 @@ class CMASearch:
     """
     CMA-ES, by the [`cma`](https://github.com/CMA-ES/pycma) package.
 
-    The state is the list of candidates and rewards so far. Loading it repeats the search, so nothing is pickled.
-    Candidates without rewards, from a step without finite images, have NaN.
+    The state is all candidates and their rewards, NaN where none were told. Loading repeats the search, so nothing is
+    pickled.
 
     Args:
         initial (`torch.Tensor` of shape `(G, N_c)`): first mean.
@@ -140,8 +119,10 @@ class CMASearch:
             if len(samples) != self.count or not torch.equal(self.ask(), samples):
                 raise ValueError(
                     f"the search does not repeat itself: resume with num_generations={len(samples)} (now "
-                    f"{self.count}), and with the sampling_std, seed, and versions of cma and numpy that the run was "
-                    "started with."
+                    f"{self.count}), and with the run's own sampling_std, seed, and versions of cma and numpy."
                 )
             if bool(rewards.isfinite().all()):
                 self.tell(rewards)
+
+
+Search = GridSearch | CMASearch

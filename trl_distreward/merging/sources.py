@@ -9,14 +9,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    hf_hub_download,
-    is_offline_mode,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,7 +23,7 @@ T = TypeVar("T")
 INDEX = ".safetensors.index.json"
 WEIGHTS = (".safetensors", INDEX)
 # names under which diffusers, transformers and peft save weights
-STEMS = ("diffusion_pytorch_model", "model", "adapter_model")
+USUAL = {stem + end for stem in ("diffusion_pytorch_model", "model", "adapter_model") for end in WEIGHTS}
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^:@\s]+))?(?::(\S*))?")
 NO_PICKLES = (
     "pickles (.bin, .pth, .pt, .ckpt) run code when they are read, so convert them once with "
@@ -55,7 +49,13 @@ class Checkpoint:
         self.source = source
         file = file or find_weights(names, component, source)
         folder = file.rpartition("/")[0]
-        weights = {file} if not file.endswith(INDEX) else self._read_index(file, names)
+        weights = {file}
+        if file.endswith(INDEX):
+            listed = json.loads(self._path(file).read_text())["weight_map"].values()
+            weights = {f"{folder}/{shard}".lstrip("/") for shard in listed}
+            missing = sorted(weights - {*names})  # an index cannot name files outside of the folder either
+            if missing:
+                raise FileNotFoundError(f"{source} lacks {len(missing)} of {len(weights)} shards, e.g. {missing[0]}.")
         headers = {name: self._read_header(name) for name in sorted(weights)}
         self._file_of = {key: name for name, header in headers.items() for key in header}
         self.specs: dict[str, TensorSpec] = {key: headers[self._file_of[key]][key] for key in sorted(self._file_of)}
@@ -69,8 +69,8 @@ class Checkpoint:
         opened = {name: safe_open(path, framework="pt") for name, path in self.files.items()}
         return {key: opened[self._file_of[key]].get_tensor(key) for key in self.specs}
 
-    def describe(self) -> dict[str, Any]:
-        """Returns where the checkpoint is, and the SHA-256 of each weight file, which are read for it."""
+    def describe(self) -> dict[str, object]:
+        """Returns where the checkpoint is, and the SHA-256 of its weight files, which are read for it."""
         hashes = {}
         for name, path in self.files.items():
             with open(path, "rb") as file:
@@ -81,7 +81,7 @@ class Checkpoint:
         """Returns the local path of a file, after downloading it if need be."""
         raise NotImplementedError
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> dict[str, str]:
         raise NotImplementedError
 
     def _read_header(self, name: str) -> dict[str, TensorSpec]:
@@ -91,37 +91,25 @@ class Checkpoint:
                 slices = {key: file.get_slice(key) for key in file.keys()}
                 return {key: (tuple(found.get_shape()), found.get_dtype()) for key, found in slices.items()}
         except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({error}): save or download it again."
-            ) from error
-
-    def _read_index(self, file: str, names: Collection[str]) -> set[str]:
-        """Returns the names of the shards that an index lists."""
-        folder = file.rpartition("/")[0]
-        listed = json.loads(self._path(file).read_text())["weight_map"].values()
-        shards = {f"{folder}/{shard}".lstrip("/") for shard in listed}
-        missing = sorted(shards - {*names})  # an index may name no file outside of its folder either
-        if missing:
-            raise FileNotFoundError(f"{self.source} lacks {len(missing)} of {len(shards)} shards, e.g. {missing[0]}.")
-        return shards
+            raise ValueError(f"{path} is not a whole safetensors file: {error}. Save or download it again.") from error
 
 
 class LocalCheckpoint(Checkpoint):
     """A checkpoint in a folder or file of this machine."""
 
     def __init__(self, source: str, component: str | None):
-        path = self.asked = Path(source).expanduser().absolute()
-        self.folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+        path = self._asked = Path(source).expanduser().absolute()
+        self._folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
         if file is not None and not file.endswith(WEIGHTS):
             raise ValueError(f"{source} is not a folder, a .safetensors file or a {INDEX} file; {NO_PICKLES}.")
-        found = [path for pattern in ("*", "*/*") for path in self.folder.glob(pattern) if path.is_file()]
-        super().__init__(source, [path.relative_to(self.folder).as_posix() for path in found], file, component)
+        found = [path for pattern in ("*", "*/*") for path in self._folder.glob(pattern) if path.is_file()]
+        super().__init__(source, {path.relative_to(self._folder).as_posix() for path in found}, file, component)
 
     def _path(self, name: str) -> Path:
-        return self.folder / name
+        return self._folder / name
 
-    def _place(self) -> dict[str, Any]:
-        return {"path": "/".join(self.asked.parts[-2:])}  # published: not the folders above
+    def _place(self) -> dict[str, str]:
+        return {"path": "/".join(self._asked.parts[-2:])}  # the folders above are not published
 
 
 class HubCheckpoint(Checkpoint):
@@ -143,20 +131,10 @@ class HubCheckpoint(Checkpoint):
         match = HUB_NAME.fullmatch(source)
         assert match is not None
         self.source, self.repo_id, self._branch = source, match[1], match[2] or constants.DEFAULT_REVISION
-        self._api = HfApi(token=token)
-        offline = local_files_only or is_offline_mode()
+        self._api = huggingface_hub.HfApi(token=token)
+        offline = local_files_only or huggingface_hub.is_offline_mode()
         self._options = {"cache_dir": cache_dir, "token": token, "local_files_only": offline}
-        if offline:
-            folder = self._call(
-                lambda: snapshot_download(self.repo_id, revision=self._branch, allow_patterns=[], **self._options)
-            )
-            self.revision = Path(folder).name
-            found = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
-        else:
-            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without one it waits for ever
-            info = self._call(lambda: self._api.model_info(self.repo_id, revision=self._branch, timeout=timeout))
-            self.revision = info.sha
-            found = [file.rfilename for file in info.siblings]
+        self.revision, found = self._call(self._list_cached if offline else self._list)
         below, file = (match[3] or "").strip("/"), None
         if below.endswith(WEIGHTS):
             below, _, file = below.rpartition("/")
@@ -165,51 +143,56 @@ class HubCheckpoint(Checkpoint):
         names = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
         if not names or (file is not None and file not in names):
             folders = sorted({name.rpartition("/")[0] for name in found if name.endswith(WEIGHTS)})
-            raise FileNotFoundError(
-                f"{source} is not in {self.repo_id} at commit {self.revision[:12]}: folders with safetensors there "
-                f"are {folders}."
-            )
+            raise FileNotFoundError(f"{source} is not in {self.repo_id} at {self.revision[:12]}, but in {folders}.")
         super().__init__(source, names, file, component)
 
     def _call(self, call: Callable[[], T]) -> T:
         return with_retries(call, f"reading {self.source}", self.repo_id)
 
+    def _list(self) -> tuple[str, list[str]]:
+        """Returns the commit and its files."""
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without one it waits for ever
+        info = self._api.model_info(self.repo_id, revision=self._branch, timeout=timeout)
+        return info.sha, [file.rfilename for file in info.siblings]
+
+    def _list_cached(self) -> tuple[str, list[str]]:
+        download = huggingface_hub.snapshot_download  # nothing, but tells the folder
+        folder = Path(download(self.repo_id, revision=self._branch, allow_patterns=[], **self._options))
+        return folder.name, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
     def _in_repo(self, name: str) -> str:
         return f"{self.subfolder}/{name}".lstrip("/")
 
     def _path(self, name: str) -> Path:
-        return self._call(lambda: self._download(name))
+        def download() -> Path:
+            # by the branch's name, so that the cache knows it when there is no network
+            path = huggingface_hub.hf_hub_download(
+                self.repo_id, self._in_repo(name), revision=self._branch, **self._options
+            )
+            if self.revision not in Path(path).parts:
+                raise ConnectionError(f"{self._branch} moved while it was read")
+            return Path(path)
 
-    def _download(self, name: str) -> Path:
-        # by the branch's name, so that the cache knows it when there is no network
-        path = Path(hf_hub_download(self.repo_id, self._in_repo(name), revision=self._branch, **self._options))
-        if self.revision not in path.parts:
-            raise ConnectionError(f"{self._branch} moved while it was read")
-        return path
+        return self._call(download)
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> dict[str, str]:
         return {"repo_id": self.repo_id, "revision": self.revision, "subfolder": self.subfolder}
 
     def _read_header(self, name: str) -> dict[str, TensorSpec]:
         """Reads the first bytes of a file on the Hub, unless the cache has the file."""
-        file, cache = self._in_repo(name), self._options["cache_dir"]
-        if isinstance(try_to_load_from_cache(self.repo_id, file, cache_dir=cache, revision=self.revision), str):
+        file, at = self._in_repo(name), {"revision": self.revision}
+        cached = huggingface_hub.try_to_load_from_cache(self.repo_id, file, self._options["cache_dir"], **at)
+        if isinstance(cached, str):
             return super()._read_header(name)
-        parse = self._api.parse_safetensors_file_metadata
         try:
-            header = self._call(lambda: parse(self.repo_id, file, revision=self.revision))
+            header = self._call(lambda: self._api.parse_safetensors_file_metadata(self.repo_id, file, **at))
         except SafetensorsParsingError as error:
             raise ValueError(f"{file} of {self.source} is not a safetensors file: upload it again.") from error
         return {key: (tuple(info.shape), info.dtype) for key, info in header.tensors.items()}
 
 
 def open_checkpoint(source: str | os.PathLike, component: str | None = None, **hub: Any) -> Checkpoint:
-    """
-    Opens a checkpoint by name: what exists here is local, anything else is on the Hub.
-
-    Raises:
-        FileNotFoundError: neither exists.
-    """
+    """Opens a checkpoint by name, in a folder or file that exists here, or else on the Hub."""
     name = os.fspath(source)
     path = Path(name).expanduser()
     if path.exists():
@@ -226,13 +209,9 @@ def find_weights(names: Collection[str], component: str | None, source: str) -> 
     Finds the file with a checkpoint's weights, or the index of its shards.
 
     Args:
-        names (`list[str]`): files of the checkpoint, relative to its folder.
+        names (`set[str]`): files of the checkpoint, relative to its folder.
         component (`str`, *optional*): folder of a pipeline; by default `transformer` or `unet`, if only one is there.
         source (`str`): name of the checkpoint, for messages.
-
-    Raises:
-        FileNotFoundError: there are no weights in safetensors.
-        ValueError: several files could be meant.
     """
     folders = {name.rpartition("/")[0] for name in names}
     folder = ""
@@ -247,7 +226,7 @@ def find_weights(names: Collection[str], component: str | None, source: str) -> 
             )
         folder = networks[0]
     safe = sorted(name for name in names if name.rpartition("/")[0] == folder and name.endswith(WEIGHTS))
-    usual = [name for name in safe if name.rpartition("/")[2] in {stem + end for stem in STEMS for end in WEIGHTS}]
+    usual = [name for name in safe if name.rpartition("/")[2] in USUAL]
     found = usual or [name for name in safe if name.endswith(INDEX)] or safe
     if len(found) == 1:
         return found[0]
