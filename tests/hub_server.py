@@ -4,9 +4,13 @@
 import base64
 import hashlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
@@ -215,6 +219,22 @@ def git_oid(commit, path):
         return None
     data = commit[1][path]
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def run_code(server, home, code, *arguments, **environment):
+    """Runs Python code in a process whose Hub is the stand-in, with an empty cache."""
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        **environment,
+    }
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def connect(monkeypatch, server, home):

@@ -2,16 +2,12 @@
 """Push to and load from a stand-in for the Hub."""
 
 import json
-import os
-import subprocess
-import sys
 import traceback
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load as load_safetensors
 
-from tests.hub_server import HubServer, connect
+from tests.hub_server import HubServer, connect, run_code
 from trl_distreward.hub import ATTEMPTS, push_folder
 
 TOKEN = "hf_secretsecretsecret"
@@ -54,27 +50,13 @@ def hub(tmp_path):
     server.shutdown()
 
 
-def run(hub, tmp_path, code, *arguments):
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def weight(files):
     tensors = load_safetensors(files["transformer/diffusion_pytorch_model.safetensors"])
     return tensors["blocks.0.attn.qkv.weight"]
 
 
 def test_every_save_pushes_weights_that_load_back(hub, tmp_path):
-    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
+    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
     assert result.returncode == 0, result.stderr[-3000:]
     commits = hub.repos["org/tiny"]
     assert [message for _, _, message in commits] == [
@@ -94,12 +76,12 @@ def test_every_save_pushes_weights_that_load_back(hub, tmp_path):
     assert all(TOKEN.encode() not in data for data in commits[-1][1].values())
     assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
 
-    result = run(hub, tmp_path, LOAD, tmp_path / "run", commits[0][0])
+    result = run_code(hub, tmp_path / "home", LOAD, tmp_path / "run", commits[0][0])
     assert result.returncode == 0 and "loaded" in result.stdout, result.stderr[-3000:]
 
 
 def test_checkpoint_strategy_pushes_what_resuming_needs(hub, tmp_path):
-    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'checkpoint'}")
+    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'checkpoint'}")
     assert result.returncode == 0, result.stderr[-3000:]
     names = set(hub.repos["org/tiny"][-1][1])
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/diffusion_state.pt"} <= names
@@ -107,7 +89,7 @@ def test_checkpoint_strategy_pushes_what_resuming_needs(hub, tmp_path):
 
 def test_failed_push_is_logged_and_made_up_for_by_the_last(hub, tmp_path):
     hub.misbehave("POST", "/commit/", 500, times=ATTEMPTS)  # the first of three pushes
-    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
+    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "push during training failed" in result.stderr and "500" in result.stderr
     assert TOKEN not in result.stdout + result.stderr
@@ -145,7 +127,7 @@ def test_failed_push_leaves_the_branch(hub, tmp_path, monkeypatch, fault):
 
 def test_failed_last_push_fails_the_run(hub, tmp_path):
     hub.misbehave("POST", "/commit/", 500, times=100)
-    result = run(hub, tmp_path, RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'end'}")
+    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'end'}")
     assert result.returncode != 0 and "500" in result.stderr and TOKEN not in result.stderr
 
 
@@ -161,7 +143,7 @@ trainer.push_to_hub()
 
 
 def test_merged_model_is_pushed_with_its_coefficients(hub, tmp_path):
-    result = run(hub, tmp_path, MERGE, tmp_path / "run", TOKEN)
+    result = run_code(hub, tmp_path / "home", MERGE, tmp_path / "run", TOKEN)
     assert result.returncode == 0, result.stderr[-3000:]
     files = hub.repos["org/merged"][-1][1]
     coefficients = json.loads(files["coefficients.json"])["coefficients"]["all"]

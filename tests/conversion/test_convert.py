@@ -1,10 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Original files become folders and repositories that load, with this library and without it."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ import torch
 from tests.conversion.snapshots import snapshot
 from tests.edm2 import tiny_edm2
 from tests.helpers import tiny_sit, tiny_vae
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, run_code
 from trl_distreward import load_pipeline
 from trl_distreward.conversion.hub import code_of
 from trl_distreward.scripts import convert
@@ -101,21 +98,6 @@ def test_existing_files_are_not_overwritten(originals):
     assert [path.name for path in (originals / "sit").iterdir()] == ["mine.txt"]
 
 
-def run(hub, home, code, *arguments):
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_TOKEN": "hf_secretsecretsecret",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_pushed_pipelines_load_with_the_library_and_without(originals):
     hub = HubServer()
     for command in convert_both(originals):
@@ -128,7 +110,7 @@ def test_pushed_pipelines_load_with_the_library_and_without(originals):
         shutil.rmtree(folder)
     try:
         commands = [[*command, "--push-to-hub", f"org/new-{command[0]}"] for command in convert_both(originals)]
-        result = run(hub, originals / "home", LOAD_AND_PUSH, commands)
+        result = run_code(hub, originals / "home", LOAD_AND_PUSH, commands, HF_TOKEN="hf_secretsecretsecret")
         assert result.returncode == 0, result.stderr[-3000:]
     finally:
         hub.shutdown()

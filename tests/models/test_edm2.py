@@ -3,12 +3,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from tests.edm2 import TINY, fill_with_pattern, pattern, tiny_edm2
 from tests.helpers import tiny_trainer
 from trl_distreward import EDM2Pipeline, EDM2UNet2DModel
-from trl_distreward.models.edm2 import EDM2Block, MPFourier, MPLayer, mp_cat, mp_silu, mp_sum, normalize
+from trl_distreward.models.edm2 import MPFourier, MPLayer, mp_cat, mp_silu, mp_sum, normalize
 
 # every 48th number of the original code's output for the same weights and input, with labels and without
 ORIGINAL = [
@@ -74,14 +73,6 @@ def test_layers_keep_the_magnitude_of_random_input():
     assert torch.allclose(normalize(7 * a, dim=1).square().mean(1), torch.ones(64, 8, 8), atol=1e-3)
 
 
-def test_blocks_keep_the_magnitude():
-    settings = {"channels_per_head": 32, "dropout": 0.0, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256.0}
-    x, emb = torch.randn(16, 64, 8, 8), torch.randn(16, 48)
-    for decoder in (False, True):
-        block = EDM2Block(64, 128, 48, decoder=decoder, attention=True, **settings)
-        assert block(x, emb).square().mean().sqrt().item() == pytest.approx(1, abs=0.15)
-
-
 def test_size_of_weights_has_no_effect_and_stays():
     model, (z, sigma, labels) = tiny_edm2(), inputs()
     with torch.no_grad():
@@ -122,11 +113,6 @@ def test_weights_are_normalized_after_every_step_if_asked(tmp_path, recipe):
     assert trained(forced=True) < 1e-3 < 1e-2 < trained(forced=False)
 
 
-def test_denoiser_keeps_a_nearly_clean_sample():
-    model, (z, _, labels) = tiny_edm2(), inputs()
-    torch.testing.assert_close(model(z[:1], 1e-4, labels[:1]).sample, z[:1], atol=1e-3, rtol=0)
-
-
 def test_gradient_checkpointing_changes_no_gradient():
     model, (z, sigma, labels) = tiny_edm2(), inputs()
     other = copy.deepcopy(model)
@@ -152,16 +138,6 @@ def test_gains_and_frequencies_stay_in_float32(tmp_path, dtype):
     assert actual.dtype == autocast.dtype == torch.float32
     for half in (actual, autocast):
         assert 0 < (half - expected).abs().max() < 0.1
-
-
-def test_attention_is_the_softmax_of_scaled_cosines_per_head():
-    settings = {"channels_per_head": 4, "dropout": 0.0, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": None}
-    block, x = EDM2Block(8, 8, 6, decoder=True, attention=True, **settings), torch.randn(2, 8, 3, 3)
-    qkv = block.attn_qkv(x).view(2, 2, 4, 3, 9)  # batch, head, channel, kind, pixel
-    q, k, v = (nn.functional.normalize(part, dim=2) * 2 for part in qkv.unbind(3))  # unit magnitude: norm √4
-    weights = torch.einsum("bhcq,bhck->bhqk", q, k).div(2).softmax(-1)
-    expected = block.attn_proj(torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(2, 8, 3, 3))
-    torch.testing.assert_close(block._attend(x), expected, atol=2e-3, rtol=1e-3)  # normalize has an epsilon
 
 
 @pytest.mark.parametrize(

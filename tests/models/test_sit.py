@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from tests.helpers import tiny_sit
 from trl_distreward import SiTTransformer2DModel
@@ -31,21 +30,6 @@ def test_sizes(size, millions):
     with torch.device("meta"):
         model = SiTTransformer2DModel.from_size(size)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
-
-
-def test_unpatchify_inverts_patching():
-    model = tiny_sit(sample_size=8, in_channels=3)
-    x = torch.randn(2, 3, 8, 8)
-    patches = nn.functional.unfold(x, 2, stride=2).transpose(1, 2)  # (B, patches, C p p)
-    tokens = patches.view(2, 16, 3, 4).transpose(2, 3).reshape(2, 16, 12)  # channels last, as in the output layer
-    assert torch.equal(model.unpatchify(tokens), x)
-
-
-def test_position_embedding_tells_rows_from_columns():
-    embedding = tiny_sit(sample_size=8).pos_embed[0].view(4, 4, 16)
-    assert torch.equal(embedding[:, 2, :8], embedding[:1, 2, :8].expand(4, -1))  # first half: the column
-    assert torch.equal(embedding[2, :, 8:], embedding[2, :1, 8:].expand(4, -1))  # second half: the row
-    assert len({tuple(row) for row in embedding.view(16, 16).tolist()}) == 16
 
 
 def test_sigma_channels_do_not_change_the_velocity():

@@ -67,7 +67,7 @@ class CheckpointPool:
 
     Raises:
         ValueError: the checkpoints differ, or a file is damaged; the message names the odd one out.
-        FileNotFoundError, PermissionError, ConnectionError: a checkpoint cannot be had.
+        FileNotFoundError, PermissionError, ConnectionError: a checkpoint is missing or cannot be downloaded.
     """
 
     def __init__(
@@ -91,11 +91,12 @@ class CheckpointPool:
         integers = {key for key, tensor in last.items() if not (tensor.is_floating_point() or tensor.is_complex())}
         self.copied = integers | ({*buffers} & {*last})
         self.weighted = [key for key in last if key not in self.copied]
-        same = {
-            key: all(torch.equal(t[key].double(), last[key].double()) for t in self._tensors) for key in self.copied
-        }
-        if not all(same.values()):
-            differ = sorted(key for key in same if not same[key])
+        differ = sorted(
+            key
+            for key in self.copied
+            if not all(torch.equal(tensors[key].double(), last[key].double()) for tensors in self._tensors)
+        )
+        if differ:
             warnings.warn(
                 f"{len(differ)} buffers or integer tensors differ between the checkpoints, e.g. {differ[0]}: they are "
                 f"taken from the last one, {self.members[-1].source}.",
@@ -278,10 +279,7 @@ class CheckpointPool:
 
 
 def check_alike(members: Sequence[Checkpoint]) -> None:
-    """
-    Raises:
-        ValueError: a checkpoint differs from most of the others, or from the first if there is no majority.
-    """
+    """Raises `ValueError` if a checkpoint differs from most of the others, or from the first if none agree."""
     kinds = [member.specs for member in members]
     usual = max(kinds, key=kinds.count)
     odd = next((member for member in members if member.specs != usual), None)
