@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Diffusers pipelines seen as velocities: what the trainers know of a generator."""
+"""Policies: diffusers pipelines seen as velocities."""
 
 from .base import DiffusionPolicy as DiffusionPolicy
 from .base import PipelinePolicy as PipelinePolicy

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What a trainer needs of a generator, and what all policies of diffusers pipelines share."""
+"""The interface between trainers and generators, and the base class for diffusers pipelines."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,75 +11,75 @@ from torch import Tensor, nn
 
 from ..sampling import Generators, gaussian_noise
 
-# What diffusers needs to make the adapter anew; more would tie it to this release of peft
+# All that diffusers needs to rebuild an adapter; more would tie the file to one release of peft
 _LORA_METADATA = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", "use_rslora", "use_dora")
 
 
 @runtime_checkable
 class DiffusionPolicy(Protocol):
     """
-    What a trainer needs of a generator. A new pipeline family is one class with these members.
+    The members a generator needs to be trained. A new pipeline family is one class with these members.
 
-    `model` is also an argument of `velocity`, so that the wrapped, reference, averaged and merged networks share one
-    path. Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, data at `t = 0`.
+    `velocity` takes the network as an argument, so that the wrapped, initial, averaged and merged networks share one
+    path. Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, with data at `t = 0`.
 
-    A policy may also have `grid(num_steps)`, which `time_grid="scheduler"` asks for: the times of the pipeline's own
-    sampler, from noise to 0, and the factor of the noise at the first of them. `velocity_at_data = False` says that
-    there is no velocity at `t = 0`, which the solvers `"heun2"` and `"dopri5"` ask for.
+    Two members are optional. `grid(num_steps)` returns the times of the model's own sampler, from noise to 0, and the
+    scale of its starting noise; `time_grid="auto"` uses it. `velocity_at_data = False` says that the model has no
+    velocity at `t = 0`, which the solver `"dopri5"` needs.
 
     Attributes:
-        model (`torch.nn.Module`): the network that is trained.
-        num_conditions (`int` or `None`): number of classes, where conditions are class labels; `None` for prompts.
+        model (`torch.nn.Module`): the trained network.
+        num_conditions (`int` or `None`): number of classes if conditions are class labels, `None` for prompts.
     """
 
     model: nn.Module
     num_conditions: int | None
 
     def to(self, device: torch.device) -> None:
-        """Moves what is not trained, such as a VAE; the trainer moves the network."""
+        """Moves everything but the network, such as a VAE; the trainer moves the network."""
         ...
 
     def check_conditions(self, conditions: Any) -> None:
-        """Raises `ValueError` for conditions the model does not know."""
+        """Raises `ValueError` for conditions that the model does not know."""
         ...
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
-        """Conditions as tensors whose first dimension is the batch."""
+        """Encodes conditions as tensors whose first dimension is the batch."""
         ...
 
     def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
-        """Starting noise `(B, ...)` at `t = 1`."""
+        """Draws starting noise `(B, ...)` at `t = 1`."""
         ...
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """`x_1 - x_0` as `model` predicts it at `x (B, ...)`, `t (B,)`; guidance included; float32."""
+        """Predicts `x_1 - x_0` at `x (B, ...)` and `t (B,)`, guidance included, in float32."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [0, 1], float32."""
+        """Decodes samples to images `(B, C, H, W)` in [0, 1], float32."""
         ...
 
     def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
-        """Writes a folder that loads as a pipeline, with `model` in place of the trained network if given."""
+        """Writes a folder that loads as a pipeline; `model`, if given, takes the place of the trained network."""
         ...
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
-        """The trained network's state dict from such a folder, in CPU memory."""
+        """Reads the network's state dict from such a folder, into CPU memory."""
         ...
 
 
 class PipelinePolicy:
     """
-    Base of the policies of diffusers pipelines. A family tells how its network is called, in `inputs` and `predict`.
+    Base class for diffusers pipelines. A family defines `inputs` and `predict`: how its network is called.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, all else is frozen.
+        pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, the rest is frozen.
         guidance_scale (`float`, *optional*, defaults to 1.0):
-            classifier-free guidance, in training as in sampling: `v_∅ + scale (v - v_∅)`; 1.0 is none.
+            classifier-free guidance `v_∅ + scale (v - v_∅)` in training and sampling; 1.0 is none.
     """
 
-    component = "transformer"  # the pipeline's name for the network that is trained
-    velocity_at_data = True  # whether there is a velocity at t = 0, which some solvers ask for
+    component = "transformer"  # the pipeline's name for the trained network
+    velocity_at_data = True
     num_conditions: int | None = None
     sample_shape: tuple[int, ...]
 
@@ -106,7 +106,7 @@ class PipelinePolicy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's weights, which training changes where it is half precision."""
+        """Dtype of the network's weights; training turns half precision into float32."""
         return getattr(self.pipeline, self.component).dtype
 
     def to(self, device: torch.device) -> None:
@@ -117,22 +117,22 @@ class PipelinePolicy:
         return gaussian_noise((len(conditions), *self.sample_shape), generator, self.device, torch.float32)
 
     def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
-        """The network's conditional inputs `(B, ...)`; `guided`: as many without a condition before them."""
+        """Conditional inputs `(B, ...)` of the network; if `guided`, preceded by as many unconditional ones."""
         raise NotImplementedError
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Velocity `(B, ...)` without guidance."""
+        """Predicts the velocity `(B, ...)` without guidance."""
         raise NotImplementedError
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """Guided velocity, float32."""
+        """Combines the two velocities, float32."""
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         inputs = self.inputs(cond, self.guided)
         if not self.guided:
             return self.predict(model, x, t, inputs).float()
-        # one forward pass of both, as distributed wrappers expect of a step
+        # one forward pass for both: distributed wrappers expect one per step
         unconditional, conditional = self.predict(model, torch.cat([x, x]), torch.cat([t, t]), inputs).chunk(2)
         return self.guide(conditional.float(), unconditional.float())
 
@@ -153,8 +153,8 @@ class PipelinePolicy:
 
     def save_adapter(self, path: str | os.PathLike, network: PeftModel) -> None:
         """
-        Writes the adapter of `network` as peft does, and beside it, where the pipeline has `load_lora_weights`, the
-        file that this reads.
+        Writes the adapter of `network` in peft's format, and also in diffusers' if the pipeline has
+        `load_lora_weights`.
         """
         network.save_pretrained(path)
         save, config = getattr(self.pipeline, "save_lora_weights", None), network.peft_config["default"]
@@ -178,8 +178,11 @@ def decode_slices(
     policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """
-    uint8 images `(b, C, H, W)` of samples, `batch_size` at a time, each slice decoded when it is asked for; and which
-    are of finite samples that the decoder made finite `(b,)`: a black image would not tell.
+    Decodes samples lazily, `batch_size` at a time.
+
+    Yields:
+        uint8 images `(b, C, H, W)`, and a mask `(b,)` of those whose sample and decoded image are finite. A diverged
+        sample may decode to an innocent black image.
     """
     for part in x.split(batch_size or len(x)):
         images = policy.decode(part)
@@ -188,11 +191,11 @@ def decode_slices(
 
 
 def decode_uint8(policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """As [`decode_slices`], of all samples `(B, C, H, W)`, `(B,)`; decoded all at once by default."""
+    """Decodes all samples: uint8 images `(B, C, H, W)` and the mask `(B,)` of finite ones; see [`decode_slices`]."""
     images, finite = zip(*decode_slices(policy, x, batch_size), strict=True)
     return torch.cat(images), torch.cat(finite)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] to uint8 in [0, 255], rounding as image files are written."""
+    """Converts images in [0, 1] to uint8 in [0, 255], rounded as for image files."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)

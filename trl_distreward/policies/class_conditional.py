@@ -1,18 +1,18 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Policies of pipelines whose conditions are class labels, or that have none."""
+"""Policies of class-conditional and unconditional pipelines."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..sampling import send
+from ..sampling import karras_grid, send
 from .base import PipelinePolicy
 from .paths import DiscreteTimePolicy
 
 
 class ClassLabelPolicy(PipelinePolicy):
-    """Base of policies whose conditions are integer labels; guidance leads away from the label `null_class`."""
+    """Base class for conditions that are integer labels; guidance leads away from the label `null_class`."""
 
     num_conditions: int
     null_class: int | None = None
@@ -21,7 +21,7 @@ class ClassLabelPolicy(PipelinePolicy):
         labels, count = torch.as_tensor(conditions), self.num_conditions
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(
-                f"class labels have shape {tuple(labels.shape)}, {labels.dtype}: pass a list of integers."
+                f"class labels of shape {tuple(labels.shape)} and {labels.dtype}: pass a list of integers."
             )
         if len(labels) and not (labels.min() >= 0 and labels.max() < count):
             raise ValueError(
@@ -31,7 +31,7 @@ class ClassLabelPolicy(PipelinePolicy):
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
         labels = torch.as_tensor(conditions)
-        if labels.device.type == "cpu":  # elsewhere it would wait for the device
+        if labels.device.type == "cpu":  # on a GPU the check would wait for the device
             self.check_conditions(labels)
         return {"class_labels": send(labels, self.device).long()}
 
@@ -44,18 +44,15 @@ class ClassLabelPolicy(PipelinePolicy):
 
 class ClassConditionalPolicy(ClassLabelPolicy):
     """
-    Policy of a class-conditional pipeline of this library; conditions are integer labels. A subclass serves another
-    than SiT's.
-
-    The pipeline predicts the velocity, decodes, and checks guidance; its network's config tells classes and shape.
+    Policy of a [`SiTPipeline`], and base class for [`EDM2Policy`]. The pipeline predicts the velocity and decodes.
 
     Args:
-        pipeline ([`SiTPipeline`]): generator; its network is trained, all else, such as a VAE, frozen.
-        guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling.
-        guidance_channels (`int`, *optional*): guide so many of the first channels only; SiT's own code guides 3 of 4.
+        pipeline ([`SiTPipeline`]): generator; its network is trained, the rest is frozen.
+        guidance_scale (`float`, *optional*, defaults to 1.0): guidance in training and sampling.
+        guidance_channels (`int`, *optional*): guides only the first channels; SiT's own code guides 3 of 4.
     """
 
-    guides_channels = True  # whether the pipeline can guide some channels only
+    guides_channels = True
 
     def __init__(self, pipeline: Any, guidance_scale: float = 1.0, guidance_channels: int | None = None):
         pipeline.check_guidance(guidance_scale)
@@ -70,7 +67,7 @@ class ClassConditionalPolicy(ClassLabelPolicy):
                 "channels."
             )
         self.guidance_channels = guidance_channels
-        self.num_conditions = max(self.config.num_classes, 1)  # all one class without classes
+        self.num_conditions = max(self.config.num_classes, 1)  # an unconditional model has one class
         self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -82,24 +79,28 @@ class ClassConditionalPolicy(ClassLabelPolicy):
 
 
 class EDM2Policy(ClassConditionalPolicy):
-    """Policy of an [`EDM2Pipeline`]; its guider stays as it is."""
+    """Policy of an [`EDM2Pipeline`]; its guiding network is frozen."""
 
     component = "unet"
     guides_channels = False
-    velocity_at_data = False  # EDM's denoiser is asked at log σ
+    velocity_at_data = False  # the denoiser takes log σ
+
+    def grid(self, num_steps: int) -> tuple[list[float], float]:
+        times = karras_grid(num_steps)
+        return times, times[0]
 
 
 class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
-    """Policy of a [`~diffusers.DiTPipeline`]: noise prediction, of which a learned variance is dropped."""
+    """Policy of a [`~diffusers.DiTPipeline`]: noise prediction; a learned variance is dropped."""
 
     def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
         super().__init__(pipeline, guidance_scale)
         self.num_conditions = self.config.num_embeds_ada_norm
-        self.null_class = self.num_conditions  # DiTPipeline has 1000 here, whatever the number of classes
+        self.null_class = self.num_conditions  # DiTPipeline uses 1000, whatever the number of classes
         names: dict[int, list[str]] = {}
         for name, label in pipeline.labels.items():
             names.setdefault(label, []).append(name)
-        if names:  # DiTPipeline reads them from its config, but does not put them back there to be saved
+        if names:  # DiTPipeline reads them from its config, but does not save them again
             pipeline.register_to_config(id2label={str(label): ", ".join(names[label]) for label in sorted(names)})
         self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
 
@@ -112,14 +113,13 @@ class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
     Policy of a [`~diffusers.UNet2DModel`], with classes or without, in pixels ([`~diffusers.DDPMPipeline`],
     [`~diffusers.DDIMPipeline`]) or in the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]).
 
-    The network has classes if its config has `num_class_embeds`. Without, all images are of one class, 0.
+    The network has classes if its config has `num_class_embeds`; otherwise all images have class 0.
 
     Args:
         pipeline: generator; its U-Net is trained.
         guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance.
         null_class (`int`, *optional*):
-            label that stands for none, the last one of `num_class_embeds`, if the network was trained with one: the
-            pipeline does not tell.
+            label that stands for "no class", if the network was trained with one: the last of `num_class_embeds`.
     """
 
     component = "unet"
@@ -133,8 +133,8 @@ class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
         self.num_conditions = (classes or 1) if null_class is None else null_class
         if self.guided and null_class is None:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class: use guidance_scale=1.0, or, if the network was "
-                "trained with one, tell it as null_class."
+                f"guidance_scale={guidance_scale} needs a null class: pass null_class if the network was trained with "
+                "one, or use guidance_scale=1.0."
             )
         size = self.config.sample_size
         self.sample_shape = (self.config.in_channels, *((size, size) if isinstance(size, int) else size))

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Policies of text-to-image pipelines of discrete steps: Stable Diffusion 1 and 2, SDXL, PixArt-Σ."""
+"""Policies of text-to-image pipelines with discrete time steps: Stable Diffusion 1 and 2, SDXL, PixArt-Σ."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .text_to_image import TextToImagePolicy
 
 
 class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
-    """Policy of a [`~diffusers.StableDiffusionPipeline`] 1.x or 2.x; its safety checker plays no part."""
+    """Policy of a [`~diffusers.StableDiffusionPipeline`] 1.x or 2.x; its safety checker is not used."""
 
     component = "unet"
 
@@ -19,8 +19,8 @@ class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
         super().__init__(pipeline, guidance_scale, **kwargs)
         if self.config.get("time_cond_proj_dim") is not None:
             raise ValueError(
-                f"the UNet is given its guidance as an embedding (time_cond_proj_dim={self.config.time_cond_proj_dim}"
-                "), as latent consistency models are: use the model that it was distilled from."
+                f"the UNet takes guidance as an embedding (time_cond_proj_dim={self.config.time_cond_proj_dim}), as "
+                "latent consistency models do: train the model that it was distilled from."
             )
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -35,7 +35,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         # original size, corner of the crop, target size (arXiv 2307.01952, Section 2.2)
-        sizes = [z.new_full((len(z), 1), side) for side in (*self.size, 0, 0, *self.size)]  # filled on the device
+        sizes = [z.new_full((len(z), 1), side) for side in (*self.size, 0, 0, *self.size)]
         added = {"text_embeds": inputs["pooled"], "time_ids": torch.cat(sizes, dim=1)}
         embeds = inputs["prompt_embeds"]
         return model(z, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
@@ -50,7 +50,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
 
 class PixArtSigmaPolicy(TextToImagePolicy, DiscreteTimePolicy):
-    """Policy of a [`~diffusers.PixArtSigmaPipeline`], of which a learned variance is dropped."""
+    """Policy of a [`~diffusers.PixArtSigmaPipeline`]; a learned variance is dropped."""
 
     embeddings = {"prompt_embeds": 0, "mask": 1}
     null_embeddings = {"prompt_embeds": 2, "mask": 3}
@@ -60,7 +60,7 @@ class PixArtSigmaPolicy(TextToImagePolicy, DiscreteTimePolicy):
         return self.config.patch_size
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}  # of PixArt-α alone
+        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}  # only PixArt-α has them
         return model(
             z,
             encoder_hidden_states=inputs["prompt_embeds"],

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Policies of text-to-image pipelines that know the path itself: SD3, Sana, Flux, Qwen-Image, Z-Image, Lumina 2."""
+"""Policies of text-to-image flow models: SD3, Sana, Flux, Qwen-Image, Z-Image, Lumina 2."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ class SanaPolicy(TextToImagePolicy, FlowPolicy):
 
 
 class PackedPolicy(TextToImagePolicy, FlowPolicy):
-    """Base of policies whose network takes two by two pixels of the latent as a token, and perhaps the guidance."""
+    """Base class for networks whose tokens are 2x2 pixels of the latent, and that may take guidance as an input."""
 
     patch = 2
 
@@ -74,12 +74,12 @@ class PackedPolicy(TextToImagePolicy, FlowPolicy):
         return self.config.in_channels // 4
 
     def guidance(self, x: Tensor) -> Tensor | None:
-        """The network's own guidance input `(B,)`."""
+        """Guidance input `(B,)` of a distilled network."""
         return torch.full((len(x),), self.guidance_scale, device=x.device) if self.distilled else None
 
     @staticmethod
     def pack(x: Tensor) -> Tensor:
-        """(B, C, 2 h, 2 w) to (B, h w, 4 C)."""
+        """Packs `(B, C, 2 h, 2 w)` into tokens `(B, h w, 4 C)`."""
         return nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
 
     def unpack(self, tokens: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class PackedPolicy(TextToImagePolicy, FlowPolicy):
 
 class FluxPolicy(PackedPolicy):
     """
-    Policy of a [`~diffusers.FluxPipeline`]: `guidance_scale` is the distilled guidance, which the network takes as an
-    input, or classifier-free guidance from the empty prompt where it takes none.
+    Policy of a [`~diffusers.FluxPipeline`]. `guidance_scale` is the distilled guidance if the network takes it as an
+    input, else classifier-free guidance against the empty prompt.
     """
 
     embeddings = {"prompt_embeds": 0, "pooled": 1}
@@ -117,8 +117,8 @@ class FluxPolicy(PackedPolicy):
 
 class QwenImagePolicy(PackedPolicy):
     """
-    Policy of a [`~diffusers.QwenImagePipeline`]; guided velocities keep, token by token, the norm of the conditional
-    ones. The null prompt is a space.
+    Policy of a [`~diffusers.QwenImagePipeline`]. Guided velocities are rescaled, token by token, to the norm of the
+    conditional ones. The null prompt is a space.
     """
 
     null_embeddings = None
@@ -157,13 +157,12 @@ class QwenImagePolicy(PackedPolicy):
 
 class ZImagePolicy(TextToImagePolicy, FlowPolicy):
     """
-    Policy of a [`~diffusers.ZImagePipeline`]. `guidance_scale` is 1.0 without guidance, as everywhere here: the
-    pipeline's own scale is less by one.
+    Policy of a [`~diffusers.ZImagePipeline`]. `guidance_scale=1.0` is no guidance, as in every policy; the pipeline's
+    own scale is lower by one.
     """
 
     patch = 2
-    # encode_prompt returns lists of tensors of different lengths
-    _counted: tuple[Tensor | None, list[int]] = (None, [])  # a batch's mask and the lengths of its prompts
+    _counted: tuple[Tensor | None, list[int]] = (None, [])  # a batch's mask and its prompts' lengths
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -188,7 +187,8 @@ class ZImagePolicy(TextToImagePolicy, FlowPolicy):
 
 class Lumina2Policy(TextToImagePolicy, FlowPolicy):
     """
-    Policy of a [`~diffusers.Lumina2Pipeline`]; guided velocities keep, row by row, the norm of the conditional ones.
+    Policy of a [`~diffusers.Lumina2Pipeline`]. Guided velocities are rescaled, row by row, to the norm of the
+    conditional ones.
     """
 
     embeddings = {"prompt_embeds": 0, "mask": 1}
@@ -197,7 +197,7 @@ class Lumina2Policy(TextToImagePolicy, FlowPolicy):
 
     @property
     def sequence_length(self) -> int:
-        return self.latent_channels  # what the pipeline takes for it
+        return self.latent_channels  # the pipeline itself counts channels here
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         output = model(

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""From a folder, a Hub id or a pipeline to its policy."""
+"""Loading pipelines, and finding their policies."""
 
 import inspect
 import json
@@ -21,10 +21,10 @@ from . import discrete_text, flow_text
 from .base import DiffusionPolicy
 from .class_conditional import ClassConditionalPolicy, DiTPolicy, EDM2Policy, UNetPolicy
 
-# Pipelines that diffusers' own from_pretrained cannot find by name.
+# Pipelines that diffusers cannot find by name
 _PIPELINES: dict[str, Any] = {"SiTPipeline": SiTPipeline, "EDM2Pipeline": EDM2Pipeline}
 _NETWORKS: dict[str, Any] = {cls.__name__: cls for cls in (SiTTransformer2DModel, EDM2UNet2DModel)}
-# By the pipeline's name: diffusers imports a pipeline, and its text encoders, when it is first asked for.
+# By name, because diffusers imports a pipeline and its text encoders on first access
 _POLICIES: dict[str, Any] = {
     "SiTPipeline": ClassConditionalPolicy,
     "EDM2Pipeline": EDM2Policy,
@@ -46,10 +46,10 @@ _POLICIES: dict[str, Any] = {
 
 def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any) -> DiffusionPipeline:
     """
-    Loads a pipeline from a folder or the Hub, including those defined by this library.
+    Loads a pipeline from a folder or the Hub, including the pipelines of this library.
 
-    A Hub repository is downloaded first: diffusers resolves a third-party class only in a local folder. Of one that
-    carries its own code for others to load, the weights are taken and the code is not run.
+    A Hub repository is downloaded first, because diffusers finds a third-party class only in a local folder. Code in
+    the repository is never run: a pipeline of this library is loaded with the library's own classes.
 
     Args:
         name_or_path (`str`): folder, or Hub id.
@@ -58,13 +58,13 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
 
     Raises:
         FileNotFoundError: the folder has no `model_index.json`, or there is no such folder, repository or revision.
-        PermissionError, ConnectionError: the Hub refuses access, or is not reached and its cache here has no copy.
+        PermissionError, ConnectionError: the Hub refuses access, or is out of reach and the cache has no copy.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
             raise FileNotFoundError(f"no folder {name_or_path}: pass a pipeline's folder or a Hub id 'org/name'.")
-        asked = f"there is no folder {name_or_path}, so that it was looked for on the Hub"
+        asked = f"there is no folder {name_or_path}, and loading it from the Hub failed"
         download = partial(snapshot_download, str(name_or_path), revision=revision)
         folder = Path(with_retries(download, asked, str(name_or_path)))
     index = folder / "model_index.json"
@@ -77,12 +77,12 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     else:
         known = _PIPELINES.get(class_name) if isinstance(class_name, str) else None
         pipeline = (known or DiffusionPipeline).from_pretrained(str(folder), **kwargs)
-    pipeline.register_to_config(_name_or_path=str(name_or_path))  # not the folder of the Hub's cache
+    pipeline.register_to_config(_name_or_path=str(name_or_path))  # instead of a folder in the cache
     return pipeline
 
 
 def _without_its_code(folder: Path, parts: dict[str, Any], **kwargs: Any) -> DiffusionPipeline:
-    """A pipeline of this library from a folder that carries a copy of its code, by the library's own classes."""
+    """Loads a folder that carries a copy of this library's code, without running that code."""
     arguments = {name: kwargs.pop(name) for name in parts if name in kwargs}
     for name, value in parts.items():
         if name in arguments or name.startswith("_"):
@@ -98,16 +98,15 @@ def _without_its_code(folder: Path, parts: dict[str, Any], **kwargs: Any) -> Dif
 
 def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> DiffusionPolicy:
     """
-    The policy of a pipeline, folder or Hub id; a [`DiffusionPolicy`] is returned as it is.
+    Finds the policy for a pipeline, folder or Hub id. Returns a [`DiffusionPolicy`] unchanged.
 
     Args:
         model: pipeline, folder, Hub id or policy.
-        guidance_scale (`float`, *optional*, defaults to 1.0): guidance, in training as in sampling; 1.0 is none.
-        kwargs: further arguments of the family's policy, such as `height`, `offload_text_encoders`, or, of SiT's,
-            `guidance_channels`.
+        guidance_scale (`float`, *optional*, defaults to 1.0): guidance in training and sampling; 1.0 is none.
+        kwargs: further arguments of the family's policy, such as `height` or `offload_text_encoders`.
 
     Raises:
-        TypeError: the pipeline's family is not known.
+        TypeError: unknown pipeline family.
         ValueError: the family's policy has no such argument.
     """
     if isinstance(model, str | os.PathLike):
@@ -120,7 +119,7 @@ def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Diffusi
             known_names = {name for base in policy.__mro__ for name in inspect.signature(base.__init__).parameters}
             odd = sorted(kwargs.keys() - known_names)
             if odd:
-                raise ValueError(f"{odd[0]}={kwargs[odd[0]]!r}: {policy.__name__} has no such argument; leave it out.")
+                raise ValueError(f"{odd[0]}={kwargs[odd[0]]!r}: {policy.__name__} has no argument {odd[0]}.")
             return policy(model, guidance_scale, **kwargs)
     known = ", ".join(_POLICIES)
     raise TypeError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Where a network's own noise levels lie on the rectified-flow path, and what velocity its output is there."""
+"""Bases of policies by the network's own path: its noise levels as times, its output as a velocity."""
 
 import copy
 import inspect
@@ -14,23 +14,24 @@ from .base import PipelinePolicy
 
 
 def _used(scheduler: Any) -> FrozenDict:
-    """What of its configuration a scheduler uses: made from another's, it keeps what only that one knew."""
+    """
+    Keeps only the config entries that this scheduler reads. A scheduler built with `from_config` of another class also
+    stores that class's entries.
+    """
     known = inspect.signature(type(scheduler).__init__).parameters
     return FrozenDict({name: value for name, value in scheduler.config.items() if name in known})
 
 
 class DiscreteTimePolicy(PipelinePolicy):
     """
-    Base of policies whose network knows discrete steps of a variance-preserving process, `z = α x_0 + s ε`.
+    Base class for networks trained on discrete steps of a variance-preserving process, `z = α x_0 + s ε`.
 
-    `z` is on the path as `x_t = z / (α + s)` at `t = s / (α + s)`, where `σ = s/α = t / (1-t)`. Every prediction type
-    is then linear in sample and output, `v = a x + b output`, and DDIM's step is Euler's. Between steps of training
-    the network is asked at interpolated ones; between the last of them and `t = 1`, at the last.
+    On this path `x_t = z / (α + s)` at `t = s / (α + s)`, with `σ = s/α = t / (1-t)`. Every prediction type is then
+    linear in sample and output, `v = a x + b output`, and DDIM's step is Euler's. Times between training steps use
+    interpolated steps; times above the last training step use the last. There is no velocity at `t = 0`.
 
-    At `t = 0`, where what the network predicts is no velocity yet, there is none.
-
-    The pipeline's scheduler gives the noise levels, the prediction type, and whether predicted data is clipped. It is
-    clipped before the velocity is taken, DDIM's `use_clipped_model_output`: only that is a velocity.
+    The pipeline's scheduler gives the noise levels, the prediction type, and whether the predicted data is clipped.
+    Clipping happens before the velocity is computed, like DDIM's `use_clipped_model_output`.
     """
 
     velocity_at_data = False
@@ -40,20 +41,22 @@ class DiscreteTimePolicy(PipelinePolicy):
         config = _used(pipeline.scheduler)
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"{type(pipeline).__name__} with a {type(pipeline.scheduler).__name__} is not of a "
-                "variance-preserving process, which is all that this policy knows: set a scheduler such as "
-                "DDIMScheduler if the network predicts noise; of a SiT exported to DiTPipeline, train the SiTPipeline."
+                f"{type(pipeline).__name__} with a {type(pipeline.scheduler).__name__}: this policy needs the noise "
+                "levels of a variance-preserving process. If the network predicts noise, set a scheduler such as "
+                "DDIMScheduler."
             )
         if config.get("thresholding", False):
-            raise ValueError("dynamic thresholding of the scheduler is no velocity: set thresholding=False.")
+            raise ValueError(
+                "thresholding=True: a thresholded prediction is no velocity. Set thresholding=False in the scheduler."
+            )
         self.prediction_type = config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
-                f"prediction_type={self.prediction_type!r} of the scheduler is none of a variance-preserving process: "
-                "'epsilon', 'v_prediction' or 'sample'."
+                f"prediction_type={self.prediction_type!r} of the scheduler must be 'epsilon', 'v_prediction' or "
+                "'sample'."
             )
         self.clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None
-        # a last level without any signal would be t = 1, where σ is infinite
+        # σ would be infinite for a last level without any signal
         alphas = pipeline.scheduler.alphas_cumprod.double().clamp(min=2**-30)
         self.sigmas = ((1 - alphas) / alphas).sqrt()  # (T,), ascending
         self.largest_sigma = self.sigmas[-1].item()
@@ -63,16 +66,16 @@ class DiscreteTimePolicy(PipelinePolicy):
         self.sigmas = self.sigmas.to(device)
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """The network's output `(B, C, ...)` at its own sample and step; channels beyond those of `z` are dropped."""
+        """Calls the network on its own sample and step: `(B, C, ...)`; channels beyond those of `z` are dropped."""
         raise NotImplementedError
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Steps `(B,)` of noise levels `(B,)`, interpolated linearly."""
-        table = self.sigmas.to(sigma.device)  # where the policy is used without a trainer
+        """Training steps `(B,)` at noise levels `(B,)`, interpolated linearly."""
+        table = self.sigmas.to(sigma.device)  # a policy without a trainer was never moved
         upper = torch.searchsorted(table, sigma).clamp(1, len(table) - 1)
         low, high = table[upper - 1], table[upper]
         step = (upper - 1 + (sigma - low) / (high - low)).clamp(0, len(table) - 1)
-        whole = step.round()  # float32 times are a little off the steps of training that they mean
+        whole = step.round()  # float32 times are slightly off the training step they stand for
         return torch.where((step - whole).abs() < 0.01, whole, step).float()
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -104,28 +107,28 @@ class DiscreteTimePolicy(PipelinePolicy):
             sigmas = torch.as_tensor(scheduler.sigmas[:-1], dtype=torch.float64)
         else:
             sigmas = self.sigmas.cpu()[torch.as_tensor(scheduler.timesteps).long().cpu()]
-        # schedulers of several evaluations a step, such as PNDM and Heun, list steps twice
+        # schedulers with several evaluations a step, such as PNDM and Heun, list steps twice
         sigma = sigmas[sigmas > 0].unique().flip(0)
         start = float(scheduler.init_noise_sigma)
         first = sigma[0].item()
-        # noise stands for z, or, `start` times, for x_0 + σ ε: of either, x is (1 + σ)-th, times sqrt(1 + σ²) for z
+        # the scheduler's starting noise is z, or x_0 + σ ε if init_noise_sigma is not 1: scale either to x_t
         scale = (1 + first**2) ** 0.5 / (1 + first) if start == 1 else start / (1 + first)
         return [*(sigma / (1 + sigma)).tolist(), 0.0], scale
 
 
 class FlowPolicy(PipelinePolicy):
     """
-    Base of policies whose network knows the path as it is; `grid` follows the scheduler, its shifts included.
+    Base class for networks trained on the rectified-flow path itself. `grid` follows the scheduler and its shifts.
 
-    `even_sigmas` tells whether the pipeline hands its scheduler even noise levels from 1 to `1/num_steps`, or leaves
-    them to it; `sequence_length` is what the shift depends on where it is dynamic.
+    `even_sigmas` says whether the pipeline passes its scheduler even noise levels from 1 to `1/num_steps`, or lets the
+    scheduler choose. A dynamic shift depends on `sequence_length`.
     """
 
     even_sigmas = True
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a sample, of two by two pixels of the latent."""
+        """Tokens of a sample, each 2x2 pixels of the latent."""
         return (self.sample_shape[-2] // 2) * (self.sample_shape[-1] // 2)
 
     def grid(self, num_steps: int) -> tuple[list[float], float]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Base of the policies whose conditions are prompts: prompts as tensors, their embeddings, and when they are made."""
+"""Base class for prompts: how they become tensors, and when they are embedded."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,39 +12,38 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .base import PipelinePolicy
 
-# Longest prompt in UTF-8; text encoders read a few hundred tokens.
+# Longest prompt in UTF-8. Text encoders read a few hundred tokens.
 MAX_BYTES = 4096
 
 
 class TextToImagePolicy(PipelinePolicy):
     """
-    Base of policies whose conditions are prompts.
+    Base class for conditions that are prompts.
 
-    An encoded prompt is its text, not its embedding, which would be megabytes for every image of a rollout: embeddings
-    are kept once per prompt, in CPU memory, and made by the frozen text encoders where they are missing.
+    An encoded prompt is its text, because embeddings would take megabytes for every image of a rollout. Embeddings are
+    cached once per prompt in CPU memory, and computed by the frozen text encoders when missing.
 
-    A family says where `encode_prompt` of its pipeline returns what, in `embeddings` and `null_embeddings`; a prompt's
-    rows may differ in length and are padded with zeros at their end.
+    A family names the outputs of its pipeline's `encode_prompt` in `embeddings` and `null_embeddings`. Prompts of
+    different lengths are padded with zeros at the end.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, all else is frozen.
         guidance_scale (`float`, *optional*, defaults to 1.0):
-            classifier-free guidance, in training as in sampling; 1.0 is none. A network that takes it as an input
-            (distilled guidance) gets it as such.
-        height, width (`int`, *optional*): of the images, in pixels; what the network was made for by default.
-        cache_size (`int`, *optional*, defaults to 10000): prompts whose embeddings are kept.
+            classifier-free guidance in training and sampling; 1.0 is none. A network with distilled guidance takes it
+            as an input.
+        height, width (`int`, *optional*): image size in pixels; the network's native size by default.
+        cache_size (`int`, *optional*, defaults to 10000): number of prompts whose embeddings are cached.
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
-            keeps text encoders in CPU memory but while they encode.
+            keeps text encoders in CPU memory except while they encode.
 
     Raises:
-        ValueError: `height` or `width` is not a multiple of what the network and the VAE divide it into, or
-            `cache_size` is negative.
+        ValueError: `height` or `width` is not a multiple of the VAE's factor times the network's patch size.
     """
 
     embeddings: dict[str, int] = {"prompt_embeds": 0}
     null_embeddings: dict[str, int] | None = {"prompt_embeds": 1}
-    null_prompt = ""  # where `encode_prompt` returns no null embeddings
-    patch = 1  # pixels of the latent that must go together
+    null_prompt = ""  # used if `encode_prompt` returns no null embeddings
+    patch = 1  # side of a token, in pixels of the latent
 
     def __init__(
         self,
@@ -63,23 +62,21 @@ class TextToImagePolicy(PipelinePolicy):
             raise ValueError(
                 f"height={self.size[0]} and width={self.size[1]} must be multiples of {factor * self.patch}."
             )
-        if cache_size < 0:
-            raise ValueError(f"cache_size={cache_size} must be at least 0: prompts whose embeddings are kept.")
         self.sample_shape = (self.latent_channels, *(side // factor for side in self.size))
         self.cache_size = cache_size
         self.offload_text_encoders = offload_text_encoders
         self._cache: OrderedDict[str | None, dict[str, Tensor]] = OrderedDict()
-        # the batch asked for last, on the device: all steps of a rollout are of one batch
+        # the last batch's embeddings on the device: all steps of a rollout use the same batch
         self._last: tuple[Any, dict[str, Tensor]] = (None, {})
-        # an encoded batch and its prompts: reading them from the device would wait for all that is queued there
+        # the last encoded batch and its prompts: reading prompts from the device would wait for its queue
         self._read: tuple[Tensor | None, list[str]] = (None, [])
         vae = pipeline.vae
         if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
-            vae.float()  # it overflows otherwise
+            vae.float()  # float16 overflows
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """Height and width of the latent that the network was made for."""
+        """Native height and width of the latent."""
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -92,7 +89,7 @@ class TextToImagePolicy(PipelinePolicy):
         return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
 
     def _moved_parts(self) -> list[nn.Module]:
-        # a safety checker, for example, plays no part
+        # not the safety checker, for example: nothing here uses it
         codes = [self.pipeline.vae] if self.pipeline.vae is not None else []
         return codes if self.offload_text_encoders else [*codes, *self._text_encoders()]
 
@@ -106,8 +103,8 @@ class TextToImagePolicy(PipelinePolicy):
                 raise ValueError(f"{prompt!r} is not a prompt: pass a list of strings.")
             if len(prompt.encode()) > MAX_BYTES or "\0" in prompt:
                 raise ValueError(
-                    f"prompt {prompt[:40]!r}… has {len(prompt.encode())} bytes: at most {MAX_BYTES} are kept, none of "
-                    "them zero."
+                    f"prompt {prompt[:40]!r}… has {len(prompt.encode())} bytes: use at most {MAX_BYTES}, none of them "
+                    "zero."
                 )
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
@@ -120,7 +117,7 @@ class TextToImagePolicy(PipelinePolicy):
         return {"prompt": self._read[0]}
 
     def prompts(self, encoded: Tensor) -> list[str]:
-        """The prompts of `encode`, read from the device once for each such tensor."""
+        """Reads back the prompts that `encode` stored in a tensor, from the device only once per tensor."""
         if encoded is not self._read[0]:
             self._read = encoded, [row.tobytes().rstrip(b"\0").decode() for row in encoded.cpu().numpy()]
         return self._read[1]
@@ -132,7 +129,7 @@ class TextToImagePolicy(PipelinePolicy):
     # ---- embeddings ----
 
     def embedded(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        """Embeddings of prompts, `None` being the null prompt: name -> `(B, ...)` on the network's device."""
+        """Embeddings `(B, ...)` by name, on the network's device; `None` is the null prompt."""
         key = (self.device, self.dtype, *prompts)
         if key == self._last[0]:
             return self._last[1]
@@ -157,28 +154,28 @@ class TextToImagePolicy(PipelinePolicy):
         if self.offload_text_encoders:
             for encoder in self._text_encoders():
                 encoder.to(self.device)
-        # the network's autocast is not the text encoders'
+        # the network's autocast does not apply to text encoders
         with torch.autocast(self.device.type, enabled=False):
-            for prompt in prompts:  # each by itself: in a batch its last bits would be the company's
+            for prompt in prompts:  # one at a time: batching changes the last bits, and then resuming is not exact
                 self._cache[prompt] = self.embed_null() if prompt is None else self.embed(prompt)
         if self.offload_text_encoders:
             for encoder in self._text_encoders():
                 encoder.to("cpu")
 
     def embed(self, prompt: str) -> dict[str, Tensor]:
-        """Embeddings of a prompt, in CPU memory, without the batch's dimension."""
+        """Embeds one prompt: tensors in CPU memory, without a batch dimension."""
         returned = self.encode_prompt(prompt, do_classifier_free_guidance=False)
         return {name: returned[at][0].cpu() for name, at in self.embeddings.items()}
 
     def embed_null(self) -> dict[str, Tensor]:
-        """Embeddings of no prompt, likewise."""
+        """Embeds the null prompt."""
         if self.null_embeddings is None:
             return self.embed(self.null_prompt)
         returned = self.encode_prompt("", do_classifier_free_guidance=True)
         return {name: returned[at][0].cpu() for name, at in self.null_embeddings.items()}
 
     def encode_prompt(self, prompt: str, **options: Any) -> tuple:
-        """The pipeline's `encode_prompt`, with what the pipeline itself would call it with."""
+        """Calls the pipeline's `encode_prompt` with the arguments that the pipeline itself uses."""
         called = signature(type(self.pipeline).__call__).parameters
         known = signature(self.pipeline.encode_prompt).parameters
         shared = ("max_sequence_length", "clean_caption", "complex_human_instruction")
