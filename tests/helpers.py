@@ -75,6 +75,9 @@ def tiny_reward(**kwargs):
 def tiny_config(output_dir, **kwargs):
     defaults = {
         "max_steps": 2,
+        "reference_update": "refresh",
+        "lr_scheduler_type": "constant",
+        "ema_decay": 0.0,
         "reference_set_size": 24,
         "num_subsets": 6,
         "replace_size": 2,

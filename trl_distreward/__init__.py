@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CheckpointPool": "merging.pool",
     "ClassConditionalPolicy": "policies",
-    "DiffusionDistributionConfig": "trainer.distribution_reward_config",
+    "DebiasedDistance": "metrics.composite",
+    "DiffusionDistributionConfig": "trainer.diffusion_distribution_config",
     "DiffusionPolicy": "policies",
     "DiffusionTrainerConfig": "trainer.base_config",
     "DistributionRewardTrainer": "trainer.distribution_reward_trainer",
@@ -26,7 +27,7 @@ _PUBLIC = {
     "LogSamplesCallback": "trainer.callbacks",
     "MergeCoefficientConfig": "trainer.merge_coefficient_config",
     "MergeCoefficientTrainer": "trainer.merge_coefficient_trainer",
-    "RECIPES": "trainer.recipes",
+    "PAPER": "trainer.diffusion_distribution_config",
     "SiTPipeline": "pipelines.sit",
     "SiTTransformer2DModel": "models.sit",
     "SubsetReplaceReward": "rewards.subset_replace",
@@ -79,7 +80,7 @@ __all__ = [
     "LogSamplesCallback",
     "MergeCoefficientConfig",
     "MergeCoefficientTrainer",
-    "RECIPES",
+    "PAPER",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "SubsetReplaceReward",
@@ -115,12 +116,11 @@ if TYPE_CHECKING:
     from .rewards.subset_replace import SubsetReplaceReward
     from .trainer.base_config import DiffusionTrainerConfig
     from .trainer.callbacks import LogSamplesCallback
-    from .trainer.distribution_reward_config import DiffusionDistributionConfig
+    from .trainer.diffusion_distribution_config import PAPER, DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer
     from .trainer.dry_run import check_resources, dry_run
     from .trainer.merge_coefficient_config import MergeCoefficientConfig
     from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer
-    from .trainer.recipes import RECIPES
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
     trainer.save_model(str(output / "saved"))
-    network = trainer.sampled_network
+    network = trainer.unwrapped(trainer.sampled_model)
     weights = whole_state_dict(network)  # of all processes
     if trainer.accelerator.is_main_process:
         save_file({name: weights[name].contiguous() for name, _ in network.named_parameters()}, output / "weights")

@@ -1,93 +1,59 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What any trainer of a diffusion policy needs besides checkpoints: preparation, pacing, logging, guards, evaluation.
+"""
+Base of both trainers: what `transformers.Trainer` takes for a language model, met or overridden.
 
-`transformers.Trainer` takes the network for a language model: it writes to its config, asks for a dataset, evaluates
-per example. Every such expectation is met or overridden here.
+All private names of transformers that this library overrides are overridden here.
 """
 
 import json
-import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from diffusers.configuration_utils import FrozenDict
-from peft import PeftConfig, get_peft_model
+from accelerate.utils import broadcast_object_list
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    get_last_checkpoint,
-    speed_metrics,
-)
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, speed_metrics
+from trl.trainer.base_trainer import _BaseTrainer
 
-from ..conditions import conditions_of_slots, take
-from ..generation import SamplingSchedule, evaluating, image_generators, sample
-from ..merging.adapters import changes_base
+from ..conditions import conditions_of_slots
+from ..files import write_json
+from ..generation import evaluating
+from ..hub import with_retries, without_tokens
 from ..metrics.image_metrics import ImageMetric
-from ..policies import DiffusionPolicy, decode_uint8
-from .callbacks import NormalizeWeights, StopOnSIGTERM, UpdateEMA, asks_for_normalization
-from .cuda_graphs import copy_outputs, hold_gradients, uses_cuda_graphs
+from ..policies import DiffusionPolicy
+from . import checkpointing
+from .base_config import DiffusionTrainerConfig
+from .callbacks import NormalizeWeights, StopOnSIGTERM, UpdateEMA
+from .checks import check_launch
 from .ema import PolicyEMA
-from .publishing import SKIPPED_FOLDER, PublishingTrainer
-from .run_record import KeepRecord, RunRecord, is_evaluation
+from .image_sets import evaluate_images
+from .network import prepare_network
+from .publishing import SKIPPED_FOLDER, Publisher
+from .run_record import RUN_RECORD, RunRecord, describe_run, is_evaluation
 from .sharding import is_split, without_weights
 
 logger = get_logger(__name__)
 
-# The names diffusers gives to attention projections, adapted by default
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-# What is counted between two logs, and not averaged
+# Values that are summed between two logs; all others are averaged
 _COUNTS = {"skipped_updates"}
 
 
-class _NetworkConfig(FrozenDict):
-    """A diffusers config that also answers what transformers' callbacks ask of a model's config."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, default=str) + "\n"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # Trainer sets `use_cache`, which must not reach the saved config
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Turns every dropout off for good, label dropout included.
-
-    A policy must predict the same in rollout and replay: with label dropout on, the two differ by far more than the
-    clip range.
+class DiffusionTrainer(_BaseTrainer):
     """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout):
-            module.p = 0.0
-        for name in ("dropout_prob", "class_dropout_prob"):
-            if isinstance(vars(module).get(name), float):
-                setattr(module, name, 0.0)
-        if isinstance(vars(module).get("dropout"), float):
-            vars(module)["dropout"] = 0.0
+    Base class for trainers of a [`DiffusionPolicy`]: preparation, pacing, logging, guards, evaluation and checkpoints.
 
-
-def _is_enabled(**_: Any) -> None:
-    """Does nothing, as there is nothing left to do."""
-
-
-class DiffusionTrainer(PublishingTrainer):
-    """
-    Base of the trainers of a [`DiffusionPolicy`]: preparation, pacing, logging, guards and evaluation.
+    A subclass defines `training_step`. It may extend `training_state`, `process_state` and their `load_…`
+    counterparts, and replace `write_model`, `sampled_model` and `evaluation_weights`.
 
     Args:
         policy ([`DiffusionPolicy`]): what is trained.
@@ -95,18 +61,22 @@ class DiffusionTrainer(PublishingTrainer):
         steps_per_epoch (`int`): optimizer steps that count as an epoch.
         eval_metrics (`dict[str, ImageMetric]`): metrics of the evaluated images.
         ema_decay (`float`): decay of the average of the weights; 0 keeps none.
-        peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter in place of the network's own weights.
+        peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter instead of the network's own weights.
         train_dataset, eval_dataset, callbacks, optimizers: as in [`~transformers.Trainer`]; `eval_dataset` has the
-            conditions of the evaluated images, which without one are those of all classes or the training prompts.
+            conditions of the evaluated images.
     """
 
-    # Losses are weighted over the whole update before they are returned.
+    # An update's losses are weighted before they are returned.
     loss_is_scaled_for_ga = True
+    pipeline_tag = "unconditional-image-generation"
+
+    args: Any
+    control: Any
 
     def __init__(
         self,
         policy: DiffusionPolicy,
-        args: Any,
+        args: DiffusionTrainerConfig,
         steps_per_epoch: int,
         eval_metrics: dict[str, ImageMetric],
         ema_decay: float = 0.0,
@@ -116,38 +86,33 @@ class DiffusionTrainer(PublishingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
-        self.policy = policy
-        self.steps_per_epoch = steps_per_epoch
+        self.policy, self.steps_per_epoch, self.eval_metrics = policy, steps_per_epoch, eval_metrics
         if policy.num_conditions is None:
-            self._pipeline_tag = "text-to-image"
+            self.pipeline_tag = "text-to-image"
             eval_dataset = train_dataset if eval_dataset is None else eval_dataset
-        num_eval = args.num_eval_images or args.reference_set_size
-        self.eval_conditions = conditions_of_slots(policy, eval_dataset, num_eval, args.eval_seed)
-        self.eval_metrics = eval_metrics
+        number = args.num_eval_images or args.reference_set_size
+        self.eval_conditions = conditions_of_slots(policy, eval_dataset, number, args.eval_seed)
         self.ema: PolicyEMA | None = None
-        self.control: Any
-        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
-        self._uploads: list[Future] = []
         self.num_images = 0  # generated for training
         self.run_record = RunRecord()
+        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._skipped_in_a_row = 0
         self._without_update = False
-        self._holds_best = False  # what is evaluated is of an earlier update than the last
-        network = self._prepare_network(policy.model, args, peft_config)
-        self._skeleton = without_weights(network)
         self._stop_on_sigterm = StopOnSIGTERM()
+        self.publisher = Publisher(self)
+        network = self.prepare_network(policy.model, args, peft_config)
+        self.skeleton = without_weights(network)
         super().__init__(
             model=network,
             args=args,
             data_collator=list,
             train_dataset=train_dataset,
-            # evaluation generates its own images; transformers only asks that something be there
+            # evaluation makes its own images; transformers only asks that there is a dataset
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[NormalizeWeights(self), UpdateEMA(self), self._stop_on_sigterm, KeepRecord(self)]
-            + (callbacks or []),
+            callbacks=[NormalizeWeights(self), UpdateEMA(self), self._stop_on_sigterm, *(callbacks or [])],
             optimizers=optimizers,
         )
-        self._check_launch(ema_decay)
+        check_launch(self, ema_decay)
         policy.to(self.accelerator.device)
         for metric in self.eval_metrics.values():
             if hasattr(metric, "to"):
@@ -155,184 +120,82 @@ class DiffusionTrainer(PublishingTrainer):
         if ema_decay > 0:
             self.ema = PolicyEMA(self.network, ema_decay)
 
-    @staticmethod
-    def _prepare_network(network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
-        if args.activation_checkpointing:
-            if not getattr(network, "_supports_gradient_checkpointing", False):
-                raise ValueError(
-                    f"{type(network).__name__} does not support gradient checkpointing: set "
-                    "activation_checkpointing=False."
-                )
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
-            # Trainer calls a method that diffusers' models do not have; a bound one would tie copies to themselves
-            network.activation_checkpointing_enable = _is_enabled  # type: ignore[assignment]
-        if hasattr(network, "_internal_dict"):
-            network._internal_dict = _NetworkConfig(network._internal_dict)
-        if peft_config is not None:
-            start = getattr(peft_config, "init_lora_weights", None)
-            if changes_base(start):
-                raise ValueError(
-                    f"init_lora_weights={start!r} changes the weights below the adapter: without it the network would "
-                    "not be what beta pulls to, and the adapter would fit no other copy. Leave it at True, or use "
-                    "'gaussian' or 'orthogonal'."
-                )
-            if getattr(peft_config, "target_modules", False) is None:
-                peft_config.target_modules = getattr(network, "_lora_target_modules", list(ATTENTION_PROJECTIONS))
-            peft_config.task_type = None  # a language-model task would wrap the network in a class it does not fit
-            network.requires_grad_(False)
-            set_seed(args.seed)  # the adapter starts the same on every process
-            network = get_peft_model(network, peft_config)
-        elif any(p.dtype != torch.float32 for p in network.parameters() if p.requires_grad):
-            logger.warning(
-                "The network's weights are in half precision, which loses small updates: they are trained in float32. "
-                "Set bf16=True to run the network in bfloat16 all the same."
-            )
-            network.float()
-        if asks_for_normalization(network):
-            network.normalize_weights()  # type: ignore[operator]
-        disable_dropout(network)  # the adapter's own as well
-        return network
+    def prepare_network(self, network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
+        """Makes the module that is trained, before processes share it."""
+        return prepare_network(network, args, peft_config)
 
-    def _check_launch(self, ema_decay: float) -> None:
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            if plugin.fsdp_version != 2:
-                raise ValueError(
-                    f"fsdp_version={plugin.fsdp_version} is not supported: set fsdp_version: 2, as in "
-                    "examples/accelerate_configs/fsdp2.yaml."
-                )
-            if plugin.mixed_precision_policy is not None:
-                # Times would be rounded as well: in bfloat16, 0.98 and 0.984 are the same. Autocast rounds what the
-                # network multiplies, as without FSDP.
-                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
-        if self.is_deepspeed_enabled and ema_decay > 0:
-            raise ValueError(
-                f"ema_decay={ema_decay} is not supported under DeepSpeed, whose optimizer holds the weights: set "
-                "ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml."
-            )
-        if self.is_deepspeed_enabled and asks_for_normalization(self.network):
-            raise ValueError(
-                "forced_weight_normalization=True is not supported under DeepSpeed, whose optimizer holds the "
-                "weights: launch without it."
-            )
-        adaptive = [name for name, schedule in self.args.eval_schedules.items() if schedule.num_evaluations is None]
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if adaptive and (self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)):
-            raise ValueError(
-                f"evaluation under {adaptive[0]!r} takes a number of forward passes that differs between processes, "
-                "which FSDP and ZeRO-3 must make together: choose eval_solver='heun', or launch without them."
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.args.n_gpu} GPUs, which Trainer would drive with DataParallel and without "
-                f"autocast: start one process per GPU, e.g. torchrun --nproc_per_node {self.args.n_gpu}, or set "
-                "CUDA_VISIBLE_DEVICES to one."
-            )
-        if self.accelerator.device.type == "mps":
-            raise ValueError("distances need float64, which the MPS device has not: set use_cpu=True.")
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.ema is not None and is_split(self.network):
-            self.ema.share_out(self.network)
-        if uses_cuda_graphs(self.args):
-            copy_outputs(self.model_wrapped)
-        if resume_from_checkpoint is not None and self._has_ended:  # no step follows at which Trainer would
-            self._load_rng_state(resume_from_checkpoint)
-        return prepared
+    # ---- networks ----
 
     @property
-    def _has_ended(self) -> bool:
-        return self.state.global_step >= self.state.max_steps
+    def network(self) -> nn.Module:
+        """The trained network without distributed or compiled wrappers."""
+        return self.unwrapped(self.model)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._has_ended:  # resumed within an epoch, Trainer would make one more update
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+    def unwrapped(self, model: nn.Module) -> nn.Module:
+        # With keep_torch_compile, accelerate would take DDP out of the compiled wrapper for good.
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
-    def hold_gradients(self) -> None:
-        """Before the micro-batches of an update, where the compiler's graphs would keep gradients in their memory."""
-        if uses_cuda_graphs(self.args) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            hold_gradients(self.network)
+    @property
+    def sampled_model(self) -> nn.Module:
+        """The network that generates images, wrapped as in training."""
+        return self.model_wrapped
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Puts the weights in place that are evaluated and saved: the average, if there is one."""
+        with self.ema.swapped_in(self.network) if self.ema is not None else nullcontext():
+            yield
+
+    def autocast(self) -> AbstractContextManager:
+        """The context that the network runs in, in rollouts as in training; transitions stay in float32."""
+        if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):  # the weights are in half precision
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+            return torch.autocast(self.accelerator.device.type, dtype)
+        return self.accelerator.autocast()
 
     # ---- pacing and logging ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
             raise FileNotFoundError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder with a {TRAINER_STATE_NAME}: name a "
-                "checkpoint-* folder of a run, or give True for the newest one in output_dir."
+                f"resume_from_checkpoint={resume_from_checkpoint!r} has no {TRAINER_STATE_NAME}: name a checkpoint-* "
+                "folder of a run, or pass True for the newest one in output_dir."
             )
-        self.run_record.begin()
-        self._holds_best = self._without_update = False
-        self._skipped_in_a_row = 0
-        self._metrics.clear()  # of a training that ended with an error
+        before = [found for found in self.run_record.evaluations if found["step"] == 0]
+        self.run_record = RunRecord()
+        self.run_record.evaluations = before[-1:]  # of the model that training starts from
+        self._without_update, self._skipped_in_a_row = False, 0
+        self._metrics.clear()
         try:
-            with self.run_record.running():
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
-            loads_best = self.args.load_best_model_at_end and not self.interrupted
-            if loads_best and self.state.best_model_checkpoint is not None:
-                self._holds_best = self.state.best_global_step != self.state.global_step
-            return result
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._stop_on_sigterm.restore()
             self.write_record()
 
     @property
     def interrupted(self) -> bool:
-        """Whether the last `train()` ended on SIGTERM, with a checkpoint to resume from."""
+        """Whether the last `train()` was ended by SIGTERM, with a checkpoint to resume from."""
         return self._stop_on_sigterm.stopped
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.interrupted:
-            return super()._finalize_training(*args, **kwargs)
-        # of a run that has ended the best model is loaded, and at save_total_limit=1 every other checkpoint deleted
-        loads_best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
-        self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.load_best_model_at_end, self.args.save_total_limit = loads_best, limit
-
     def get_train_dataloader(self) -> DataLoader:
-        """Numbers that pace the steps; no state rides on their order."""
+        """Numbers that pace the steps."""
         return DataLoader(range(self.steps_per_epoch), batch_size=1, collate_fn=list)  # type: ignore[arg-type]
 
-    def _send_telemetry(self) -> None:
-        """Sends nothing: TRL's telemetry reads a language model's config."""
-
     def record(self, name: str, value: float) -> None:
-        """Keeps a value for the next log, where the mean of those kept is written, or of counts the sum."""
+        """Keeps a value for the next log, which writes the mean."""
         self._metrics[name].append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not is_evaluation(logs):
             recorded = self._metrics.items()
             logs = logs | {key: sum(values) / (1 if key in _COUNTS else len(values)) for key, values in recorded}
-            logs["num_images"] = self.num_images  # as it is now, and no mean over steps
+            logs["num_images"] = self.num_images
             self._metrics.clear()
         super().log(logs, start_time)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} has no per-example predictions: use evaluate().")
-
-    def autocast(self) -> AbstractContextManager:
-        """What the network runs under, in rollouts as in training; transitions stay in float32."""
-        if self.is_deepspeed_enabled and (
-            self.args.bf16 or self.args.fp16
-        ):  # which keeps the weights in half precision
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
-            return torch.autocast(self.accelerator.device.type, dtype)
-        return self.accelerator.autocast()
-
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> Iterator[None]:
+        """Logs the seconds of a phase, and adds them to the record of the run."""
         started = time.perf_counter()
         yield
         if self.accelerator.device.type == "cuda":
@@ -341,17 +204,45 @@ class DiffusionTrainer(PublishingTrainer):
         self.record(f"seconds/{phase}", seconds)
         self.run_record.seconds[phase] += seconds
 
+    def count_images(self, purpose: str, number: int) -> None:
+        """Counts images generated for training."""
+        self.num_images += number
+        self.run_record.images[purpose] += number
+
+    def write_record(self) -> None:
+        """Writes `run.json` and `trainer_state.json`, which `trl-distreward report` reads."""
+        if not self.is_world_process_zero() or not self.state.global_step:
+            return
+        try:
+            text = without_tokens(json.dumps(self.describe_run(), default=str))
+            write_json(Path(self.args.output_dir, RUN_RECORD), json.loads(text))
+            self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+        except OSError as error:
+            logger.warning(f"{RUN_RECORD} could not be written to {self.args.output_dir}: {error}.")
+
+    def describe_run(self) -> dict[str, Any]:
+        """The content of `run.json`; subclasses extend it."""
+        return describe_run(self)
+
     # ---- guards ----
+
+    def no_update(self) -> Tensor:
+        """Makes this step one without an update: the loss of `training_step`."""
+        self._without_update = True
+        if self.accelerator.scaler is not None:  # float16's scaler wants gradients to look at
+            nothing = sum(p.sum() * 0.0 for p in self.network.parameters() if p.requires_grad)
+            self.accelerator.backward(nothing)
+        return torch.zeros((), device=self.accelerator.device)
 
     def skip_update(self, reason: str, **context: Any) -> None:
         """
-        Counts an update that cannot be made, and keeps what is needed to look into it.
+        Counts an update that cannot be made, and writes its context to a file.
 
         Raises:
             RuntimeError: more than `max_skipped_updates` in a row.
         """
         self._skipped_in_a_row += 1
-        self._note_skipped(reason)
+        self.record("skipped_updates", 1.0)
         step, limit = self.state.global_step, self.args.max_skipped_updates
         path = os.path.join(self.args.output_dir, SKIPPED_FOLDER, f"step-{step}.pt")
         if self.accelerator.is_main_process:
@@ -359,80 +250,39 @@ class DiffusionTrainer(PublishingTrainer):
             torch.save({"step": step, "reason": reason, "seed": self.args.seed, **context}, path)
         logger.warning(f"Update {step} is skipped: {reason}. Its context is in {path}.")
         if self._skipped_in_a_row > limit:
-            last = self._last_checkpoint()
-            remedy = f"resume from {last}" if last else "start again"
             raise RuntimeError(
                 f"{self._skipped_in_a_row} updates in a row were skipped (max_skipped_updates={limit}), the last "
-                f"because {reason}: lower the learning rate or noise_level, then {remedy}."
+                f"because {reason}: lower the learning rate or noise_level, then {self._last_resort()}."
             )
 
-    def _note_skipped(self, reason: str) -> None:
-        self.record("skipped_updates", 1.0)
-        self.run_record.skipped.append({"step": self.state.global_step, "reason": reason})
-
-    def _last_checkpoint(self) -> str | None:
-        return get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+    def _last_resort(self) -> str:
+        folder = self.args.output_dir
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        return f"resume from {last}" if last else "start again"
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Drops gradients that are not finite before the optimizer sees them; they are so on every process."""
+        """Drops gradients that are not finite before the optimizer sees them."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self._without_update:  # nothing to step along: zero gradients would move weights by momentum
+        if self._without_update:  # with zero gradients, momentum would still move the weights
             self._without_update = False
             model.zero_grad(set_to_none=True)
             return 0.0 if norm is None else norm
         if norm is None or torch.isfinite(torch.as_tensor(norm)):
             self._skipped_in_a_row = 0
-        elif self.is_deepspeed_enabled and not self.args.fp16:  # its step is already made
-            last = self._last_checkpoint()
+        elif self.is_deepspeed_enabled and not self.args.fp16:
             raise RuntimeError(
                 "the gradient is not finite, and DeepSpeed has already taken the step: lower the learning rate or "
-                f"noise_level, then {f'resume from {last}' if last else 'start again'}."
+                f"noise_level, then {self._last_resort()}."
             )
         elif self.is_deepspeed_enabled or (self.accelerator.scaler and self.accelerator.scaler.get_scale() >= 1):
-            self._note_skipped("the gradient overflows in float16: the scaler skips the step and lowers its scale")
+            self.record("skipped_updates", 1.0)  # an overflow in float16: the scaler skips the step
         else:
-            if self.accelerator.scaler is None:  # which skips by itself, and wants gradients to look at
+            if self.accelerator.scaler is None:
                 model.zero_grad(set_to_none=True)
             self.skip_update("the gradient is not finite", grad_norm=float(norm))
         return norm
 
     # ---- generation and evaluation ----
-
-    def _share_of_images(
-        self,
-        model: nn.Module,
-        conditions: Any,
-        schedule: SamplingSchedule,
-        noise: tuple[int, str, int],
-        description: str,
-    ) -> Iterator[tuple[Tensor, Any, int, Tensor]]:
-        """
-        Generates one image per condition, each process a share of every batch.
-
-        Args:
-            noise (`tuple`): seed, stream and step of [`~generation.image_generators`].
-
-        Yields:
-            this process's uint8 images and their conditions, and how many rows of all processes' together count: the
-            last batch is filled up with its last image. Last, which of this process's samples and images are finite.
-        """
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.args.per_device_eval_batch_size
-        starts = range(0, len(conditions), size * processes)
-        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        with tqdm(total=len(conditions), desc=description, unit="image", leave=False, disable=hidden) as bar:
-            for start in starts:
-                valid = min(size * processes, len(conditions) - start)
-                per_process = math.ceil(valid / processes)
-                first = start + rank * per_process
-                own = [min(i, len(conditions) - 1) for i in range(first, first + per_process)]
-                batch = take(conditions, own)
-                generators = image_generators(*noise, own)
-                with self.autocast():  # the network only: decoding and features stay in full precision
-                    x = sample(self.policy, model, batch, schedule, generators).sample
-                images, finite = decode_uint8(self.policy, x, self.args.decode_batch_size)
-                yield images, batch, valid, finite
-                bar.update(valid)
 
     @torch.no_grad()
     def evaluate(
@@ -453,79 +303,211 @@ class DiffusionTrainer(PublishingTrainer):
         Returns:
             `dict[str, float]`: `{prefix}_{sampler}_{metric}`, e.g. `eval_ode_distance_features`.
         """
-        started = time.perf_counter()
-        conditions = self.eval_conditions
+        started, conditions = time.time(), self.eval_conditions
         if eval_dataset is not None:
             number = self.args.num_eval_images or len(eval_dataset)
             conditions = conditions_of_slots(self.policy, eval_dataset, number, self.args.eval_seed)
-        seed = self.args.eval_seed if seed is None else seed
-        values = self._evaluate_samplers(conditions, seed)
+        values = self.evaluate_samplers(conditions, self.args.eval_seed if seed is None else seed)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        number = len(conditions) * len(self.args.eval_schedules)
-        elapsed = time.perf_counter() - started
-        metrics.update(speed_metrics(metric_key_prefix, time.time() - elapsed, num_samples=number))
-        metrics = broadcast_object_list([metrics])[0]  # what is best must be so on every process
-        self._note_evaluation(values, seed, metric_key_prefix, eval_dataset is not None)
+        metrics.update(speed_metrics(metric_key_prefix, started, len(conditions) * len(self.args.eval_schedules)))
+        metrics = broadcast_object_list([metrics])[0]  # the best model must be the same on every process
+        if eval_dataset is None and seed is None and metric_key_prefix == "eval":
+            entry = {"step": self.state.global_step, "num_images": self.num_images, "values": values}
+            self.run_record.evaluations.append(entry)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.write_record()
         return metrics
 
-    def _note_evaluation(self, values: dict[str, float], seed: int, prefix: str, other_conditions: bool) -> None:
-        about: dict[str, Any] = {"step": self.state.global_step, "num_images": self.num_images, "seed": seed}
-        of = [f"the best model, of update {self.state.best_global_step}"] if self._holds_best else []
-        if prefix != "eval" or other_conditions:
-            of.append(f"{prefix}, {'other' if other_conditions else 'the same'} conditions")
-        if of:
-            about["of"] = ", ".join(of)
-        self.run_record.evaluations.append(about | {"values": values})
-
-    @property
-    def sampled_model(self) -> nn.Module:
-        """The network that images are generated with, as it is wrapped for training."""
-        return self.model_wrapped
-
-    @property
-    def sampled_network(self) -> nn.Module:
-        """The same without distributed or compiled wrappers."""
-        return self.unwrapped(self.sampled_model)
-
-    def _evaluate_samplers(self, conditions: Any, seed: int) -> dict[str, float]:
-        """`{sampler}_{metric}` of images from noise of `seed`."""
+    def evaluate_samplers(self, conditions: Any, seed: int) -> dict[str, float]:
+        """Computes `{sampler}_{metric}` from noise of `seed`."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model is self.model_wrapped:
             self.model.to(self.accelerator.device)  # before training they leave it where it was loaded
         self.run_record.images["evaluation"] += len(conditions) * len(self.args.eval_schedules)
-        metrics: dict[str, float] = {}
+        values: dict[str, float] = {}
         with (
             evaluating(self.sampled_model) as model,
-            self.run_record.running(),
             self.run_record.timed("evaluation"),
             self.evaluation_weights(),
         ):
             for sampler, schedule in self.args.eval_schedules.items():
-                values = self._evaluate_sampler(model, conditions, schedule, seed, f"Evaluation, {sampler}")
-                metrics.update({f"{sampler}_{name}": value for name, value in values.items()})
-        return metrics
-
-    def _evaluate_sampler(
-        self, model: nn.Module, conditions: Any, schedule: SamplingSchedule, seed: int, description: str
-    ) -> dict[str, float]:
-        for metric in self.eval_metrics.values():
-            metric.reset()
-        batches = self._share_of_images(model, conditions, schedule, (seed, "evaluation", 0), description)
-        for images, batch, valid, finite in batches:
-            gathered = self.accelerator.gather(images)[:valid]
-            if not bool(self.accelerator.gather(finite).all()):
-                raise ValueError(f"{description}: generated samples are not finite; the model has diverged.")
-            labels = self._gather_conditions(batch)[:valid]
-            for metric in self.eval_metrics.values():
-                metric.update(gathered, labels)
-        values = {name: float(metric.compute()) for name, metric in self.eval_metrics.items()}
-        for metric in self.eval_metrics.values():
-            metric.reset()  # frees the features
+                found = evaluate_images(self, model, conditions, schedule, seed, f"Evaluation, {sampler}")
+                values |= {f"{sampler}_{name}": value for name, value in found.items()}
         return values
 
-    def _gather_conditions(self, conditions: Any) -> Any:
-        if isinstance(conditions, Tensor):
-            return self.accelerator.gather(conditions.to(self.accelerator.device))
-        return gather_object(conditions)
+    # ---- checkpoints ----
+
+    def write_model(self, folder: Path) -> None:
+        """Writes a pipeline that loads with `from_pretrained`. All processes call it, the main one writes."""
+        with self.evaluation_weights():
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+            checkpointing.write_pipeline(self, folder)
+        if self.args.should_save:
+            # not transformers' training_args.bin: a pickle with the Hub token in plain text
+            Path(folder, "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def training_state(self) -> dict[str, Any]:
+        """State beyond what transformers saves; subclasses extend it. All processes call it."""
+        return {"num_images": self.num_images, "run_record": self.run_record.state_dict()}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `training_state` returned."""
+        self.num_images = state["num_images"]
+        self.run_record.load_state_dict(state["run_record"])
+
+    def process_state(self) -> dict[str, Any]:
+        """State that differs between processes."""
+        return {}
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `process_state` returned."""
+
+    def load_trained(self, folder: str) -> None:
+        """Loads what training goes on with from a checkpoint."""
+        checkpointing.load_trained_weights(self, folder)
+
+    def load_best(self, folder: str) -> None:
+        """Loads the best model from a checkpoint, into the average as well if there is one."""
+        checkpointing.load_pipeline_weights(self, folder)
+        if self.ema is not None:
+            self.ema = PolicyEMA(self.network, self.ema.decay)
+
+    def write_optimizer(self, folder: Path) -> None:
+        """Writes what transformers saves beside the model."""
+        if self.is_fsdp_enabled:
+            checkpointing.write_fsdp_optimizer(self, folder)
+        else:
+            self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it.
+
+        All processes call it, the main one writes. Pushes to the Hub afterwards if `push_to_hub` is set.
+        """
+        self.write_model(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Saves the pipeline and its card, and pushes them as one commit; failures that may pass are retried.
+
+        All processes call it, the main one pushes. Arguments as in [`~transformers.Trainer.push_to_hub`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a future of it with `blocking=False`.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: nothing was committed.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(model_name=kwargs.pop("model_name", None), **kwargs)
+        return self.publisher.push(commit_message, blocking, token, revision)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes `README.md` with the settings and the evaluations."""
+        if self.is_world_process_zero():
+            self.publisher.write_card(model_name, dataset_name, tags, kwargs.get("license"))
+
+    def card_metadata(self) -> dict[str, Any]:
+        """Further metadata of the model card, see [`~huggingface_hub.ModelCardData`]."""
+        return {}
+
+    def card_sections(self) -> list[str]:
+        """Further sections of the model card, in Markdown."""
+        return []
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        name = self.args.hub_model_id or self.publisher.model_name
+        with_retries(lambda: super(DiffusionTrainer, self).init_hf_repo(token, private), f"creating {name}", name)
+
+    # ---- private names of transformers ----
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.ema is not None and is_split(self.network):
+            self.ema.share_out(self.network)
+        if resume_from_checkpoint is not None:
+            self.load_training_state(checkpointing.read_training_state(self, resume_from_checkpoint))
+            own = checkpointing.read_process_state(self, resume_from_checkpoint)
+            if own is not None:
+                self.load_process_state(own)
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a run that had ended: Trainer would make one more update
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.interrupted:
+            return super()._finalize_training(*args, **kwargs)
+        # Trainer would load the best model, and with save_total_limit=1 delete the checkpoint to resume from.
+        loads_best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
+        self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = loads_best, limit
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        self.store_flos()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        with self.run_record.timed("checkpoints"):
+            written = checkpointing.write_checkpoint(self, run_dir)
+        if self.args.push_to_hub:
+            self.publisher.push_checkpoint(written)
+        if self.args.should_save:
+            if self.args.save_total_limit is not None:
+                self.publisher.finish()  # a folder must not go while it is being uploaded
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, best_model_checkpoint=best)
+        self.write_record()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.write_model(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.load_trained(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # its optimizer holds the weights
+            super()._load_best_model()
+        else:
+            self.load_best(str(self.state.best_model_checkpoint))
+
+    def _finish_current_push(self) -> None:
+        self.publisher.finish()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing: TRL's telemetry reads a language model's config."""
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} has no predictions of single examples: use evaluate().")

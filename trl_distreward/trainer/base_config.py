@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from trl.trainer.base_config import _BaseConfig
 
@@ -9,12 +9,14 @@ from ..generation import TIME_GRIDS, SamplingSchedule
 from ..policies import DiffusionPolicy
 from ..sampling import NOISE_SCHEDULES
 
+# Compile modes that record CUDA graphs, which overwrite the outputs that a sampler keeps between two calls
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
 
 @dataclass
 class DiffusionTrainerConfig(_BaseConfig):
     r"""
-    What the configurations of both trainers have: the size of the generated set, how images are sampled in training
-    and evaluation, and what is evaluated.
+    Parameters that both trainers share, on top of [`~transformers.TrainingArguments`].
 
     Parameters:
         > Parameters that control the reward
@@ -22,49 +24,44 @@ class DiffusionTrainerConfig(_BaseConfig):
         reference_set_size (`int`, *optional*, defaults to `5000`):
             Images N of the generated set.
         stratify_by (`str`, *optional*):
-            Column of the training dataset with strata, for example topics or clusters of prompts
-            ([`~strata.cluster_embeddings`]). The generated set, and every subset of it that is replaced,
-            then have each stratum in proportion to its share of the dataset.
+            Column of the training dataset with strata, for example topics. The generated set, and every subset that is
+            replaced, keeps each stratum's share of the dataset.
         reward_weights (`list[float]`, *optional*):
             Weights of several reward functions; all 1 by default.
 
         > Parameters that control generation
 
         noise_schedule (`str`, *optional*, defaults to `"sit"`):
-            Of the SDE: `"sit"`, `"flow_grpo"`, `"dance"` or `"cps"`, see [`~sampling.transition`].
+            Noise of the SDE: `"sit"`, `"flow_grpo"`, `"dance"` or `"cps"`, see [`~sampling.transition`].
         noise_level (`float`, *optional*, defaults to `1.0`):
-            η of the noise schedule; with `"sit"`, 1 is SiT's own sampler.
+            Level η of the noise; with `"sit"`, 1 is SiT's own sampler.
         last_step_size (`float`, *optional*, defaults to `0.04`):
-            Size of the SDE's last step, without noise: SiT's "Mean" step, which is not trained. 0 or `None`: all steps
-            are equal.
+            Size of a last SDE step without noise, as SiT takes it; it is not trained. 0: all steps are equal.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`; `"karras"`: EDM's noise levels, which EDM2 is sampled with; or `"auto"`: the times of the
-            pipeline's own scheduler, in training as in evaluation. The SDE on the latter two needs `last_step_size=0`.
+            `"uniform"`: even steps. `"karras"`: EDM's noise levels. `"auto"`: the grid of the pipeline's scheduler.
+            The SDE on the latter two needs `last_step_size=0`.
         time_shift (`float`, *optional*, defaults to `1.0`):
-            Resolution shift of the time grid; 1 is none.
+            Resolution shift of an even grid; 1 is none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             Classifier-free guidance in training and evaluation; 1 is none.
         guidance_channels (`int`, *optional*):
-            Guide so many of the first channels only; all by default. SiT's own code guides 3 of the latent's 4.
+            Guides only the first channels; all by default. SiT's own code guides 3 of its latent's 4.
         decode_batch_size (`int`, *optional*):
-            Samples decoded to images at a time, of those generated together; all by default. The VAE then takes no
-            more memory than so many images need, but for what `loss_type="backprop"` decodes with gradients.
+            Samples decoded at a time; a whole batch by default. Lower it if the VAE runs out of memory.
         max_skipped_updates (`int`, *optional*, defaults to `5`):
-            Updates in a row that may be skipped for values that are not finite before training stops.
+            Stops training after more updates in a row were skipped because of values that are not finite.
 
         > Parameters that control evaluation
 
         num_eval_images (`int`, *optional*):
             Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
         eval_seed (`int`, *optional*, defaults to `0`):
-            Seed of the evaluation noise, the same at every evaluation and never that of training.
+            Seed of the evaluation noise, the same at every evaluation.
 
-    > Parameters with other defaults than [`~transformers.TrainingArguments`]: `lr_scheduler_type="constant"`,
-    > `logging_steps=1`, `remove_unused_columns=False`. A lower value of `metric_for_best_model` is the better one
-    > unless `greater_is_better` says otherwise; a metric that says itself which way is up must agree.
+    > Other defaults than in [`~transformers.TrainingArguments`]: `logging_steps=1`, `remove_unused_columns=False`. A
+    > lower value of `metric_for_best_model` is better unless `greater_is_better` says otherwise.
     """
 
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Alias of activation_checkpointing, which transformers prefers."}
@@ -75,7 +72,7 @@ class DiffusionTrainerConfig(_BaseConfig):
     # Parameters that control the reward
     reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated set."})
     stratify_by: str | None = field(
-        default=None, metadata={"help": "Column of strata that the generated set and its subsets have in proportion."}
+        default=None, metadata={"help": "Dataset column of strata whose shares the generated set keeps."}
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
@@ -86,19 +83,19 @@ class DiffusionTrainerConfig(_BaseConfig):
         default="sit", metadata={"help": "Noise schedule of the SDE.", "choices": list(NOISE_SCHEDULES)}
     )
     noise_level: float = field(default=1.0, metadata={"help": "Noise level of the SDE."})
-    last_step_size: float | None = field(
-        default=0.04, metadata={"help": "Size of the SDE's last step, without noise; 0: all steps are equal."}
+    last_step_size: float = field(
+        default=0.04, metadata={"help": "Size of a last SDE step without noise; 0: all steps are equal."}
     )
     time_grid: str = field(
         default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
     )
-    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of the time grid."})
+    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of an even time grid."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
     guidance_channels: int | None = field(
-        default=None, metadata={"help": "Guide so many of the first channels only; 3 is what SiT's code does."}
+        default=None, metadata={"help": "Guides only the first channels; SiT's code uses 3."}
     )
     decode_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples decoded to images at a time; None: all that are generated together."}
+        default=None, metadata={"help": "Samples decoded at a time; a whole batch by default."}
     )
     max_skipped_updates: int = field(
         default=5, metadata={"help": "Updates in a row that may be skipped for values that are not finite."}
@@ -109,14 +106,21 @@ class DiffusionTrainerConfig(_BaseConfig):
     eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
 
     def __post_init__(self) -> None:
-        batches = ("decode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size")
-        self._check_counts(batches)
+        self._check_counts(("decode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"))
         self._check_counts(("num_eval_images",), least=2)
-        self._check_counts(("seed", "eval_seed"), least=0)
         if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size=True has no effect here: set per_device_train_batch_size.")
+        if self.gradient_accumulation_steps != 1:
             raise ValueError(
-                "auto_find_batch_size=True is not supported, as an update makes its micro-batches itself: set "
-                "per_device_train_batch_size, and --dry-run says what a step takes."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: an update already "
+                "accumulates over all its images, per_device_train_batch_size at a time."
+            )
+        if self.torch_compile and (
+            self.torch_compile_mode in _GRAPH_MODES or self.torch_compile_backend == "cudagraphs"
+        ):
+            raise ValueError(
+                f"torch_compile_mode={self.torch_compile_mode!r} records CUDA graphs, which overwrite what a sampler "
+                "keeps: leave it at 'default'."
             )
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of updates, or -1 for num_train_epochs.")
@@ -126,30 +130,30 @@ class DiffusionTrainerConfig(_BaseConfig):
 
     def bind(self, policy: DiffusionPolicy) -> None:
         """
-        Takes what is the policy's own: its guidance, and its scheduler's times where `time_grid="auto"`.
+        Takes over what the policy decides: its guidance, and its grid under `time_grid="auto"`.
 
         Raises:
-            ValueError: the policy was made with other guidance than is asked for.
+            ValueError: the policy was made with other guidance than the configuration asks for.
         """
         for name, none in (("guidance_scale", 1.0), ("guidance_channels", None)):
             asked, held = getattr(self, name), getattr(policy, name, none)
             if asked not in (none, held):
                 raise ValueError(
-                    f"{name}={asked}, but the {type(policy).__name__} that is given as model has {held}: make it with "
-                    f"that one, or leave {name} out."
+                    f"{name}={asked}, but the policy was made with {held}: make it with {asked}, or leave {name} out."
                 )
             setattr(self, name, held)
         evaluation = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
         self._set_schedules(self.rollout_schedule.on(policy), evaluation)
 
     def guidance(self) -> dict[str, Any]:
-        """What [`as_policy`] is told of guidance."""
+        """The guidance arguments of [`as_policy`]."""
         channels = {} if self.guidance_channels is None else {"guidance_channels": self.guidance_channels}
         return {"guidance_scale": self.guidance_scale, **channels}
 
-    def _set_schedules(self, rollout: SamplingSchedule, evaluation: dict[str, SamplingSchedule]) -> None:
-        """How images are sampled in training, and in evaluation by names."""
-        self.rollout_schedule, self.eval_schedules = rollout, evaluation
+    def _set_schedules(self, rollout: SamplingSchedule, evaluation: Mapping[str, SamplingSchedule]) -> None:
+        """Sets how images are sampled in training, and in evaluation by name."""
+        self.rollout_schedule: SamplingSchedule = rollout
+        self.eval_schedules: dict[str, SamplingSchedule] = dict(evaluation)
 
     def _schedule(self, num_steps: int, sampler: str, solver: str) -> SamplingSchedule:
         return SamplingSchedule(
@@ -163,36 +167,13 @@ class DiffusionTrainerConfig(_BaseConfig):
             time_shift=self.time_shift,
         )
 
-    def _check_types(self) -> None:
-        """That whole numbers and lists are so: values of a YAML file are what they look like there."""
-        for name, field_ in type(self).__dataclass_fields__.items():
-            value, kinds = getattr(self, name), get_args(field_.type) or (field_.type,)
-            if isinstance(value, float) and int in kinds and float not in kinds:
-                raise ValueError(f"{name}={value} must be a whole number: write it without a point.")
-            if isinstance(value, str) and value and get_origin(field_.type) is list:
-                raise ValueError(f"{name}={value!r} must be a list: write [{value}] in YAML.")
-
     def _check_choices(self, choices: Mapping[str, Sequence[str]]) -> None:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
 
     def _check_counts(self, names: Iterable[str], least: int = 1) -> None:
-        """That fields are at least so much, or None."""
         for name in names:
             value = getattr(self, name)
             if value is not None and value < least:
-                optional = type(self).__dataclass_fields__[name].default is None
-                raise ValueError(f"{name}={value} must be at least {least}{', or None' if optional else ''}.")
-
-    def _default(self, name: str) -> Any:
-        return type(self).__dataclass_fields__[name].default
-
-    def _refuse_ignored(self, names: Iterable[str], because: str, remedy: str) -> None:
-        """What nothing has a use for must be at its default, so that nobody believes it does something."""
-        for name in names:
-            value, default = getattr(self, name), self._default(name)
-            if value != default and str(value) != str(default):
-                raise ValueError(
-                    f"{name}={value!r} does nothing under {because}: leave it at {default!r}, or {remedy}."
-                )
+                raise ValueError(f"{name}={value} must be at least {least}.")

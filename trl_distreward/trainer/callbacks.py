@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What happens beside the updates: averaging, stopping on request, and what a person watches."""
+"""Callbacks: normalizing and averaging weights, stopping on request, and sample grids."""
 
 import math
 import signal
@@ -12,9 +12,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -23,18 +20,14 @@ from transformers.integrations import TensorBoardCallback
 from ..conditions import take
 from ..files import written_whole
 from ..generation import generate_images
+from .network import asks_for_normalization
 from .sharding import is_split
 
 logger = get_logger(__name__)
 
 
-def asks_for_normalization(network: Any) -> bool:
-    """Whether the network's config has `forced_weight_normalization=True`."""
-    return bool(getattr(getattr(network, "config", None), "forced_weight_normalization", False))
-
-
 class NormalizeWeights(TrainerCallback):
-    """Gives weights back their size after every step of the optimizer, of networks that ask for it in their config."""
+    """Normalizes weights after every optimizer step, for networks whose config asks for it."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -45,7 +38,7 @@ class NormalizeWeights(TrainerCallback):
 
 
 class UpdateEMA(TrainerCallback):
-    """Moves the average of the weights after every update."""
+    """Updates the average of the weights after every step."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -57,7 +50,7 @@ class UpdateEMA(TrainerCallback):
 
 class StopOnSIGTERM(TrainerCallback):
     """
-    Ends the run cleanly after the current update, with a checkpoint: what a cluster's scheduler asks for.
+    Ends the run after the current update with a checkpoint, which is what a cluster's scheduler asks for.
 
     Attributes:
         stopped (`bool`): whether it has ended the last run.
@@ -77,7 +70,7 @@ class StopOnSIGTERM(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # the signal may reach processes at different steps: they stop together once any has it
+        # The signal may reach processes at different steps: they stop together once any has it.
         flag = torch.tensor(float(self.requested), device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -86,16 +79,16 @@ class StopOnSIGTERM(TrainerCallback):
                 logger.warning(f"SIGTERM: training stops after step {state.global_step} with a checkpoint.")
             self.stopped = True
             control.should_save = self._saved != state.global_step
-            control.should_evaluate = False  # which may take hours
+            control.should_evaluate = False  # an evaluation may take hours
             control.should_training_stop = True
 
-    on_epoch_end = on_step_end  # after what else a step has led to
+    on_epoch_end = on_step_end  # Trainer may ask for an evaluation at the end of an epoch
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = state.global_step
 
     def restore(self) -> None:
-        """Gives the signal back to whoever had it."""
+        """Restores the signal's previous handler."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous, self.requested = None, False
@@ -103,12 +96,12 @@ class StopOnSIGTERM(TrainerCallback):
 
 def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> Image.Image:
     """
-    One picture of many.
+    Puts images in a grid.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): gray or RGB.
         columns (`int`, *optional*): images in a row; about a square by default.
-        padding (`int`, *optional*, defaults to 1): gray pixels around each.
+        padding (`int`, *optional*, defaults to 1): gray pixels around each image.
     """
     columns = columns or math.ceil(len(images) ** 0.5)
     rows = math.ceil(len(images) / columns)
@@ -122,18 +115,18 @@ def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> 
 
 class LogSamplesCallback(TrainerCallback):
     """
-    Writes a grid of images from the same noise before training, every few steps, and at the end, so that what changes
-    is the model.
+    Writes a grid of images before training, every few steps, and at the end. All grids start from the same noise, so
+    they differ by the model alone.
 
     Grids are saved as `samples/step-N.png` in the output folder, and sent to TensorBoard, Weights & Biases and Trackio
-    where the run reports to them. The weights are those that are evaluated: the average where there is one.
+    if the run reports to them. They show the weights that are evaluated: the average, if there is one.
 
     Args:
         trainer ([`DistributionRewardTrainer`]): whose policy is sampled.
-        conditions: one per image; by default the first 64 of the reference set.
+        conditions: one per image; the first 64 of the reference set by default.
         freq (`int`, *optional*): steps between two grids; `eval_steps` or `save_steps` by default.
         sampler (`str`, *optional*, defaults to `"ode"`):
-            one of the evaluated samplers, or one of the evaluated schedules by its name, e.g. `"sde_250"`.
+            an evaluated sampler, or the name of an evaluated schedule, e.g. `"sde_250"`.
         seed (`int`, *optional*, defaults to 0): seed of the noise.
 
     Example:
@@ -153,69 +146,67 @@ class LogSamplesCallback(TrainerCallback):
                 f"sampler={sampler!r} is not evaluated: choose one of {', '.join(schedules)}, or add it to "
                 "eval_samplers."
             )
-        self.trainer = trainer
+        self.trainer, self.freq, self.schedule, self.seed = trainer, freq, found[0], seed
         self.conditions = trainer.conditions[:64] if conditions is None else conditions
-        self.freq = freq
-        self.schedule = found[0]
-        self.seed = seed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        freq = self.freq or (state.eval_steps if args.eval_steps else state.save_steps)  # no share of the steps there
+        freq = self.freq or (state.eval_steps if args.eval_steps else state.save_steps)  # state has whole numbers
         if self.trainer.interrupted:  # the checkpoint comes first, and the resumed run begins with a grid
             return
         if state.global_step % freq == 0 or control.should_training_stop:
             self._log(args, state)
 
     def _log(self, args: Any, state: Any) -> None:
+        images = self._images(args)
+        if images is None or not state.is_world_process_zero:
+            return
+        grid, step = image_grid(images), state.global_step
+        with written_whole(Path(args.output_dir) / "samples" / f"step-{step}.png") as file:
+            grid.save(file, format="PNG")
+        self._report(args, grid, step)
+
+    def _images(self, args: Any) -> Tensor | None:
+        """Images `(N, C, H, W)`, on the main process, or `None` if one is not finite."""
         trainer, count = self.trainer, len(self.conditions)
-        split = is_split(trainer.sampled_network)  # then a forward pass takes all processes, and they make all images
+        network = trainer.unwrapped(trainer.sampled_model)
+        split = is_split(network)  # a forward pass then takes all processes, and all make all images
         processes = 1 if split else args.world_size
         indices = range(args.process_index % processes, count, processes)
-        autocast = trainer.autocast() if split else nullcontext()
         trainer.run_record.images["samples"] += count
-        with trainer.run_record.timed("samples"), trainer.evaluation_weights(), autocast:
+        images: dict[int, Tensor] = {}
+        error = ""
+        with (
+            trainer.run_record.timed("samples"),
+            trainer.evaluation_weights(),
+            trainer.autocast() if split else nullcontext(),
+        ):
             batches = generate_images(
                 trainer.policy,
                 take(self.conditions, indices),
                 self.schedule,
                 seed=self.seed,
                 batch_size=args.per_device_eval_batch_size,
-                model=trainer.sampled_network,
+                model=network,
                 stream="samples",
                 indices=indices,
                 decode_batch_size=args.decode_batch_size,
             )
-            images, error = {}, ""
             try:
-                # clones: a view would be sent with all of its batch
+                # clones: a view would be sent with its whole batch
                 made = (image.clone() for batch, _ in batches for image in batch.cpu())
                 images = dict(zip(indices, made, strict=True))
-            except ValueError as found:  # on all processes, where all make all
+            except ValueError as found:
                 error = str(found)
-            parts = [(images, error)] if processes == 1 else gather_object([(images, error)])
-        if not state.is_world_process_zero:
-            return
+        parts = [(images, error)] if processes == 1 else gather_object([(images, error)])
         errors = [error for _, error in parts if error]
         if errors:
-            logger.warning(f"There is no grid of samples at step {state.global_step}: {errors[0]}")
-            return
+            logger.warning(f"There is no grid of samples: {errors[0]}")
+            return None
         everything = {index: image for share, _ in parts for index, image in share.items()}
-        grid, step = image_grid(torch.stack([everything[i] for i in range(count)])), state.global_step
-        path = Path(args.output_dir) / "samples" / f"step-{step}.png"
-        with written_whole(path) as file:
-            grid.save(file, format="PNG", pnginfo=self._description(count))
-        self._report(args, grid, step)
-
-    def _description(self, count: int) -> PngInfo:
-        """What the report says below a grid."""
-        about = PngInfo()
-        steps = f", {self.schedule.num_steps} steps" if self.schedule.num_evaluations is not None else ""
-        text = f"{count} images, {self.schedule.sampler.upper()}{steps}, noise of seed {self.seed}"
-        about.add_text("Description", text)
-        return about
+        return torch.stack([everything[i] for i in range(count)])
 
     def _report(self, args: Any, grid: Image.Image, step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:
@@ -227,29 +218,3 @@ class LogSamplesCallback(TrainerCallback):
             if name in args.report_to:
                 module = __import__(name)
                 module.log({"samples": module.Image(grid)})
-
-
-def print_rewards(rewards: Tensor, advantages: Tensor, step: int, most: int = 10) -> None:
-    """
-    A table of the best and worst subsets, with as many digits as their differences need.
-
-    Args:
-        rewards, advantages (`torch.Tensor` of shape `(B,)`): of all subsets.
-        step (`int`): said in the title.
-        most (`int`, *optional*, defaults to 10): rows.
-    """
-    spread = rewards.std().item()
-    digits = max(2, 2 - math.floor(math.log10(spread))) if spread > 0 else 6
-    order = rewards.argsort(descending=True).tolist()
-    shown = order if len(order) <= most else order[: most // 2] + order[-(most - most // 2) :]
-    table = Table(title=f"Step {step}")
-    for name in ("rank", "subset", "reward", "advantage"):
-        table.add_column(name, justify="right")
-    for place, subset in enumerate(shown):
-        if place == most // 2 and len(shown) < len(order):
-            table.add_section()
-        rank = order.index(subset) + 1
-        table.add_row(str(rank), str(subset), f"{rewards[subset]:.{digits}f}", f"{advantages[subset]:+.2f}")
-    console = Console()
-    console.print(table)
-    console.print(f"{len(order)} subsets: {rewards.mean():.{digits}f} ± {spread:.{digits}f}")

@@ -1,44 +1,44 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What a set of merging coefficients is worth: the reward of the images that the merged model makes."""
+"""Judging merging coefficients by the images that the merged model generates."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..conditions import take
-from ..generation import image_generators, sample
+from ..generation import generate, image_generators
 from ..merging.pool import CheckpointPool
 from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
-from ..rewards.subset_replace import SubsetReplaceReward
-from .judged import Judged
-from .reward_functions import RewardFunctions
+from .reward_functions import RewardFunctions, call_per_image
+
+if TYPE_CHECKING:
+    from .merge_coefficient_config import MergeCoefficientConfig
 
 
 class CandidateJudge:
     """
-    Merges, generates and rewards, a share of the candidates in each process.
+    Merges, generates and rewards; each process takes a share of the candidates.
 
-    All candidates of a step get the same noise, conditions and replaced slots: what their rewards differ by is the
-    coefficients' doing.
+    All candidates of a step get the same noise, conditions and replaced slots, so their rewards differ by the
+    coefficients alone.
 
     Args:
         policy ([`DiffusionPolicy`]): generator.
-        network (`nn.Module`): what is merged into, and generates.
+        network (`torch.nn.Module`): network that is merged into.
         pool ([`~merging.CheckpointPool`]): checkpoints.
         groups (`dict[str, int]`): row of the coefficients for each tensor.
-        rewards ([`RewardFunctions`]): what judges images.
+        rewards ([`RewardFunctions`]): rewards of the images.
         args ([`MergeCoefficientConfig`]): sizes, schedule and seed.
         conditions: one per image of a candidate's set.
-        slots ([`SlotSampler`] or [`StratifiedSlotSampler`]): draws the subsets of it that are replaced.
-        accelerator (`accelerate.Accelerator`): tells the processes.
-        autocast (`Callable`): makes the context that the network runs under.
-        trainer_state (`Callable`): returns the trainer's state of now, for reward functions.
+        slots ([`SlotSampler`] or [`StratifiedSlotSampler`]): draws the subsets of the set that are replaced.
+        accelerator (`accelerate.Accelerator`): the processes.
+        autocast (`Callable`): makes the context that the network runs in.
+        trainer_state (`Callable`): returns the trainer's state, for reward functions.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class CandidateJudge:
         pool: CheckpointPool,
         groups: Mapping[str, int],
         rewards: RewardFunctions,
-        args: Any,
+        args: "MergeCoefficientConfig",
         conditions: Any,
         slots: SlotSampler | StratifiedSlotSampler,
         accelerator: Accelerator,
@@ -66,78 +66,44 @@ class CandidateJudge:
     @torch.no_grad()
     def judge(self, coefficients: Tensor, step: int) -> Tensor:
         """
-        Rewards `(B, functions)`, float64, of coefficients `(B, G, N_c)`; NaN where images or features are not finite.
-
-        The same on every process, whatever their number.
+        Computes rewards `(B, functions)` of coefficients `(B, G, N_c)`; float64 and the same on every process. They
+        are NaN where images or features are not finite.
         """
         mine = range(self.accelerator.process_index, len(coefficients), self.accelerator.num_processes)
-        values = torch.zeros(len(coefficients), len(self.rewards.functions), dtype=torch.float64)
+        values = torch.zeros(len(coefficients), len(self.rewards.all), dtype=torch.float64)
         for index in mine:
-            values[index] = self.judge_one(coefficients[index], step)
+            values[index] = self.judge_set(coefficients[index], self.conditions, "candidate", step)
+            if self.args.num_replacements and bool(values[index].isfinite().all()):
+                values[index] = self._judge_replaced(values[index], step)
         # every other process has zeros where this one has values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     @torch.no_grad()
-    def judge_one(self, coefficients: Tensor, step: int) -> Tensor:
-        """Rewards `(functions,)` of coefficients `(G, N_c)`, on this process alone."""
-        values = self.judge_set(coefficients, self.conditions, "candidate", step)
-        if self.args.num_replacements and bool(values.isfinite().all()):
-            return self._judge_replaced(values, step)
-        return values
-
-    @torch.no_grad()
     def judge_set(self, coefficients: Tensor, conditions: Any, stream: str, step: int) -> Tensor:
-        """Rewards `(functions,)` of one image per condition: minus the set's distance, or means over its images."""
+        """Computes rewards `(functions,)` of a set with one image per condition: minus its distance, or its mean."""
         self.merge(coefficients)
-        own, values = self._generate(conditions, stream, step)
-        return values if own is None else self._with_distances(own, values)
-
-    @torch.no_grad()
-    def judge_start(self, coefficients: Tensor, conditions: Any) -> Tensor:
-        """
-        As `judge_set`, of what training starts at.
-
-        Raises:
-            ValueError: images, features or rewards are not finite.
-        """
-        self.merge(coefficients)
-        own, values = self._generate(conditions, "start", 0)
-        if own is None:
-            raise ValueError(
-                "the images of the initial coefficients, or their features, are not finite: choose other "
-                "initial_coefficients."
-            )
-        values = self._with_distances(own, values)
-        for name, value in zip(self.rewards.names, values.tolist(), strict=True):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"reward function {name!r} gives {value} for the images of the initial coefficients, which are "
-                    "finite: it must return one finite float per image."
-                )
-        return values
-
-    def _with_distances(self, own: list[dict[str, Tensor]], values: Tensor) -> Tensor:
-        for reward, features in zip(self.rewards.distributional, own, strict=True):
-            reward.set_reference(features)
-        for index, function in enumerate(self.rewards.functions):
-            if isinstance(function, SubsetReplaceReward):
-                values[index] = function.baseline
+        features, values = self._generate(conditions, stream, step)
+        if features is None:
+            return values
+        for place, reward in enumerate(self.rewards.all):
+            if reward.of_sets:
+                reward.function.set_reference(features[reward.index])
+                values[place] = reward.function.baseline
         return values
 
     def _judge_replaced(self, values: Tensor, step: int) -> Tensor:
-        """Eq. 10: the mean over N_s subsets of the set and N_r replacements of each."""
+        """Averages over N_s subsets of the set and N_r replacements of each (Eq. 10)."""
         args = self.args
         (generator,) = image_generators(args.seed, "subsets", self._noise_step(step), [0])
         self.slots.generator.manual_seed(generator.initial_seed())  # the same for all candidates of a step
         slots = self.slots.draw(args.num_subsets, args.replace_size).repeat_interleave(args.num_replacements, dim=0)
-        new, _ = self._generate(take(self.conditions, slots.flatten()), "replacement", step, single=False)
-        if new is None:
+        features, _ = self._generate(take(self.conditions, slots.flatten()), "replacement", step, single=False)
+        if features is None:
             return torch.full_like(values, torch.nan)
-        rewards = iter(zip(self.rewards.distributional, new, strict=True))
-        for index, function in enumerate(self.rewards.functions):
-            if isinstance(function, SubsetReplaceReward):
-                reward, features = next(rewards)
-                values[index] = reward.subset_rewards(slots.to(self.accelerator.device), features).mean()
+        for place, reward in enumerate(self.rewards.all):
+            if reward.of_sets:
+                there = slots.to(self.accelerator.device)
+                values[place] = reward.function.subset_rewards(there, features[reward.index]).mean()
         return values
 
     def _noise_step(self, step: int) -> int:
@@ -147,43 +113,39 @@ class CandidateJudge:
         self, conditions: Any, stream: str, step: int, single: bool = True
     ) -> tuple[list[dict[str, Tensor]] | None, Tensor]:
         """
-        Features of new images, for each reward of sets, and the means of the rewards of `single` images; no features
-        and NaN where images or features are not finite.
+        Features of new images per distribution reward, and means of the rewards of `single` images; no features and
+        NaN if images or features are not finite.
         """
-        size, noise = self.args.per_device_eval_batch_size, self._noise_step(step)
+        values = torch.zeros(len(self.rewards.all), dtype=torch.float64)
         chunks: list[list[dict[str, Tensor]]] = []
-        values = torch.zeros(len(self.rewards.functions), dtype=torch.float64)
-        for start in range(0, len(conditions), size):
-            indices = range(start, min(start + size, len(conditions)))
-            batch = take(conditions, indices)
-            generators = image_generators(self.args.seed, stream, noise, indices)
-            with self.autocast():  # the network only: decoding and features stay in full precision
-                x = sample(self.policy, self.network, batch, self.args.rollout_schedule, generators).sample
-            images, finite = decode_uint8(self.policy, x, self.args.decode_batch_size)
-            features = [r.extract(images, batch, check_finite=False) for r in self.rewards.distributional]
-            if not Judged(features, finite).finite:
+        for batch in generate(
+            self.policy,
+            conditions,
+            self.args.rollout_schedule,
+            seed=self.args.seed,
+            stream=stream,
+            step=self._noise_step(step),
+            batch_size=self.args.per_device_eval_batch_size,
+            model=self.network,
+            autocast=self.autocast,
+        ):
+            images, finite = decode_uint8(self.policy, batch.sample, self.args.decode_batch_size)
+            features = [r.extract(images, batch.conditions, check_finite=False) for r in self.rewards.of_sets]
+            flags = [finite, *(rows.isfinite().all(dim=1) for spaces in features for rows in spaces.values())]
+            if not all(bool(flag.all()) for flag in flags):
                 return None, torch.full_like(values, torch.nan)
             chunks.append(features)
-            if single:
-                values += self._single(images, batch, indices) / len(conditions)
+            for place, reward in enumerate(self.rewards.all):
+                if single and not reward.of_sets:
+                    scores = call_per_image(
+                        reward,
+                        images=images,
+                        conditions=batch.conditions,
+                        slots=torch.tensor(batch.indices, device=images.device),
+                        trainer_state=self.trainer_state(),
+                    )
+                    values[place] += scores.sum().cpu() / len(conditions)
         joined = [
             {space: torch.cat([c[space] for c in parts]) for space in parts[0]} for parts in zip(*chunks, strict=True)
         ]
         return joined, values
-
-    def _single(self, images: Tensor, conditions: Any, indices: range) -> Tensor:
-        """Sums of the rewards of single images."""
-        sums = torch.zeros(len(self.rewards.functions), dtype=torch.float64)
-        for index, function in enumerate(self.rewards.functions):
-            if isinstance(function, SubsetReplaceReward):
-                continue
-            slots = torch.tensor(indices, device=images.device)
-            returned = function(images=images, conditions=conditions, slots=slots, trainer_state=self.trainer_state())
-            scores = torch.as_tensor(returned, dtype=torch.float64)
-            if scores.numel() != len(images):
-                raise ValueError(
-                    f"reward function {self.rewards.names[index]!r} returned {scores.numel()} values for "
-                    f"{len(images)} images: it must return one float per image."
-                )
-            sums[index] = scores.sum()
-        return sums

@@ -1,40 +1,37 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What trainers try before any training, so that what does not fit together shows at once."""
+"""Checks at construction, so that a misfit shows before any work is done."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..conditions import take
 from ..generation import image_generators
-from ..metrics.distance import supports
 from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy, to_uint8
-from ..rewards.subset_replace import SubsetReplaceReward
+from .base_config import DiffusionTrainerConfig
+from .network import asks_for_normalization
 from .reward_functions import RewardFunctions
 
-# What to do about a reward that has no gradient
-_REMEDY = (
-    "use a policy gradient, which needs no gradient of the reward: recipe='policy_gradient', or loss_type='grpo' and "
-    "sampler='sde'"
-)
+if TYPE_CHECKING:
+    from .base import DiffusionTrainer
 
 
 @torch.no_grad()
 def images_of_noise(policy: DiffusionPolicy, conditions: Any, device: torch.device) -> tuple[Tensor, Any]:
-    """Two images of nothing but noise and their conditions, to try things on."""
+    """Decodes pure noise to two uint8 images `(2, C, H, W)`, to try rewards and metrics on; and their conditions."""
     tried = take(conditions, [0, 1])
     noise = policy.noise(tried, image_generators(0, "check", 0, [0, 1]))
-    # the network may not be on the device yet, unlike what decodes and judges
     return to_uint8(policy.decode(noise.to(device))), tried
 
 
 @torch.no_grad()
 def check_on(images: Tensor, conditions: Any, rewards: RewardFunctions, metrics: Mapping[str, ImageMetric]) -> None:
-    """Runs every extractor and metric once, so that a misfit shows before any training."""
-    for reward in rewards.distributional:
+    """Runs every feature extractor and metric once."""
+    for reward in rewards.of_sets:
         reward.extract(images, conditions)
     for name, metric in metrics.items():
         metric.reset()
@@ -46,10 +43,10 @@ def check_on(images: Tensor, conditions: Any, rewards: RewardFunctions, metrics:
         metric.reset()
 
 
-def check_best_metric(args: Any, metrics: Mapping[str, ImageMetric]) -> None:
+def check_best_metric(args: DiffusionTrainerConfig, metrics: Mapping[str, ImageMetric]) -> None:
     """
     Raises:
-        ValueError: `metric_for_best_model` is not evaluated, or says itself that the other way is up.
+        ValueError: `metric_for_best_model` is not evaluated, or `greater_is_better` contradicts the metric.
     """
     name = args.metric_for_best_model
     if name is None:
@@ -61,84 +58,40 @@ def check_best_metric(args: Any, metrics: Mapping[str, ImageMetric]) -> None:
     higher = getattr(metric, "higher_is_better", None)
     if higher is not None and higher != args.greater_is_better:
         raise ValueError(
-            f"greater_is_better={args.greater_is_better} would keep the worst by metric_for_best_model={name!r}: set "
+            f"greater_is_better={args.greater_is_better} would keep the model with the worst {name}: set "
             f"greater_is_better={higher}."
         )
 
 
-def check_sizes(args: Any, rewards: RewardFunctions, processes: int) -> None:
+def check_launch(trainer: "DiffusionTrainer", ema_decay: float) -> None:
     """
-    Args:
-        args ([`DiffusionDistributionConfig`]): configuration.
-        rewards ([`RewardFunctions`]): what judges images.
-        processes (`int`): that share out the subsets.
-
     Raises:
-        ValueError: subsets cannot be shared out, or the best of several candidates has no distance to be chosen by.
+        ValueError: a way of launching that would fail late, or train something else than asked for.
     """
-    if args.best_of_n > 1 and not rewards.distributional:
+    args, accelerator = trainer.args, trainer.accelerator
+    plugin = accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
-            f"best_of_n={args.best_of_n} chooses by the replaced distance, but no reward is a SubsetReplaceReward: "
-            "set best_of_n=1."
+            f"fsdp_version={plugin.fsdp_version}: set fsdp_version: 2, as in examples/accelerate_configs/fsdp2.yaml."
         )
-    if args.num_subsets % processes:
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        # FSDP would round the times too: in bfloat16 0.98 and 0.984 are the same.
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
+    if trainer.is_deepspeed_enabled and (ema_decay > 0 or asks_for_normalization(trainer.network)):
         raise ValueError(
-            f"num_subsets={args.num_subsets} is not divisible among {processes} processes: choose a multiple of "
-            f"{processes}."
+            f"ema_decay={ema_decay} and forced_weight_normalization change weights outside of the optimizer, which "
+            "DeepSpeed does not allow: set ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml."
         )
-
-
-def check_gradients(images: Tensor, conditions: Any, rewards: RewardFunctions, trainer_state: Any) -> None:
-    """
-    Back-propagates every reward to `images`, uint8 `(2, C, H, W)`.
-
-    Raises:
-        ValueError: one has no gradient, or none that reaches the images.
-    """
-    tracked = 64 + images.float() / 2  # a rounded or clamped image would tell nothing at its ends
-    tracked.requires_grad_()
-    for name, function in zip(rewards.names, rewards.functions, strict=True):
-        with torch.enable_grad():
-            if isinstance(function, SubsetReplaceReward):
-                _check_distance_gradients(tracked, conditions, function)
-            else:
-                _check_score_gradient(tracked, conditions, name, function, trainer_state)
-
-
-def _is_blind(values: Tensor, tracked: Tensor) -> bool:
-    """Whether values do not change with the images that they are of."""
-    if not values.requires_grad:
-        return True
-    # their sum or that of their squares may be the same for all images, and squares have no gradient at 0
-    weights = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
-    (gradient,) = torch.autograd.grad(values, tracked, weights, allow_unused=True)
-    return gradient is None or not bool((gradient != 0).any())
-
-
-def _check_score_gradient(tracked: Tensor, conditions: Any, name: str, function: Any, trainer_state: Any) -> None:
-    if not getattr(function, "differentiable", False):
+    adaptive = [name for name, schedule in args.eval_schedules.items() if schedule.num_evaluations is None]
+    if adaptive and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
-            f"reward function {name!r} does not say that it is differentiable: if it returns a tensor with gradients "
-            f"to float32 images in [0, 255], set its attribute differentiable=True; else {_REMEDY}."
+            f"evaluation under {adaptive[0]!r} with 'dopri5' takes another number of forward passes on every process, "
+            "which FSDP and ZeRO must make together: set eval_solver='heun'."
         )
-    slots = torch.arange(2, device=tracked.device)
-    scores = function(images=tracked, conditions=conditions, slots=slots, trainer_state=trainer_state)
-    if not isinstance(scores, Tensor) or scores.shape != (2,) or _is_blind(scores, tracked):
+    if args.n_gpu > 1:
         raise ValueError(
-            f"reward function {name!r} returned {scores!r} for 2 images: it must return a tensor of shape (2,) with a "
-            f"gradient to them; else {_REMEDY}."
+            f"one process sees {args.n_gpu} GPUs: start one process per GPU, e.g. torchrun --nproc_per_node "
+            f"{args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one."
         )
-
-
-def _check_distance_gradients(tracked: Tensor, conditions: Any, reward: SubsetReplaceReward) -> None:
-    if reward.credit != "shared" or reward.control_variate:
-        raise ValueError(
-            "loss_type='backprop' takes the gradient of the distance itself: leave credit='shared' and "
-            "control_variate=False."
-        )
-    lacking = [space for space, distance in reward.distances.items() if not supports(distance, "gradient")]
-    if lacking:
-        raise ValueError(f"the distances of {lacking} have no gradient: {_REMEDY}.")
-    for space, values in reward.extract(tracked, conditions, gradient=True).items():
-        if _is_blind(values, tracked):
-            raise ValueError(f"feature extractor {space!r} passes no gradient to its images: {_REMEDY}.")
+    if accelerator.device.type == "mps":
+        raise ValueError("distances need float64, which MPS devices do not have: set use_cpu=True.")

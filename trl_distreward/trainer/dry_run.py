@@ -1,152 +1,124 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What a run will cost, predicted before it starts, and whether it can run at all."""
+"""The cost of a run before it starts: network evaluations by arithmetic; seconds and memory by one real update."""
 
 import math
 import os
+import resource
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..metrics.extractors import FEATURE_BATCH, module_of
-from ..policies import to_uint8
-from .checkpoints import HALF_PRECISION
-from .estimates import (
-    FLOAT,
-    Evaluations,
-    Network,
-    Transients,
-    checkpoint_bytes,
-    count_evaluations,
-    disk_bytes,
-    num_events,
-    num_kept_images,
-    num_means,
-    num_refreshes,
-    num_states,
-    peak_memory,
-    resident_bytes,
-    rows_per_process,
-    trajectory_bytes,
-)
-from .measurement import Measurement, guidance_factor, measure, start_noise
+from ..metrics.extractors import module_of
 
-# Share of the free memory that a prediction may take: allocators round up, and fragments are lost.
-HEADROOM = 0.95
+if TYPE_CHECKING:
+    from .distribution_reward_trainer import DistributionRewardTrainer
+
 GIB = 2**30
+FLOAT = 4  # bytes of the float32 that weights, gradients and averages are kept in
+OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rmsprop": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "adafactor": 1}
+# Share of the free memory that may be planned with: allocators round up, and fragments are lost
+HEADROOM = 0.95
+
+# What to lower if a phase runs out of memory
+_REMEDIES = {
+    "refresh": "lower per_device_eval_batch_size or decode_batch_size",
+    "rollout": "lower rollout_batch_size or decode_batch_size, or set offload_trajectories=True",
+    "reward": "lower num_subsets, or set offload_trajectories=True",
+    "training": "lower per_device_train_batch_size, set activation_checkpointing=True, or train an adapter",
+}
 
 
-def networks(trainer: Any) -> Network:
-    """Sizes of what the trainer holds, before processes share it out."""
-    network = trainer.network
-    pipeline = getattr(trainer.policy, "pipeline", None)
-    parts = [] if pipeline is None else [p for p in pipeline.components.values() if isinstance(p, nn.Module)]
-    parts = [part for part in parts if part is not trainer.policy.model]
-    extractors = [e for reward in trainer.distribution_rewards for e in reward.extractors.values()]
-    extractors += [getattr(metric, "extractor", None) for metric in trainer.eval_metrics.values()]
-    modules = [*parts, *map(module_of, [*extractors, *trainer.reward_funcs]), trainer.reference_model]
-    # several rewards may share a network
-    beside = {id(t): t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())}
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    adapted = FLOAT * trained if trainer.policy.model is not network else 0
-    weights = _bytes(network)
-    copies = 2 if hasattr(pipeline, "save_lora_weights") else 1  # peft's file, and diffusers'
-    return Network(
-        weights=weights,
-        trained=trained,
-        frozen=sum(t.nbytes for t in beside.values()),
-        saved=_bytes(network, as_saved=True) - adapted + sum(map(_bytes, parts)),
-        adapter=copies * adapted,
+def count_evaluations(trainer: "DistributionRewardTrainer") -> dict[str, float]:
+    """Network evaluations of all processes per rollout, update, refresh and evaluation; guidance counts twice."""
+    args, policy = trainer.args, trainer.policy
+    factor = 2 if getattr(policy, "guided", getattr(policy, "guidance_scale", 1.0) != 1.0) else 1
+    images, steps = args.num_subsets * args.replace_size * args.best_of_n, args.rollout_schedule.num_steps
+    counts = [schedule.num_evaluations or schedule.num_steps for schedule in args.eval_schedules.values()]
+    found = {
+        "rollout": images * steps,
+        "update": trainer.estimator.num_passes(),
+        "refresh": args.reference_set_size * steps if trainer.rewards.of_sets else 0,
+        "evaluation": len(trainer.eval_conditions) * sum(counts),
+    }
+    return {name: factor * count for name, count in found.items()}
+
+
+def num_refreshes(args: Any, steps: int) -> int:
+    """Times that the reference set is generated in `steps` updates; `"auto"` counts like 10."""
+    if args.reference_update == "rolling":
+        return 1
+    interval = 10 if args.reference_refresh_steps == "auto" else int(args.reference_refresh_steps)
+    return math.ceil(steps / (math.ceil(interval / args.num_iterations) * args.num_iterations))
+
+
+def describe_sizes(trainer: "DistributionRewardTrainer") -> str:
+    """What a rollout, an update and a run consist of, in words."""
+    args, counts, steps = trainer.args, count_evaluations(trainer), _total_steps(trainer)
+    images = args.num_subsets * args.replace_size
+    total = (
+        counts["rollout"] * math.ceil(steps / args.num_iterations)
+        + counts["update"] * steps
+        + counts["refresh"] * num_refreshes(args, steps)
+        + counts["evaluation"] * _num_evaluations(trainer, steps)
+    )
+    return (
+        f"One rollout: {args.num_subsets} subsets of {args.replace_size} = {images} images, {counts['rollout']:,.0f} "
+        f"network evaluations. One update: {counts['update']:,.0f} with backward pass. The run: {steps} updates, "
+        f"{total:,.0f} network evaluations."
     )
 
 
-def _bytes(module: nn.Module, as_saved: bool = False) -> int:
-    """Of parameters and buffers; an adapted network is saved in float32."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * FLOAT if as_saved and t.dtype in HALF_PRECISION else t.nbytes for t in tensors)
-
-
-def _shards(trainer: Any) -> tuple[int, int]:
-    """Over how many processes weights, and optimizer and gradients, are shared out."""
-    processes = trainer.accelerator.num_processes
-    if trainer.is_fsdp_enabled:
-        return processes, processes
-    if trainer.is_deepspeed_enabled:
-        whole = trainer.accelerator.state.deepspeed_plugin.zero_stage < 3
-        return 1 if whole else processes, processes
-    return 1, 1
-
-
-def _total_steps(trainer: Any) -> int:
+def _total_steps(trainer: "DistributionRewardTrainer") -> int:
     args = trainer.args
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * trainer.steps_per_epoch)
 
 
-def _sizes(trainer: Any) -> tuple[int, int, int]:
-    """Bytes of one sample, of one image, and of the reference set's features."""
-    x, conditions = start_noise(trainer, 2)
-    with torch.no_grad():
-        images = to_uint8(trainer.policy.decode(x))
-        spaces = [
-            values for reward in trainer.distribution_rewards for values in reward.extract(images, conditions).values()
-        ]
-    reference = sum(trainer.args.reference_set_size * values[0].nbytes for values in spaces)
-    return x[0].nbytes, images[0].nbytes, reference
+def _num_times(trainer: "DistributionRewardTrainer", strategy: str, interval: float | None, steps: int) -> int:
+    if strategy == "no" or not interval:
+        return 0
+    every = trainer.steps_per_epoch if strategy == "epoch" else max(1, interval * steps if interval < 1 else interval)
+    return int(steps // every)
 
 
-def memory_capacity(trainer: Any, held: float) -> float:
-    """Bytes that this process may come to hold on its device, with the `held` ones that it has there."""
-    device = trainer.accelerator.device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return psutil.virtual_memory().available / processes + held
-
-
-def free_disk(folder: str | os.PathLike) -> int:
-    """Bytes free where `folder` is or will be, and those of checkpoints that a run in it will delete or reuse."""
-    path = Path(folder).absolute()
-    there = next(parent for parent in [path, *path.parents] if parent.is_dir())
-    old = sum(file.stat().st_size for file in path.glob("checkpoint-*/**/*") if file.is_file())
-    return shutil.disk_usage(there).free + old
+def _num_evaluations(trainer: "DistributionRewardTrainer", steps: int) -> int:
+    args = trainer.args
+    return _num_times(trainer, args.eval_strategy, args.eval_steps, steps) + bool(args.eval_on_start)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """
-    What a run will cost.
+    Cost of a run.
 
     Attributes:
-        device (`str`): name of the device.
-        processes, steps (`int`): processes, and optimizer steps of the whole run.
-        evaluations ([`Evaluations`]): network evaluations of one process.
-        evaluations_per_step (`float`): of training, on average over the run.
-        memory (`dict[str, float]`): most bytes on a device, by phase.
-        capacity (`float`): bytes it has for this process.
-        seconds (`dict[str, float]`): of an average optimizer step, by phase.
+        device (`str`), processes, steps (`int`): device, number of processes, and updates of the whole run.
+        evaluations (`dict[str, float]`): network evaluations, see `count_evaluations`.
+        seconds (`dict[str, float]`): seconds of an average update, by phase.
         device_hours (`float`): of the whole run, over all devices.
-        checkpoint (`dict[str, int]`): bytes of one checkpoint, by what is in it.
-        disk, free (`int`): most bytes of the run on disk, and what is free there.
-        problems (`list[str]`): why it cannot run, each with the settings to change; empty if it can.
+        memory, capacity (`float`): most bytes used on this process's device, and bytes that it has.
+        checkpoint, disk, free (`float`): bytes of one checkpoint, of the run's most on disk, and free on disk.
+        problems (`list[str]`): why the run does not fit, each with a remedy.
     """
 
     device: str
     processes: int
     steps: int
-    evaluations: Evaluations
-    evaluations_per_step: float
-    memory: dict[str, float]
-    capacity: float
+    evaluations: dict[str, float]
     seconds: dict[str, float]
     device_hours: float
-    checkpoint: dict[str, int]
-    disk: int
-    free: int
+    memory: float
+    capacity: float
+    checkpoint: float
+    disk: float
+    free: float
     problems: list[str]
 
     @property
@@ -154,258 +126,171 @@ class Prediction:
         return not self.problems
 
 
-def dry_run(trainer: Any) -> Prediction:
+def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     """
-    Measures one micro-batch of each phase and predicts what the run takes. All processes call it.
+    Generates the first batch of the reference set and makes one real update, and scales them to the run.
 
-    The trainer cannot be used afterwards: its first step was not a step.
-
-    Args:
-        trainer ([`DistributionRewardTrainer`]): set up to train.
+    The trainer cannot be used afterwards. All processes call it.
     """
-    network, sizes = networks(trainer), _sizes(trainer)
-    weight_shards, state_shards = _shards(trainer)
-    resident = resident_bytes(trainer.args, network, weight_shards, state_shards)
-    capacity = memory_capacity(trainer, resident["weights"] + resident["average"] + resident["frozen networks"])
-    measurement = measure(trainer)
-    return predict(trainer, network, sizes, measurement, capacity)
-
-
-def predict(
-    trainer: Any, network: Network, sizes: tuple[int, int, int], measurement: Measurement, capacity: float
-) -> Prediction:
-    """The prediction that follows from a [`Measurement`]; other arguments as `dry_run` has them."""
-    args, accelerator = trainer.args, trainer.accelerator
-    processes, steps = accelerator.num_processes, _total_steps(trainer)
-    sample, image, reference = sizes
-    per_image = _per_image(trainer)
-    evaluations = evaluations_of(trainer, measurement.adaptive_evaluations)
-    refreshes = num_refreshes(args, steps) if trainer.distribution_rewards else 0
-
-    weight_shards, state_shards = _shards(trainer)
-    resident = resident_bytes(args, network, weight_shards, state_shards)
-    gradients = FLOAT * network.trained / state_shards
-    if processes > 1 and state_shards == 1:
-        gradients *= 2  # DDP sends them from buckets of its own
-    kept = image if trainer.rollouts.judge.keep_images else 0
-    trajectories = trajectory_bytes(args, sample, kept, processes, per_image)
-    memory = peak_memory(args, resident, gradients, trajectories, measurement.transients)
-
-    seconds = seconds_per_step(trainer, measurement, evaluations, refreshes, steps)
-    checkpoint, disk = _disk(trainer, network, sample, reference, steps)
-    free = free_disk(args.output_dir)
-    on_cuda = accelerator.device.type == "cuda"
+    steps, device = _total_steps(trainer), trainer.accelerator.device
+    problems = _disk_problems(trainer, steps)
+    capacity = memory_capacity(device)
+    args, refresh = trainer.args, trainer.reference_set.refresh
+    counts, evaluations = count_evaluations(trainer), _num_evaluations(trainer, steps)
+    args.max_steps, args.eval_strategy, args.save_strategy, args.eval_on_start = 1, "no", "no", False
+    size = min(args.per_device_eval_batch_size * trainer.accelerator.num_processes, len(trainer.conditions))
+    setattr(  # noqa: B010
+        trainer.reference_set, "refresh", lambda batches, step: refresh(_repeated(islice(batches, 1), trainer), step)
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds: Mapping[str, float] = trainer.run_record.seconds
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError:
+        done = trainer.run_record.seconds
+        phase = next((name for name in _REMEDIES if name not in done), "training")
+        problems.append(f"{phase} runs out of the device's {capacity / GIB:.1f} GiB: {_REMEDIES[phase]}.")
+    seconds = trainer.run_record.seconds
+    reference = seconds.get("refresh", 0.0) * len(trainer.conditions) / size
+    per_evaluation = reference / counts["refresh"] if counts["refresh"] else 0.0
+    per_update = {
+        "rollout": seconds.get("rollout", 0.0) / args.num_iterations,
+        "reward": seconds.get("reward", 0.0) / args.num_iterations,
+        "update": seconds.get("training", 0.0),
+        "refresh": reference * num_refreshes(args, steps) / steps,
+        "evaluation": per_evaluation * counts["evaluation"] * evaluations / steps,
+    }
+    checkpoint, disk, free = _disk(trainer, steps)
+    processes = trainer.accelerator.num_processes
     return Prediction(
-        device=torch.cuda.get_device_name(accelerator.device) if on_cuda else "CPU",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         processes=processes,
         steps=steps,
-        evaluations=evaluations,
-        evaluations_per_step=evaluations.of_training(steps, args.num_iterations, refreshes) / steps,
-        memory=memory,
+        evaluations=counts,
+        seconds=per_update,
+        device_hours=sum(per_update.values()) * steps * processes / 3600,
+        memory=_peak_memory(device),
         capacity=capacity,
-        seconds=seconds,
-        device_hours=sum(seconds.values()) * steps * processes / 3600,
         checkpoint=checkpoint,
         disk=disk,
         free=free,
-        problems=memory_problems(trainer, memory, trajectories, measurement, HEADROOM * capacity)
-        + disk_problems(args, checkpoint, disk, free),
+        problems=problems,
     )
 
 
-def evaluations_of(trainer: Any, adaptive_evaluations: float = 0.0) -> Evaluations:
-    """Network evaluations of one of the trainer's processes."""
-    return count_evaluations(
-        trainer.args,
-        processes=trainer.accelerator.num_processes,
-        guided=guidance_factor(trainer) == 2,
-        per_image=_per_image(trainer),
-        has_reference=bool(trainer.distribution_rewards),
-        num_eval_images=len(trainer.eval_conditions),
-        adaptive_evaluations=adaptive_evaluations,
-    )
+def _repeated(
+    batches: Iterable[tuple[Tensor, Any, int, Tensor]], trainer: "DistributionRewardTrainer"
+) -> Iterator[tuple[Tensor, Any, int, Tensor]]:
+    """Repeats the first batch until the reference set is full, with other pixels each time."""
+    count, total = 0, trainer.args.reference_set_size
+    for images, conditions, valid, finite in batches:
+        while count < total:
+            number = min(valid, total - count)
+            noise = torch.randint_like(images, 0, 8) * (count > 0)
+            yield images ^ noise, conditions, number, finite
+            count += number
 
 
-def _per_image(trainer: Any) -> bool:
-    """Whether every image has a reward of its own."""
-    rewards = trainer.distribution_rewards
-    return len(rewards) < len(trainer.reward_funcs) or any(reward.credit == "leave_one_in" for reward in rewards)
+# ---- memory and disk ----
 
 
-def seconds_per_step(
-    trainer: Any, measurement: Measurement, evaluations: Evaluations, refreshes: int, steps: int
-) -> dict[str, float]:
-    """Of an average optimizer step, by phase; what happens every so often is shared out over all steps."""
-    args, processes, m = trainer.args, trainer.accelerator.num_processes, measurement
-    images = args.num_subsets * args.replace_size / processes
-    pairs, judged, scored = evaluations.update / guidance_factor(trainer), images * args.best_of_n, 1
-    if args.loss_type == "backprop":
-        scored = args.backprop_draws
-        pairs = images * scored  # an image's steps were measured together
-        judged = images * (1 + scored if scored > 1 else 1)  # the sampler's own images besides the draws
-    size = args.per_device_eval_batch_size
-    reference = rows_per_process(args.reference_set_size, size, processes)
-    schedules = len(args.eval_schedules)
-    decoded = rows_per_process(len(trainer.eval_conditions), size, processes) * schedules
-    evaluated = len(trainer.eval_conditions) * schedules  # by every process: each has the images of all
-    count = num_events(args.eval_strategy, args.eval_steps, steps, trainer.steps_per_epoch) + bool(args.eval_on_start)
-    rolling = args.reference_update == "rolling"
-    per_generation = {
-        "rollout": evaluations.rollout * m.evaluation + judged * m.decoding,
-        "reward": judged * m.features + scored * m.scoring + (m.fitting if rolling else 0.0),
-    }
-    return {
-        **{phase: seconds / args.num_iterations for phase, seconds in per_generation.items()},
-        "update": pairs * m.pair + evaluations.anchor * m.evaluation / args.num_iterations + m.optimizer,
-        "refresh": (evaluations.refresh * m.eval_evaluation + reference * (m.eval_decoding + m.features) + m.fitting)
-        * refreshes
-        / steps,
-        "evaluation": (evaluations.evaluation * m.eval_evaluation + decoded * m.eval_decoding + evaluated * m.judging)
-        * count
-        / steps,
-    }
+def memory_capacity(device: torch.device) -> float:
+    """Bytes that this process may use on its device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().available / processes + psutil.Process().memory_info().rss
 
 
-# ---- what does not fit ----
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def memory_problems(
-    trainer: Any,
-    memory: Mapping[str, float],
-    trajectories: tuple[float, float],
-    measurement: Measurement,
-    limit: float,
-) -> list[str]:
-    """Phases that take more than `limit` bytes, and what to change."""
-    transients, problems = measurement.transients, []
-    for phase, need in memory.items():
-        if need <= limit:
-            continue
-        remedies = _smaller_batches(trainer, phase, transients, need - limit)
-        if phase == "update" and not getattr(trainer.policy.model, "gradient_checkpointing", False):
-            remedies.append("activation_checkpointing=True")
-        if phase in ("rollout", "reward", "update") and sum(trajectories) > (need - limit):
-            remedies.append("offload_trajectories=True")
-        if not remedies:
-            remedies = _smaller_state(trainer)
-        problems.append(
-            f"{phase} takes {need / GIB:.2f} GiB of the {limit / GIB:.2f} GiB that may be used: "
-            f"set {' or '.join(remedies)}."
-        )
-    return problems
+def _num_bytes(modules: Iterable[nn.Module | None]) -> int:
+    tensors = {id(t): t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers())}
+    return sum(tensors.values())
 
 
-def _smaller_batches(trainer: Any, phase: str, transients: Transients, excess: float) -> list[str]:
-    """Sizes of batches each of which makes `phase` take `excess` bytes less; none where no size does."""
-    args, t = trainer.args, transients
-    batches = {
-        "rollout": ("rollout_batch_size", args.rollout_batch_size or args.per_device_train_batch_size),
-        "update": ("per_device_train_batch_size", args.per_device_train_batch_size),
-        "evaluation": ("per_device_eval_batch_size", args.per_device_eval_batch_size),
-    }
-    if phase not in batches:
-        return []
-    name, size = batches[phase]
-    decoded = min(args.decode_batch_size or size, size)
-    # bytes, how many rows of the batch take them at a time, and whether those are the rows decoded at a time
-    if phase == "update":
-        parts = [(t.update, size, False)]
-    elif phase == "rollout":
-        whole = trainer.rollouts.judge.keep_images  # for rewards that look at all images at once
-        parts = [(t.rollout, size, False), (t.decoding, decoded, True)]
-        parts += [(t.features, size if whole else decoded, not whole)]
-    else:
-        extracted = min(size, max(1, FEATURE_BATCH // trainer.accelerator.num_processes))
-        parts = [(t.evaluation, size, False), (t.eval_decoding, decoded, True), (t.judging, extracted, False)]
-    room = max(part for part, *_ in parts) - excess
-    if room <= 0:
-        return []
-    large = [(int(rows * room / part), of_decoding) for part, rows, of_decoding in parts if part > room]
-    fitting = min(rows for rows, _ in large)
-    if fitting < 1:
-        return []
-    remedies = [f"{name}={fitting}"]
-    if all(of_decoding for _, of_decoding in large):
-        remedies.insert(0, f"decode_batch_size={fitting}")
-    return remedies
+def _sizes(trainer: "DistributionRewardTrainer") -> tuple[float, float, int]:
+    """Bytes that stay on the device, bytes of the saved pipeline, and number of trained parameters."""
+    components = getattr(getattr(trainer.policy, "pipeline", None), "components", {})
+    parts = [part for part in components.values() if isinstance(part, nn.Module) and part is not trainer.policy.model]
+    extractors: list[Any] = [
+        extractor for reward in trainer.rewards.of_sets for extractor in reward.extractors.values()
+    ]
+    extractors += [getattr(metric, "extractor", None) for metric in trainer.eval_metrics.values()]
+    trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
+    optimizer = OPTIMIZER_BYTES.get(str(getattr(trainer.args.optim, "value", trainer.args.optim)), 2 * FLOAT)
+    average = FLOAT if trainer.args.ema_decay > 0 else 0
+    frozen = _num_bytes([*parts, *map(module_of, extractors), trainer.initial_model])
+    held = _num_bytes([trainer.network]) + frozen + trained * (optimizer + average + FLOAT)
+    return held, _num_bytes([trainer.network, *parts]), trained
 
 
-def _smaller_state(trainer: Any) -> list[str]:
-    """Settings that shrink what stays on the device whatever the micro-batch."""
-    remedies = []
-    if trainer.policy.model is trainer.network:
-        remedies.append("use_peft=True")
-    if trainer.args.ema_decay > 0:
-        remedies.append("ema_decay=0")
-    if trainer.args.beta > 0:
-        remedies.append("beta=0")
-    return [*remedies, "a launch that shares the weights out, examples/accelerate_configs/fsdp2.yaml"]
+def _disk(trainer: "DistributionRewardTrainer", steps: int) -> tuple[float, float, float]:
+    """Bytes of one checkpoint, the most bytes of a run on disk, and bytes free for it."""
+    args, (_, pipeline, trained) = trainer.args, _sizes(trainer)
+    optimizer = OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 2 * FLOAT)
+    features = sum(v[0].nbytes for reward in trainer.rewards.of_sets for v in reward.features.values())
+    state = trained * (optimizer + (2 * FLOAT if args.ema_decay > 0 else 0)) + features * args.reference_set_size
+    checkpoint = pipeline + (0 if args.save_only_model else state)
+    saves = _num_times(trainer, args.save_strategy, args.save_steps, steps)
+    if args.save_total_limit is not None:  # a new one is whole before an old one goes
+        saves = min(saves, max(args.save_total_limit, 2 if args.load_best_model_at_end else 1) + 1)
+    path = Path(args.output_dir).absolute()
+    there = next(parent for parent in [path, *path.parents] if parent.is_dir())
+    old = sum(file.stat().st_size for file in path.glob("checkpoint-*/**/*") if file.is_file())
+    return checkpoint, saves * checkpoint + pipeline, shutil.disk_usage(there).free + old
 
 
-def disk_problems(args: Any, checkpoint: Mapping[str, int], disk: int, free: int) -> list[str]:
+def _disk_problems(trainer: "DistributionRewardTrainer", steps: int) -> list[str]:
+    checkpoint, disk, free = _disk(trainer, steps)
     if disk <= HEADROOM * free:
         return []
-    one = sum(checkpoint.values())
-    room = int(HEADROOM * free / one) - 2 if one else 0  # beside those kept, the new one and the last model
-    remedy = f"save_total_limit={room}" if room >= 1 else "save_only_model=True, or an output_dir with more space"
     return [
-        f"checkpoints take up to {disk / GIB:.2f} GiB of disk, one of them {one / GIB:.2f}, and {free / GIB:.2f} GiB "
-        f"are free: set {remedy}."
+        f"checkpoints take up to {disk / GIB:.2f} GiB of disk, one of them {checkpoint / GIB:.2f}, and "
+        f"{free / GIB:.2f} GiB are free: set save_total_limit, save_only_model=True, or another output_dir."
     ]
 
 
-def check_resources(trainer: Any) -> None:
+def check_resources(trainer: "DistributionRewardTrainer") -> None:
     """
-    Refuses a run that cannot fit whatever its micro-batches: by what stays on the device, and by its checkpoints.
+    Refuses a run whose weights and optimizer do not fit the device, or whose checkpoints do not fit the disk.
 
     Raises:
         RuntimeError: with the numbers, and the settings to change.
     """
-    args, network, (sample, _, reference) = trainer.args, networks(trainer), _sizes(trainer)
-    weight_shards, state_shards = _shards(trainer)
-    resident = resident_bytes(args, network, weight_shards, state_shards)
-    held = resident["weights"] + resident["average"] + resident["frozen networks"]
-    need = sum(resident.values()) + FLOAT * network.trained / state_shards
-    capacity, problems = HEADROOM * memory_capacity(trainer, held), []
-    if need > capacity:
+    problems = _disk_problems(trainer, _total_steps(trainer))
+    split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    need, capacity = _sizes(trainer)[0], HEADROOM * memory_capacity(trainer.accelerator.device)
+    if need > capacity and not split:
         problems.append(
-            f"weights, gradients and optimizer take {need / GIB:.2f} GiB of the {capacity / GIB:.2f} GiB that may be "
-            f"used, before any activation: set {' or '.join(_smaller_state(trainer))}."
+            f"weights, gradients and optimizer take {need / GIB:.2f} GiB of {capacity / GIB:.2f} GiB, before any "
+            "activation: train an adapter (use_peft), set ema_decay=0, or launch with "
+            "examples/accelerate_configs/fsdp2.yaml."
         )
-    checkpoint, disk = _disk(trainer, network, sample, reference, _total_steps(trainer))
-    problems += disk_problems(args, checkpoint, disk, free_disk(args.output_dir))
     if problems:
         raise RuntimeError("this run cannot fit:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
-def _disk(trainer: Any, network: Network, sample: int, reference: int, steps: int) -> tuple[dict[str, int], int]:
-    args = trainer.args
-    buffer = 0
-    if args.num_iterations > 1:
-        buffer = num_kept_images(args, _per_image(trainer)) * (num_states(args) + num_means(args)) * sample
-    checkpoint = checkpoint_bytes(args, network, reference, buffer)
-    saves = num_events(args.save_strategy, args.save_steps, steps, trainer.steps_per_epoch, at_end=True)
-    return checkpoint, disk_bytes(args, sum(checkpoint.values()), network, saves)
-
-
 def format_prediction(prediction: Prediction) -> str:
-    """The prediction as a person reads it."""
+    """Formats a prediction for a person."""
     p, total = prediction, sum(prediction.seconds.values())
-    where = f"{p.processes} x {p.device}" if p.processes > 1 else p.device
-    lines = [f"{p.steps} steps on {where}, {p.device_hours:,.2f} device-hours", ""]
-    lines += ["phase         seconds a step   share   peak memory, GiB"]
-    for phase in dict.fromkeys([*p.seconds, *p.memory]):
-        seconds, memory = p.seconds.get(phase), p.memory.get(phase)
-        share = "" if seconds is None or total == 0 else f"{seconds / total:6.1%}"
-        clock = "" if seconds is None else f"{seconds:14.3f}"
-        held = "" if memory is None else f"{memory / GIB:18.2f}"
-        lines.append(f"{phase:12s}{clock:>16s}{share:>8s}{held:>19s}")
-    lines += [f"{'all':12s}{total:16.3f}{'':8s}{max(p.memory.values()) / GIB:19.2f} of {p.capacity / GIB:.2f}", ""]
-    lines += [f"network evaluations of a process: {p.evaluations_per_step:,.1f} a step"]
-    named = vars(p.evaluations).items()
-    lines += ["  " + ", ".join(f"{name} {value:,.0f}" for name, value in named if value), ""]
-    parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in p.checkpoint.items() if size)
-    lines += [f"a checkpoint: {sum(p.checkpoint.values()) / GIB:.3f} GiB ({parts})"]
-    lines += [f"disk: up to {p.disk / GIB:.2f} GiB, {p.free / GIB:.2f} GiB free", ""]
+    lines = [f"{p.steps} updates on {p.processes} x {p.device}: {p.device_hours:,.2f} device-hours", ""]
+    lines += ["phase         seconds an update   share"]
+    for phase, seconds in p.seconds.items():
+        lines.append(f"{phase:12s}{seconds:19.3f}{seconds / total if total else 0:8.1%}")
+    lines += [f"{'all':12s}{total:19.3f}", ""]
+    named = ", ".join(f"{name} {value:,.0f}" for name, value in p.evaluations.items() if value)
+    lines += [f"network evaluations: {named}"]
+    lines += [f"peak memory: {p.memory / GIB:.2f} of {p.capacity / GIB:.2f} GiB"]
+    lines += [
+        f"disk: {p.checkpoint / GIB:.3f} GiB a checkpoint, up to {p.disk / GIB:.2f} of {p.free / GIB:.2f} GiB",
+        "",
+    ]
     lines += [f"does not fit: {problem}" for problem in p.problems] or ["fits"]
     return "\n".join(lines)

@@ -14,13 +14,12 @@ class PolicyEMA:
     """
     Float32 average of a module's trainable parameters: `average = decay · average + (1 - decay) · parameter`.
 
-    It is of the weights after each update, with weights that sum to one as Adam's bias correction makes them: those
-    before the first update have no part in it, or a short run would mostly average where it started. An update that is
-    skipped counts as one that changes nothing.
+    The average is corrected for its start, like Adam's moments: the weights before the first update have no part in
+    it. Otherwise a short run would mostly average its start.
 
     Args:
-        model (`torch.nn.Module`): its parameters with `requires_grad` are averaged; until the first update
-            the averages are their values now.
+        model (`torch.nn.Module`): its trainable parameters are averaged; before the first update, the averages are
+            their present values.
         decay (`float`): in [0, 1).
     """
 
@@ -30,21 +29,21 @@ class PolicyEMA:
 
     @torch.no_grad()
     def share_out(self, model: nn.Module) -> None:
-        """Keeps of the averages what this process keeps of `model`'s parameters, once they are shared out."""
+        """Keeps the same part of every average as this process holds of the parameter."""
         for name, parameter in _trainable(model):
             average, self.averages[name] = self.averages[name], parameter.detach().float().clone()
             copy_whole(self.averages[name], whole(average))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights after update `step`, 1 and on."""
+        """Adds the weights after update `step`, which counts from 1."""
         share = (1 - self.decay) / (1 - self.decay**step)
         for name, parameter in _trainable(model):
             self.averages[name].lerp_(parameter.detach().float(), share)
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """The averages in place of the parameters, which come back at the end even if an exception passes."""
+        """Puts the averages in place of the parameters, which come back at the end."""
         originals = {name: p.detach().clone() for name, p in _trainable(model)}
         try:
             _assign(model, self.averages)
@@ -53,14 +52,14 @@ class PolicyEMA:
             _assign(model, originals)
 
     def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
-        """Whole averages in CPU memory; processes that share out the weights all call it, and some `keep` nothing."""
+        """Whole averages in CPU memory. All processes call it; those with `keep=False` get nothing."""
         wholes = ((name, whole(average)) for name, average in self.averages.items())
         return {name: average.cpu() for name, average in wholes if keep}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if set(state) != set(self.averages):
-            missing = sorted(set(self.averages) ^ set(state))[:5]
-            raise ValueError(f"the saved average is of another model: names differ, e.g. {missing}.")
+            odd = sorted(set(self.averages) ^ set(state))[:3]
+            raise ValueError(f"the saved average belongs to another model: names differ, e.g. {odd}.")
         for name, average in self.averages.items():
             copy_whole(average, state[name])
 

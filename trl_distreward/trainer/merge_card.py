@@ -1,22 +1,18 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What a merged model's card shows: its coefficients, and what became of cheaper merges."""
+"""Sections of a merged model's card: its coefficients, and how other merges compare."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
 PLOT = "coefficients.png"
 
 
-def plot_coefficients(coefficients: Tensor, names: Sequence[str], path: Path) -> bool:
-    """Draws coefficients `(G, N_c)`, a line for each group; returns whether matplotlib is there to do so."""
-    if find_spec("matplotlib") is None:
-        return False
-    from matplotlib.figure import Figure
-
+def plot_coefficients(coefficients: Tensor, names: Sequence[str], path: Path) -> None:
+    """Draws coefficients `(G, N_c)`, a line for each group."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     numbers = range(1, coefficients.shape[1] + 1)
@@ -31,30 +27,24 @@ def plot_coefficients(coefficients: Tensor, names: Sequence[str], path: Path) ->
     axis.set(xlabel="checkpoint", ylabel="coefficient", xticks=list(numbers))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    return True
 
 
 def place_of(member: Mapping[str, Any]) -> str:
-    """Where a checkpoint is, in one word."""
+    """Names a checkpoint's place in one word."""
     if "repo_id" not in member:
         return member["path"]
     return f"{member['repo_id']}@{member['revision'][:7]}" + (f":{member['subfolder']}" if member["subfolder"] else "")
 
 
-def coefficient_section(
-    coefficients: Tensor, names: Sequence[str], pool: Mapping[str, Any], drawn: bool = False
-) -> str:
+def coefficient_section(coefficients: Tensor, names: Sequence[str], pool: Mapping[str, Any]) -> str:
     """
     Args:
-        coefficients (`torch.Tensor` of shape `(G, N_c)`): of the merge.
-        names (`list[str]`): of the groups of tensors.
+        coefficients (`torch.Tensor` of shape `(G, N_c)`): coefficients of the merge.
+        names (`list[str]`): names of the groups of tensors.
         pool (`dict`): [`~merging.CheckpointPool.describe`].
-        drawn (`bool`): whether there is a plot to show.
     """
-    lines = ["## Coefficients", ""]
-    if drawn:
-        lines += [f"![Coefficients]({PLOT})", ""]
     columns = [f"`{name}`" if len(names) > 1 else "coefficient" for name in names]
+    lines = ["## Coefficients", "", f"![Coefficients]({PLOT})", ""]
     lines += [f"| checkpoint | SHA-256 | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for index, member in enumerate(pool["members"]):
         hashes = ", ".join(f"`{value[:12]}`" for value in member["files"].values())
@@ -64,7 +54,7 @@ def coefficient_section(
 
 
 def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for each merge, the same noise for all; a column for each metric."""
+    """A row for each merge, from the same noise; a column for each metric."""
     metrics = list(next(iter(comparison.values())))
     lines = [f"| merge | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
     for name, values in comparison.items():

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
@@ -8,27 +8,6 @@ from .base_config import DiffusionTrainerConfig
 
 METHODS = ("emanet", "cma", "grid")
 STARTS = ("post_hoc", "uniform", "last")
-_CHOICES = {
-    "method": METHODS,
-    "coefficient_map": COEFFICIENT_MAPS,
-    "granularity": GRANULARITIES,
-    "advantage_normalization": ("batch", "rank"),
-}
-# Fields that only the policy gradient reads
-_EMANET_ONLY = (
-    "policy_num_layers",
-    "policy_hidden_size",
-    "sampling_std_decay",
-    "antithetic_sampling",
-    "advantage_normalization",
-    "learning_rate",
-)
-
-
-def _not_of(method: str) -> tuple[str, ...]:
-    """Fields that a method has no use for."""
-    ignored = () if method == "emanet" else _EMANET_ONLY
-    return (*ignored, "sampling_std") if method == "grid" else ignored
 
 
 @dataclass
@@ -36,47 +15,45 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     r"""
     Configuration of the [`MergeCoefficientTrainer`].
 
-    Besides the parameters below it takes those of [`DiffusionTrainerConfig`]: `reference_set_size`, `stratify_by`,
-    `reward_weights`, `time_grid`, `time_shift`, `guidance_scale`, `guidance_channels`, `decode_batch_size`,
-    `max_skipped_updates`, `num_eval_images` and `eval_seed`; `noise_schedule`, `noise_level` and `last_step_size`,
-    which are of the evaluated SDE alone; and all of [`~transformers.TrainingArguments`], of which
-    `per_device_eval_batch_size` is how many images a process generates at a time. Each candidate generates a set of
-    `reference_set_size` images.
+    It also takes the parameters of [`DiffusionTrainerConfig`] and of [`~transformers.TrainingArguments`]. Each
+    candidate generates `reference_set_size` images under the ODE, `per_device_eval_batch_size` at a time; the
+    parameters of the SDE's noise are for evaluation alone.
 
     Parameters:
         > Parameters that control the search
 
         method (`str`, *optional*, defaults to `"cma"`):
-            `"emanet"`: a policy gradient on the mean of a Gaussian (Section 3.3 of
-            [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)). `"cma"`: CMA-ES. `"grid"`: power-function
-            averages of all widths. All judge as many candidates.
+            `"cma"`: CMA-ES. `"emanet"`: a policy gradient on the mean of a Gaussian (Section 3.3 of
+            [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)). `"grid"`: power-function averages of all
+            widths. All judge equally many candidates.
         num_generations (`int`, *optional*, defaults to `16`):
             Candidates B of a step, over all processes.
         coefficient_map (`str`, *optional*, defaults to `"affine"`):
-            From what is drawn to coefficients. `"softmax"`: positive, the sum is one. `"affine"`: the sum is one, some
-            may be negative. `"none"`: as drawn.
+            From samples to coefficients. `"softmax"`: positive, with sum one. `"affine"`: sum one, some may be
+            negative. `"none"`: the samples themselves.
         granularity (`str`, *optional*, defaults to `"per_model"`):
-            Whether one set of coefficients is for the whole model, as in the paper, or one for each block
-            (`"per_block"`) or for each kind of parameter (`"per_parameter_group"`).
+            One set of coefficients for the whole model, as in the paper, for each block (`"per_block"`), or for each
+            kind of parameter (`"per_parameter_group"`).
         initial_coefficients (`str` or `list[float]`, *optional*, defaults to `"post_hoc"`):
-            Where the search starts, exactly: `"post_hoc"`, a power-function average of width `initial_std`;
-            `"uniform"`; `"last"`; or a number for each checkpoint, on the command line separated by commas.
+            Start of the search: `"post_hoc"`, a power-function average of width `initial_std`; `"uniform"`; `"last"`;
+            or a number for each checkpoint, separated by commas on the command line.
         initial_std (`float`, *optional*, defaults to `0.1`):
             Relative width (σ_rel of [arXiv 2312.02696](https://huggingface.co/papers/2312.02696)) of the average under
             `"post_hoc"`.
         checkpoint_times (`list[float]`, *optional*):
-            Training times of the checkpoints, in any unit; 1, 2, … by default, evenly spaced from 0.
+            Training times of the checkpoints, in any unit; evenly spaced from 0 by default.
         checkpoint_stds (`list[float]`, *optional*):
-            Relative widths of checkpoints that are averages themselves, as EDM2's are; raw weights by default.
+            Relative widths of checkpoints that are averages themselves, like EDM2's.
         sampling_std (`float`, *optional*, defaults to `0.15`):
-            Standard deviation of the draws; the first one under `"cma"`. The paper's 1 is for `"softmax"`.
+            Standard deviation of the samples; the first one under `"cma"`. The paper uses 1 with `"softmax"`.
         sampling_std_decay (`float`, *optional*, defaults to `0.3`):
-            Share of it that is left at the last step, after a linear fall; 1 is constant, as in the paper.
+            Share of it that is left at the last step of `"emanet"`, after a linear fall; 1 is constant, as in the
+            paper.
         antithetic_sampling (`bool`, *optional*, defaults to `True`):
-            Draws in pairs with opposite deviations from the mean.
+            Draws samples of `"emanet"` in pairs with opposite deviations from the mean.
         advantage_normalization (`str`, *optional*, defaults to `"batch"`):
-            `"batch"`: by mean and standard deviation of all candidates' rewards; `"rank"`: evenly spaced by rank,
-            with the same mean and standard deviation.
+            Advantages of `"emanet"`: `"batch"`: by mean and standard deviation of all rewards. `"rank"`: evenly spaced
+            by rank.
         policy_num_layers (`int`, *optional*, defaults to `3`):
             Layers of the [`EMANet`]; with 0 the mean itself is the parameter.
         policy_hidden_size (`int`, *optional*, defaults to `64`):
@@ -85,48 +62,47 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         > Parameters that control the reward
 
         scale_set_size (`int`, *optional*):
-            Images of the start's set, by whose distances those of several feature spaces are divided;
-            `reference_set_size` by default. Small sets overstate distances, in some spaces more than in others: give
-            at least 1,000 where candidates have fewer.
+            Images of the start's set, whose distances are the units of several feature spaces; `reference_set_size` by
+            default. Small sets overstate distances: use at least 1,000 if candidates have fewer.
         num_replacements (`int`, *optional*, defaults to `0`):
             New images N_r for each replaced subset (Eq. 10). 0: the reward is minus the distance of the candidate's
-            set as it is.
+            set.
         num_subsets (`int`, *optional*, defaults to `1`):
             Subsets N_s of the set that are replaced.
         replace_size (`int`, *optional*, defaults to `50`):
             Images n of a subset.
         fresh_noise (`bool`, *optional*, defaults to `True`):
-            Whether each step has noise of its own, the same for all of its candidates. Otherwise all steps have the
-            first one's, and coefficients can be fitted to it.
+            Whether each step has noise of its own, shared by its candidates. With the same noise at every step,
+            coefficients can be fitted to it.
 
         > Parameters that control generation
 
         num_inference_steps (`int`, *optional*, defaults to `32`):
-            Steps of the ODE that makes a candidate's images.
+            Steps of the ODE that generates a candidate's images.
         solver (`str`, *optional*, defaults to `"euler"`):
-            As in [`~sampling.solve_ode`], e.g. `"euler"`, `"heun"`, or `"heun_sigma"`, Heun's steps in the noise level
-            as EDM takes them.
+            Solver of the ODE, see [`~sampling.solve_ode`]; EDM2 is sampled with `"heun_sigma"`.
 
         > Parameters that control evaluation
 
         num_inference_steps_eval (`int`, *optional*):
             Steps at evaluation; `num_inference_steps` by default.
         eval_samplers (`list[str]`, *optional*, defaults to `["ode"]`):
-            Samplers evaluated, of `"ode"` and `"sde"`.
+            Samplers that are evaluated.
 
-    > Parameters with other defaults than [`~transformers.TrainingArguments`], besides those that
-    > [`DiffusionTrainerConfig`] names: `learning_rate=0.01`, `max_steps=15`, `save_steps=5`.
+    > Other defaults than in [`~transformers.TrainingArguments`]: `learning_rate=0.01`, `lr_scheduler_type="constant"`,
+    > `max_steps=15`, `save_steps=5`.
     """
 
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the EMANet."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     max_steps: int = field(default=15, metadata={"help": "Steps; each judges num_generations candidates."})
     save_steps: float = field(default=5, metadata={"help": "Steps between two checkpoints."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Not used: nothing is stored."})
+
     # Parameters that control the search
     method: str = field(default="cma", metadata={"help": "How coefficients are found.", "choices": list(METHODS)})
     num_generations: int = field(default=16, metadata={"help": "Candidates of a step, over all processes."})
     coefficient_map: str = field(
-        default="affine", metadata={"help": "From draws to coefficients.", "choices": list(COEFFICIENT_MAPS)}
+        default="affine", metadata={"help": "From samples to coefficients.", "choices": list(COEFFICIENT_MAPS)}
     )
     granularity: str = field(
         default="per_model", metadata={"help": "What shares coefficients.", "choices": list(GRANULARITIES)}
@@ -142,7 +118,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     checkpoint_stds: list[float] | None = field(
         default=None, metadata={"help": "Relative widths of checkpoints that are averages themselves."}
     )
-    sampling_std: float = field(default=0.15, metadata={"help": "Standard deviation of the draws."})
+    sampling_std: float = field(default=0.15, metadata={"help": "Standard deviation of the samples."})
     sampling_std_decay: float = field(
         default=0.3, metadata={"help": "Share of it that is left at the last step; 1: constant."}
     )
@@ -156,7 +132,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
 
     # Parameters that control the reward
     scale_set_size: int | None = field(
-        default=None, metadata={"help": "Images of the set that tells the feature spaces' units."}
+        default=None, metadata={"help": "Images of the set that gives the feature spaces their units."}
     )
     num_replacements: int = field(
         default=0, metadata={"help": "New images for each replaced subset; 0: the set's own distance."}
@@ -168,6 +144,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     # Parameters that control generation
     num_inference_steps: int = field(default=32, metadata={"help": "Steps of the ODE."})
     solver: str = field(default="euler", metadata={"help": "Solver of the ODE.", "choices": list(ODE_SOLVERS)})
+
     # Parameters that control evaluation
     num_inference_steps_eval: int | None = field(default=None, metadata={"help": "Steps at evaluation."})
     eval_samplers: list[str] = field(
@@ -175,11 +152,15 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_types()
-        self._check_choices(_CHOICES)
+        choices: dict[str, Any] = {
+            "method": METHODS,
+            "coefficient_map": COEFFICIENT_MAPS,
+            "granularity": GRANULARITIES,
+            "advantage_normalization": ("batch", "rank"),
+        }
+        self._check_choices(choices)
         self._read_start()
         self._check_numbers()
-        self._check_ignored()
         steps = self.num_inference_steps_eval or self.num_inference_steps
         self._set_schedules(
             self._schedule(self.num_inference_steps, "ode", self.solver),
@@ -201,7 +182,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         setattr(self, "initial_coefficients", numbers)  # noqa: B010
 
     def _check_numbers(self) -> None:
-        self._check_counts(("num_subsets", "replace_size", "policy_hidden_size"))
+        self._check_counts(("num_subsets", "replace_size", "policy_hidden_size", "max_steps"))
         self._check_counts(("num_replacements", "policy_num_layers"), least=0)
         self._check_counts(("num_generations", "reference_set_size", "scale_set_size"), least=2)
         if not self.sampling_std > 0:
@@ -210,61 +191,28 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
             raise ValueError(f"sampling_std_decay={self.sampling_std_decay} must lie in (0, 1]; 1 is constant.")
         if self.num_replacements and self.replace_size >= self.reference_set_size:
             raise ValueError(
-                f"replace_size={self.replace_size} is not smaller than reference_set_size={self.reference_set_size}: "
+                f"replace_size={self.replace_size} must be smaller than reference_set_size={self.reference_set_size}: "
                 "lower it, or set num_replacements=0."
-            )
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: set num_generations."
             )
         if self.method == "grid" and self.checkpoint_stds is not None and self.coefficient_map == "softmax":
             raise ValueError(
-                "coefficient_map='softmax' makes positive coefficients only, but those of a grid between averages of "
-                "given checkpoint_stds may be negative: set coefficient_map='affine'."
+                "coefficient_map='softmax' makes positive coefficients, but a grid between averages of given "
+                "checkpoint_stds has negative ones: set coefficient_map='affine'."
             )
         if self.fp16:
-            raise ValueError(
-                "fp16=True is not supported: it scales gradients, and those of coefficients are not scaled. Set "
-                "bf16=True."
-            )
+            raise ValueError("fp16=True scales gradients, but those of coefficients are not scaled: set bf16=True.")
         if self.save_only_model and self.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end=True needs the search's state, which save_only_model=True leaves out: set one "
                 "of them to False."
             )
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps} must be at least 1: there are no epochs here.")
-
-    def _check_ignored(self) -> None:
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise ValueError("torch_compile does nothing here, where no network is trained: leave it False.")
-        self._refuse_ignored(_not_of(self.method), f"method={self.method!r}", "set another method")
-        if not self.num_replacements:
-            self._refuse_ignored(("num_subsets", "replace_size"), "num_replacements=0", "set num_replacements")
-        if self.initial_coefficients != "post_hoc":
-            start = f"initial_coefficients={self.initial_coefficients!r}"
-            self._refuse_ignored(("initial_std",), start, "set initial_coefficients='post_hoc'")
-
-    def with_method(self, method: str, **changes: Any) -> "MergeCoefficientConfig":
-        """
-        The same search by another method. What only one of the two has a use for is at its default.
-
-        Args:
-            method (`str`): the other method.
-            changes: further fields to change, such as `output_dir`.
-
-        Raises:
-            ValueError: the settings do not fit the other method.
-        """
-        defaults = {name: self._default(name) for name in _not_of(method)}
-        return replace(self, **{**defaults, **changes, "method": method})
 
     @property
     def images_per_candidate(self) -> int:
-        """Generated images that a candidate's reward takes."""
+        """Generated images per candidate."""
         return self.reference_set_size + self.num_subsets * self.num_replacements * self.replace_size
 
     def sampling_std_at(self, step: int) -> float:
-        """Standard deviation of the draws at a step."""
+        """Standard deviation of the samples at a step."""
         share = min(1.0, step / max(1, self.max_steps - 1))
         return self.sampling_std * (1 - share * (1 - self.sampling_std_decay))

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""The model card of a trained pipeline: what it was made from, how, and what became of it."""
+"""The model card of a trained pipeline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -10,7 +10,7 @@ from trl.trainer.base_config import _BaseConfig
 
 
 def recipe_of(args: Any) -> dict[str, Any]:
-    """The settings that make the result: those a config adds to TRL's, and the optimizer's."""
+    """The settings that make the result: those that the config adds to TRL's, and the optimizer's."""
     inherited = {field.name for field in fields(_BaseConfig)}
     own = [field.name for field in fields(args) if field.name not in inherited]
     optimizer = ["learning_rate", "lr_scheduler_type", "max_grad_norm", "seed", "bf16", "fp16"]
@@ -31,14 +31,13 @@ def build_model_card(
 ) -> ModelCard:
     """
     Args:
-        name (`str`): of the model.
+        name (`str`): name of the model.
         trainer_name (`str`), paper (`dict`): with `title` and `id`, named in the first sentence.
-        num_updates (`int`): that made it.
-        evaluations (`list[dict]`):
-            on the way to it, `step` and `values`; the first and the last one become a table, the last one results.
+        num_updates (`int`): updates that made it.
+        evaluations (`list[dict]`): with `step` and `values`; the first and the last become a table.
         recipe (`dict`): settings to list.
         num_eval_images (`int`): images of an evaluation.
-        sections (`list[str]`, *optional*): further sections, in Markdown, before the recipe.
+        sections (`list[str]`, *optional*): further sections, in Markdown, before the settings.
         metadata: further fields of [`~huggingface_hub.ModelCardData`].
 
     Returns:
@@ -70,6 +69,6 @@ def build_model_card(
         lines += [f"| {name} | {before[name]:.4g} | {value:.4g} |" for name, value in after.items() if name in before]
     for section in sections:
         lines += ["", section]
-    lines += ["", "## Recipe", "", "| setting | value |", "|---|---|"]
+    lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
     lines += [f"| `{setting}` | `{value}` |" for setting, value in recipe.items()]
     return ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n".join(lines) + "\n")

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""The generated reference set that subsets are judged in: when it is made anew, and from what."""
+"""The generated reference set that subsets are judged in, and when it is generated anew."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -10,28 +10,22 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from ..conditions import conditions_of_slots, strata_of_slots
+from ..conditions import Conditions, conditions_of_slots, strata_of_slots
 from ..policies import DiffusionPolicy
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward
+
+if TYPE_CHECKING:
+    from .base_config import DiffusionTrainerConfig
+    from .diffusion_distribution_config import DiffusionDistributionConfig
 
 logger = get_logger(__name__)
 
 
 def conditions_and_slots(
-    policy: DiffusionPolicy, dataset: Any, args: Any
-) -> tuple[Any, SlotSampler | StratifiedSlotSampler]:
-    """
-    The conditions of a generated set, and what draws subsets of it; both in proportion over strata, if there are any.
-
-    Args:
-        policy ([`DiffusionPolicy`]): generator.
-        dataset (`datasets.Dataset`, *optional*): conditions and strata.
-        args ([`DiffusionTrainerConfig`]): size, seed and the strata's column.
-
-    Raises:
-        ValueError: no such columns, or conditions that the model does not know.
-    """
+    policy: DiffusionPolicy, dataset: Any, args: "DiffusionTrainerConfig"
+) -> tuple[Conditions, SlotSampler | StratifiedSlotSampler]:
+    """Conditions of a generated set, and the sampler of its subsets; both keep the shares of strata."""
     size, column = args.reference_set_size, args.stratify_by
     conditions = conditions_of_slots(policy, dataset, size, args.seed, column)
     if column is None:
@@ -42,32 +36,32 @@ def conditions_and_slots(
 
 class ReferenceSet:
     """
-    Keeps the reference sets of all distribution rewards, which are features of the same images.
+    The reference sets of all distribution rewards: features of the same generated images.
 
     Args:
-        rewards (`Sequence[SubsetReplaceReward]`): whose reference set it is; may be empty.
-        args ([`DiffusionDistributionConfig`]): how and when it is updated.
-        accelerator (`accelerate.Accelerator`): gathers over processes.
+        rewards (`Sequence[SubsetReplaceReward]`): distribution rewards; may be empty.
+        args ([`DiffusionDistributionConfig`]): when the set is updated.
+        accelerator (`accelerate.Accelerator`): the processes.
     """
 
-    def __init__(self, rewards: Sequence[SubsetReplaceReward], args: Any, accelerator: Accelerator):
-        self.rewards = list(rewards)
-        self.args = args
-        self.accelerator = accelerator
+    def __init__(
+        self, rewards: Sequence[SubsetReplaceReward], args: "DiffusionDistributionConfig", accelerator: Accelerator
+    ):
+        self.rewards, self.args, self.accelerator = list(rewards), args, accelerator
         self.reset()
 
     def reset(self) -> None:
-        """Forgets when it was made, so that it is made anew."""
+        """Forgets the last refresh, so that the set is generated anew."""
         self.last_refresh: int | None = None
         self.drifted = False
 
     @property
     def distances(self) -> dict[str, float]:
-        """From real data, per feature space."""
+        """Distance from real data, per feature space."""
         return {space: value for reward in self.rewards for space, value in reward.reference_distances.items()}
 
     def is_due(self, step: int) -> bool:
-        """Whether it must be generated anew before the rollouts of optimizer step `step`."""
+        """Whether the set must be generated anew before the rollout of optimizer step `step`."""
         if not self.rewards:
             return False
         if self.last_refresh is None:
@@ -83,8 +77,8 @@ class ReferenceSet:
         Takes newly generated images.
 
         Args:
-            batches: this process's uint8 images, their conditions, how many rows of all processes' together count,
-                and which samples are finite.
+            batches: this process's uint8 images, their conditions, how many rows of the gathered images count, and a
+                mask of finite samples.
             step (`int`): optimizer step.
 
         Raises:
@@ -102,21 +96,23 @@ class ReferenceSet:
             logger.warning(f"{bad} features of the new reference set are not finite: the old set stays.")
             return
         for reward, values in zip(self.rewards, joined, strict=True):
-            reward.set_reference(values)  # the first set has no other to fall back on: it refuses bad values
+            reward.set_reference(values)  # refuses values that are not finite
         self.last_refresh, self.drifted = step, False
 
     def roll(self, slots: Tensor, features: Sequence[dict[str, Tensor]], generator: torch.Generator) -> None:
-        """Leaves new images where they were judged; `features` are of all processes' images, per reward and space."""
+        """Leaves new images in the places they were judged in; `features` are those of all processes."""
         for reward, spaces in zip(self.rewards, features, strict=True):
             reward.update_reference(slots, spaces, generator)
 
     def watch_drift(self, rewards: Sequence[Tensor]) -> float | None:
         """
-        How far rewards have moved, as a whole, from what the unchanged reference set would get, in their standard
-        deviations: the largest over rewards, `None` without any.
+        Measures how far the mean reward is from that of the unchanged set, in standard deviations of the rewards.
 
-        New images of the policy that made the reference set change its distance either way and little on average:
-        what the mean reward differs by is the policy's change since then.
+        Images of the policy that made the reference set change its distance either way and little on average. So a
+        difference of the means shows how far the policy has moved since.
+
+        Returns:
+            `float`: the largest drift over rewards, or `None` without any.
         """
         if not self.rewards:
             return None
@@ -124,7 +120,7 @@ class ReferenceSet:
             (values.mean() - reward.baseline).abs() / values.std().clamp(min=torch.finfo(values.dtype).tiny)
             for reward, values in zip(self.rewards, rewards, strict=True)
         ]
-        # one process decides for all: a last bit of difference would part their ways
+        # One process decides for all: they might differ in the last bit.
         drift = broadcast(torch.stack(moved).max()).item()
         self.drifted = drift > self.args.refresh_drift
         return drift
@@ -138,9 +134,9 @@ class ReferenceSet:
             for values in saved["features"].values():
                 if len(values) != self.args.reference_set_size:
                     raise ValueError(
-                        f"the checkpoint's reference set has {len(values)} images, and reference_set_size="
+                        f"the checkpoint's reference set has {len(values)} images, but reference_set_size="
                         f"{self.args.reference_set_size}: resume with the same number, or start a new run from the "
-                        "checkpoint as its model."
+                        "checkpoint's weights."
                     )
             features = {space: values.to(self.accelerator.device) for space, values in saved["features"].items()}
             reward.load_state_dict({**saved, "features": features})

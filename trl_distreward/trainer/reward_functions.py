@@ -1,77 +1,129 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Reward functions as trainers take them: checked, named and weighted."""
+"""Reward functions of a trainer: named, weighted, and split into distribution rewards and rewards of single images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..metrics.extractors import module_of
 from ..metrics.image_metrics import ImageMetric
 from ..rewards.subset_replace import SubsetReplaceReward
 
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """
+    One reward function.
+
+    Attributes:
+        name (`str`): name in the logs.
+        function (`Callable`): the function itself.
+        weight (`float`): its weight in the sum.
+        index (`int`): its place among the functions of its kind.
+        of_sets (`bool`): whether it is a [`SubsetReplaceReward`].
+    """
+
+    name: str
+    function: Any
+    weight: float
+    index: int
+    of_sets: bool
+
 
 class RewardFunctions:
     """
-    Several reward functions, in order.
+    The reward functions of a trainer, in order.
 
     Args:
         functions (`Callable` or `list` of them): [`SubsetReplaceReward`] or functions of single images.
-        weights (`list[float]`, *optional*): one each; all 1 by default.
+        weights (`list[float]`, *optional*): one per function; all 1 by default.
 
     Raises:
-        ValueError: there are not as many weights, or feature spaces of several rewards share names.
+        ValueError: another number of weights than functions, or two feature spaces of the same name.
 
     Attributes:
-        names (`list[str]`): the functions' own; of several that share one the second is `name_2`, and so on.
+        all (`list[Reward]`): all functions; a second function of the same name is called `name_2`.
+        of_sets (`list[SubsetReplaceReward]`): the distribution rewards.
     """
 
-    def __init__(self, functions: Any, weights: Sequence[float] | None = None):
-        self.functions = list(functions) if isinstance(functions, list | tuple) else [functions]
-        self.names = _distinct([getattr(f, "__name__", type(f).__name__) for f in self.functions])
-        self.weights = list(weights) if weights is not None else [1.0] * len(self.functions)
-        if len(self.weights) != len(self.functions):
+    def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
+        listed = list(functions) if isinstance(functions, list | tuple) else [functions]
+        names = _distinct([getattr(f, "__name__", type(f).__name__) for f in listed])
+        weights = list(weights) if weights is not None else [1.0] * len(listed)
+        if len(weights) != len(listed):
             raise ValueError(
-                f"reward_weights has {len(self.weights)} entries for {len(self.functions)} reward functions: give one "
-                "weight per function."
+                f"reward_weights has {len(weights)} entries for {len(listed)} reward functions: give one weight each."
             )
-        spaces = [space for reward in self.distributional for space in reward.extractors]
+        self.all: list[Reward] = []
+        for name, function, weight in zip(names, listed, weights, strict=True):
+            of_sets = isinstance(function, SubsetReplaceReward)
+            index = sum(reward.of_sets == of_sets for reward in self.all)
+            self.all.append(Reward(name, function, weight, index, of_sets))
+        self.of_sets: list[SubsetReplaceReward] = [reward.function for reward in self.all if reward.of_sets]
+        spaces = [space for reward in self.of_sets for space in reward.extractors]
         if len(set(spaces)) < len(spaces):
             raise ValueError(
-                f"feature spaces {spaces} of several rewards share names: give extractors as dictionaries."
+                f"feature spaces {spaces} of several rewards share names: pass extractors as dictionaries with "
+                "different names."
             )
-
-    @property
-    def distributional(self) -> list[SubsetReplaceReward]:
-        """Those of sets."""
-        return [function for function in self.functions if isinstance(function, SubsetReplaceReward)]
 
     @property
     def need_images(self) -> bool:
-        """Whether a function looks at images, where those of sets need no more than features."""
-        return len(self.distributional) < len(self.functions)
+        """Whether a function looks at images; distribution rewards need only their features."""
+        return len(self.of_sets) < len(self.all)
+
+    def total(self, values: Sequence[Tensor]) -> Tensor:
+        """Weighted sum over functions."""
+        parts = [reward.weight * value for reward, value in zip(self.all, values, strict=True)]
+        return sum(parts[1:], start=parts[0])
 
     def to(self, device: torch.device) -> None:
         """Moves the networks behind all functions."""
-        for function in self.functions:
-            module = function if isinstance(function, SubsetReplaceReward) else module_of(function)
+        for reward in self.all:
+            module = reward.function if reward.of_sets else module_of(reward.function)
             if module is not None:
                 module.to(device)
 
     def reset(self) -> None:
-        """Forgets what the rewards of sets keep of an earlier run."""
-        for reward in self.distributional:
+        """Forgets the reference sets of an earlier run."""
+        for reward in self.of_sets:
             reward.reset()
 
     def metrics(self) -> dict[str, ImageMetric]:
-        """The distances of the rewards of sets, as metrics of evaluation."""
-        spaces = [item for reward in self.distributional for item in reward.metrics().items()]
+        """The distances of the distribution rewards, as metrics for evaluation."""
+        spaces = [item for reward in self.of_sets for item in reward.metrics().items()]
         return {f"distance_{space}": metric for space, metric in spaces}
 
 
+def call_per_image(reward: Reward, **arguments: Any) -> Tensor:
+    """
+    Calls a function of single images.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`, float64.
+
+    Raises:
+        ValueError: it did not return one float per image.
+    """
+    images: Tensor = arguments["images"]
+    returned = reward.function(**arguments)
+    values = torch.as_tensor(returned, dtype=torch.float64, device=images.device).flatten()
+    if len(values) != len(images):
+        raise ValueError(
+            f"reward function {reward.name!r} returned {len(values)} values for {len(images)} images: it must return "
+            "one float per image."
+        )
+    return values
+
+
 def _distinct(names: list[str]) -> list[str]:
-    """The names, those that came before with the next number that is free."""
+    """Numbers repeated names: `score`, `score_2`, …"""
     found: list[str] = []
     for name in names:
         numbered = (f"{name}_{number}" for number in count(2))

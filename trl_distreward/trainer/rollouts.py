@@ -1,57 +1,94 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""New images for slots of the reference set, each process a share, with the states that will be trained on."""
+"""Rollouts: new images for slots of the reference set, with the states and features that training needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..conditions import take
-from ..generation import SamplingSchedule, image_generators, sample
-from ..policies import DiffusionPolicy
+from ..generation import SamplingSchedule, generate, image_generators
+from ..policies import DiffusionPolicy, decode_slices
 from ..rewards.subset_replace import SubsetReplaceReward
-from ..sampling import send
-from .judged import Judge, Judged
 from .reward_functions import RewardFunctions
-from .rollout_batch import RolloutBatch
+
+if TYPE_CHECKING:
+    from .diffusion_distribution_config import DiffusionDistributionConfig
 
 
-class Rollouts:
+@dataclass
+class Rollout:
     """
-    Generates without state of its own: what comes follows from the weights, the slots and the step.
+    New images of one process, K of them, as training and rewards see them.
+
+    Attributes:
+        slots (`torch.LongTensor` of shape `(B, n)`): replaced places of all processes.
+        local_slots (`torch.LongTensor` of shape `(K,)`): places of this process's images.
+        schedule ([`~generation.SamplingSchedule`]): how they were sampled, with the step's window of noise.
+        conditions: one per image.
+        cond (`dict[str, torch.Tensor]` of shapes `(K, ...)`): the conditions, encoded.
+        sample (`torch.Tensor` of shape `(K, ...)`): final samples.
+        states (`dict[int, torch.Tensor]` of shapes `(K, ...)`): samples by grid index.
+        steps (`tuple[int, ...]`): steps whose densities were kept.
+        log_probs (`torch.Tensor` of shape `(K, len(steps))`): log-probabilities as drawn.
+        features (`list[dict[str, torch.Tensor]]` of shapes `(K, d)`): per distribution reward and feature space.
+        finite (`torch.BoolTensor` of shape `(K,)`): whether sample, image and features are finite.
+        images (`torch.Tensor` of shape `(K, C, H, W)`, uint8, or `None`): kept if a reward function looks at images.
+        gather (`Callable`): concatenates a tensor's rows over processes.
+    """
+
+    slots: Tensor
+    local_slots: Tensor
+    schedule: SamplingSchedule
+    conditions: Any
+    cond: dict[str, Tensor]
+    sample: Tensor
+    states: dict[int, Tensor]
+    steps: tuple[int, ...]
+    log_probs: Tensor
+    features: list[dict[str, Tensor]]
+    finite: Tensor
+    images: Tensor | None
+    gather: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def gathered(self) -> list[dict[str, Tensor]]:
+        """Features of the images of all processes, in the order of `slots`."""
+        return [{space: self.gather(rows) for space, rows in spaces.items()} for spaces in self.features]
+
+
+class Sampler:
+    """
+    Makes rollouts. It has no state: the result depends on the weights, the slots and the step alone.
 
     Args:
         policy ([`DiffusionPolicy`]): generator.
-        args ([`DiffusionDistributionConfig`]): schedule, window, share of steps, seed, batch sizes.
+        args ([`DiffusionDistributionConfig`]): schedule, window of noise, seed and batch sizes.
         conditions: one per slot.
-        rewards ([`RewardFunctions`]): what judges the images.
-        accelerator (`accelerate.Accelerator`): tells the processes.
-        autocast (`Callable`): makes the context that the network runs under in training.
+        rewards ([`RewardFunctions`]): whose features are extracted.
+        accelerator (`accelerate.Accelerator`): the processes.
+        autocast (`Callable`): makes the context that the network runs in during training.
     """
 
     def __init__(
         self,
         policy: DiffusionPolicy,
-        args: Any,
+        args: "DiffusionDistributionConfig",
         conditions: Any,
         rewards: RewardFunctions,
         accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager],
     ):
-        self.policy = policy
-        self.args = args
-        self.conditions = conditions
-        self.rewards = rewards
-        self.judge = Judge(policy, rewards, args.decode_batch_size, accelerator.device, rewards.need_images)
-        self.accelerator = accelerator
-        self.autocast = autocast
+        self.policy, self.args, self.conditions, self.rewards = policy, args, conditions, rewards
+        self.accelerator, self.autocast = accelerator, autocast
 
     def schedule(self, step: int) -> SamplingSchedule:
-        """The schedule with the window of noise of the generation at optimizer step `step`."""
+        """The rollout's schedule at an optimizer step, with its window of noisy steps (MixGRPO, arXiv 2507.21802)."""
         schedule, size = self.args.rollout_schedule, self.args.sde_window_size
         if size is None:
             return schedule
@@ -65,117 +102,130 @@ class Rollouts:
             first = generation // self.args.sde_window_interval % places
         return replace(schedule, sde_steps=steps[first : first + size])
 
-    def trained_steps(self, schedule: SamplingSchedule, step: int) -> tuple[int, ...]:
-        """The share of the steps with noise that this generation trains."""
-        steps = schedule.trainable_steps
-        if self.args.timestep_fraction == 1.0:
-            return steps
-        (generator,) = image_generators(self.args.seed, "steps", step, [0])
-        count = max(1, round(self.args.timestep_fraction * len(steps)))
-        return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
+    def local(self, values: Tensor) -> Tensor:
+        """This process's contiguous share of a flattened tensor."""
+        share = values.numel() // self.accelerator.num_processes
+        return values.flatten()[self.accelerator.process_index * share :][:share]
 
-    def generate(self, model: nn.Module, slots: Tensor, step: int) -> tuple[RolloutBatch, Judged]:
+    def image_indices(self, count: int, first: int = 0) -> range:
+        """Noise indices of this process's `count` images, where the images of all processes start at `first`."""
+        start = first + self.accelerator.process_index * count
+        return range(start, start + count)
+
+    def __call__(
+        self, model: nn.Module, slots: Tensor, step: int, keep_steps: Sequence[int] = (), keep_states: range = range(0)
+    ) -> Rollout:
         """
-        Args:
-            model (`nn.Module`): the network as it trains, wrapped.
-            slots (`torch.LongTensor` of shape `(B, n)`): places to generate for, the same on every process.
-            step (`int`): optimizer step, which noise, windows and shares of steps follow from.
+        Generates one image per slot, or the best of `best_of_n` candidates.
 
-        Returns:
-            this process's `B n / processes` trajectories, and what the rewards need of their images.
+        Args:
+            model (`torch.nn.Module`): the network as it is wrapped for training.
+            slots (`torch.LongTensor` of shape `(B, n)`): places of all processes.
+            step (`int`): optimizer step, which noise and window depend on.
+            keep_steps (`Sequence[int]`, *optional*): steps to keep, with their log-probabilities.
+            keep_states (`range`, *optional*): grid indices to keep the states of.
         """
         candidates = [
-            self.generate_once(model, slots, step, first_index=candidate * slots.numel())
+            self._once(model, slots, step, keep_steps, keep_states, first=candidate * slots.numel())
             for candidate in range(self.args.best_of_n)
         ]
-        if len(candidates) == 1:
-            return candidates[0]
-        # Appendix C: of a slot's candidates stays the one whose replaced distance is best by itself.
-        local_slots = self.local(slots).view(-1, 1)
-        scores = [self._scores(local_slots, judged) for _, judged in candidates]
-        best = torch.stack(scores).argmax(dim=0)
-        batches = [batch for batch, _ in candidates]
+        return candidates[0] if len(candidates) == 1 else self._best(candidates)
+
+    def _once(
+        self, model: nn.Module, slots: Tensor, step: int, keep_steps: Sequence[int], keep_states: range, first: int
+    ) -> Rollout:
+        args, local, schedule = self.args, self.local(slots), self.schedule(step)
+        conditions = take(self.conditions, local.cpu())
+        parts = []
+        for batch in generate(
+            self.policy,
+            conditions,
+            schedule,
+            seed=args.seed,
+            stream="rollout",
+            step=step,
+            indices=self.image_indices(len(local), first),
+            batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
+            model=model,
+            autocast=self.autocast,
+            keep_steps=keep_steps,
+            keep_states=keep_states,
+        ):
+            trajectory = batch.trajectory
+            if args.offload_trajectories:
+                trajectory.states = {i: state.cpu() for i, state in trajectory.states.items()}
+            parts.append(
+                (trajectory, self.policy.encode(batch.conditions), self._judge(batch.sample, batch.conditions))
+            )
+        trajectories, conds, found = zip(*parts, strict=True)
+        features, finite, images = zip(*found, strict=True)
+        return Rollout(
+            slots=slots,
+            local_slots=local,
+            schedule=schedule,
+            conditions=conditions,
+            cond={name: torch.cat([cond[name] for cond in conds]) for name in conds[0]},
+            sample=torch.cat([t.sample for t in trajectories]),
+            # Frees each part as it is joined: otherwise all states would be held twice.
+            states={i: torch.cat([t.states.pop(i) for t in trajectories]) for i in list(trajectories[0].states)},
+            steps=trajectories[0].steps,
+            log_probs=torch.cat([t.log_probs for t in trajectories]),
+            features=_joined(torch.cat, features),
+            finite=torch.cat(finite),
+            images=None if images[0] is None else torch.cat(images),
+            gather=self.accelerator.gather,
+        )
+
+    @torch.no_grad()
+    def _judge(self, x: Tensor, conditions: Any) -> tuple[list[dict[str, Tensor]], Tensor, Tensor | None]:
+        """Decodes samples a slice at a time and extracts each slice's features before the next is decoded."""
+        features, finite, images, start = [], [], [], 0
+        for part, decoded in decode_slices(self.policy, x, self.args.decode_batch_size):
+            labels = take(conditions, range(start, start + len(part)))
+            start += len(part)
+            found = [reward.extract(part, labels, check_finite=False) for reward in self.rewards.of_sets]
+            for values in (rows for spaces in found for rows in spaces.values()):
+                decoded = decoded & values.isfinite().all(dim=1)
+            features.append(found)
+            finite.append(decoded)
+            images.append(part)
+        kept = torch.cat(images) if self.rewards.need_images else None
+        return _joined(torch.cat, features), torch.cat(finite), kept
+
+    def _best(self, candidates: list[Rollout]) -> Rollout:
+        """Keeps the candidate of each slot whose replaced distance is best by itself (Appendix C)."""
+        best = torch.stack([self._alone(candidate) for candidate in candidates]).argmax(dim=0)
         rows = torch.arange(len(best), device=best.device)
 
         def pick(values: list[Tensor]) -> Tensor:
             device = values[0].device
             return torch.stack(values)[best.to(device), rows.to(device)]
 
-        batch = replace(
-            batches[0],
-            states={i: pick([b.states[i] for b in batches]) for i in batches[0].states},
-            drawn_log_probs=pick([b.drawn_log_probs for b in batches]),
-            finite=all(b.finite for b in batches),
-            times=None if batches[0].times is None else pick([b.times for b in batches if b.times is not None]),
-        )
-        return batch, Judged.pick([judged for _, judged in candidates], best)
+        first = candidates[0]
+        picked: dict[str, Any] = {
+            field.name: pick([getattr(candidate, field.name) for candidate in candidates])
+            for field in fields(Rollout)
+            if field.name in ("sample", "log_probs", "finite", "images") and getattr(first, field.name) is not None
+        }
+        states = {i: pick([candidate.states[i] for candidate in candidates]) for i in first.states}
+        return replace(first, states=states, features=_joined(pick, [c.features for c in candidates]), **picked)
 
-    def _scores(self, slots: Tensor, judged: Judged) -> Tensor:
-        """Of single images in `slots` `(K, 1)`, by the rewards of sets: `(K,)`, float64."""
-        total, known = torch.zeros(len(slots), dtype=torch.float64, device=slots.device), iter(judged.features)
-        for function, weight in zip(self.rewards.functions, self.rewards.weights, strict=True):
-            if not isinstance(function, SubsetReplaceReward):
-                continue
-            spaces = next(known)
-            flags = [judged.decoded, *(values.isfinite().all(dim=1) for values in spaces.values())]
-            finite = torch.stack(flags).all(dim=0)
-            filled = {space: torch.where(finite[:, None], values, 0.0) for space, values in spaces.items()}
-            total += torch.where(finite, weight * function.subset_rewards(slots, filled), -torch.inf)
-        return total
+    def _alone(self, rollout: Rollout) -> Tensor:
+        """Distribution rewards `(K,)` of each image replaced by itself, float64; minus infinity if not finite."""
+        slots = rollout.local_slots[:, None]
+        total = torch.zeros(len(slots), dtype=torch.float64, device=slots.device)
+        for reward in self.rewards.all:
+            if reward.of_sets:
+                function: SubsetReplaceReward = reward.function
+                spaces = rollout.features[reward.index]
+                filled = {space: torch.where(rollout.finite[:, None], v, 0.0) for space, v in spaces.items()}
+                total += reward.weight * function.subset_rewards(slots, filled)
+        return torch.where(rollout.finite, total, -torch.inf)
 
-    def local(self, values: Tensor) -> Tensor:
-        """This process's contiguous share of a flattened tensor."""
-        share = values.numel() // self.accelerator.num_processes
-        return values.flatten()[self.accelerator.process_index * share :][:share]
 
-    def generate_once(
-        self, model: nn.Module, slots: Tensor, step: int, first_index: int = 0
-    ) -> tuple[RolloutBatch, Judged]:
-        """One image per slot; `first_index` is the image index of the first, which its noise follows from."""
-        schedule = self.schedule(step)
-        args, mine = self.args, self.local(slots)
-        places = mine.cpu()  # once: reading waits for all that is queued
-        offset = first_index + self.accelerator.process_index * len(mine)
-        size = args.rollout_batch_size or args.per_device_train_batch_size
-        rejection = args.loss_type == "rft"
-        steps = () if rejection else self.trained_steps(schedule, step)
-        states: list[dict[int, Tensor]] = []
-        log_probs, finite, judged, conds = [], [], [], []
-        for chunk in torch.arange(len(mine)).split(size):
-            conditions = take(self.conditions, places[chunk])
-            generators = self._generators("rollout", step, chunk + offset)
-            with self.autocast():  # the network only: decoding and features stay in full precision
-                trajectory = sample(self.policy, model, conditions, schedule, generators, steps)
-            judged.append(self.judge(trajectory.sample, conditions))
-            conds.append(self.policy.encode(conditions))
-            if rejection:  # pairs of noise and data take the place of a step's two ends
-                noise = self.policy.noise(conditions, self._generators("flow_matching", step, chunk + offset))
-                trajectory.states = {0: noise, 1: trajectory.sample}
-            states.append(self._kept(trajectory.states))
-            log_probs.append(trajectory.log_probs)
-            finite.append(trajectory.sample.isfinite().all())
-            del trajectory  # its samples would wait on the device otherwise
-        batch = RolloutBatch(
-            cond={name: torch.cat([c[name] for c in conds]) for name in conds[0]},
-            # each part goes as it is joined, or all states would be held twice
-            states={i: torch.cat([part.pop(i) for part in states]) for i in list(states[0])},
-            steps=steps,
-            drawn_log_probs=torch.cat(log_probs),
-            advantages=torch.zeros(len(mine), device=mine.device),
-            num_own=len(mine),
-            num_images=slots.numel(),
-            finite=bool(torch.stack(finite).all()),
-        )
-        if rejection:
-            generators = self._generators("time", step, torch.arange(len(mine)) + offset)
-            draws = [torch.rand(1, generator=generator) for generator in generators]
-            nothing = torch.zeros(len(mine), 1, device=mine.device)
-            batch = replace(batch, steps=(0,), times=send(torch.cat(draws), mine.device), drawn_log_probs=nothing)
-        return batch, Judged.cat(judged)
-
-    def _kept(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
-        """States where they wait for the update."""
-        return {i: state.cpu() for i, state in states.items()} if self.args.offload_trajectories else states
-
-    def _generators(self, stream: str, step: int, indices: Tensor) -> list[torch.Generator]:
-        return image_generators(self.args.seed, stream, step, indices.tolist())
+def _joined(
+    join: Callable[[list[Tensor]], Tensor], parts: Sequence[list[dict[str, Tensor]]]
+) -> list[dict[str, Tensor]]:
+    """Joins features that several parts have per reward and space."""
+    rewards = zip(*parts, strict=True)
+    return [{space: join([part[space] for part in group]) for space in group[0]} for group in rewards]

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Weights that FSDP2 or DeepSpeed have split over the processes, as whole tensors and back.
+"""Weights that FSDP2 or DeepSpeed split over processes: gathering whole tensors, and writing them back.
 
-Whole tensors come together over all processes: every one of them calls these functions, in the same order.
+All processes must call these functions, in the same order.
 """
 
 import copy
@@ -15,24 +15,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_split(module: nn.Module) -> bool:
-    """Whether processes hold parts of the module's weights, or DeepSpeed their float32 originals."""
+    """Whether processes hold parts of the module's weights, or DeepSpeed holds their float32 originals."""
     return any(isinstance(m, FSDPModule) for m in module.modules()) or any(map(_in_deepspeed, module.parameters()))
 
 
 def reshard(module: nn.Module) -> None:
-    """Drops what the last forward pass gathered: until then the parameters are whole copies, which nothing reads."""
+    """Drops the weights that the last forward pass gathered: until then, parameters are copies that nothing reads."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def _in_deepspeed(tensor: Any) -> bool:
-    # the latter is None in processes that own no part of the tensor
+    # `_hp_mapping` is None on processes that own no part of the tensor
     return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this process holds a part; under DeepSpeed in float32, as the optimizer keeps it."""
+    """Gathers a tensor that this process holds a part of; under DeepSpeed the optimizer's float32 copy."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if not _in_deepspeed(tensor):
@@ -47,7 +47,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict with whole tensors, in CPU memory; all processes take part, and some `keep` nothing."""
+    """The state dict with whole tensors in CPU memory; processes with `keep=False` get nothing."""
     reshard(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     wholes = ((name, whole(parameters.get(name, value))) for name, value in module.state_dict().items())
@@ -56,10 +56,10 @@ def whole_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor into one of which this process may hold a part."""
+    """Copies a whole tensor into one that this process may hold a part of."""
     if isinstance(target, DTensor):
         value = value.to(target.device, target.dtype)
-        # every process has the whole value: nothing needs to be sent
+        # every process has the whole value, so nothing is sent
         target.copy_(distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None))
     else:
         target.copy_(value)
@@ -67,10 +67,10 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
 
 def load_whole_state_dict(module: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
     """
-    `load_state_dict` with whole tensors.
+    Loads a state dict of whole tensors.
 
     Raises:
-        RuntimeError: `strict`, and names differ.
+        RuntimeError: names differ, and `strict` is set.
     """
     if not is_split(module):
         module.load_state_dict(weights, strict=strict)
@@ -79,13 +79,13 @@ def load_whole_state_dict(module: nn.Module, weights: Mapping[str, Tensor], stri
     targets = dict(module.state_dict())  # shares memory with the weights
     odd = sorted(set(targets) ^ set(weights) if strict else set(weights) - set(targets))
     if odd:
-        raise RuntimeError(f"the weights are of another model: names differ, e.g. {odd[:3]}.")
+        raise RuntimeError(f"the weights belong to another model: names differ, e.g. {odd[:3]}.")
     for name, value in weights.items():
         copy_whole(targets[name], value)
 
 
 def without_weights(module: nn.Module) -> nn.Module:
-    """A copy on the meta device, which takes no memory; buffers are real."""
+    """Copies a module without its parameters, which are on the meta device; buffers are real."""
     return copy.deepcopy(module, {id(p): _empty_like(p) for p in module.parameters()})
 
 

@@ -1,0 +1,314 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..policies import DiffusionPolicy
+from ..sampling import ODE_SOLVERS
+from .advantages import ADVANTAGE_NORMALIZATIONS, SELECTIONS
+from .base_config import DiffusionTrainerConfig
+from .estimators import ESTIMATORS
+
+# Settings of arXiv 2607.02291, Section 4.1: DiffusionDistributionConfig(output_dir=..., **PAPER)
+PAPER: dict[str, Any] = {
+    "loss_type": "grpo",
+    "sampler": "sde",
+    "reference_set_size": 5000,
+    "reference_update": "refresh",
+    "reference_refresh_steps": "10",
+    "num_subsets": 128,
+    "replace_size": 50,
+    "selection": "top",
+    "top_advantage_quantile": 0.25,
+    "num_inference_steps": 50,
+    "num_inference_steps_eval": [250],
+    "epsilon": 1e-4,
+    "beta": 0.0,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "constant",
+    "max_steps": 450,
+    "ema_decay": 0.0,
+}
+
+_CHOICES = {
+    "loss_type": tuple(ESTIMATORS),
+    "reference_update": ("refresh", "rolling"),
+    "advantage_normalization": ADVANTAGE_NORMALIZATIONS,
+    "selection": SELECTIONS,
+    "selection_scope": ("global", "local"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "sde_window": ("sliding", "random"),
+    "step_weighting": ("uniform", "noise"),
+}
+
+
+@dataclass
+class DiffusionDistributionConfig(DiffusionTrainerConfig):
+    r"""
+    Configuration of the [`DistributionRewardTrainer`].
+
+    It also takes the parameters of [`DiffusionTrainerConfig`] and of [`~transformers.TrainingArguments`]. The settings
+    of the paper ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)) are `trl_distreward.PAPER`.
+
+    Parameters:
+        > Parameters that control the reward
+
+        num_subsets (`int`, *optional*, defaults to `256`):
+            Subsets B generated and judged per update, over all processes; a multiple of their number.
+        replace_size (`int`, *optional*, defaults to `1`):
+            Images n of a subset. 1 gives every image its own reward; the paper uses 50.
+        reference_update (`str`, *optional*, defaults to `"rolling"`):
+            `"rolling"`: new images stay in the places they were judged in, so nothing is generated twice; slots are
+            drawn without replacement. `"refresh"`: the reference set is generated anew every
+            `reference_refresh_steps`, as in the paper.
+        reference_refresh_steps (`int` or `str`, *optional*, defaults to `10`):
+            Optimizer steps between two refreshes. `"auto"`: refreshes when the mean reward has drifted by more than
+            `refresh_drift` from that of the unchanged set.
+        refresh_drift (`float`, *optional*, defaults to `0.5`):
+            Drift that triggers an automatic refresh, in standard deviations of the rewards of one update.
+        best_of_n (`int`, *optional*, defaults to `1`):
+            Candidates generated per slot; the one with the best replaced distance by itself is kept (Appendix C).
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            Whether several rewards are summed before they are normalized to advantages, or normalized first
+            (`"normalize_then_sum"`).
+
+        > Parameters that control generation
+
+        sampler (`str`, *optional*, defaults to `"sde"`):
+            Sampler of the rollouts. A policy gradient needs `"sde"`: the ODE's steps have no density.
+        num_inference_steps (`int`, *optional*, defaults to `50`):
+            Steps of the rollouts and of the reference set.
+        sde_window_size (`int`, *optional*):
+            Number of steps with noise; the others follow the ODE and are not trained. All steps by default. 1 or 2
+            with `sde_window="random"` is Flow-GRPO-Fast.
+        sde_window (`str`, *optional*, defaults to `"sliding"`):
+            `"sliding"`: the window moves from noise to data by one step every `sde_window_interval` rollouts, then
+            starts again (MixGRPO, arXiv 2507.21802). `"random"`: drawn anew for each rollout.
+        sde_window_interval (`int`, *optional*, defaults to `25`):
+            Rollouts between two moves of the sliding window.
+        rollout_batch_size (`int`, *optional*):
+            Images at a time per process in rollouts; `per_device_train_batch_size` by default.
+
+        > Parameters that control the update
+
+        per_device_train_batch_size (`int`, *optional*, defaults to `8`):
+            (Image, step) pairs in one forward-backward pass. It changes memory and speed, not the update.
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            `"grpo"`: clipped policy gradient (Eq. 6). `"rft"`: rejection sampling, the flow-matching loss (Eq. 2) on
+            the selected images. `"backprop"`: gradient of the distance itself through the last `backprop_steps` of
+            sampling; all images of an update replace their slots at once.
+        backprop_steps (`int`, *optional*, defaults to `3`):
+            Last sampling steps that `"backprop"` goes back through. Memory grows with it, unless `checkpoint_steps`.
+        checkpoint_steps (`bool`, *optional*, defaults to `False`):
+            Recomputes each step's activations in the backward pass of `"backprop"`.
+        advantage_normalization (`str`, *optional*, defaults to `"batch"`):
+            `"batch"`: mean and standard deviation over all subsets of all processes (Eq. 5). `"group"`: over the
+            `num_generations` subsets that replace the same slots. `"none"`: centred but not divided.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Subsets that replace the same slots.
+        selection (`str`, *optional*, defaults to `"top"`):
+            Subsets that are trained on: `"top"`: the share `top_advantage_quantile` with the highest advantage;
+            `"top_bottom"`: that share at either end; `"all"`.
+        selection_scope (`str`, *optional*, defaults to `"global"`):
+            Whether the share is taken over all processes (`"global"`) or in each (`"local"`).
+        top_advantage_quantile (`float`, *optional*, defaults to `1.0`):
+            Selected share; 1.0 keeps all, the paper uses 0.25.
+        timestep_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the steps with noise that is trained, drawn anew for each rollout.
+        step_weighting (`str`, *optional*, defaults to `"uniform"`):
+            `"noise"` weights steps by the standard deviation of their noise (TempFlow-GRPO, arXiv 2508.04324).
+        ratio_normalization (`bool`, *optional*, defaults to `False`):
+            Puts the log-ratios of all steps on one scale (GRPO-Guard, arXiv 2510.22319).
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Clip range of the probability ratio, for log-probabilities averaged over dimensions.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence from the initial model; 0 loads no reference model. Under `"backprop"`, weight
+            of the mean squared difference of the two velocities.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Updates per rollout. 1 is strictly on-policy: the ratio is then exactly 1.
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Decay of a moving average of the weights, which is then evaluated and saved; 0 keeps none.
+        offload_trajectories (`bool`, *optional*, defaults to `False`):
+            Keeps the rollout's states in CPU memory until they are trained on.
+
+        > Parameters that control evaluation
+
+        num_inference_steps_eval (`int` or `list[int]`, *optional*, defaults to `[250]`):
+            Steps at evaluation. With several, their names tell them apart: `eval_sde_50_…`, `eval_sde_250_…`. The
+            paper's gains depend on them (Table 3).
+        eval_samplers (`list[str]`, *optional*, defaults to `["sde", "ode"]`):
+            Samplers that are evaluated.
+        eval_solver (`str`, *optional*, defaults to `"euler"`):
+            Solver of the evaluated ODE: `"euler"`, `"heun"`, `"heun_sigma"` or `"dopri5"`, see
+            [`~sampling.solve_ode`]. `"dopri5"` chooses its own steps, so it is evaluated once.
+
+    > Other defaults than in [`~transformers.TrainingArguments`]: `learning_rate=1e-5`, `lr_scheduler_type="linear"`,
+    > `max_steps=450`, `save_steps=50`, `ddp_find_unused_parameters=False`.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate; 1e-5 in the paper."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning rate schedule."})
+    max_steps: int = field(
+        default=450,
+        metadata={"help": "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."},
+    )
+    save_steps: float = field(default=50, metadata={"help": "Optimizer steps between two checkpoints."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for unused parameters."}
+    )
+
+    # Parameters that control the reward
+    num_subsets: int = field(default=256, metadata={"help": "Subsets judged per update, over all processes."})
+    replace_size: int = field(default=1, metadata={"help": "Images of a subset."})
+    reference_update: str = field(
+        default="rolling",
+        metadata={"help": "How the reference set follows the policy.", "choices": list(_CHOICES["reference_update"])},
+    )
+    reference_refresh_steps: str = field(  # a number after __post_init__; the command line knows one type
+        default="10", metadata={"help": "Optimizer steps between two refreshes of the reference set, or 'auto'."}
+    )
+    refresh_drift: float = field(
+        default=0.5, metadata={"help": "Drift that triggers a refresh under 'auto', in standard deviations."}
+    )
+    best_of_n: int = field(default=1, metadata={"help": "Candidates generated per slot; the best is kept."})
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "How several rewards become one advantage.",
+            "choices": list(_CHOICES["multi_objective_aggregation"]),
+        },
+    )
+
+    # Parameters that control generation
+    sampler: str = field(default="sde", metadata={"help": "Sampler of the rollouts.", "choices": ["sde", "ode"]})
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the rollouts and of the reference set."})
+    sde_window_size: int | None = field(default=None, metadata={"help": "Steps with noise; all by default."})
+    sde_window: str = field(
+        default="sliding", metadata={"help": "How the window of noise moves.", "choices": ["sliding", "random"]}
+    )
+    sde_window_interval: int = field(default=25, metadata={"help": "Rollouts between two moves of the window."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Images at a time per process in rollouts."}
+    )
+
+    # Parameters that control the update
+    loss_type: str = field(
+        default="grpo", metadata={"help": "How the reward becomes a gradient.", "choices": list(ESTIMATORS)}
+    )
+    backprop_steps: int = field(default=3, metadata={"help": "Last sampling steps that 'backprop' goes back through."})
+    checkpoint_steps: bool = field(
+        default=False, metadata={"help": "Recomputes activations of back-propagated steps."}
+    )
+    advantage_normalization: str = field(
+        default="batch",
+        metadata={"help": "What advantages are normalized over.", "choices": list(ADVANTAGE_NORMALIZATIONS)},
+    )
+    num_generations: int = field(default=1, metadata={"help": "Subsets that replace the same slots."})
+    selection: str = field(
+        default="top", metadata={"help": "Which subsets are trained on.", "choices": list(SELECTIONS)}
+    )
+    selection_scope: str = field(
+        default="global",
+        metadata={"help": "What the selected share is taken over.", "choices": ["global", "local"]},
+    )
+    top_advantage_quantile: float = field(default=1.0, metadata={"help": "Share of the subsets that is selected."})
+    timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the steps with noise that is trained."})
+    step_weighting: str = field(
+        default="uniform", metadata={"help": "How steps are weighted.", "choices": ["uniform", "noise"]}
+    )
+    ratio_normalization: bool = field(
+        default=False, metadata={"help": "Puts the log-ratios of all steps on one scale."}
+    )
+    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the initial model."})
+    num_iterations: int = field(default=1, metadata={"help": "Updates per rollout."})
+    ema_decay: float = field(default=0.9, metadata={"help": "Decay of a moving average of the weights; 0 is none."})
+    offload_trajectories: bool = field(
+        default=False, metadata={"help": "Keeps the rollout's states in CPU memory until they are trained on."}
+    )
+
+    # Parameters that control evaluation
+    num_inference_steps_eval: list[int] = field(
+        default_factory=lambda: [250], metadata={"help": "Steps at evaluation; several are evaluated in turn."}
+    )
+    eval_samplers: list[str] = field(
+        default_factory=lambda: ["sde", "ode"], metadata={"help": "Samplers that are evaluated."}
+    )
+    eval_solver: str = field(
+        default="euler", metadata={"help": "Solver of the evaluated ODE.", "choices": list(ODE_SOLVERS)}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choices(_CHOICES)
+        self._check_reward()
+        self._check_update()
+        ESTIMATORS[self.loss_type].check_config(self)
+        # rollouts and their ODE take Euler's steps
+        rollout = self._schedule(self.num_inference_steps, self.sampler, "euler")
+        self._set_schedules(rollout, self._evaluation_schedules())
+        super().__post_init__()
+
+    def bind(self, policy: DiffusionPolicy) -> None:
+        super().bind(policy)
+        steps, size = len(self.rollout_schedule.trainable_steps), self.sde_window_size
+        if not steps and self.sampler == "sde":
+            raise ValueError(
+                f"noise_level={self.noise_level} with num_inference_steps={self.num_inference_steps} leaves no step "
+                "with noise to train: raise either."
+            )
+        if size is not None and not 1 <= size <= steps:
+            raise ValueError(f"sde_window_size={size} must lie in 1 to {steps}, the number of steps with noise.")
+
+    def _check_reward(self) -> None:
+        if self.reference_refresh_steps != "auto":
+            setattr(self, "reference_refresh_steps", int(self.reference_refresh_steps))  # noqa: B010
+            self._check_counts(("reference_refresh_steps",))
+        elif self.reference_update == "refresh" and self.best_of_n > 1:
+            raise ValueError(
+                f"best_of_n={self.best_of_n} with reference_refresh_steps='auto': chosen images are better than the "
+                "reference set without any drift of the policy. Use a number of steps, or reference_update='rolling'."
+            )
+        self._check_counts(("num_subsets",), least=2)
+        self._check_counts(
+            ("replace_size", "num_iterations", "best_of_n", "sde_window_interval", "rollout_batch_size")
+        )
+        if self.replace_size >= self.reference_set_size:
+            raise ValueError(
+                f"replace_size={self.replace_size} must be smaller than reference_set_size={self.reference_set_size}: "
+                "lower one or raise the other."
+            )
+
+    def _check_update(self) -> None:
+        if self.num_generations < 1 or self.num_subsets % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide num_subsets={self.num_subsets}: so many subsets "
+                "replace the same slots."
+            )
+        if self.advantage_normalization == "group" and self.num_generations < 2:
+            raise ValueError(
+                "advantage_normalization='group' compares subsets that replace the same slots: set num_generations "
+                "to 2 or more."
+            )
+        for name in ("top_advantage_quantile", "timestep_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]; 1.0 keeps everything.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average.")
+        if self.epsilon <= 0 or self.beta < 0:
+            raise ValueError(f"epsilon={self.epsilon} must be positive, and beta={self.beta} not negative.")
+
+    def _evaluation_schedules(self) -> dict[str, Any]:
+        if isinstance(self.num_inference_steps_eval, int):
+            self.num_inference_steps_eval = [self.num_inference_steps_eval]
+        counts = list(dict.fromkeys(self.num_inference_steps_eval))
+        if not self.eval_samplers or not counts or min(counts) < 1:
+            raise ValueError(
+                f"eval_samplers={self.eval_samplers}, num_inference_steps_eval={counts}: give at least one of each, "
+                "and at least 1 step."
+            )
+        schedules = {}
+        for name in self.eval_samplers:
+            for count in counts:
+                schedule = self._schedule(count, name, self.eval_solver)
+                single = len(counts) == 1 or schedule.num_evaluations is None
+                schedules[name if single else f"{name}_{count}"] = schedule
+        return schedules

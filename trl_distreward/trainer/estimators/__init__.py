@@ -1,0 +1,15 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Estimators: how a reward becomes a gradient. To add one, write a subclass of `Estimator` and list it here."""
+
+from .backprop import Backprop
+from .base import Context, Estimator
+from .forward_process import ForwardProcess
+from .policy_gradient import PolicyGradient
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "grpo": PolicyGradient,
+    "rft": ForwardProcess,
+    "backprop": Backprop,
+}
+
+__all__ = ["ESTIMATORS", "Backprop", "Context", "Estimator", "ForwardProcess", "PolicyGradient"]

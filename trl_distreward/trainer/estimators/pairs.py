@@ -1,0 +1,158 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""Batches of (image, time) pairs: selected images, dealt out to the processes and cut into micro-batches."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...sampling import send
+from .base import MicroBatch
+
+
+@dataclass
+class PairBatch:
+    """
+    Images of one process, K of them, paired with each trained step of their trajectories.
+
+    Attributes:
+        cond (`dict[str, torch.Tensor]` of shapes `(K, ...)`): encoded conditions.
+        states (`dict[int, torch.Tensor]` of shapes `(K, ...)`): samples by grid index, at both ends of every step.
+        steps (`list[int]`): trained steps.
+        grid (`torch.Tensor` of shape `(T + 1,)`): time grid, float64.
+        log_probs (`torch.Tensor` of shape `(K, len(steps))`): as the rollout drew them.
+        advantages (`torch.Tensor` of shape `(K,)`): float32.
+        step_weights (`torch.Tensor` of shape `(len(steps),)`): weights of mean 1.
+        num_own (`int`): images that count; a process left without any holds one that does not.
+        num_images (`int`): images that count, over all processes.
+        old_log_probs (`torch.Tensor` of shape `(K, len(steps))` or `None`):
+            anchor of the ratio, written during the first of several updates; `None` for a single update.
+        old_means (`torch.Tensor` of shape `(K, len(steps), ...)` or `None`): means of the steps, written likewise.
+        times (`torch.Tensor` of shape `(K,)` or `None`): times that replace the grid's, for flow matching.
+        anchored (`bool`): whether the anchors are written.
+    """
+
+    cond: dict[str, Tensor]
+    states: dict[int, Tensor]
+    steps: list[int]
+    grid: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    step_weights: Tensor
+    num_own: int
+    num_images: int
+    old_log_probs: Tensor | None = None
+    old_means: Tensor | None = None
+    times: Tensor | None = None
+    anchored: bool = False
+
+    def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
+        """
+        Cuts the pairs into micro-batches of at most `size`, equally many on every process. A process with fewer pairs
+        repeats its last one at weight 0.
+        """
+        device, steps = self.advantages.device, torch.tensor(self.steps)
+        pairs = self.num_own * len(steps)
+        most = math.ceil(self.num_images / processes) * len(steps)
+        weight = 1.0 / (self.num_images * len(steps))
+        for start in range(0, most, size):
+            # The host knows all indices: asking the device would wait for the last micro-batch.
+            index = torch.arange(start, min(start + size, most))
+            weights = send(torch.where(index < pairs, weight, 0.0), device)
+            index = index.clamp(max=max(pairs - 1, 0))
+            image, column = index // len(steps), index % len(steps)
+            step, rows, columns = steps[column], send(image, device), send(column, device)
+            micro: MicroBatch = {
+                "cond": {name: value[rows] for name, value in self.cond.items()},
+                "x": _pick(self.states, image, step, device),
+                "next_x": _pick(self.states, image, step + 1, device),
+                "t": send(self.grid[step], device) if self.times is None else self.times[rows],
+                "t_next": send(self.grid[step + 1], device),
+                "advantages": self.advantages[rows],
+                "weights": weights * self.step_weights[columns],
+                "log_probs": self.log_probs[rows, columns],
+            }
+            if self.old_log_probs is not None:
+                if self.anchored:
+                    micro["old_log_probs"] = self.old_log_probs[rows, columns]
+                    if self.old_means is not None:
+                        where = image.to(self.old_means.device), column.to(self.old_means.device)
+                        micro["old_means"] = send(self.old_means[where], device)
+                else:
+                    micro["anchor"] = (self, image, column)
+            yield micro, start + size >= most
+        self.anchored = self.old_log_probs is not None
+
+    def anchor(self, image: Tensor, column: Tensor, log_prob: Tensor, mean: Tensor) -> None:
+        """Writes the anchors of pairs: the log-probabilities and means that the first update computed for them."""
+        assert self.old_log_probs is not None
+        device = self.old_log_probs.device
+        self.old_log_probs[send(image, device), send(column, device)] = log_prob.detach()
+        if self.old_means is not None:
+            device = self.old_means.device
+            self.old_means[image.to(device), column.to(device)] = mean.detach().to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device, states_device: torch.device) -> "PairBatch":
+        """Rebuilds a saved batch; states and means go to `states_device`."""
+        moved = dict(state)
+        for name, value in state.items():
+            there = states_device if name in ("states", "old_means") else device
+            if isinstance(value, dict):
+                moved[name] = {key: tensor.to(there) for key, tensor in value.items()}
+            elif isinstance(value, Tensor) and name != "grid":
+                moved[name] = value.to(there)
+        return cls(**moved)
+
+
+class Deal:
+    """
+    Deals selected images out evenly: the k-th goes to process k modulo their number.
+
+    Args:
+        kept (`torch.LongTensor` of shape `(M,)`):
+            selected images, ascending; image `i` of all processes is image `i mod K` of process `i div K`.
+        size (`int`): images K of each process.
+        gather (`Callable`): concatenates a tensor's rows over processes.
+        rank, processes (`int`): this process, and their number.
+    """
+
+    def __init__(self, kept: Tensor, size: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int):
+        self.gather, self.rank, self.processes = gather, rank, processes
+        dealt = torch.arange(len(kept), device=kept.device) % processes == rank
+        self.num_own = int(dealt.sum())
+        if self.num_own == 0:
+            dealt[0] = True  # takes part in every collective, at weight 0
+        self.mine = kept[dealt]
+        owners = kept // size
+        counts = torch.bincount(owners, minlength=processes)
+        self.most = int(counts.max())
+        self.own = kept[owners == rank] % size
+        places = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[owners]
+        self.sources = owners[dealt], places[dealt]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Exchanges rows `(K, ...)` of this process for the rows `(num_own, ...)` that it is dealt."""
+        mine = values[self.own.to(values.device)]
+        if self.processes == 1:
+            return mine
+        padding = values.new_zeros(self.most - len(mine), *values.shape[1:])
+        sent = torch.cat([mine, padding]).to(self.own.device)  # states may be in CPU memory
+        everything = self.gather(sent).view(self.processes, self.most, *values.shape[1:])
+        return everything[self.sources].to(values.device)
+
+
+def _pick(states: dict[int, Tensor], image: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Rows `states[index[p]][image[p]]` for every pair p, on `device`; `image` and `index` are in CPU memory."""
+    order, parts = index.argsort(stable=True), []
+    for i in index.unique().tolist():
+        rows = image[index == i]
+        values = states[i]
+        parts.append(send(values[send(rows, values.device)], device))
+    return torch.cat(parts)[send(order.argsort(), device)]

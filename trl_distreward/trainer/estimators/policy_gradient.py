@@ -1,0 +1,188 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""The clipped policy gradient of the SDE's steps (Eq. 6 of arXiv 2607.02291)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...generation import SamplingSchedule, image_generators
+from ...sampling import Transition, send, transition
+from ..rollouts import Rollout
+from .base import Estimator, MicroBatch
+from .pairs import Deal, PairBatch
+
+if TYPE_CHECKING:
+    from ..diffusion_distribution_config import DiffusionDistributionConfig
+
+
+class PolicyGradient(Estimator):
+    """
+    Policy gradient for any reward. It trains the steps of the SDE, because only they have a density.
+
+    With a single update per rollout the ratio is anchored on the log-probability itself, so it is exactly 1. With
+    several, the first update writes the anchors of the others.
+    """
+
+    @staticmethod
+    def check_config(args: "DiffusionDistributionConfig") -> None:
+        if args.sampler == "ode":
+            raise ValueError(
+                "sampler='ode': a policy gradient needs the density of each step, which the ODE does not have. Set "
+                "sampler='sde'; evaluation runs the ODE as well, see eval_samplers."
+            )
+
+    def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
+        keep_steps = self._trained_steps(self.context.sampler.schedule(step), step)
+        return self.context.sampler(model, slots, step, keep_steps=keep_steps)
+
+    def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> PairBatch | None:
+        args, accelerator = self.context.args, self.context.accelerator
+        advantages = self.compute_advantages(rewards)
+        if not (advantages != 0).any():
+            return None
+        kept = self.select(rollout, advantages)
+        size, processes = len(rollout.local_slots), accelerator.num_processes
+        deal = Deal(kept, size, accelerator.gather, accelerator.process_index, processes)
+        log_probs, states = deal(rollout.log_probs), {i: deal(state) for i, state in rollout.states.items()}
+        several = args.num_iterations > 1
+        means = next(iter(states.values())) if several and args.ratio_normalization else None
+        return PairBatch(
+            cond={name: deal(value) for name, value in rollout.cond.items()},
+            states=states,
+            steps=list(rollout.steps),
+            grid=torch.tensor(rollout.schedule.times, dtype=torch.float64),
+            log_probs=log_probs,
+            advantages=advantages.expand(rollout.slots.shape).flatten()[deal.mine].float(),
+            step_weights=self._step_weights(rollout.steps),
+            num_own=deal.num_own,
+            num_images=len(kept),
+            old_log_probs=torch.zeros_like(log_probs) if several else None,
+            old_means=None if means is None else means.new_zeros(*log_probs.shape, *means.shape[1:]),
+        )
+
+    def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        args, pairs = self.context.args, micro_batch
+        step = self._score(partial(self.context.velocity, model), pairs)
+        if "anchor" in pairs:
+            batch, image, column = pairs["anchor"]
+            batch.anchor(image, column, step.log_prob, step.mean)
+        log_prob, old = step.log_prob, pairs.get("old_log_probs", step.log_prob.detach())
+        if args.ratio_normalization:
+            old_mean = pairs.get("old_means", step.mean.detach())
+            log_prob, old = normalize_ratio(log_prob - old, step.mean, old_mean, step.std), torch.zeros_like(old)
+        policy = clipped_policy_loss(log_prob, old, pairs["advantages"], args.epsilon)
+        values = {
+            "ratio": policy.ratio,
+            "clip_ratio": policy.clipped,
+            "delta_log_prob": (step.log_prob.detach() - pairs["log_probs"]).abs(),
+        }
+        loss = policy.loss
+        if args.beta > 0:
+            with torch.no_grad():
+                initial = self._score(self.context.initial_velocity, pairs)
+            values["kl"] = gaussian_kl(step.mean, initial.mean, step.std)
+            loss = loss + args.beta * values["kl"]
+        return (loss * pairs["weights"]).sum(), values
+
+    def num_passes(self) -> int:
+        args = self.context.args
+        noisy = args.sde_window_size or len(args.rollout_schedule.trainable_steps)
+        return self.num_selected() * max(1, round(args.timestep_fraction * noisy))
+
+    def restore(self, state: dict[str, Any]) -> PairBatch:
+        device = self.context.accelerator.device
+        offloaded = self.context.args.offload_trajectories
+        return PairBatch.from_state(state, device, torch.device("cpu") if offloaded else device)
+
+    def _trained_steps(self, schedule: SamplingSchedule, step: int) -> tuple[int, ...]:
+        """Draws the share `timestep_fraction` of the steps with noise."""
+        args, steps = self.context.args, schedule.trainable_steps
+        if args.timestep_fraction == 1.0:
+            return steps
+        (generator,) = image_generators(args.seed, "steps", step, [0])
+        count = max(1, round(args.timestep_fraction * len(steps)))
+        return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
+
+    def _score(self, velocity: Callable[..., Tensor], pairs: MicroBatch) -> Transition:
+        """Density of the taken steps under `velocity(x, t, cond)`."""
+        x, t = pairs["x"], pairs["t"]
+        return self._transition(x, velocity(x, t, pairs["cond"]), t, pairs["t_next"], pairs["next_x"])
+
+    def _transition(self, x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, next_x: Tensor) -> Transition:
+        schedule = self.context.args.rollout_schedule
+        return transition(
+            x,
+            velocity,
+            t,
+            t_next,
+            noise_schedule=schedule.noise_schedule,
+            noise_level=schedule.noise_level,
+            start=schedule.times[0],
+            prev_sample=next_x,
+        )
+
+    def _step_weights(self, steps: tuple[int, ...]) -> Tensor:
+        """Weights `(len(steps),)` of mean 1: even, or proportional to the steps' noise."""
+        device = self.context.accelerator.device
+        if self.context.args.step_weighting == "uniform":
+            return torch.ones(len(steps), device=device)
+        times = torch.tensor(self.context.args.rollout_schedule.times, dtype=torch.float64)
+        index, zeros = torch.tensor(steps), torch.zeros(len(steps), 1, dtype=torch.float64)
+        std = self._transition(zeros, zeros, times[index], times[index + 1], zeros).std
+        return send((std / std.mean()).float(), device)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The loss of each (image, step) pair `(P,)`, and what is logged of it."""
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+
+
+def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, epsilon: float) -> PolicyLoss:
+    """
+    `-min(r A, clip(r, 1 - ε, 1 + ε) A)` with `r = exp(log_prob - old_log_prob)` (Eq. 6).
+
+    Args:
+        log_prob, old_log_prob, advantages (`torch.Tensor` of shape `(P,)`): per (image, step) pair.
+        epsilon (`float`): clip range ε; 1e-4 in the paper, for log-probabilities averaged over dimensions.
+    """
+    ratio = torch.exp(log_prob - old_log_prob)
+    clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon)
+    loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    # "clipped" means that the objective is flat here, so the pair gives no gradient
+    clipped = ((ratio > 1 + epsilon) & (advantages > 0)) | ((ratio < 1 - epsilon) & (advantages < 0))
+    return PolicyLoss(loss, ratio.detach(), clipped)
+
+
+def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
+    """
+    KL between `N(mean, std²)` and `N(reference_mean, std²)`, averaged over dimensions; `std` includes sqrt(dt).
+
+    Args:
+        mean, reference_mean (`torch.Tensor` of shape `(P, ...)`), std (`torch.Tensor` of shape `(P,)`).
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`.
+    """
+    return (mean - reference_mean).square().flatten(1).mean(1) / (2 * std**2)
+
+
+def normalize_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """
+    GRPO-Guard's ratio normalization (arXiv 2510.22319): puts the log-ratios of all time steps on one scale, around 0.
+
+    A step's log-ratio is `(Δμ·ε)/std - |Δμ|²/(2 std²)`, averaged over dimensions, with `Δμ = mean - old_mean`: it is
+    biased below 0 and spreads as `1/std`. Returns `std (log_ratio + |Δμ|²/(2 std²)) = Δμ·ε`.
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(P,)`), mean, old_mean (`torch.Tensor` of shape `(P, ...)`),
+        std (`torch.Tensor` of shape `(P,)`).
+    """
+    return std * (log_ratio + gaussian_kl(mean, old_mean, std))
