@@ -27,7 +27,8 @@ def test_snapshot_is_read_as_it_was_written(tmp_path, monkeypatch):
         assert value.dtype == torch.float16 and torch.equal(value, published[name])
     assert {name: model.config[name] for name in original.config} == original.config
     assert original.vae == "stabilityai/sd-vae-ft-mse"
-    assert original.latents_scale == pytest.approx([0.1] * 4) and original.latents_bias == [0, 1, 2, 3]
+    assert original.latents["latents_scale"] == pytest.approx([0.1] * 4)
+    assert original.latents["latents_bias"] == [0, 1, 2, 3]
     assert not Path("executed").exists()  # by the code in it
 
 

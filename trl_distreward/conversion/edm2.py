@@ -30,14 +30,13 @@ class OriginalEDM2:
         config (`dict`): configuration for [`EDM2UNet2DModel`].
         state_dict (`dict[str, torch.Tensor]`): weights, in the order and dtypes of the file (published: float16).
         vae (`str` or `None`): Hub id of the VAE whose latents the network denoises; `None` for pixels.
-        latents_scale, latents_bias (`list[float]` or `None`): per channel, `latents = raw · scale + bias`.
+        latents (`dict[str, list[float]]`): `latents_scale` and `latents_bias` of [`EDM2Pipeline`]; empty for pixels.
     """
 
     config: dict[str, Value]
     state_dict: dict[str, Tensor]
     vae: str | None
-    latents_scale: list[float] | None
-    latents_bias: list[float] | None
+    latents: dict[str, list[float]]
 
 
 def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
@@ -152,10 +151,11 @@ def _read_config(state: dict[str, Value]) -> dict[str, Value]:
     return config
 
 
-def _read_encoder(encoder: Value) -> tuple[str | None, list[float] | None, list[float] | None]:
+def _read_encoder(encoder: Value) -> tuple[str | None, dict[str, list[float]]]:
+    """Returns the VAE's Hub id, and the scale and bias of its latents."""
     if encoder is None or _class_name(encoder) == "StandardRGBEncoder":
-        return None, None, None
+        return None, {}
     if _class_name(encoder) != "StabilityVAEEncoder":
         raise pickle.UnpicklingError(f"its encoder is a {_class_name(encoder)}, which is not known")
     state = _state(encoder)
-    return str(state["vae_name"]), read_array(state["scale"]).tolist(), read_array(state["bias"]).tolist()
+    return str(state["vae_name"]), {f"latents_{name}": read_array(state[name]).tolist() for name in ("scale", "bias")}

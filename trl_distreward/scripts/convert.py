@@ -76,11 +76,8 @@ def convert_edm2(arguments: argparse.Namespace) -> tuple[DiffusionPipeline, str 
     dtype = getattr(torch, arguments.dtype)
     original = read_original_edm2(arguments.checkpoint)
     guider = None if arguments.guider is None else build_edm2(read_original_edm2(arguments.guider), dtype)
-    if original.vae is None:
-        return EDM2Pipeline(build_edm2(original, dtype), guider), None
-    vae = arguments.vae or original.vae
-    latents = {"latents_scale": original.latents_scale, "latents_bias": original.latents_bias}
-    return EDM2Pipeline(build_edm2(original, dtype), guider, load_vae(arguments, vae), **latents), vae
+    vae = None if original.vae is None else arguments.vae or original.vae
+    return EDM2Pipeline(build_edm2(original, dtype), guider, load_vae(arguments, vae), **original.latents), vae
 
 
 def load_vae(arguments: argparse.Namespace, name: str | None) -> AutoencoderKL | None:
