@@ -237,9 +237,6 @@ def test_rewards_are_known_by_name(tmp_path):
         metrics["pick_score"].update(images[part], prompts[part])
     mean = rewards[1](images, conditions=prompts).double().mean().item()
     assert metrics["pick_score"].compute() == pytest.approx(mean, rel=1e-6)
-    metrics["pick_score"].reset()
-    with pytest.raises(ValueError, match="no images were given"):
-        metrics["pick_score"].compute()
 
 
 def test_prompts_may_be_in_any_column_of_a_saved_dataset(tmp_path):

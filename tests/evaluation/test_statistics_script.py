@@ -33,7 +33,7 @@ def test_file_holds_moments_features_and_what_they_are_of(tmp_path, capsys):
     expected = FeatureStatistics.from_features(features)
     assert loaded.count == 90
     torch.testing.assert_close(loaded.covariance, expected.covariance, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(load_real_features(output, "the test"), features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_real_features(output), features, rtol=1e-5, atol=1e-5)
     said = loaded.metadata
     assert said["extractor"] == PROJECT[1] and said["source"].endswith("s.npz") and said["image_size"] == "8x8"
     assert said["library"].startswith("trl-distreward ") and "pillow" in said["versions"]

@@ -22,8 +22,6 @@ from tests.helpers import features, pattern_images, real_images
 from trl_distreward import FeatureStatistics, JointFeatures, SubsetReplaceReward, load_feature_extractor
 from trl_distreward.metrics.backbones import BackboneFeatures
 from trl_distreward.metrics.extractors import network_digest
-from trl_distreward.scripts import train
-from trl_distreward.scripts.common import find_extractor
 
 IMAGES = pattern_images(2, 3, 40, 48)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -164,13 +162,9 @@ def test_unknown_backbones_need_their_settings(tmp_path):
         load_feature_extractor(folder)
     given = {"pooling": "pooler", "size": 28, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     assert load_feature_extractor(folder, **given).dimension == 16
-    spec = f"{folder},pooling=pooler,size=28,mean=0.5:0.5:0.5,std=0.5:0.5:0.5"
-    assert find_extractor(spec).resize == load_feature_extractor(folder, **given).resize
-    with pytest.raises(ValueError, match="mean='0.5:grey' must be made of numbers"):
-        find_extractor(f"{folder},mean=0.5:grey")
     with pytest.raises(ValueError, match="pooling='max' is unknown"):
         load_feature_extractor(folder, **{**given, "pooling": "max"})
-    with pytest.raises(ValueError, match="resize='nearest' with mode='bicubic' is unknown"):
+    with pytest.raises(ValueError, match="resize='nearest', mode='bicubic': choose"):
         load_feature_extractor(folder, resize="nearest", **given)
 
 
@@ -255,8 +249,8 @@ def test_your_own_callable_is_wrapped():
     [
         ("inceptoin", "feature extractor 'inceptoin' is unknown: give 'inception', 'dinov2', 'clip'"),
         ("no.such.module", "'no.such.module' cannot be imported"),
-        ("tests.metrics.test_extractors.number", "is a int: a feature extractor is called with images"),
-        ("tests.metrics.test_extractors.Colours", "is a type: a feature extractor is called with images"),
+        ("tests.metrics.test_extractors.number", "is a int: give a function of images"),
+        ("tests.metrics.test_extractors.Colours", "is a type: give a function of images"),
     ],
 )
 def test_unknown_names_and_options_are_refused(name, message):
@@ -264,13 +258,3 @@ def test_unknown_names_and_options_are_refused(name, message):
         load_feature_extractor(name)
     with pytest.raises(ValueError, match="inception has no option size: it takes source, resize, output"):
         load_feature_extractor("inception", size=3)
-
-
-def test_command_line_takes_the_same_names(vit, tmp_path):
-    extractor = load_feature_extractor(vit)
-    FeatureStatistics.from_features(extractor(pattern_images(4, 3, 30, 32))).save(tmp_path / "real.safetensors")
-    arguments = train.TrainArguments(
-        model="x", feature_extractor=vit, real_statistics=str(tmp_path / "real.safetensors")
-    )
-    (reward,) = train.build_rewards(arguments, str(tmp_path))
-    assert torch.equal(reward.extract(IMAGES)["features"], extractor(IMAGES))

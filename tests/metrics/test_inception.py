@@ -1,8 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The FID network. Fingerprints are outputs of the original networks with the weights of `fill_by_pattern`."""
 
-import hashlib
-from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -120,30 +118,22 @@ def test_files_of_another_network_are_refused(network, tmp_path):
             load_inception(tmp_path / name)
 
 
-def test_default_weights_are_downloaded_once_and_checked(network, saved, tmp_path, monkeypatch):
-    place = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+def test_default_weights_are_pytorch_fids_release(network, saved, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(inception.torch.hub, "download_url_to_file", broken)
-        with pytest.raises(OSError, match=f"cannot be downloaded .*no network.*put that file at {place}"):
-            load_inception()
-    asked = []
+    place = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
 
-    def download(url, path, hash_prefix):
-        asked.append((url, hash_prefix))
-        Path(path).write_bytes(saved.read_bytes())
+    def offline(*args, **kwargs):
+        raise URLError("no network")
 
-    monkeypatch.setattr(inception.torch.hub, "download_url_to_file", download)
-    with pytest.raises(ValueError, match=f"{place} is damaged or another file"):
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    with pytest.raises(OSError, match=f"cannot be downloaded .*no network.*put that file into {place.parent}"):
         load_inception()
-    digest = hashlib.sha256(saved.read_bytes()).hexdigest()
-    monkeypatch.setattr(inception, "FID_WEIGHTS_SHA256", digest)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="6726825d.pth does not hold the weights"):
+        load_inception()
+    place.write_bytes(saved.read_bytes())
     assert torch.equal(load_inception().fc.bias, network.fc.bias)
-    assert len(asked) == 1 and asked[0][0].startswith("https://github.com/mseitzer/pytorch-fid/")
-
-
-def broken(*args, **kwargs):
-    raise URLError("no network")
 
 
 def test_weights_on_the_hub(saved, monkeypatch):

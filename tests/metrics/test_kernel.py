@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from trl_distreward.metrics.kernel import KernelDistance
 from trl_distreward.metrics.statistics import FeatureStatistics
@@ -129,24 +128,9 @@ def test_float32_products_of_large_sets_are_close(kind, monkeypatch):
         assert difference.abs().max() < 1e-6 * scale
 
 
-def test_real_features_from_a_file(tmp_path):
-    save_file({"features": REAL}, tmp_path / "real.safetensors")
-    assert KernelDistance(tmp_path / "real.safetensors").fit(GENERATED).value == pytest.approx(naive(GENERATED))
-    FeatureStatistics.from_features(REAL).save(tmp_path / "moments.safetensors")
-    with pytest.raises(ValueError, match="no 'features'"):
-        KernelDistance(str(tmp_path / "moments.safetensors"))
-    with pytest.raises(FileNotFoundError, match="no file of real data"):
-        KernelDistance(tmp_path / "absent.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="damaged"):
-        KernelDistance(tmp_path / "broken.safetensors")
-
-
 def test_errors():
-    with pytest.raises(TypeError, match="is a FeatureStatistics, but KernelDistance compares with the real features"):
+    with pytest.raises(ValueError, match=r"real features must be a tensor of shape .*, got FeatureStatistics"):
         KernelDistance(FeatureStatistics.from_features(REAL))
-    with pytest.raises(TypeError, match="is a list"):
-        KernelDistance([1.0])
     cases = [
         ({"kernel": "cubic"}, "kernel='cubic'"),
         ({"kernel": "gaussian", "bandwidths": (1.0, 0.0)}, "positive"),

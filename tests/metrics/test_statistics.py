@@ -167,7 +167,7 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
         check_extractor(metadata, 3, extractor="dinov2", resize="pillow")
     with pytest.raises(ValueError, match="weights 'a', but the images are seen with 'b'"):
         check_extractor({**metadata, "weights": "a"}, 3, extractor="dinov2", weights="b")
-    with pytest.raises(ValueError, match="dimension 3, but 'dinov2' gives 1024"):
+    with pytest.raises(ValueError, match="dimension 3, but the images are seen with 1024"):
         check_extractor(metadata, 3, extractor="dinov2", extractor_dimension=1024)
 
 
@@ -190,6 +190,14 @@ def test_rewards_and_metrics_refuse_statistics_of_another_extractor(judge, tmp_p
         for real in (path, FeatureStatistics.load(path)):
             with pytest.raises(ValueError, match=f"{message}, but the images are seen with"):
                 judge(Named(name, resize), real)
+
+
+def test_files_without_features_are_refused_by_kernel_distances(tmp_path):
+    FeatureStatistics.from_features(torch.randn(9, 3)).save(tmp_path / "moments.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for name, error in (("moments", "holds no features"), ("absent", "no file of real data"), ("broken", "damaged")):
+        with pytest.raises((ValueError, FileNotFoundError), match=error):
+            build_distance("kernel", tmp_path / f"{name}.safetensors")
 
 
 def test_files_with_features_serve_every_distance(tmp_path):

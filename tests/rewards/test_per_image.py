@@ -100,7 +100,13 @@ def test_functions_with_the_same_name_get_numbers():
         return function
 
     functions = RewardFunctions([named(name) for name in ("a", "a", "b", "a_2", "a")])
-    assert functions.names == ["a", "a_3", "b", "a_2", "a_4"]  # each keeps its own where it is the first
+    assert [reward.name for reward in functions.all] == [
+        "a",
+        "a_3",
+        "b",
+        "a_2",
+        "a_4",
+    ]  # each keeps its own where it is the first
 
 
 def test_two_distribution_rewards_are_logged_apart(tmp_path):
@@ -112,7 +118,7 @@ def test_two_distribution_rewards_are_logged_apart(tmp_path):
     logs = next(entry for entry in trainer.state.log_history if "reward" in entry)
     first, second = logs["rewards/subset_replace/mean"], logs["rewards/subset_replace_2/mean"]
     assert first != second and logs["reward"] == pytest.approx(first + 3 * second)
-    assert trainer._describe_run()["rewards"] == {"subset_replace": 1.0, "subset_replace_2": 3.0}
+    assert trainer.describe_run()["rewards"] == {"subset_replace": 1.0, "subset_replace_2": 3.0}
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "backprop"])

@@ -106,6 +106,9 @@ def test_the_trainer_draws_from_strata(tmp_path):
     trainer = tiny_trainer(tmp_path, stratify_by="class_labels", replace_size=3)
     trainer.train()
     for _ in range(3):
-        assert all(sorted(trainer.conditions[row].tolist()) == [0, 1, 2] for row in trainer._draw_slots())
+        assert all(
+            sorted(trainer.conditions[row].tolist()) == [0, 1, 2]
+            for row in trainer.estimator.draw_slots(trainer.slot_sampler)
+        )
     with pytest.raises(ValueError, match="stratify_by='topic' needs a train_dataset with that column"):
         tiny_trainer(tmp_path, stratify_by="topic")

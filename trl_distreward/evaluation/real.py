@@ -128,7 +128,7 @@ class RealPath:
         if collected is not None:
             statistics = statistics or collected.statistics(metadata)
             return RealData(statistics, collected.features(), str(self.path))
-        features = load_real_features(self.path, "evaluation") if self.features else None
+        features = load_real_features(self.path) if self.features else None
         if statistics is None:
             assert features is not None  # look_at has seen to it
             statistics = FeatureStatistics.from_features(features)

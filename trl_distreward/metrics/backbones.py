@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Vision backbones of transformers as feature extractors."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,24 +31,16 @@ POOLING_OF = {
     "swinv2": "pooler",
     "vit": "cls",
 }
-# Settings of named backbones: where their weights are, and what their metrics' references do
-NAMED: dict[str, dict[str, Any]] = {
-    "dinov2": {
-        "source": "facebook/dinov2-large",
-        "pooling": "cls",
-        "size": 224,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "resize": "torch",
-    },
-    "clip": {
-        "source": "openai/clip-vit-large-patch14-336",
-        "pooling": "image_embeds",
-        "size": 336,
-        "mean": CLIP_MEAN,
-        "std": CLIP_STD,
-        "resize": "pillow",
-    },
+# Named backbones: where their weights are, and the settings of their metrics' references
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dinov2": (
+        "facebook/dinov2-large",
+        {"pooling": "cls", "size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "torch"},
+    ),
+    "clip": (
+        "openai/clip-vit-large-patch14-336",
+        {"pooling": "image_embeds", "size": 336, "mean": CLIP_MEAN, "std": CLIP_STD, "resize": "pillow"},
+    ),
 }
 OPTIONS = ("pooling", "size", "mean", "std", "mode", "revision")
 
@@ -94,10 +87,7 @@ class BackboneFeatures(nn.Module):
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r} is unknown: choose one of {', '.join(map(repr, POOLINGS))}.")
         if resize not in RESIZES or mode not in RESAMPLING.values():
-            raise ValueError(
-                f"resize={resize!r} with mode={mode!r} is unknown: resize is 'torch' or 'pillow', mode 'bicubic' or "
-                "'bilinear'."
-            )
+            raise ValueError(f"resize={resize!r}, mode={mode!r}: choose 'torch' or 'pillow', 'bicubic' or 'bilinear'.")
         self.model, self.pooling, self.size, self.mode = model, pooling, size, mode
         unusual = [*([pooling] if pooling != "cls" else []), *_normalization(mean, std)]
         self.name, self.resize = name, "-".join([resize, mode, str(size), *unusual])
@@ -141,8 +131,8 @@ def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[str]:
     return [f"{name}={values}" for name, values in zip(("mean", "std"), written, strict=True)]
 
 
-def load_backbone(source: str, name: str, known: Mapping[str, Any], given: dict[str, Any]) -> BackboneFeatures:
-    """Settings are those `given`, then those `known` of the network or else its preprocessor's."""
+def load_backbone(source: str, name: str, given: dict[str, Any]) -> BackboneFeatures:
+    """A backbone with the settings `given`; the preprocessor's configuration supplies a missing size, mean or std."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
     at = {"revision": given.pop("revision")} if "revision" in given else {}
@@ -155,8 +145,8 @@ def load_backbone(source: str, name: str, known: Mapping[str, Any], given: dict[
         model, report = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **at)
     except OSError as error:
         raise OSError(f"{source} cannot be loaded ({error}): run `hf download {source}`, or give a folder.") from error
-    settings = {**(known or _preprocessor_settings(source, at)), **given}
-    settings.setdefault("pooling", POOLING_OF.get(family))
+    said = {} if {"size", "mean", "std"} <= given.keys() else _preprocessor_settings(source, at)
+    settings = {"pooling": POOLING_OF.get(family), **said, **given}
     lacking = [key for key in ("pooling", "size", "mean", "std") if settings.get(key) is None]
     if lacking:
         raise ValueError(
@@ -168,9 +158,7 @@ def load_backbone(source: str, name: str, known: Mapping[str, Any], given: dict[
         raise ValueError(f"{source} lacks weights of {config.model_type}, which would stay random: {untrained[:4]}.")
     for key in report["missing_keys"]:
         # an unused pooler is drawn anew in every process, and would change the network's digest
-        parts = key.split(".")
-        pooler = next(i for i, part in enumerate(parts) if "pooler" in part)
-        model.set_submodule(".".join(parts[: pooler + 1]), nn.Identity())
+        model.set_submodule(re.match(r".*?pooler[^.]*", key)[0], nn.Identity())  # type: ignore[index]
     if config.model_type == "dinov2":
         fix_position_embeddings(model, settings["size"])
     return BackboneFeatures(model, name, **settings)

@@ -9,11 +9,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-def check_features(features: Tensor, name: str = "features", dimension: int | None = None) -> Tensor:
-    """Returns `features` as they are; raises `ValueError` unless they are finite, of shape `(N, dimension)`."""
-    if not isinstance(features, Tensor) or features.ndim != 2:
+def check_features(features: Tensor, name: str = "features", dimension: int | None = None, least: int = 0) -> Tensor:
+    """Returns `features`; raises `ValueError` unless they are finite, of shape `(N, dimension)` and N ≥ `least`."""
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) < least:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"{name} must be a tensor of shape (N, d), got {shape}: flatten each image's features.")
+        more = f", N at least {least}" if least else ""
+        raise ValueError(f"{name} must be a tensor of shape (N, d){more}, got {shape}: give one row per image.")
     if dimension is not None and features.shape[1] != dimension:
         raise ValueError(
             f"{name} have dimension {features.shape[1]}, but the statistics they are compared with have "
@@ -71,22 +72,12 @@ def read_header(path: str | os.PathLike) -> tuple[set[str], dict[str, str]]:
         raise ValueError(f"{path} is damaged or not a .safetensors file: {error}") from error
 
 
-def load_real_features(real: Tensor | str | os.PathLike, distance: str) -> Tensor:
-    """
-    Real features `(M, d)`, given as a tensor or as the path of a `.safetensors` file that holds `"features"`.
-
-    Raises:
-        TypeError: `real` is something else, for instance [`FeatureStatistics`].
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no features or is damaged; the features have a wrong shape, NaN or infinite values.
-    """
-    needs = f"{distance} compares with the real features themselves, of shape (M, d)"
-    if isinstance(real, str | os.PathLike):
-        names, _ = read_header(real)
-        if "features" not in names:
-            raise ValueError(f"{real} holds no 'features', but {needs}: write them with statistics --features.")
-        with safe_open(real, framework="pt") as file:
-            real = file.get_tensor("features")
-    if not isinstance(real, Tensor):
-        raise TypeError(f"the real data is a {type(real).__name__}, but {needs}: pass a tensor or a path.")
-    return check_features(real, "real features").detach()
+def load_real_features(path: str | os.PathLike) -> Tensor:
+    """Real features `(M, d)` from a `.safetensors` file that holds them as `"features"`."""
+    names, _ = read_header(path)
+    if "features" not in names:
+        raise ValueError(
+            f"{path} holds no features (M, d), which are needed here: write them with statistics --features."
+        )
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features")

@@ -22,8 +22,8 @@ class Distance(Protocol):
     Distance of a generated set, the reference set, from real data, and its exact change when the set changes.
 
     Rewards need `fit`, `value` and `replaced`. Credit by image needs `leave_one_in`, the control variate `delete_one`,
-    back-propagated rewards `gradient`. Results are float64 and carry no graph. A shallow copy (`copy.copy`) must share
-    the real data and allow a `fit` of its own.
+    back-propagated rewards `gradient`. Results are float64, on the reference set's device, and carry no graph. A
+    shallow copy (`copy.copy`) must share the real data and allow a `fit` of its own.
     """
 
     @property
@@ -36,15 +36,31 @@ class Distance(Protocol):
         ...
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
-        """Distances `(B,)` after replacing rows `indices` `(B, n)` by `features` `(B, n, d)`, one subset at a time."""
+        """
+        Distances of the reference set after replacing its rows `indices[b]` by `features[b]`, one subset b at a time.
+
+        Args:
+            indices (`torch.LongTensor` of shape `(B, n)`): distinct rows within each subset, from 0 to N - 1.
+            features (`torch.Tensor` of shape `(B, n, d)`): the new rows.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`.
+
+        Raises:
+            ValueError: before `fit`, on wrong shapes, repeated or out-of-range rows, NaN or infinite features.
+        """
         ...
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
-        """Distances of the sets so updated minus their distances without the new row j, `(B, n)`."""
+        """
+        Credit `(B, n)` of each new row: the updated set's distance minus its distance without that row, which leaves
+        N - 1 rows. It is negative for a row that brings the set nearer to the real data. A row earns nothing for what
+        the others of its subset already supply, which makes this the credit to train on.
+        """
         ...
 
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
-        """Gradient of `replaced` with respect to the new features, `(B, n, d)`."""
+        """Gradient `(B, n, d)` of `replaced` with respect to the new rows, one subset at a time."""
         ...
 
     def delete_one(self, indices: Tensor) -> Tensor:
@@ -88,7 +104,7 @@ def build_distance(
     if isinstance(real, str | os.PathLike):
         held, metadata = read_header(real)
         if built is KernelDistance or ("features" in held and not (built is FrechetDistance and "mean" in held)):
-            real = load_real_features(real, "the distance")
+            real = load_real_features(real)
         else:
             real = FeatureStatistics.load(real, name)
     if built is FrechetDistance and isinstance(real, Tensor):

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..importing import resolve
-from ..sampling import send
 from .backbones import NAMED, OPTIONS, load_backbone
 from .inception import load_inception
 
@@ -43,6 +42,13 @@ def freeze(extractor: FeatureExtractor) -> FeatureExtractor:
     if module is not None:
         module.requires_grad_(False).eval()
     return extractor
+
+
+def move(extractor: Any, device: torch.device) -> None:
+    """Moves the module behind an extractor, if there is one."""
+    module = module_of(extractor)
+    if module is not None:
+        module.to(device)
 
 
 def extractor_digest(extractor: Any) -> str | None:
@@ -162,7 +168,7 @@ class JointFeatures:
 
     def __call__(self, images: Tensor, conditions: Any) -> Tensor:
         features = self.extractor(images)  # (B, d)
-        labels = send(torch.as_tensor(conditions), features.device).long()
+        labels = torch.as_tensor(conditions).to(features.device, torch.long)
         return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
 
 
@@ -203,8 +209,7 @@ def load_feature_extractor(
             `openai/clip-vit-large-patch14-336`, the normalized projection, 768-d, as in CMMD (arXiv 2401.09603). A Hub
             id or a folder: a vision backbone of transformers. A dotted path: a callable of your own.
         device (`torch.device` or `str`, *optional*): device of the network; the trainer moves it by itself.
-        source (`str` or path, *optional*): file, folder or Hub id of the weights of `"inception"`, `"dinov2"` or
-            `"clip"`.
+        source (`str` or path, *optional*): file, folder or Hub id of other weights for a named extractor.
         resize (`str`, *optional*): `"tensorflow"`, `"pytorch"` or `"clean"` for Inception, `"torch"` or `"pillow"` for
             the others, see [`InceptionV3`] and [`~metrics.BackboneFeatures`]. By default the resize of the metric's
             reference: `"tensorflow"`, `"torch"` for DINOv2 (EDM2's), `"pillow"` for CLIP.
@@ -214,16 +219,8 @@ def load_feature_extractor(
     Raises:
         ValueError: the name is unknown, or how to use the backbone is.
         OSError: weights are not here and cannot be downloaded.
-
-    Example:
-
-    ```python
-    >>> dinov2 = load_feature_extractor("dinov2", device="cuda")
-    >>> metadata = {"extractor": dinov2.name, "resize": dinov2.resize}
-    >>> statistics = FeatureStatistics.from_features(dinov2(images), metadata)
-    ```
     """
-    is_path = name not in ("inception", *NAMED) and (os.path.isdir(name) or "/" in name)
+    is_path = os.path.isdir(name) or "/" in name
     options = ("output",) if name == "inception" else OPTIONS if name in NAMED or is_path else ()
     unknown = [option for option in kwargs if option not in options]
     if unknown:
@@ -232,23 +229,17 @@ def load_feature_extractor(
         return load_inception(source, resize=resize or "tensorflow", device=device, **kwargs)
     if resize is not None:
         kwargs["resize"] = resize
-    if is_path:
-        return load_backbone(name, Path(name).name if os.path.isdir(name) else name, {}, kwargs).to(device)
     if name in NAMED:
-        known = {key: value for key, value in NAMED[name].items() if key != "source"}
-        return load_backbone(str(source or NAMED[name]["source"]), name, known, kwargs).to(device)
+        default, known = NAMED[name]
+        return load_backbone(str(source or default), name, {**known, **kwargs}).to(device)
+    if is_path:
+        return load_backbone(name, Path(name).name if os.path.isdir(name) else name, kwargs).to(device)
     if "." not in name:
         raise ValueError(
             f"feature extractor {name!r} is unknown: give 'inception', 'dinov2', 'clip', a Hub id or a folder of a "
             "vision backbone, or a dotted path 'package.module.name'."
         )
-    return _load_callable(name).to(device)
-
-
-def _load_callable(path: str) -> CallableFeatures:
-    extractor = resolve(path)
+    extractor = resolve(name)
     if not callable(extractor) or isinstance(extractor, type):
-        raise ValueError(
-            f"{path} is a {type(extractor).__name__}: a feature extractor is called with images and returns features."
-        )
-    return CallableFeatures(extractor, path)
+        raise ValueError(f"{name} is a {type(extractor).__name__}: give a function of images that returns features.")
+    return CallableFeatures(extractor, name).to(device)

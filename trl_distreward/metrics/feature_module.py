@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Base of the modules for Hugging Face `evaluate` under `metrics_hub`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import evaluate
@@ -42,24 +41,15 @@ class FeatureModule(evaluate.Metric):
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Adds features of generated images, of real images, or of both, in any numbers."""
-        columns = {"predictions": _rows(predictions), "references": _rows(references)}
-        longest = max(map(len, columns.values()))
-        filled = {name: [*rows, *[[]] * (longest - len(rows))] for name, rows in columns.items()}
-        super().add_batch(**filled, **kwargs)
+        sets = {"predictions": predictions, "references": references}
+        rows = {name: [] if given is None else list(np.asarray(given, np.float32)) for name, given in sets.items()}
+        longest = max(map(len, rows.values()))
+        super().add_batch(**{name: [*own, *[[]] * (longest - len(own))] for name, own in rows.items()}, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Adds the features of one generated image, of one real image, or of both."""
-        super().add(prediction=_row(prediction), reference=_row(reference), **kwargs)
-
-
-def _row(row: Any) -> Any:
-    return [] if row is None else np.asarray(row, dtype=np.float32)
-
-
-def _rows(features: Any) -> Sequence[Any]:
-    if isinstance(features, Tensor):
-        features = features.detach().float().cpu().numpy()
-    return [] if features is None else list(features)
+        sets = {"predictions": prediction, "references": reference}
+        self.add_batch(**{name: [row] for name, row in sets.items() if row is not None}, **kwargs)
 
 
 def to_features(rows: Any, name: str) -> Tensor:
@@ -67,7 +57,4 @@ def to_features(rows: Any, name: str) -> Tensor:
     kept = [row for row in rows if row is not None and len(row)]
     if not kept:
         raise ValueError(f"there are no {name}: give features of shape (N, d) to add_batch or compute.")
-    widths = {len(row) for row in kept}
-    if len(widths) > 1:
-        raise ValueError(f"the rows of {name} have {sorted(widths)} numbers: all must come from one extractor.")
     return torch.from_numpy(np.stack(kept).astype(np.float32, copy=False))

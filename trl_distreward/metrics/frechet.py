@@ -78,18 +78,8 @@ class FrechetDistance:
         self.features: Tensor | None = None
 
     def fit(self, features: Tensor) -> "FrechetDistance":
-        """
-        Sets the reference set. Moments always come from `features`, so nothing drifts over many updates.
-
-        Args:
-            features (`torch.Tensor` of shape `(N, d)`): any float dtype, N ≥ 2.
-
-        Raises:
-            ValueError: wrong shape or dimension, fewer than 2 rows, NaN or infinite values.
-        """
-        check_features(features, "reference features", self.dimension)
-        if len(features) < 2:
-            raise ValueError(f"the reference set has {len(features)} row: a covariance needs at least 2.")
+        """Takes features `(N, d)` of any float dtype, N ≥ 2, as the reference set; moments are computed anew."""
+        check_features(features, "reference features", self.dimension, least=2)
         self._real = self._real.to(features.device)
         self._set = FittedSet.from_features(features.double(), self._real)
         self.features = self._set.rows
@@ -106,88 +96,52 @@ class FrechetDistance:
                 roots = own.root_trace(own.product, own.rank_of(own.count))
             else:
                 roots = self._logdet.root_trace
-            self._value = own.distance(own.offset, own.trace, roots).item()
+            self._value = own.distance(own.mean - own.real.mean, own.trace, roots).item()
         return self._value
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
-        """
-        Distances of the reference set after replacing its rows `indices[b]` by `features[b]`, one subset b at a time.
-
-        Args:
-            indices (`torch.LongTensor` of shape `(B, n)`): distinct rows within each subset, from 0 to N - 1.
-            features (`torch.Tensor` of shape `(B, n, d)`): the new rows.
-
-        Returns:
-            `torch.Tensor` of shape `(B,)`, float64: exact distances, on the reference set's device.
-
-        Raises:
-            ValueError: before `fit`, on wrong shapes, repeated or out-of-range rows, NaN or infinite features.
-        """
+        """Distances `(B,)` after replacing rows, see [`~metrics.Distance.replaced`]."""
         self._count("replaced", 2)
         return self._changed(indices, features, leave_one_in=False)
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
-        """
-        Credit of each new row inside its subset: `D(G'_b) - D(G'_b without row j)`, exactly.
-
-        `G'_b` is the set after the replacement; without row j it has N - 1 rows. A row that adds to what the others of
-        its subset already supply earns nothing. This makes it the credit to train on.
-
-        Args:
-            indices, features: as in [`~FrechetDistance.replaced`].
-
-        Returns:
-            `torch.Tensor` of shape `(B, n)`, float64; negative for a row that brings the set nearer to the real data.
-        """
+        """Credit `(B, n)` of each new row, see [`~metrics.Distance.leave_one_in`]."""
         self._count("leave_one_in", 3)
         return self._changed(indices, features, leave_one_in=True)
 
     @torch.no_grad()
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
         """
-        Gradient of [`~FrechetDistance.replaced`] with respect to the new rows, one subset at a time.
+        Gradient `(B, n, d)` of `replaced` with respect to the new rows, see [`~metrics.Distance.gradient`].
 
         With `G = I - R A'^-½ R`, `A' = R S' R`, row x of the updated set has the gradient
 
             2/(N - 1) · G (x - m') + 2/N · (m' - m_r)
 
         from `d Tr A^½ = ½ Tr(A^-½ dA)`; the mean's part of `dS'` cancels, as rows about their mean sum to 0. It costs
-        one eigendecomposition per subset, whatever `method` is. Repeated eigenvalues do no harm, because `A'^-½` is a
-        function of the whole matrix.
+        one eigendecomposition per subset, whatever `method` is.
 
         `A'^-½` is the pseudo-inverse's: eigenvalues that are 0 by the rank of the sets (N ≤ d, few real rows), or up
-        to rounding, contribute nothing. If all sets of these sizes have these zeros, the gradient is still exact: `Tr
-        A'^½` is the nuclear norm of the rows times R, which is smooth at the greatest possible rank. If the set has
-        collapsed (copies of a row in a set of N ≤ d, a feature that no longer varies), the distance has a kink; the
-        result is the mean of the one-sided derivatives.
-
-        Args:
-            indices, features: as in [`~FrechetDistance.replaced`].
-
-        Returns:
-            `torch.Tensor` of shape `(B, n, d)`, float64, on the reference set's device, without a graph.
+        to rounding, contribute nothing. If all sets of these sizes have these zeros, the gradient is exact: `Tr A'^½`
+        is the nuclear norm of the rows times R, smooth at the greatest possible rank. If the set has collapsed (copies
+        of a row in a set of N ≤ d, a feature that no longer varies), the distance has a kink; the result is the mean
+        of the one-sided derivatives.
         """
         check_replacement(indices, features, self._count("gradient", 2), self.dimension)
-        indices, features = indices.to(self._set.device), features.to(self._set.device)
+        indices, features = indices.to(self._set.mean.device), features.to(self._set.mean.device)
         chunk = max(1, self.memory_budget // (8 * self.dimension * (6 * self.dimension + 7 * indices.shape[1])))
         pieces = zip(indices.split(chunk), features.split(chunk), strict=True)
         return torch.cat([self._set.gradient(idx, new) for idx, new in pieces])
 
     def delete_one(self, indices: Tensor) -> Tensor:
         """
-        Distances without row i minus the distance with it, `D(G without row i) - D(G)`, exactly.
+        Change of the distance `(M,)` without row i of `indices`, see [`~metrics.Distance.delete_one`].
 
         With `z = x - m`: `m' = m - z / (N - 1)`, `S' = (N - 1)/(N - 2) · [S - N/(N - 1)² · zzᵀ]`.
-
-        Args:
-            indices (`torch.LongTensor` of shape `(M,)`): rows of the reference set.
-
-        Returns:
-            `torch.Tensor` of shape `(M,)`, float64.
         """
         self._count("delete_one", 3)
         logdet = self._log_determinants()
-        return torch.cat([logdet.delete_one(chunk) for chunk in indices.to(self._set.device).split(4096)])
+        return torch.cat([logdet.delete_one(chunk) for chunk in indices.to(self._set.mean.device).split(4096)])
 
     def _count(self, method: str, least: int) -> int:
         count = len(check_fitted(self.features, method))
@@ -202,7 +156,7 @@ class FrechetDistance:
 
     def _changed(self, indices: Tensor, features: Tensor, leave_one_in: bool) -> Tensor:
         check_replacement(indices, features, self._set.count, self.dimension)
-        indices, features = indices.to(self._set.device), features.to(self._set.device)
+        indices, features = indices.to(self._set.mean.device), features.to(self._set.mean.device)
         narrow = self.dimension <= 64 or 3 * (2 * indices.shape[1] + 1) > self.dimension
         if self.method == "direct" or (self.method == "auto" and narrow and not leave_one_in):
             return self._direct(indices, features, leave_one_in)

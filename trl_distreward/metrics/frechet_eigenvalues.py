@@ -2,6 +2,7 @@
 """A reference set beside real data, and Fréchet distances of changed sets from eigenvalues of whole matrices."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,16 @@ class RealRoot:
         return RealRoot(self.mean.to(device), self.trace.to(device), self.root.to(device), self.largest, self.rank)
 
 
+class Move(NamedTuple):
+    """Changes of a set by replacing n rows, for each of B subsets; float64."""
+
+    added: Tensor  # new rows about the old mean, (B, n, d)
+    removed: Tensor  # old rows about the old mean, (B, n, d)
+    shift: Tensor  # of the mean, (B, d)
+    offset: Tensor  # new mean minus the real one, (B, d)
+    trace: Tensor  # of the new covariance, (B,)
+
+
 @dataclass
 class FittedSet:
     """A reference set beside real data; all float64."""
@@ -76,15 +87,6 @@ class FittedSet:
         return cls(centred, mean, covariance.trace(), symmetric(real.root @ covariance @ real.root), real)
 
     @property
-    def device(self) -> torch.device:
-        return self.mean.device
-
-    @property
-    def offset(self) -> Tensor:
-        """Mean of the set minus mean of the real data, `(d,)`."""
-        return self.mean - self.real.mean
-
-    @property
     def count(self) -> int:
         return len(self.rows)
 
@@ -93,51 +95,46 @@ class FittedSet:
         return min(count - 1, self.real.rank, self.rows.shape[1])
 
     def replaced(self, indices: Tensor, features: Tensor, leave_one_in: bool = False) -> Tensor:
-        """[`~FrechetDistance.replaced`], or [`~FrechetDistance.leave_one_in`], from each changed product."""
-        count = self.count
-        added, removed, shift = self.moved(indices, features)
-        added_r, shift_r = added @ self.real.root, shift @ self.real.root
-        product = self.updated_product(added_r.mT @ added_r, removed, shift_r)
-        squares = added.square().sum((1, 2)) - removed.square().sum((1, 2)) - count * shift.square().sum(1)
-        mean, trace = self.mean + shift - self.real.mean, self.trace + squares / (count - 1)
-        distance = self.distance(mean, trace, self.root_trace(product, self.rank_of(count)))
+        """Distances `(B,)`, or credits `(B, n)` with `leave_one_in`, from each changed product."""
+        count, move = self.count, self.move(indices, features)
+        added_r, shift_r = move.added @ self.real.root, move.shift @ self.real.root
+        product = self.updated_product(added_r.mT @ added_r, move.removed, shift_r)
+        distance = self.distance(move.offset, move.trace, self.root_trace(product, self.rank_of(count)))
         if not leave_one_in:
             return distance
         ratio, growth, rank = count / (count - 1) ** 2, (count - 1) / (count - 2), self.rank_of(count - 1)
         credits = []
         for j in range(indices.shape[1]):
-            z, y = added[:, j] - shift, added_r[:, j] - shift_r
+            z, y = move.added[:, j] - move.shift, added_r[:, j] - shift_r
             roots = self.root_trace(growth * (product - ratio * y[:, :, None] * y[:, None, :]), rank)
-            rest = growth * (trace - ratio * z.square().sum(1))
-            credits.append(distance - self.distance(mean - z / (count - 1), rest, roots))
+            rest = growth * (move.trace - ratio * z.square().sum(1))
+            credits.append(distance - self.distance(move.offset - z / (count - 1), rest, roots))
         return torch.stack(credits, dim=1)
 
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
-        """[`~FrechetDistance.gradient`]."""
-        count = self.count
-        added, removed, shift = self.moved(indices, features)
-        added_r = added @ self.real.root
+        """Gradient `(B, n, d)`, see [`~FrechetDistance.gradient`]."""
+        count, move = self.count, self.move(indices, features)
+        added_r = move.added @ self.real.root
         gain = added_r.mT @ added_r
         # A' ≤ A + gain / (N - 1): a zero eigenvalue of A' comes back as the rounding of these two. The rows hold
         # rounding too, and one divided by the root of the other would cost half of the digits or all of them.
         largest = torch.linalg.matrix_norm(self.product) + torch.linalg.matrix_norm(gain) / (count - 1)  # (B,)
-        product = self.updated_product(gain, removed, shift @ self.real.root)
-        eigenvalues, vectors = torch.linalg.eigh(product)
+        eigenvalues, vectors = torch.linalg.eigh(self.updated_product(gain, move.removed, move.shift @ self.real.root))
         eigenvalues = clean(eigenvalues, self.rank_of(count))
         zero = eigenvalues <= self.rows.shape[1] * torch.finfo(torch.float64).eps * largest[:, None]
         scales = eigenvalues.masked_fill(zero, torch.inf) ** -0.25  # (B, d), 0 for eigenvalues 0
         half = scales[:, :, None] * (vectors.mT @ self.real.root)  # G = I - halfᵀ half
-        rows = added - shift[:, None]
-        mean = self.mean + shift - self.real.mean
-        return 2 / (count - 1) * (rows - rows @ half.mT @ half) + 2 / count * mean[:, None]
+        rows = move.added - move.shift[:, None]
+        return 2 / (count - 1) * (rows - rows @ half.mT @ half) + 2 / count * move.offset[:, None]
 
-    def moved(self, indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Added and removed rows about the old mean, (B, n, d), and the shift of the mean, (B, d); float64."""
-        added, removed = features.double() - self.mean, self.rows[indices]
-        return added, removed, (added.sum(dim=1) - removed.sum(dim=1)) / self.count
+    def move(self, indices: Tensor, features: Tensor) -> Move:
+        count, added, removed = self.count, features.double() - self.mean, self.rows[indices]
+        shift = (added.sum(dim=1) - removed.sum(dim=1)) / count
+        squares = added.square().sum((1, 2)) - removed.square().sum((1, 2)) - count * shift.square().sum(1)
+        return Move(added, removed, shift, self.mean + shift - self.real.mean, self.trace + squares / (count - 1))
 
     def updated_product(self, gain: Tensor, removed: Tensor, shift_r: Tensor) -> Tensor:
-        """A' (B, d, d), from the added rows' scatter between two R, the removed rows, and the mean's shift times R."""
+        """A' (B, d, d) from the added rows' scatter between two R, the removed rows, and the mean's shift times R."""
         removed_r = removed @ self.real.root
         change = gain - removed_r.mT @ removed_r - self.count * shift_r[:, :, None] * shift_r[:, None, :]
         return self.product + change / (self.count - 1)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .frechet_eigenvalues import FittedSet, clean
+from .frechet_eigenvalues import FittedSet, Move, clean
 from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, whitened_resolvents
 from .precision import full_precision
 from .quadrature import Quadrature, elliptic_quadrature
@@ -74,11 +74,11 @@ class LogDeterminants:
         squares = centred.square().sum(1)
         # One row may empty a direction: the rule goes down to rounding, as a node costs only one column here.
         rule, _ = self._quadrature(0.0, full_range=True)
-        scales = whitened_resolvents(self.eigenvalues, rule.nodes.to(own.device) ** 2)
+        scales = whitened_resolvents(self.eigenvalues, rule.nodes.to(own.mean.device) ** 2)
         forms = projected.square() @ scales.T  # (M, J)
         logs = torch.log1p((-ratio * forms).clamp(min=-1 + 1e-15))
-        new_roots = growth**0.5 * (self.root_trace + logs @ rule.weights.to(own.device))
-        mean_term = -2 * (centred @ own.offset) / (count - 1) + squares / (count - 1) ** 2
+        new_roots = growth**0.5 * (self.root_trace + logs @ rule.weights.to(own.mean.device))
+        mean_term = -2 * (centred @ (own.mean - own.real.mean)) / (count - 1) + squares / (count - 1) ** 2
         return mean_term + (growth - 1) * own.trace - growth * ratio * squares - 2 * (new_roots - self.root_trace)
 
     def _rise(self, features: Tensor) -> float:
@@ -109,14 +109,10 @@ class LogDeterminants:
         self, indices: Tensor, features: Tensor, rule: Quadrature, shifted: ShiftedGrams, leave_one_in: bool
     ) -> tuple[Tensor, Tensor]:
         own, count, size = self.own, self.own.count, indices.shape[1]
-        added, removed, shift = own.moved(indices, features)
-        squares = added.square().sum((1, 2)) - removed.square().sum((1, 2)) - count * shift.square().sum(1)
-        trace = own.trace + squares / (count - 1)
-        mean = own.mean + shift - own.real.mean
-
+        move = own.move(indices, features)
         # A' - A = W₊ᵀW₊ - W₋ᵀW₋ in the eigenbasis, with the shift of the mean as the last row of W₋
         with full_precision():
-            y_added, y_removed = added @ self.projection.mT, self.rows[indices]
+            y_added, y_removed = move.added @ self.projection.mT, self.rows[indices]
             y_shift = (y_added.sum(1) - y_removed.sum(1)) / count**0.5
             rows = torch.cat([y_added, y_removed, y_shift[:, None]], dim=1) / (count - 1) ** 0.5
             grams = shifted(rows)  # (1 + J, B, 2n + 1, 2n + 1), J the number of nodes
@@ -134,19 +130,19 @@ class LogDeterminants:
             trusted &= eigenvalues_above(grams[0], size)
         failed = factors.failed.any(0) | ~trusted
         if leave_one_in:
-            return self._credits(added - shift[:, None], mean, trace, root_trace, factors, rule), failed
-        return own.distance(mean, trace, root_trace), failed
+            return self._credits(move, root_trace, factors, rule), failed
+        return own.distance(move.offset, move.trace, root_trace), failed
 
-    def _credits(
-        self, rows: Tensor, mean: Tensor, trace: Tensor, root_trace: Tensor, factors: Factors, rule: Quadrature
-    ) -> Tensor:
+    def _credits(self, move: Move, root_trace: Tensor, factors: Factors, rule: Quadrature) -> Tensor:
         """
-        `D(G') - D(G' without row j)` for new rows about the new mean, z' of shape `(B, n, d)`.
+        `D(G') - D(G' without row j)` for new rows about the new mean, z'.
 
         With `c = N/(N - 1)²` the change of `Tr A'^½` needs `1 - c y'ᵀ(A' + s²)⁻¹y'`. By Woodbury this is
         `c · uᵀ(C + M)⁻¹u` with `u = √(N - 1) (e_j + e_shift/√N)`: the 1 cancels on paper, not in floating point.
         """
-        own, count, size = self.own, self.own.count, rows.shape[1]
+        own, count = self.own, self.own.count
+        rows = move.added - move.shift[:, None]  # (B, n, d)
+        size = rows.shape[1]
         ratio, growth = count / (count - 1) ** 2, (count - 1) / (count - 2)
         unit = torch.eye(size, dtype=torch.float64, device=rows.device) * (count - 1) ** 0.5
         tail = unit.new_zeros(size + 1, size)
@@ -162,7 +158,7 @@ class LogDeterminants:
             logs = logs - (nodes**2 / (emptied**2 + nodes**2)).log()
         fallen = torch.tensordot(weights, logs, 1) - emptied
         squares = rows.square().sum(2)  # (B, n)
-        mean_term = squares / (count - 1) ** 2 - 2 * (rows @ mean[:, :, None])[..., 0] / (count - 1)
-        trace_term = (growth - 1) * trace[:, None] - growth * ratio * squares
+        mean_term = squares / (count - 1) ** 2 - 2 * (rows @ move.offset[:, :, None])[..., 0] / (count - 1)
+        trace_term = (growth - 1) * move.trace[:, None] - growth * ratio * squares
         root_term = (growth**0.5 - 1) * root_trace[:, None] + growth**0.5 * fallen
         return 2 * root_term - mean_term - trace_term

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .distance import Distance, RealData, build_distance
-from .extractors import FeatureExtractor, extract_features, freeze, module_of
+from .extractors import FeatureExtractor, extract_features, freeze, move
 
 
 class ImageMetric(Protocol):
@@ -37,23 +37,19 @@ class MeanScore:
 
     def __init__(self, reward: Callable[..., Any]):
         self.reward = reward
-        self._scores: list[Tensor] = []
+        self.reset()
 
     def to(self, device: torch.device) -> None:
-        module = module_of(self.reward)
-        if module is not None:
-            module.to(device)
+        move(self.reward, device)
 
     def reset(self) -> None:
-        self._scores = []
+        self._scores: list[Tensor] = []
 
     def update(self, images: Tensor, conditions: Any = None) -> None:
         scores = self.reward(images=images, conditions=conditions)
         self._scores.append(torch.as_tensor(scores, dtype=torch.float64).flatten().cpu())
 
     def compute(self) -> float:
-        if not self._scores:
-            raise ValueError("no images were given: call update(images, conditions) before compute().")
         return torch.cat(self._scores).mean().item()
 
 
@@ -83,26 +79,17 @@ class FeatureDistance:
     ):
         self.extractor = freeze(feature_extractor)
         self.distance = build_distance(distance, real, feature_extractor)
-        self._features: list[Tensor] = []
-
-    @classmethod
-    def of(cls, feature_extractor: FeatureExtractor, distance: Distance) -> "FeatureDistance":
-        """Builds the metric from a distance, which every `compute` fits anew."""
-        return cls(feature_extractor, torch.empty(0), lambda _: distance)
+        self.reset()
 
     def to(self, device: torch.device) -> None:
-        module = module_of(self.extractor)
-        if module is not None:
-            module.to(device)
+        move(self.extractor, device)
 
     def reset(self) -> None:
-        self._features = []
+        self._features: list[Tensor] = []
 
     def update(self, images: Tensor, conditions: Any = None) -> None:
         dimension = getattr(self.distance, "dimension", None)
         self._features.append(extract_features(self.extractor, images, conditions, dimension))
 
     def compute(self) -> float:
-        if not self._features:
-            raise ValueError("no images were given: call update(images) before compute().")
         return self.distance.fit(torch.cat(self._features)).value

@@ -6,28 +6,22 @@ out of the mean; a maximum in place of the average in the last block; TensorFlow
 distances in the features of this network (arXiv 1706.08500, section 4).
 """
 
-import hashlib
 import os
-import pickle
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .precision import full_precision
 from .preprocessing import resize_pillow, resize_tensorflow, to_rgb
 
+# the same file as torch-fidelity's weights-inception-2015-12-05-6726825d.pth
 FID_WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
-# also the digest of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, the same file
-FID_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 INPUT_SIZE = 299
 RESIZES = ("tensorflow", "pytorch", "clean")
@@ -286,7 +280,7 @@ def load_inception(
     device: torch.device | str | None = None,
 ) -> InceptionV3:
     """
-    The FID network with its weights.
+    Loads the FID network.
 
     Args:
         source (`str` or path, *optional*): a local file or one on the Hub, `"org/repo:file"`: pytorch-fid's or
@@ -299,45 +293,31 @@ def load_inception(
         OSError: the weights are not here and cannot be downloaded.
         ValueError: the file is damaged or holds another network.
     """
-    path = _find_weights(source)
     with torch.device("meta"):  # without drawing weights that are replaced at once
         network = InceptionV3(resize, output)
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_weights(source)
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
         network.load_state_dict(state, assign=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a malformed pickle can raise anything
         raise ValueError(
-            f"{path} does not hold the weights of the FID Inception-v3 (torchvision's is another network): {error}"
+            f"{source or FID_WEIGHTS_URL} does not hold the weights of the FID Inception-v3 (torchvision's is another "
+            f"network): {error}"
         ) from error
     return network.to(device or "cpu")
 
 
-def _find_weights(source: str | os.PathLike | None) -> Path:
+def _read_weights(source: str | os.PathLike | None) -> dict[str, Tensor]:
     if source is None:
-        return _download_weights()
+        try:
+            return torch.hub.load_state_dict_from_url(
+                FID_WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True
+            )
+        except OSError as error:
+            folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+            raise OSError(f"{FID_WEIGHTS_URL} cannot be downloaded ({error}): put that file into {folder}.") from error
     repo, _, name = os.fspath(source).partition(":")
-    if name and "/" in repo and not os.path.exists(source):
-        return Path(hf_hub_download(repo, name))
-    return Path(source)
-
-
-def _download_weights() -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / FID_WEIGHTS_URL.rpartition("/")[2]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # the first of several processes on a machine downloads for all
-        if not path.is_file():
-            try:  # to a temporary name, which becomes `path` once the digest is right
-                torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=FID_WEIGHTS_SHA256)
-            except (OSError, RuntimeError) as error:
-                raise OSError(
-                    f"{FID_WEIGHTS_URL} cannot be downloaded ({error}): put that file at {path}, or pass a local file "
-                    "as source."
-                ) from error
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != FID_WEIGHTS_SHA256:
-            raise ValueError(f"{path} is damaged or another file than {FID_WEIGHTS_URL}: delete it to get it again.")
-    return path
+    path = hf_hub_download(repo, name) if name and not os.path.exists(source) else source
+    return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)

@@ -11,7 +11,6 @@ centre of the real rows. These numbers are small, and MMD², a small difference 
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_fitted, check_replacement, load_real_features
+from .checks import check_features, check_fitted, check_replacement
 from .precision import full_precision
 
 HEURISTIC_ROWS = 2_000  # real rows that the median heuristic looks at
@@ -67,14 +66,12 @@ class KernelDistance:
     sets rather than blocks of 1,000 rows: `k(x, y) = (x·y / d + 1)³`. `kernel="gaussian"` is the *mean* over
     bandwidths σ of `exp(-|x - y|² / 2σ²)`.
 
-    A new image costs one row of kernel values against the reference set and one against the real set, `2 (N + M) d`
-    multiply-adds. Inner products are float64 if the real set has at most `float64_elements` numbers, and float32
-    beyond; kernel values and sums are always float64. With N = M = 5,000, d = 2,048, n = 50, float32 changes
-    `replaced` by 1.4e-6 of its standard deviation over subsets.
+    Inner products are float64 if the real set has at most `float64_elements` numbers, and float32 beyond; kernel
+    values and sums are always float64. With N = M = 5,000, d = 2,048, n = 50, float32 changes `replaced` by 1.4e-6 of
+    its standard deviation over subsets.
 
     Args:
-        real_features (`torch.Tensor` of shape `(M, d)` or path):
-            the real features, any float dtype, or a `.safetensors` file that holds them as `"features"`.
+        real_features (`torch.Tensor` of shape `(M, d)`): the real features, any float dtype, M ≥ 2.
         kernel (`str`, *optional*, defaults to `"polynomial"`): or `"gaussian"`.
         unbiased (`bool`, *optional*, defaults to `True`):
             the U-statistic: its expectation does not depend on the sets' sizes, and it can be negative. Otherwise the
@@ -82,11 +79,6 @@ class KernelDistance:
         bandwidths (`Sequence[float]`, *optional*):
             σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median distance between at most 2,000 real
             rows, evenly spaced through the set.
-
-    Attributes:
-        value (`float`): MMD² of the fitted reference set.
-        features (`torch.Tensor` or `None`): the fitted rows.
-        bandwidths (`tuple[float, ...]`): σ of the Gaussian kernels in use; empty with the polynomial kernel.
 
     Example:
 
@@ -105,7 +97,7 @@ class KernelDistance:
 
     def __init__(
         self,
-        real_features: Tensor | str | os.PathLike,
+        real_features: Tensor,
         kernel: str = "polynomial",
         unbiased: bool = True,
         *,
@@ -115,9 +107,7 @@ class KernelDistance:
             raise ValueError(f"kernel={kernel!r} is unknown: choose 'polynomial' or 'gaussian'.")
         if bandwidths is not None and not (len(bandwidths) and all(0 < b < math.inf for b in bandwidths)):
             raise ValueError(f"bandwidths={bandwidths} must be one or more positive numbers.")
-        real = load_real_features(real_features, "KernelDistance")
-        if len(real) < 2:
-            raise ValueError(f"the real features have {len(real)} row: pairs of real rows need at least 2.")
+        real = check_features(real_features, "real features", least=2).detach()
         self.kernel, self.unbiased = kernel, unbiased
         self.dtype = torch.float64 if real.numel() <= self.float64_elements else torch.float32
         self._gamma = 1 / real.shape[1]
@@ -140,18 +130,8 @@ class KernelDistance:
     # ---- the distance ----
 
     def fit(self, features: Tensor) -> "KernelDistance":
-        """
-        Sets the reference set.
-
-        Args:
-            features (`torch.Tensor` of shape `(N, d)`): any float dtype, N ≥ 2.
-
-        Raises:
-            ValueError: wrong shape or dimension, fewer than 2 rows, NaN or infinite values.
-        """
-        check_features(features, "reference features", self.dimension)
-        if len(features) < 2:
-            raise ValueError(f"the reference set has {len(features)} row: pairs of rows need at least 2.")
+        """Takes features `(N, d)` of any float dtype, N ≥ 2, as the reference set."""
+        check_features(features, "reference features", self.dimension, least=2)
         self.features = features.detach()
         self._centre, self._real = self._centre.to(features.device), self._real.to(features.device)
         self._generated = self._rows(self.features)
@@ -165,32 +145,12 @@ class KernelDistance:
         return self
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
-        """
-        Distances of the reference set after replacing its rows `indices[b]` by `features[b]`, one subset b at a time.
-
-        Args:
-            indices (`torch.LongTensor` of shape `(B, n)`): distinct rows within each subset, from 0 to N - 1.
-            features (`torch.Tensor` of shape `(B, n, d)`): the new rows.
-
-        Returns:
-            `torch.Tensor` of shape `(B,)`, float64.
-
-        Raises:
-            ValueError: before `fit`, on wrong shapes, repeated or out-of-range rows, NaN or infinite features.
-        """
+        """Distances `(B,)` after replacing rows, see [`~metrics.Distance.replaced`]."""
         total, _ = self._replacement(indices, features, "replaced")
         return self._distance(total, len(self._generated))
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
-        """
-        Credit of each new row: the distance of the updated set minus its distance without that row.
-
-        Args:
-            indices, features: as in [`~KernelDistance.replaced`].
-
-        Returns:
-            `torch.Tensor` of shape `(B, n)`, float64; negative where the row brings the set nearer to the real one.
-        """
+        """Credit `(B, n)` of each new row, see [`~metrics.Distance.leave_one_in`]."""
         total, row = self._replacement(indices, features, "leave_one_in")
         count = self._count_without_one()
         whole = _Sums(*(part[:, None] for part in total))
@@ -199,20 +159,14 @@ class KernelDistance:
     @torch.no_grad()
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
         """
-        Gradient of [`~KernelDistance.replaced`] with respect to the new rows, one subset at a time.
+        Gradient `(B, n, d)` of `replaced` with respect to the new rows, see [`~metrics.Distance.gradient`].
 
         With `∂k(x, y)` the derivative in x, row x of the updated set g has the gradient
 
             2/N · [ mean_{g ≠ x} ∂k(x, g) - mean_r ∂k(x, r) ]      unbiased; biased: the mean over all g, x too
 
         where `∂k` is `3γ (γ x·y + 1)² · y` with γ = 1/d for the polynomial kernel, and the mean over bandwidths of
-        `exp(-|x - y|² / 2σ²) (y - x) / σ²` for the Gaussian one. It costs twice as much as `replaced`.
-
-        Args:
-            indices, features: as in [`~KernelDistance.replaced`].
-
-        Returns:
-            `torch.Tensor` of shape `(B, n, d)`, float64, without a graph.
+        `exp(-|x - y|² / 2σ²) (y - x) / σ²` for the Gaussian one.
         """
         check_fitted(self.features, "gradient")
         features = check_replacement(indices, features, len(self._generated), self.dimension).to(self._centre.device)
@@ -220,15 +174,7 @@ class KernelDistance:
         return torch.stack([self._gradient_of_subset(rows, new) for rows, new in pairs])
 
     def delete_one(self, indices: Tensor) -> Tensor:
-        """
-        Distance without row `indices[i]` minus the distance with it, one row at a time.
-
-        Args:
-            indices (`torch.LongTensor` of shape `(M,)`): rows of the reference set.
-
-        Returns:
-            `torch.Tensor` of shape `(M,)`, float64.
-        """
+        """Change of the distance `(M,)` without row i of `indices`, see [`~metrics.Distance.delete_one`]."""
         check_fitted(self.features, "delete_one")
         count, rows = self._count_without_one(), indices.to(self._centre.device)
         without = self._total.without(_Sums(*(part[rows] for part in self._each)))
@@ -294,11 +240,7 @@ class KernelDistance:
         self._add_slopes(gradient, slopes, new, new, torch.ones_like(new.term) / others, exclude_self=self.unbiased)
         self._add_slopes(gradient, slopes, new, self._real, torch.full_like(self._real.term, -1 / number))
         # the part that all slopes of a row share: y = z + centre (polynomial kernel), y - x (Gaussian kernel)
-        size = max(1, self.memory_budget // (32 * self.dimension))
-        for start in range(0, len(new), size):
-            block = slice(start, start + size)
-            common = -new.centred[block].double() if self.kernel == "gaussian" else self._centre
-            gradient[block] += slopes[block, None] * common
+        gradient += slopes[:, None] * (-new.centred.double() if self.kernel == "gaussian" else self._centre)
         return gradient.mul_(2 / count)
 
     def _add_slopes(

@@ -32,25 +32,18 @@ def precision_recall_density_coverage(
     2002.09797).
 
     A row's neighbourhood is the open ball that reaches to its k-th nearest *other* row of the same set; copies of a
-    row are other rows. The original precision and recall count the border in (`≤`). The `prdc` package, whose numbers
-    these are, does not.
-
-    Distances are computed in float64. Between float32 features they are compared after rounding to float32, as in
-    scikit-learn, on which `prdc` rests.
+    row are other rows. Distances are float64; between float32 features they are compared after rounding to float32.
+    Both are as in the `prdc` package. (The original precision and recall count the border in, `≤`.)
 
     Args:
         real (`torch.Tensor` of shape `(N, d)`), generated (`torch.Tensor` of shape `(M, d)`):
-            features, any float dtype, on one device.
+            features, any float dtype, on one device; each set needs more than k rows.
         nearest_k (`int`, *optional*, defaults to 5): k of density and coverage.
-        precision_recall_k (`int`, *optional*, defaults to `nearest_k`): k of precision and recall; the literature's
-            tables have 3.
+        precision_recall_k (`int`, *optional*, defaults to `nearest_k`): k of precision and recall, often 3.
         progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
     Returns:
         `dict[str, float]`: `"precision"`, `"recall"`, `"density"`, `"coverage"`. Density may exceed 1.
-
-    Raises:
-        ValueError: wrong shapes, dimensions that differ, NaN or infinite values, or a set of k rows or fewer.
     """
     overlap_k = nearest_k if precision_recall_k is None else precision_recall_k
     check_features(real, "real features")

@@ -133,8 +133,7 @@ class FeatureStatistics:
 
         Args:
             path (`str` or `os.PathLike`): a `.safetensors` file written by [`~FeatureStatistics.save`]; an `.npz` file
-                with arrays `mu` and `sigma`, as pytorch-fid, clean-fid, ADM, DiT and MAR write them (their count is
-                unknown); or a `.pkl` file of EDM2.
+                with `mu` and `sigma`, as pytorch-fid, clean-fid, ADM, DiT and MAR write them; or a `.pkl` of EDM2.
             feature_extractor (`str`, *optional*): name of the extractor whose statistics are wanted. It chooses among
                 several in one file, and must be the extractor that the file names.
 
@@ -194,10 +193,8 @@ def _read_edm2(path: Path, extractor: str | None) -> Moments:
         if not is_record(record, "_reconstruct") or record.state is None:
             raise ValueError("an array is missing")
         _, shape, dtype, fortran_order, data = record.state
-        values = np.frombuffer(data, np.dtype(dtype.state[1] + dtype.args[0])).reshape(
-            shape, order="F" if fortran_order else "C"
-        )
-        return torch.from_numpy(values.astype(np.float64))
+        values = np.frombuffer(data, np.dtype(dtype.state[1] + dtype.args[0]))
+        return torch.from_numpy(values.reshape(shape, order="F" if fortran_order else "C").astype(np.float64))
 
     try:
         content = load_records(path)
@@ -223,25 +220,17 @@ def check_extractor(
     path: object = "the real data",
 ) -> None:
     """
-    Raises `ValueError` if real data with this `metadata` was not made by this extractor.
+    Raises `ValueError` if real data of this `metadata` and `dimension` was not made by this extractor.
 
-    Files of other tools do not name their extractor: only their dimension can be checked.
-
-    Args:
-        metadata (`dict[str, str]`), dimension (`int`): of the real data.
-        extractor (`str`), resize (`str`, *optional*), extractor_dimension (`int`, *optional*): of the extractor.
-        weights (`str`, *optional*): digest of the extractor's network, see [`~metrics.extractors.network_digest`].
-        path: named in the message.
+    The other arguments describe the extractor; `weights` is the [`~metrics.extractors.network_digest`] of its network,
+    `path` is named in the message. Only entries that both sides have are compared: files of other tools do not name
+    their extractor.
     """
-    for name, value in (("extractor", extractor), ("resize", resize), ("weights", weights)):
-        held = metadata.get(name)
-        if held and value and held != value:
+    held: dict[str, Any] = {**metadata, "dimension": dimension}
+    seen = {"extractor": extractor, "resize": resize, "weights": weights, "dimension": extractor_dimension}
+    for name, value in seen.items():
+        if held.get(name) and value and held[name] != value:
             raise ValueError(
-                f"{path} has {name} {held!r}, but the images are seen with {value!r}, and such features cannot be "
-                "compared: recompute the statistics with this extractor."
+                f"{path} has {name} {held[name]!r}, but the images are seen with {value!r}, and such features cannot "
+                f"be compared: recompute the statistics with {extractor!r}."
             )
-    if extractor_dimension is not None and dimension != extractor_dimension:
-        raise ValueError(
-            f"{path} has dimension {dimension}, but {extractor!r} gives {extractor_dimension}: recompute the "
-            "statistics with this extractor."
-        )

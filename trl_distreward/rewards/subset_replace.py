@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..metrics.distance import Distance, RealData, build_distance, supports
-from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, module_of
+from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, move
 from ..metrics.image_metrics import FeatureDistance
 
 CREDITS = ("shared", "leave_one_in")
@@ -81,9 +81,7 @@ class SubsetReplaceReward:
         else:
             extractors, real = {"features": feature_extractor}, {"features": real_statistics}  # type: ignore[dict-item]
         if not isinstance(real, Mapping) or set(real) != set(extractors):
-            raise ValueError(
-                f"real_statistics must be a dictionary with the extractors' names {sorted(extractors)}."
-            )
+            raise ValueError(f"real_statistics must be a dictionary with the extractors' names {sorted(extractors)}.")
         self.extractors = {name: freeze(extractor) for name, extractor in extractors.items()}
         self.distances = {
             name: build_distance(distance, real[name], extractor) for name, extractor in extractors.items()
@@ -106,9 +104,7 @@ class SubsetReplaceReward:
     def to(self, device: torch.device) -> "SubsetReplaceReward":
         """Moves the extractors' modules."""
         for extractor in self.extractors.values():
-            module = module_of(extractor)
-            if module is not None:
-                module.to(device)
+            move(extractor, device)
         return self
 
     def extract(
@@ -146,7 +142,7 @@ class SubsetReplaceReward:
     def metrics(self) -> dict[str, FeatureDistance]:
         """The same distances as evaluation metrics of whole sets, one per space, neither weighted nor divided."""
         return {
-            name: FeatureDistance.of(extractor, copy.copy(self.distances[name]))
+            name: FeatureDistance(extractor, torch.empty(0), lambda _, name=name: copy.copy(self.distances[name]))
             for name, extractor in self.extractors.items()
         }
 
