@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import (  # noqa: E402
     BACKPROP,
@@ -96,18 +98,21 @@ def train_arm(
 def spread_of_rewards(prepared: Digits, seed: int) -> dict[str, float]:
     """Table 5: coefficients of variation of one update's rewards by the number of images replaced."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            **PAPER,
-            "replace_size": 64,
-            "num_subsets": 32,
-            "log_reward_diagnostics": True,
-            "learning_rate": 0.0,
-        }
+        settings = {**PAPER, "replace_size": 64, "num_subsets": 32, "learning_rate": 0.0}
         trainer = build_trainer(prepared, folder, max_steps=1, seed=seed, **settings)
+        (reward,) = trainer.rewards.of_sets
+        judge, found = reward.subset_rewards, {}
+
+        def watched(slots: Tensor, features: dict[str, Tensor]) -> Tensor:
+            for k in (1, 2, 4, 8, 16, 32, 64):  # the first k images of each subset
+                parts = {name: v.view(*slots.shape, -1)[:, :k].flatten(0, 1) for name, v in features.items()}
+                rewards = judge(slots[:, :k], parts)
+                found[f"cv_percent/n_{k}"] = 100 * (rewards.std() / rewards.mean().abs()).item()
+            return judge(slots, features)
+
+        reward.subset_rewards = watched
         trainer.train()
-        logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
-    kind = "reward_placebo/"  # of a policy that is still the one that made the reference set
-    return {key.removeprefix(kind): value for key, value in logs.items() if key.startswith(kind)}
+    return found
 
 
 def main() -> None:
