@@ -91,20 +91,21 @@ def test_size_of_weights_has_no_effect_and_stays():
     torch.testing.assert_close(model(z, sigma, labels).sample, expected, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("recipe", ["recommended", "policy_gradient"])
-def test_weights_are_normalized_after_every_step_if_asked(tmp_path, recipe):
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "backprop", "sampler": "ode", "backprop_steps": 2}])
+def test_weights_are_normalized_after_every_step_if_asked(tmp_path, settings):
     def trained(forced):
         network = tiny_edm2(in_channels=1, sample_size=4, forced_weight_normalization=forced)
         network.unet.out_conv.weight.data.mul_(3)
         trainer = tiny_trainer(
             tmp_path,
             EDM2Pipeline(network),
-            recipe=recipe,
+            reference_update="rolling",
             top_advantage_quantile=1.0,
             num_subsets=12,
             replace_size=1,
             max_steps=2,
             learning_rate=1e-2,
+            **settings,
         )
         trainer.train()
         layers = [module for module in trainer.network.modules() if isinstance(module, MPLayer)]
