@@ -47,7 +47,7 @@ class Trajectory:
     Result of a rollout: the final sample, and the states kept for training.
 
     Attributes:
-        sample (`torch.Tensor` of shape `(B, ...)`): sample at the end of the grid.
+        sample (`torch.Tensor` of shape `(B, ...)`): sample at the end of the grid `times`.
         times (`list[float]`): time grid, one entry more than there are steps.
         steps (`tuple[int, ...]`): kept steps; step `i` leads from `times[i]` to `times[i + 1]`.
         states (`dict[int, torch.Tensor]`): samples by grid index.
@@ -296,22 +296,16 @@ def rollout(
     generator: Generators = None,
 ) -> Trajectory:
     """
-    Samples along the grid with [`transition`], and keeps the states that training needs.
+    Samples along the decreasing grid `times` with [`transition`], and keeps the states that training needs.
 
     Args:
         velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
         x (`torch.Tensor` of shape `(B, ...)`): noise at `times[0]`.
-        times (`Sequence[float]`): decreasing grid.
-        noise_schedule, noise_level: see [`transition`].
         keep_steps (`Iterable[int]`, *optional*): steps to keep, with both their ends and their log-probabilities.
         keep_states (`Iterable[int]`, *optional*): further grid indices to keep the states of.
         final_step (`str`, *optional*, defaults to `"sample"`): `"mean"` leaves out the last step's noise, as SiT does.
         sde_steps (`Iterable[int]`, *optional*):
             steps with noise, all by default; the others are Euler steps of the ODE (MixGRPO, arXiv 2507.21802).
-        generator (`torch.Generator` or list of them, one per row, *optional*): source of the noise.
-
-    Returns:
-        [`Trajectory`].
 
     Raises:
         ValueError: a step in `keep_steps` has no noise.
@@ -355,15 +349,8 @@ def replay(
     Repeats the steps from grid index `first` to the end, with gradients.
 
     The noise of a step that was taken is its end minus its mean, a constant. So the values equal the rollout's bit for
-    bit, and gradients run through the means from step to step.
-
-    Args:
-        velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
-        states (`Mapping[int, torch.Tensor]` of shapes `(B, ...)`): the rollout's samples at `first` and after.
-        times, noise_schedule, noise_level, sde_steps: see [`rollout`].
-
-    Returns:
-        `torch.Tensor` of shape `(B, ...)`: the sample at the end.
+    bit, and gradients run through the means from step to step. `states` are the rollout's samples `(B, ...)` at
+    `first` and after; other arguments as in [`rollout`]. Returns the sample at the end.
     """
     noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
     step_of = partial(transition, noise_schedule=noise_schedule, start=times[0])
@@ -393,13 +380,6 @@ def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: 
         velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
         x (`torch.Tensor` of shape `(B, ...)`): noise at `times[0]`.
         times (`Sequence[float]`): decreasing grid; below 1 for `"heun_sigma"`, since σ is infinite at 1.
-        solver (`str`, *optional*, defaults to `"euler"`): one of the above.
-
-    Returns:
-        `torch.Tensor` of shape `(B, ...)`: the sample at `times[-1]`.
-
-    Raises:
-        ImportError: `"dopri5"` without torchdiffeq.
     """
 
     def at(t: float) -> Tensor:

@@ -22,23 +22,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import rotate_checkpoints, speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..conditions import conditions_of_slots
 from ..files import write_json
-from ..generation import evaluating
 from ..hub import with_retries, without_tokens
 from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy
-from . import checkpointing
+from . import checkpointing, skipped
 from .base_config import DiffusionTrainerConfig
-from .callbacks import NormalizeWeights, StopOnSIGTERM, UpdateEMA
+from .callbacks import StopOnSIGTERM, UpdateWeights
 from .checks import check_launch
 from .ema import PolicyEMA
-from .image_sets import evaluate_images
+from .image_sets import evaluate_samplers
 from .network import prepare_network
-from .publishing import SKIPPED_FOLDER, Publisher
+from .publishing import Publisher
 from .run_record import RUN_RECORD, RunRecord, describe_run, is_evaluation
 from .sharding import is_split, without_weights
 
@@ -53,22 +52,14 @@ class DiffusionTrainer(_BaseTrainer):
     Base class for trainers of a [`DiffusionPolicy`]: preparation, pacing, logging, guards, evaluation and checkpoints.
 
     A subclass defines `training_step`. It may extend `training_state`, `process_state` and their `load_…`
-    counterparts, and replace `write_model`, `sampled_model` and `evaluation_weights`.
-
-    Args:
-        policy ([`DiffusionPolicy`]): what is trained.
-        args ([`DiffusionTrainerConfig`]): configuration.
-        steps_per_epoch (`int`): optimizer steps that count as an epoch.
-        eval_metrics (`dict[str, ImageMetric]`): metrics of the evaluated images.
-        ema_decay (`float`): decay of the average of the weights; 0 keeps none.
-        peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter instead of the network's own weights.
-        train_dataset, eval_dataset, callbacks, optimizers: as in [`~transformers.Trainer`]; `eval_dataset` has the
-            conditions of the evaluated images.
+    counterparts, and replace `prepare_network`, `write_model`, `load_trained`, `load_best`, `sampled_model` and
+    `evaluation_weights`. `steps_per_epoch` optimizer steps count as an epoch.
     """
 
     # An update's losses are weighted before they are returned.
     loss_is_scaled_for_ga = True
     pipeline_tag = "unconditional-image-generation"
+    _paper = {"title": "Optimizing Visual Generative Models via Distribution-wise Rewards", "id": "2607.02291"}
 
     args: Any
     control: Any
@@ -96,7 +87,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.num_images = 0  # generated for training
         self.run_record = RunRecord()
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         self._without_update = False
         self._stop_on_sigterm = StopOnSIGTERM()
         self.publisher = Publisher(self)
@@ -109,7 +100,7 @@ class DiffusionTrainer(_BaseTrainer):
             train_dataset=train_dataset,
             # evaluation makes its own images; transformers only asks that there is a dataset
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[NormalizeWeights(self), UpdateEMA(self), self._stop_on_sigterm, *(callbacks or [])],
+            callbacks=[UpdateWeights(self), self._stop_on_sigterm, *(callbacks or [])],
             optimizers=optimizers,
         )
         check_launch(self, ema_decay)
@@ -164,7 +155,7 @@ class DiffusionTrainer(_BaseTrainer):
         before = [found for found in self.run_record.evaluations if found["step"] == 0]
         self.run_record = RunRecord()
         self.run_record.evaluations = before[-1:]  # of the model that training starts from
-        self._without_update, self._skipped_in_a_row = False, 0
+        self._without_update, self.skipped_in_a_row = False, 0
         self._metrics.clear()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -241,46 +232,18 @@ class DiffusionTrainer(_BaseTrainer):
         Raises:
             RuntimeError: more than `max_skipped_updates` in a row.
         """
-        self._skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         self.record("skipped_updates", 1.0)
-        step, limit = self.state.global_step, self.args.max_skipped_updates
-        path = os.path.join(self.args.output_dir, SKIPPED_FOLDER, f"step-{step}.pt")
-        if self.accelerator.is_main_process:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.save({"step": step, "reason": reason, "seed": self.args.seed, **context}, path)
-        logger.warning(f"Update {step} is skipped: {reason}. Its context is in {path}.")
-        if self._skipped_in_a_row > limit:
-            raise RuntimeError(
-                f"{self._skipped_in_a_row} updates in a row were skipped (max_skipped_updates={limit}), the last "
-                f"because {reason}: lower the learning rate or noise_level, then {self._last_resort()}."
-            )
-
-    def _last_resort(self) -> str:
-        folder = self.args.output_dir
-        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        return f"resume from {last}" if last else "start again"
+        skipped.write_context(self, reason, context)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Drops gradients that are not finite before the optimizer sees them."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self._without_update:  # with zero gradients, momentum would still move the weights
-            self._without_update = False
-            model.zero_grad(set_to_none=True)
-            return 0.0 if norm is None else norm
-        if norm is None or torch.isfinite(torch.as_tensor(norm)):
-            self._skipped_in_a_row = 0
-        elif self.is_deepspeed_enabled and not self.args.fp16:
-            raise RuntimeError(
-                "the gradient is not finite, and DeepSpeed has already taken the step: lower the learning rate or "
-                f"noise_level, then {self._last_resort()}."
-            )
-        elif self.is_deepspeed_enabled or (self.accelerator.scaler and self.accelerator.scaler.get_scale() >= 1):
-            self.record("skipped_updates", 1.0)  # an overflow in float16: the scaler skips the step
-        else:
-            if self.accelerator.scaler is None:
-                model.zero_grad(set_to_none=True)
-            self.skip_update("the gradient is not finite", grad_norm=float(norm))
-        return norm
+        if not self._without_update:
+            skipped.drop_bad_gradients(self, model, norm)
+            return norm
+        self._without_update = False
+        model.zero_grad(set_to_none=True)  # with zero gradients, momentum would still move the weights
+        return 0.0 if norm is None else norm
 
     # ---- generation and evaluation ----
 
@@ -307,7 +270,7 @@ class DiffusionTrainer(_BaseTrainer):
         if eval_dataset is not None:
             number = self.args.num_eval_images or len(eval_dataset)
             conditions = conditions_of_slots(self.policy, eval_dataset, number, self.args.eval_seed)
-        values = self.evaluate_samplers(conditions, self.args.eval_seed if seed is None else seed)
+        values = evaluate_samplers(self, conditions, self.args.eval_seed if seed is None else seed)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, started, len(conditions) * len(self.args.eval_schedules)))
         metrics = broadcast_object_list([metrics])[0]  # the best model must be the same on every process
@@ -318,22 +281,6 @@ class DiffusionTrainer(_BaseTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.write_record()
         return metrics
-
-    def evaluate_samplers(self, conditions: Any, seed: int) -> dict[str, float]:
-        """Computes `{sampler}_{metric}` from noise of `seed`."""
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model is self.model_wrapped:
-            self.model.to(self.accelerator.device)  # before training they leave it where it was loaded
-        self.run_record.images["evaluation"] += len(conditions) * len(self.args.eval_schedules)
-        values: dict[str, float] = {}
-        with (
-            evaluating(self.sampled_model) as model,
-            self.run_record.timed("evaluation"),
-            self.evaluation_weights(),
-        ):
-            for sampler, schedule in self.args.eval_schedules.items():
-                found = evaluate_images(self, model, conditions, schedule, seed, f"Evaluation, {sampler}")
-                values |= {f"{sampler}_{name}": value for name, value in found.items()}
-        return values
 
     # ---- checkpoints ----
 
@@ -402,15 +349,10 @@ class DiffusionTrainer(_BaseTrainer):
         **kwargs: Any,
     ) -> Any:
         """
-        Saves the pipeline and its card, and pushes them as one commit; failures that may pass are retried.
+        Saves the pipeline and its card, and pushes them as one commit, see [`~transformers.Trainer.push_to_hub`].
 
-        All processes call it, the main one pushes. Arguments as in [`~transformers.Trainer.push_to_hub`].
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`], or a future of it with `blocking=False`.
-
-        Raises:
-            FileNotFoundError, PermissionError, ConnectionError: nothing was committed.
+        All processes call it, the main one pushes. Failures that may pass are retried; after an error nothing was
+        committed.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token

@@ -13,6 +13,14 @@ from ..sampling import NOISE_SCHEDULES
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
+def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    """A dataclass field with a line for `--help`; a list is copied for each configuration."""
+    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass
 class DiffusionTrainerConfig(_BaseConfig):
     r"""
@@ -62,48 +70,32 @@ class DiffusionTrainerConfig(_BaseConfig):
     > lower value of `metric_for_best_model` is better unless `greater_is_better` says otherwise.
     """
 
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Alias of activation_checkpointing, which transformers prefers."}
+    logging_steps: float = option(1, "Steps between two logs.")
+    gradient_checkpointing: bool | None = option(
+        None, "Alias of activation_checkpointing, which transformers prefers."
     )
-    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the network under bfloat16 autocast."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept False: columns are conditions."})
+    bf16: bool | None = option(False, "Whether to run the network under bfloat16 autocast.")
+    remove_unused_columns: bool | None = option(False, "Kept False: columns are conditions.")
 
     # Parameters that control the reward
-    reference_set_size: int = field(default=5000, metadata={"help": "Images of the generated set."})
-    stratify_by: str | None = field(
-        default=None, metadata={"help": "Dataset column of strata whose shares the generated set keeps."}
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of several reward functions; all 1 by default."}
-    )
+    reference_set_size: int = option(5000, "Images of the generated set.")
+    stratify_by: str | None = option(None, "Dataset column of strata whose shares the generated set keeps.")
+    reward_weights: list[float] | None = option(None, "Weights of several reward functions; all 1 by default.")
 
     # Parameters that control generation
-    noise_schedule: str = field(
-        default="sit", metadata={"help": "Noise schedule of the SDE.", "choices": list(NOISE_SCHEDULES)}
-    )
-    noise_level: float = field(default=1.0, metadata={"help": "Noise level of the SDE."})
-    last_step_size: float = field(
-        default=0.04, metadata={"help": "Size of a last SDE step without noise; 0: all steps are equal."}
-    )
-    time_grid: str = field(
-        default="uniform", metadata={"help": "Spacing of the time grid.", "choices": list(TIME_GRIDS)}
-    )
-    time_shift: float = field(default=1.0, metadata={"help": "Resolution shift of an even time grid."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
-    guidance_channels: int | None = field(
-        default=None, metadata={"help": "Guides only the first channels; SiT's code uses 3."}
-    )
-    decode_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples decoded at a time; a whole batch by default."}
-    )
-    max_skipped_updates: int = field(
-        default=5, metadata={"help": "Updates in a row that may be skipped for values that are not finite."}
-    )
+    noise_schedule: str = option("sit", "Noise schedule of the SDE.", NOISE_SCHEDULES)
+    noise_level: float = option(1.0, "Noise level of the SDE.")
+    last_step_size: float = option(0.04, "Size of a last SDE step without noise; 0: all steps are equal.")
+    time_grid: str = option("uniform", "Spacing of the time grid.", TIME_GRIDS)
+    time_shift: float = option(1.0, "Resolution shift of an even time grid.")
+    guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none.")
+    guidance_channels: int | None = option(None, "Guides only the first channels; SiT's code uses 3.")
+    decode_batch_size: int | None = option(None, "Samples decoded at a time; a whole batch by default.")
+    max_skipped_updates: int = option(5, "Updates in a row that may be skipped for values that are not finite.")
 
     # Parameters that control evaluation
-    num_eval_images: int | None = field(default=None, metadata={"help": "Images per evaluation."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
+    num_eval_images: int | None = option(None, "Images per evaluation.")
+    eval_seed: int = option(0, "Seed of the evaluation noise.")
 
     def __post_init__(self) -> None:
         self._check_counts(("decode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"))

@@ -4,30 +4,29 @@
 import math
 import signal
 import threading
-from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..conditions import take
 from ..files import written_whole
-from ..generation import generate_images
+from ..generation import evaluating
+from .image_sets import shared_images
 from .network import asks_for_normalization
-from .sharding import is_split
 
 logger = get_logger(__name__)
 
 
-class NormalizeWeights(TrainerCallback):
-    """Normalizes weights after every optimizer step, for networks whose config asks for it."""
+class UpdateWeights(TrainerCallback):
+    """Normalizes weights after an optimizer step if the network's config says so, and updates their average."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -35,13 +34,6 @@ class NormalizeWeights(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if asks_for_normalization(self.trainer.network):
             self.trainer.network.normalize_weights()
-
-
-class UpdateEMA(TrainerCallback):
-    """Updates the average of the weights after every step."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
@@ -160,61 +152,38 @@ class LogSamplesCallback(TrainerCallback):
             self._log(args, state)
 
     def _log(self, args: Any, state: Any) -> None:
-        images = self._images(args)
-        if images is None or not state.is_world_process_zero:
+        images, finite = self._images()
+        if not state.is_world_process_zero:
+            return
+        if not finite:
+            logger.warning(f"There is no grid of samples at step {state.global_step}: an image is not finite.")
             return
         grid, step = image_grid(images), state.global_step
         with written_whole(Path(args.output_dir) / "samples" / f"step-{step}.png") as file:
             grid.save(file, format="PNG")
         self._report(args, grid, step)
 
-    def _images(self, args: Any) -> Tensor | None:
-        """Images `(N, C, H, W)`, on the main process, or `None` if one is not finite."""
-        trainer, count = self.trainer, len(self.conditions)
-        network = trainer.unwrapped(trainer.sampled_model)
-        split = is_split(network)  # a forward pass then takes all processes, and all make all images
-        processes = 1 if split else args.world_size
-        indices = range(args.process_index % processes, count, processes)
-        trainer.run_record.images["samples"] += count
-        images: dict[int, Tensor] = {}
-        error = ""
+    @torch.no_grad()
+    def _images(self) -> tuple[Tensor, bool]:
+        """Images `(N, C, H, W)`, and whether all are finite."""
+        trainer, gather = self.trainer, self.trainer.accelerator.gather
+        trainer.run_record.images["samples"] += len(self.conditions)
         with (
+            evaluating(trainer.sampled_model) as model,
             trainer.run_record.timed("samples"),
             trainer.evaluation_weights(),
-            trainer.autocast() if split else nullcontext(),
         ):
-            batches = generate_images(
-                trainer.policy,
-                take(self.conditions, indices),
-                self.schedule,
-                seed=self.seed,
-                batch_size=args.per_device_eval_batch_size,
-                model=network,
-                stream="samples",
-                indices=indices,
-                decode_batch_size=args.decode_batch_size,
-            )
-            try:
-                # clones: a view would be sent with its whole batch
-                made = (image.clone() for batch, _ in batches for image in batch.cpu())
-                images = dict(zip(indices, made, strict=True))
-            except ValueError as found:
-                error = str(found)
-        parts = [(images, error)] if processes == 1 else gather_object([(images, error)])
-        errors = [error for _, error in parts if error]
-        if errors:
-            logger.warning(f"There is no grid of samples: {errors[0]}")
-            return None
-        everything = {index: image for share, _ in parts for index, image in share.items()}
-        return torch.stack([everything[i] for i in range(count)])
+            noise = (self.seed, "samples", 0)
+            batches = shared_images(trainer, model, self.conditions, self.schedule, noise, "Samples")
+            parts = [(gather(images)[:valid], gather(finite).all()) for images, _, valid, finite in batches]
+        return torch.cat([images for images, _ in parts]), all(bool(finite) for _, finite in parts)
 
     def _report(self, args: Any, grid: Image.Image, step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:
             writer = getattr(callback, "tb_writer", None)
             if isinstance(callback, TensorBoardCallback) and writer is not None:
-                pixels = torch.tensor(list(grid.convert("RGB").tobytes()), dtype=torch.uint8)
-                writer.add_image("samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC")
+                writer.add_image("samples", np.asarray(grid.convert("RGB")), step, dataformats="HWC")
         for name in ("wandb", "trackio"):
             if name in args.report_to:
-                module = __import__(name)
+                module = import_module(name)
                 module.log({"samples": module.Image(grid)})

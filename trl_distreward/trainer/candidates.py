@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Judging merging coefficients by the images that the merged model generates."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..conditions import take
 from ..generation import generate, image_generators
+from ..merging.coefficients import samples_of
 from ..merging.pool import CheckpointPool
+from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
 from ..policies import DiffusionPolicy, decode_uint8
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from .reward_functions import RewardFunctions, call_per_image
@@ -25,20 +27,7 @@ class CandidateJudge:
     Merges, generates and rewards; each process takes a share of the candidates.
 
     All candidates of a step get the same noise, conditions and replaced slots, so their rewards differ by the
-    coefficients alone.
-
-    Args:
-        policy ([`DiffusionPolicy`]): generator.
-        network (`torch.nn.Module`): network that is merged into.
-        pool ([`~merging.CheckpointPool`]): checkpoints.
-        groups (`dict[str, int]`): row of the coefficients for each tensor.
-        rewards ([`RewardFunctions`]): rewards of the images.
-        args ([`MergeCoefficientConfig`]): sizes, schedule and seed.
-        conditions: one per image of a candidate's set.
-        slots ([`SlotSampler`] or [`StratifiedSlotSampler`]): draws the subsets of the set that are replaced.
-        accelerator (`accelerate.Accelerator`): the processes.
-        autocast (`Callable`): makes the context that the network runs in.
-        trainer_state (`Callable`): returns the trainer's state, for reward functions.
+    coefficients alone. `groups` is the row of the coefficients for each tensor.
     """
 
     def __init__(
@@ -149,3 +138,13 @@ class CandidateJudge:
             {space: torch.cat([c[space] for c in parts]) for space in parts[0]} for parts in zip(*chunks, strict=True)
         ]
         return joined, values
+
+
+def build_search(args: "MergeCoefficientConfig", start: Tensor, times: Sequence[float]) -> Search | None:
+    """Builds the gradient-free search that `args.method` names, from coefficients `(G, N_c)`; `None` for EMANet."""
+    if args.method == "cma":
+        return CMASearch(samples_of(start, args.coefficient_map), args.sampling_std, args.num_generations, args.seed)
+    if args.method == "grid":
+        profiles = power_profile_grid(times, args.num_generations, args.checkpoint_stds)
+        return GridSearch(samples_of(profiles[:, None].expand(-1, len(start), -1), args.coefficient_map))
+    return None

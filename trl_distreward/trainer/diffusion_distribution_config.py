@@ -1,11 +1,11 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..policies import DiffusionPolicy
 from ..sampling import ODE_SOLVERS
 from .advantages import ADVANTAGE_NORMALIZATIONS, SELECTIONS
-from .base_config import DiffusionTrainerConfig
+from .base_config import DiffusionTrainerConfig, option
 from .estimators import ESTIMATORS
 
 # Settings of arXiv 2607.02291, Section 4.1: DiffusionDistributionConfig(output_dir=..., **PAPER)
@@ -145,97 +145,58 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     > `max_steps=450`, `save_steps=50`, `ddp_find_unused_parameters=False`.
     """
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate; 1e-5 in the paper."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning rate schedule."})
-    max_steps: int = field(
-        default=450,
-        metadata={"help": "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."},
+    learning_rate: float = option(1e-05, "Initial learning rate; 1e-5 in the paper.")
+    lr_scheduler_type: str = option("linear", "Learning rate schedule.")
+    max_steps: int = option(
+        450, "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."
     )
-    save_steps: float = field(default=50, metadata={"help": "Optimizer steps between two checkpoints."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for unused parameters."}
-    )
+    save_steps: float = option(50, "Optimizer steps between two checkpoints.")
+    ddp_find_unused_parameters: bool | None = option(False, "Whether DDP looks for unused parameters.")
 
     # Parameters that control the reward
-    num_subsets: int = field(default=256, metadata={"help": "Subsets judged per update, over all processes."})
-    replace_size: int = field(default=1, metadata={"help": "Images of a subset."})
-    reference_update: str = field(
-        default="rolling",
-        metadata={"help": "How the reference set follows the policy.", "choices": list(_CHOICES["reference_update"])},
+    num_subsets: int = option(256, "Subsets judged per update, over all processes.")
+    replace_size: int = option(1, "Images of a subset.")
+    reference_update: str = option(
+        "rolling", "How the reference set follows the policy.", _CHOICES["reference_update"]
     )
-    reference_refresh_steps: str = field(  # a number after __post_init__; the command line knows one type
-        default="10", metadata={"help": "Optimizer steps between two refreshes of the reference set, or 'auto'."}
-    )
-    refresh_drift: float = field(
-        default=0.5, metadata={"help": "Drift that triggers a refresh under 'auto', in standard deviations."}
-    )
-    best_of_n: int = field(default=1, metadata={"help": "Candidates generated per slot; the best is kept."})
-    multi_objective_aggregation: str = field(
-        default="sum_then_normalize",
-        metadata={
-            "help": "How several rewards become one advantage.",
-            "choices": list(_CHOICES["multi_objective_aggregation"]),
-        },
+    # a number after __post_init__; the command line knows one type
+    reference_refresh_steps: str = option("10", "Steps between two refreshes of the reference set, or 'auto'.")
+    refresh_drift: float = option(0.5, "Drift that triggers a refresh under 'auto', in standard deviations.")
+    best_of_n: int = option(1, "Candidates generated per slot; the best is kept.")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize", "How several rewards become one advantage.", _CHOICES["multi_objective_aggregation"]
     )
 
     # Parameters that control generation
-    sampler: str = field(default="sde", metadata={"help": "Sampler of the rollouts.", "choices": ["sde", "ode"]})
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the rollouts and of the reference set."})
-    sde_window_size: int | None = field(default=None, metadata={"help": "Steps with noise; all by default."})
-    sde_window: str = field(
-        default="sliding", metadata={"help": "How the window of noise moves.", "choices": ["sliding", "random"]}
-    )
-    sde_window_interval: int = field(default=25, metadata={"help": "Rollouts between two moves of the window."})
-    rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Images at a time per process in rollouts."}
-    )
+    sampler: str = option("sde", "Sampler of the rollouts.", ["sde", "ode"])
+    num_inference_steps: int = option(50, "Steps of the rollouts and of the reference set.")
+    sde_window_size: int | None = option(None, "Steps with noise; all by default.")
+    sde_window: str = option("sliding", "How the window of noise moves.", ["sliding", "random"])
+    sde_window_interval: int = option(25, "Rollouts between two moves of the window.")
+    rollout_batch_size: int | None = option(None, "Images at a time per process in rollouts.")
 
     # Parameters that control the update
-    loss_type: str = field(
-        default="grpo", metadata={"help": "How the reward becomes a gradient.", "choices": list(ESTIMATORS)}
-    )
-    backprop_steps: int = field(default=3, metadata={"help": "Last sampling steps that 'backprop' goes back through."})
-    checkpoint_steps: bool = field(
-        default=False, metadata={"help": "Recomputes activations of back-propagated steps."}
-    )
-    advantage_normalization: str = field(
-        default="batch",
-        metadata={"help": "What advantages are normalized over.", "choices": list(ADVANTAGE_NORMALIZATIONS)},
-    )
-    num_generations: int = field(default=1, metadata={"help": "Subsets that replace the same slots."})
-    selection: str = field(
-        default="top", metadata={"help": "Which subsets are trained on.", "choices": list(SELECTIONS)}
-    )
-    selection_scope: str = field(
-        default="global",
-        metadata={"help": "What the selected share is taken over.", "choices": ["global", "local"]},
-    )
-    top_advantage_quantile: float = field(default=1.0, metadata={"help": "Share of the subsets that is selected."})
-    timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the steps with noise that is trained."})
-    step_weighting: str = field(
-        default="uniform", metadata={"help": "How steps are weighted.", "choices": ["uniform", "noise"]}
-    )
-    ratio_normalization: bool = field(
-        default=False, metadata={"help": "Puts the log-ratios of all steps on one scale."}
-    )
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the initial model."})
-    num_iterations: int = field(default=1, metadata={"help": "Updates per rollout."})
-    ema_decay: float = field(default=0.9, metadata={"help": "Decay of a moving average of the weights; 0 is none."})
-    offload_trajectories: bool = field(
-        default=False, metadata={"help": "Keeps the rollout's states in CPU memory until they are trained on."}
-    )
+    loss_type: str = option("grpo", "How the reward becomes a gradient.", ESTIMATORS)
+    backprop_steps: int = option(3, "Last sampling steps that 'backprop' goes back through.")
+    checkpoint_steps: bool = option(False, "Recomputes activations of back-propagated steps.")
+    advantage_normalization: str = option("batch", "What advantages are normalized over.", ADVANTAGE_NORMALIZATIONS)
+    num_generations: int = option(1, "Subsets that replace the same slots.")
+    selection: str = option("top", "Which subsets are trained on.", SELECTIONS)
+    selection_scope: str = option("global", "What the selected share is taken over.", ["global", "local"])
+    top_advantage_quantile: float = option(1.0, "Share of the subsets that is selected.")
+    timestep_fraction: float = option(1.0, "Share of the steps with noise that is trained.")
+    step_weighting: str = option("uniform", "How steps are weighted.", ["uniform", "noise"])
+    ratio_normalization: bool = option(False, "Puts the log-ratios of all steps on one scale.")
+    epsilon: float = option(1e-4, "Clip range of the probability ratio.")
+    beta: float = option(0.0, "Weight of the KL divergence from the initial model.")
+    num_iterations: int = option(1, "Updates per rollout.")
+    ema_decay: float = option(0.9, "Decay of a moving average of the weights; 0 is none.")
+    offload_trajectories: bool = option(False, "Keeps the rollout's states in CPU memory until they are trained on.")
 
     # Parameters that control evaluation
-    num_inference_steps_eval: list[int] = field(
-        default_factory=lambda: [250], metadata={"help": "Steps at evaluation; several are evaluated in turn."}
-    )
-    eval_samplers: list[str] = field(
-        default_factory=lambda: ["sde", "ode"], metadata={"help": "Samplers that are evaluated."}
-    )
-    eval_solver: str = field(
-        default="euler", metadata={"help": "Solver of the evaluated ODE.", "choices": list(ODE_SOLVERS)}
-    )
+    num_inference_steps_eval: list[int] = option([250], "Steps at evaluation; several are evaluated in turn.")
+    eval_samplers: list[str] = option(["sde", "ode"], "Samplers that are evaluated.")
+    eval_solver: str = option("euler", "Solver of the evaluated ODE.", ODE_SOLVERS)
 
     def __post_init__(self) -> None:
         self._check_choices(_CHOICES)

@@ -73,10 +73,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     _tag_names = ["trl-distreward", "distribution-reward"]
     _name = "Distribution Reward"
-    _paper = {
-        "title": "Optimizing Visual Generative Models via Distribution-wise Rewards",
-        "id": "2607.02291",
-    }
 
     args: DiffusionDistributionConfig
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..conditions import take
-from ..generation import SamplingSchedule, generate, share_out
+from ..generation import SamplingSchedule, evaluating, generate, share_out
 from ..policies import decode_uint8
 
 if TYPE_CHECKING:
@@ -25,15 +25,8 @@ def shared_images(
     name: str,
 ) -> Iterator[tuple[Tensor, Any, int, Tensor]]:
     """
-    Generates one image per condition, a share on each process, with a progress bar.
-
-    Args:
-        trainer ([`DiffusionTrainer`]): its policy, processes, batch sizes and autocast are used.
-        model (`torch.nn.Module`): network.
-        conditions: one per image, the same on every process.
-        schedule ([`~generation.SamplingSchedule`]): how to sample.
-        noise (`tuple`): seed, stream and step of [`~generation.generate`].
-        name (`str`): title of the progress bar.
+    Generates one image per condition, a share on each process, with a progress bar called `name`. `noise` is the
+    seed, stream and step of [`~generation.generate`].
 
     Yields:
         this process's uint8 images and their conditions, how many rows of the gathered images count, and a mask of
@@ -85,4 +78,22 @@ def evaluate_images(
     values = {key: float(metric.compute()) for key, metric in metrics.items()}
     for metric in metrics.values():
         metric.reset()  # frees the features
+    return values
+
+
+def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Any, seed: int) -> dict[str, float]:
+    """Computes `{sampler}_{metric}` under every evaluated schedule, from noise of `seed`."""
+    schedules = trainer.args.eval_schedules
+    if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and trainer.model is trainer.model_wrapped:
+        trainer.model.to(trainer.accelerator.device)  # before training they leave it where it was loaded
+    trainer.run_record.images["evaluation"] += len(conditions) * len(schedules)
+    values: dict[str, float] = {}
+    with (
+        evaluating(trainer.sampled_model) as model,
+        trainer.run_record.timed("evaluation"),
+        trainer.evaluation_weights(),
+    ):
+        for sampler, schedule in schedules.items():
+            found = evaluate_images(trainer, model, conditions, schedule, seed, f"Evaluation, {sampler}")
+            values |= {f"{sampler}_{name}": value for name, value in found.items()}
     return values

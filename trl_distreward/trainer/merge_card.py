@@ -3,10 +3,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .merge_coefficient_trainer import MergeCoefficientTrainer
 
 PLOT = "coefficients.png"
 
@@ -37,12 +40,7 @@ def place_of(member: Mapping[str, Any]) -> str:
 
 
 def coefficient_section(coefficients: Tensor, names: Sequence[str], pool: Mapping[str, Any]) -> str:
-    """
-    Args:
-        coefficients (`torch.Tensor` of shape `(G, N_c)`): coefficients of the merge.
-        names (`list[str]`): names of the groups of tensors.
-        pool (`dict`): [`~merging.CheckpointPool.describe`].
-    """
+    """A table of coefficients `(G, N_c)`, a row for each checkpoint of `CheckpointPool.describe()`."""
     columns = [f"`{name}`" if len(names) > 1 else "coefficient" for name in names]
     lines = ["## Coefficients", "", f"![Coefficients]({PLOT})", ""]
     lines += [f"| checkpoint | SHA-256 | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
@@ -60,3 +58,22 @@ def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> str:
     for name, values in comparison.items():
         lines.append(f"| {name} | {' | '.join(f'{values[metric]:.4g}' for metric in metrics)} |")
     return "\n".join(lines)
+
+
+def describe_merge(trainer: "MergeCoefficientTrainer", described: dict[str, Any]) -> dict[str, Any]:
+    """Adds coefficients, pool and comparison to the content of `run.json`."""
+
+    def by_group(coefficients: Tensor) -> dict[str, list[float]]:
+        return dict(zip(trainer.group_names, coefficients.tolist(), strict=True))
+
+    described["model"] |= {
+        "parameters": sum(p.numel() for p in trainer.merged_network.parameters()),
+        "trained": trainer.initial_coefficients.numel(),
+    }
+    return described | {
+        "rewards": {reward.name: reward.weight for reward in trainer.rewards.all},
+        "coefficients": by_group(trainer.coefficients),
+        "initial_coefficients": by_group(trainer.initial_coefficients),
+        "pool": [place_of(member) for member in trainer.pool_description["members"]],
+        "comparison": trainer.comparison,
+    }

@@ -1,10 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
 from ..sampling import ODE_SOLVERS
-from .base_config import DiffusionTrainerConfig
+from .base_config import DiffusionTrainerConfig, option
 
 METHODS = ("emanet", "cma", "grid")
 STARTS = ("post_hoc", "uniform", "last")
@@ -93,63 +93,43 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     > `max_steps=15`, `save_steps=5`.
     """
 
-    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the EMANet."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
-    max_steps: int = field(default=15, metadata={"help": "Steps; each judges num_generations candidates."})
-    save_steps: float = field(default=5, metadata={"help": "Steps between two checkpoints."})
+    learning_rate: float = option(0.01, "Learning rate of the EMANet.")
+    lr_scheduler_type: str = option("constant", "Learning rate schedule.")
+    max_steps: int = option(15, "Steps; each judges num_generations candidates.")
+    save_steps: float = option(5, "Steps between two checkpoints.")
 
     # Parameters that control the search
-    method: str = field(default="cma", metadata={"help": "How coefficients are found.", "choices": list(METHODS)})
-    num_generations: int = field(default=16, metadata={"help": "Candidates of a step, over all processes."})
-    coefficient_map: str = field(
-        default="affine", metadata={"help": "From samples to coefficients.", "choices": list(COEFFICIENT_MAPS)}
-    )
-    granularity: str = field(
-        default="per_model", metadata={"help": "What shares coefficients.", "choices": list(GRANULARITIES)}
-    )
-    initial_coefficients: str = field(  # or a list after __post_init__; the command line knows one type
-        default="post_hoc",
-        metadata={
-            "help": "post_hoc, uniform, last, or numbers separated by commas (--initial_coefficients=-0.1,1.1)."
-        },
-    )
-    initial_std: float = field(default=0.1, metadata={"help": "Relative width of the post-hoc average."})
-    checkpoint_times: list[float] | None = field(default=None, metadata={"help": "Training times of the checkpoints."})
-    checkpoint_stds: list[float] | None = field(
-        default=None, metadata={"help": "Relative widths of checkpoints that are averages themselves."}
-    )
-    sampling_std: float = field(default=0.15, metadata={"help": "Standard deviation of the samples."})
-    sampling_std_decay: float = field(
-        default=0.3, metadata={"help": "Share of it that is left at the last step; 1: constant."}
-    )
-    antithetic_sampling: bool = field(default=True, metadata={"help": "Draws in pairs with opposite deviations."})
-    advantage_normalization: str = field(
-        default="batch",
-        metadata={"help": "By the batch's standard deviation, or by rank.", "choices": ["batch", "rank"]},
-    )
-    policy_num_layers: int = field(default=3, metadata={"help": "Layers of the EMANet; 0: the mean is the parameter."})
-    policy_hidden_size: int = field(default=64, metadata={"help": "Width of the EMANet."})
+    method: str = option("cma", "How coefficients are found.", METHODS)
+    num_generations: int = option(16, "Candidates of a step, over all processes.")
+    coefficient_map: str = option("affine", "From samples to coefficients.", COEFFICIENT_MAPS)
+    granularity: str = option("per_model", "What shares coefficients.", GRANULARITIES)
+    initial_coefficients: str = option(
+        "post_hoc", "post_hoc, uniform, last, or numbers separated by commas (--initial_coefficients=-0.1,1.1)."
+    )  # or a list after __post_init__; the command line knows one type
+    initial_std: float = option(0.1, "Relative width of the post-hoc average.")
+    checkpoint_times: list[float] | None = option(None, "Training times of the checkpoints.")
+    checkpoint_stds: list[float] | None = option(None, "Relative widths of checkpoints that are averages themselves.")
+    sampling_std: float = option(0.15, "Standard deviation of the samples.")
+    sampling_std_decay: float = option(0.3, "Share of it that is left at the last step; 1: constant.")
+    antithetic_sampling: bool = option(True, "Draws in pairs with opposite deviations.")
+    advantage_normalization: str = option("batch", "By the batch's standard deviation, or by rank.", ["batch", "rank"])
+    policy_num_layers: int = option(3, "Layers of the EMANet; 0: the mean is the parameter.")
+    policy_hidden_size: int = option(64, "Width of the EMANet.")
 
     # Parameters that control the reward
-    scale_set_size: int | None = field(
-        default=None, metadata={"help": "Images of the set that gives the feature spaces their units."}
-    )
-    num_replacements: int = field(
-        default=0, metadata={"help": "New images for each replaced subset; 0: the set's own distance."}
-    )
-    num_subsets: int = field(default=1, metadata={"help": "Subsets of the set that are replaced."})
-    replace_size: int = field(default=50, metadata={"help": "Images of a subset."})
-    fresh_noise: bool = field(default=True, metadata={"help": "Whether each step has noise of its own."})
+    scale_set_size: int | None = option(None, "Images of the set that gives the feature spaces their units.")
+    num_replacements: int = option(0, "New images for each replaced subset; 0: the set's own distance.")
+    num_subsets: int = option(1, "Subsets of the set that are replaced.")
+    replace_size: int = option(50, "Images of a subset.")
+    fresh_noise: bool = option(True, "Whether each step has noise of its own.")
 
     # Parameters that control generation
-    num_inference_steps: int = field(default=32, metadata={"help": "Steps of the ODE."})
-    solver: str = field(default="euler", metadata={"help": "Solver of the ODE.", "choices": list(ODE_SOLVERS)})
+    num_inference_steps: int = option(32, "Steps of the ODE.")
+    solver: str = option("euler", "Solver of the ODE.", ODE_SOLVERS)
 
     # Parameters that control evaluation
-    num_inference_steps_eval: int | None = field(default=None, metadata={"help": "Steps at evaluation."})
-    eval_samplers: list[str] = field(
-        default_factory=lambda: ["ode"], metadata={"help": "Samplers that are evaluated."}
-    )
+    num_inference_steps_eval: int | None = option(None, "Steps at evaluation.")
+    eval_samplers: list[str] = option(["ode"], "Samplers that are evaluated.")
 
     def __post_init__(self) -> None:
         choices: dict[str, Any] = {

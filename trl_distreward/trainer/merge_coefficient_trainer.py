@@ -26,15 +26,15 @@ from ..merging.coefficients import (
     samples_of,
 )
 from ..merging.pool import CheckpointPool
-from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
 from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy, as_policy
 from . import checkpointing
 from .advantages import normalize_advantages
 from .base import DiffusionTrainer
-from .candidates import CandidateJudge
+from .candidates import CandidateJudge, build_search
 from .checks import check_best_metric, check_on, images_of_noise
-from .merge_card import PLOT, coefficient_section, comparison_table, place_of, plot_coefficients
+from .image_sets import evaluate_samplers
+from .merge_card import PLOT, coefficient_section, comparison_table, describe_merge, plot_coefficients
 from .merge_coefficient_config import MergeCoefficientConfig
 from .model_card import recipe_of
 from .network import disable_dropout
@@ -89,10 +89,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     _tag_names = ["trl-distreward", "model-merging"]
     _name = "Merge Coefficients"
-    _paper = {
-        "title": "Optimizing Visual Generative Models via Distribution-wise Rewards",
-        "id": "2607.02291",
-    }
 
     args: MergeCoefficientConfig
 
@@ -148,7 +144,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
                 "FSDP and DeepSpeed split a network over processes, but here each process merges and runs candidates "
                 "of its own: launch with examples/accelerate_configs/multi_gpu.yaml."
             )
-        self.search = self._build_search()
+        times = args.checkpoint_times or [float(i + 1) for i in range(len(self.pool))]
+        self.search = build_search(args, self.initial_coefficients, times)
         self.comparison: dict[str, dict[str, float]] = {}
         self._shown: Tensor | None = None  # coefficients that are evaluated instead of the learnt ones
         device = self.accelerator.device
@@ -192,18 +189,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
                 hidden_size=args.policy_hidden_size,
                 scale=args.sampling_std,
             )
-
-    def _build_search(self) -> Search | None:
-        args = self.args
-        if args.method == "cma":
-            start = samples_of(self.initial_coefficients, args.coefficient_map)
-            return CMASearch(start, args.sampling_std, args.num_generations, args.seed)
-        if args.method == "grid":
-            times = args.checkpoint_times or [float(i + 1) for i in range(len(self.pool))]
-            profiles = power_profile_grid(times, args.num_generations, args.checkpoint_stds)
-            points = profiles[:, None].expand(-1, len(self.group_names), -1)
-            return GridSearch(samples_of(points, args.coefficient_map))
-        return None
 
     # ---- coefficients ----
 
@@ -255,7 +240,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         if not bool(finite.any()):
             self.skip_update("no candidate's images and features are finite", candidates=candidates)
             return self.no_update()
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         rewards = torch.where(finite, rewards, rewards[finite].min())  # the worst merges may make no images at all
         self._record_rewards(values[finite], rewards, finite)
         if self.search is not None:
@@ -361,7 +346,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         for name, coefficients in rows.items():
             with self._showing(coefficients), torch.no_grad():
                 number = self.args.eval_seed if seed is None else seed
-                self.comparison[name] = self.evaluate_samplers(self.eval_conditions, number)
+                self.comparison[name] = evaluate_samplers(self, self.eval_conditions, number)
         self.write_record()
         return self.comparison
 
@@ -461,21 +446,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     # ---- records ----
 
     def describe_run(self) -> dict[str, Any]:
-        def by_group(coefficients: Tensor) -> dict[str, list[float]]:
-            return dict(zip(self.group_names, coefficients.tolist(), strict=True))
-
-        described = super().describe_run()
-        described["model"] |= {
-            "parameters": sum(p.numel() for p in self.merged_network.parameters()),
-            "trained": self.initial_coefficients.numel(),
-        }
-        return described | {
-            "rewards": {reward.name: reward.weight for reward in self.rewards.all},
-            "coefficients": by_group(self.coefficients),
-            "initial_coefficients": by_group(self.initial_coefficients),
-            "pool": [place_of(member) for member in self.pool_description["members"]],
-            "comparison": self.comparison,
-        }
+        return describe_merge(self, super().describe_run())
 
     def card_metadata(self) -> dict[str, Any]:
         members = self.pool_description["members"]

@@ -30,18 +30,8 @@ def build_model_card(
     **metadata: Any,
 ) -> ModelCard:
     """
-    Args:
-        name (`str`): name of the model.
-        trainer_name (`str`), paper (`dict`): with `title` and `id`, named in the first sentence.
-        num_updates (`int`): updates that made it.
-        evaluations (`list[dict]`): with `step` and `values`; the first and the last become a table.
-        recipe (`dict`): settings to list.
-        num_eval_images (`int`): images of an evaluation.
-        sections (`list[str]`, *optional*): further sections, in Markdown, before the settings.
-        metadata: further fields of [`~huggingface_hub.ModelCardData`].
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]
+    Builds the card of a model called `name`. Of the evaluations (`step` and `values`), the first and the last become a
+    table. `sections` are Markdown; `metadata` are further fields of [`~huggingface_hub.ModelCardData`].
     """
     results = [
         EvalResult(

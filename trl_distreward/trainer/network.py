@@ -33,17 +33,7 @@ class _NetworkConfig(FrozenDict):
 
 
 def prepare_network(network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
-    """
-    Prepares a network for training.
-
-    Args:
-        network (`torch.nn.Module`): network of a policy.
-        args ([`DiffusionTrainerConfig`]): precision, seed and activation checkpointing.
-        peft_config ([`~peft.PeftConfig`], *optional*): adapter to train instead of the network's own weights.
-
-    Returns:
-        `torch.nn.Module`: the network or, with an adapter, peft's wrapper of it.
-    """
+    """Prepares a policy's network for training; with an adapter, returns peft's wrapper of it."""
     if args.activation_checkpointing:
         if not getattr(network, "_supports_gradient_checkpointing", False):
             raise ValueError(

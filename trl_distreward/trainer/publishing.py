@@ -14,13 +14,13 @@ from ..hub import push_folder
 from .checkpointing import RAW_WEIGHTS, TRAINING_STATE
 from .model_card import build_model_card, recipe_of
 from .run_record import RUN_RECORD
+from .skipped import SKIPPED_FOLDER
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
 
 logger = get_logger(__name__)
 
-SKIPPED_FOLDER = "skipped"
 # Files of a checkpoint that only resuming needs
 _RESUME_ONLY = [
     "optimizer*",
@@ -50,12 +50,7 @@ _NOT_PUSHED = [
 
 
 class Publisher:
-    """
-    Pushes a trainer's output, and remembers the pushes that run in the background.
-
-    Args:
-        trainer ([`DiffusionTrainer`]): whose output is pushed.
-    """
+    """Pushes a trainer's output, and keeps the pushes that run in the background."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer

@@ -35,14 +35,7 @@ def conditions_and_slots(
 
 
 class ReferenceSet:
-    """
-    The reference sets of all distribution rewards: features of the same generated images.
-
-    Args:
-        rewards (`Sequence[SubsetReplaceReward]`): distribution rewards; may be empty.
-        args ([`DiffusionDistributionConfig`]): when the set is updated.
-        accelerator (`accelerate.Accelerator`): the processes.
-    """
+    """The reference sets of all distribution rewards: features of the same generated images."""
 
     def __init__(
         self, rewards: Sequence[SubsetReplaceReward], args: "DiffusionDistributionConfig", accelerator: Accelerator
@@ -73,17 +66,7 @@ class ReferenceSet:
         return step - self.last_refresh >= int(self.args.reference_refresh_steps)
 
     def refresh(self, batches: Iterable[tuple[Tensor, Any, int, Tensor]], step: int) -> None:
-        """
-        Takes newly generated images.
-
-        Args:
-            batches: this process's uint8 images, their conditions, how many rows of the gathered images count, and a
-                mask of finite samples.
-            step (`int`): optimizer step.
-
-        Raises:
-            ValueError: values are not finite, and there is no earlier set to keep.
-        """
+        """Takes the images of [`~trainer.image_sets.shared_images`]; keeps the old set if values are not finite."""
         features: list[dict[str, list[Tensor]]] = [{} for _ in self.rewards]
         for images, conditions, valid, finite in batches:
             for reward, spaces in zip(self.rewards, features, strict=True):

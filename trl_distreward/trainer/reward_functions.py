@@ -19,14 +19,8 @@ RewardFunction = Callable[..., Any]
 @dataclass(frozen=True)
 class Reward:
     """
-    One reward function.
-
-    Attributes:
-        name (`str`): name in the logs.
-        function (`Callable`): the function itself.
-        weight (`float`): its weight in the sum.
-        index (`int`): its place among the functions of its kind.
-        of_sets (`bool`): whether it is a [`SubsetReplaceReward`].
+    One reward function: its name in the logs, its weight in the sum, whether it is a [`SubsetReplaceReward`]
+    (`of_sets`), and its place among the functions of its kind (`index`).
     """
 
     name: str
@@ -38,17 +32,10 @@ class Reward:
 
 class RewardFunctions:
     """
-    The reward functions of a trainer, in order.
-
-    Args:
-        functions (`Callable` or `list` of them): [`SubsetReplaceReward`] or functions of single images.
-        weights (`list[float]`, *optional*): one per function; all 1 by default.
-
-    Raises:
-        ValueError: another number of weights than functions, or two feature spaces of the same name.
+    The reward functions of a trainer.
 
     Attributes:
-        all (`list[Reward]`): all functions; a second function of the same name is called `name_2`.
+        all (`list[Reward]`): all functions, in order; a second function of the same name is called `name_2`.
         of_sets (`list[SubsetReplaceReward]`): the distribution rewards.
     """
 
@@ -102,15 +89,7 @@ class RewardFunctions:
 
 
 def call_per_image(reward: Reward, **arguments: Any) -> Tensor:
-    """
-    Calls a function of single images.
-
-    Returns:
-        `torch.Tensor` of shape `(K,)`, float64.
-
-    Raises:
-        ValueError: it did not return one float per image.
-    """
+    """Calls a function of single images: one float64 per image, `(K,)`."""
     images: Tensor = arguments["images"]
     returned = reward.function(**arguments)
     values = torch.as_tensor(returned, dtype=torch.float64, device=images.device).flatten()

@@ -63,17 +63,7 @@ class Rollout:
 
 
 class Sampler:
-    """
-    Makes rollouts. It has no state: the result depends on the weights, the slots and the step alone.
-
-    Args:
-        policy ([`DiffusionPolicy`]): generator.
-        args ([`DiffusionDistributionConfig`]): schedule, window of noise, seed and batch sizes.
-        conditions: one per slot.
-        rewards ([`RewardFunctions`]): whose features are extracted.
-        accelerator (`accelerate.Accelerator`): the processes.
-        autocast (`Callable`): makes the context that the network runs in during training.
-    """
+    """Makes rollouts. It has no state: the result depends on the weights, the slots and the step alone."""
 
     def __init__(
         self,
@@ -116,14 +106,8 @@ class Sampler:
         self, model: nn.Module, slots: Tensor, step: int, keep_steps: Sequence[int] = (), keep_states: range = range(0)
     ) -> Rollout:
         """
-        Generates one image per slot, or the best of `best_of_n` candidates.
-
-        Args:
-            model (`torch.nn.Module`): the network as it is wrapped for training.
-            slots (`torch.LongTensor` of shape `(B, n)`): places of all processes.
-            step (`int`): optimizer step, which noise and window depend on.
-            keep_steps (`Sequence[int]`, *optional*): steps to keep, with their log-probabilities.
-            keep_states (`range`, *optional*): grid indices to keep the states of.
+        Generates one image per slot of `slots` `(B, n)`, or the best of `best_of_n` candidates. Keeps the ends and
+        log-probabilities of `keep_steps`, and the states at the grid indices `keep_states`.
         """
         candidates = [
             self._once(model, slots, step, keep_steps, keep_states, first=candidate * slots.numel())

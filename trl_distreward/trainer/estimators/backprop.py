@@ -35,13 +35,8 @@ _REMEDY = "use a policy gradient instead, which needs no gradient: loss_type='gr
 @dataclass
 class TailBatch:
     """
-    The last steps of one process's images, K of them, and the gradients to train on.
-
-    Attributes:
-        rollout ([`~trainer.rollouts.Rollout`]): with the states at grid index `first` and after.
-        first (`int`): grid index where gradients begin.
-        gradients (`list[dict[str, torch.Tensor]]` of shapes `(K, d)`):
-            of the weighted distances with respect to the features, per distribution reward and space.
+    The states of a rollout from grid index `first` on, and the gradients `(K, d)` of the weighted distances with
+    respect to the features of this process's images, per distribution reward and space.
     """
 
     rollout: Rollout
@@ -179,12 +174,7 @@ class Backprop(Estimator):
     # ---- checks ----
 
     def check_rewards(self, images: Tensor, conditions: Any) -> None:
-        """
-        Back-propagates every reward to two images.
-
-        Raises:
-            ValueError: a reward has no gradient, or none that reaches the images.
-        """
+        """Back-propagates every reward to two images."""
         tracked = 64 + images.float() / 2  # avoids 0 and 255, where rounding or clamping hides the gradient
         tracked.requires_grad_()
         for reward in self.context.rewards.all:

@@ -115,12 +115,8 @@ class Deal:
     """
     Deals selected images out evenly: the k-th goes to process k modulo their number.
 
-    Args:
-        kept (`torch.LongTensor` of shape `(M,)`):
-            selected images, ascending; image `i` of all processes is image `i mod K` of process `i div K`.
-        size (`int`): images K of each process.
-        gather (`Callable`): concatenates a tensor's rows over processes.
-        rank, processes (`int`): this process, and their number.
+    `kept` `(M,)` are the selected images, ascending: image `i` of all processes is image `i mod size` of process
+    `i div size`. `gather` concatenates a tensor's rows over processes.
     """
 
     def __init__(self, kept: Tensor, size: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int):
