@@ -17,7 +17,7 @@ from ..policies import as_policy
 from .base import DiffusionTrainer
 from .checks import check_best_metric, check_on, images_of_noise
 from .diffusion_distribution_config import DiffusionDistributionConfig
-from .dry_run import describe_sizes
+from .dry_run import Plan
 from .estimators import ESTIMATORS, Context
 from .estimators.base import Batch
 from .image_sets import shared_images
@@ -141,7 +141,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         check_on(images, conditions, self.rewards, self.eval_metrics)
         self.estimator.check_rewards(images, conditions)
         check_best_metric(args, self.eval_metrics)
-        logger.info(describe_sizes(self))
+        logger.info(Plan.of(self).describe(args))
 
     # ---- one step ----
 

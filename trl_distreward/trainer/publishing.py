@@ -21,32 +21,12 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Files of a checkpoint that only resuming needs
-_RESUME_ONLY = [
-    "optimizer*",
-    "global_step*",  # DeepSpeed's
-    "latest",
-    "zero_to_fp32.py",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    "trainer_state.json",
-    RAW_WEIGHTS,
-    "process_state*",
-    TRAINING_STATE,
-]
+# Files of a checkpoint that only resuming needs; some are DeepSpeed's
+_RESUME_ONLY = ["optimizer*", "global_step*", "latest", "zero_to_fp32.py", "scheduler.pt", "scaler.pt", "rng_state*"]
+_RESUME_ONLY += ["trainer_state.json", "process_state*", RAW_WEIGHTS, TRAINING_STATE]
 # Files of the output folder that name folders of this machine, or that are results of other runs
-_NOT_PUSHED = [
-    "_*",
-    f"{PREFIX_CHECKPOINT_DIR}-*",
-    "trainer_state.json",
-    RUN_RECORD,
-    "*.html",
-    f"{SKIPPED_FOLDER}/*",
-    "baselines/*",
-    "real_statistics.*",
-    "*.work/*",
-]
+_NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", RUN_RECORD, "*.html", f"{SKIPPED_FOLDER}/*"]
+_NOT_PUSHED += ["baselines/*", "real_statistics.*", "*.work/*"]
 
 
 class Publisher:
