@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trl_distreward import FeatureStatistics, FrechetDistance
-from trl_distreward.metrics.frechet import symmetric_sqrt
+from trl_distreward.metrics.frechet import RealRoot
 
 
 def make_features(count: int, dimension: int, seed: int, generated: bool, condition: float = 1.7e5) -> Tensor:
@@ -76,7 +76,7 @@ class Baselines:
     def __init__(self, real: FeatureStatistics, features: Tensor):
         self.features = features
         self.mean, self.covariance = real.mean.to(features.device), real.covariance.to(features.device)
-        self.root = symmetric_sqrt(self.covariance)
+        self.root = RealRoot.of(real).root.to(features.device)
 
     def rest(self, mean: Tensor, covariance: Tensor) -> float:
         return ((mean - self.mean).square().sum() + covariance.trace() + self.covariance.trace()).item()

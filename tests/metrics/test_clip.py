@@ -42,7 +42,8 @@ def test_images_are_embedded_as_by_the_feature_extractor(tmp_path):
 
 def test_a_prompt_is_embedded_once_and_independently_of_others():
     model, asked = tiny_clip(), []
-    clip = CLIPEmbeddings(model, tokenizer(), cache_size=2)
+    clip = CLIPEmbeddings(model, tokenizer())
+    clip.cache_size = 2
     inner = model.get_text_features
     model.get_text_features = lambda **inputs: asked.append(len(inputs["input_ids"])) or inner(**inputs)
     together = clip.prompts(["a cat", "a red cat", "a cat"])

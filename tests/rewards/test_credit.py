@@ -133,7 +133,7 @@ def test_contradictions_are_refused():
     real = FeatureStatistics.from_features(REAL)
     with pytest.raises(ValueError, match="credit='each' is unknown"):
         SubsetReplaceReward(identity, real, credit="each")
-    with pytest.raises(ValueError, match="control_variate=True corrects shared rewards only"):
+    with pytest.raises(ValueError, match="control_variate=True corrects shared rewards"):
         SubsetReplaceReward(identity, real, credit="leave_one_in", control_variate=True)
     with pytest.raises(TypeError, match="has no delete_one"):
         SubsetReplaceReward(identity, real, Plain, control_variate=True)

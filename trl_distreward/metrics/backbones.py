@@ -17,7 +17,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 POOLINGS = ("cls", "mean", "pooler", "image_embeds")
 RESIZES = {"torch": resize_antialiased, "pillow": resize_pillow}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as in preprocessor configurations
-# Vector that stands for the image in known families; other families need `pooling`.
+# vector that stands for the image in known families; other families need `pooling`
 POOLING_OF = {
     "clip": "image_embeds",
     "convnext": "pooler",
@@ -52,21 +52,19 @@ class BackboneFeatures(nn.Module):
     Args:
         model (`torch.nn.Module`): called with `pixel_values`, returns one of transformers' outputs.
         name (`str`): name of these features in metadata.
-        pooling (`str`):
-            vector that stands for the image: `"cls"`, the first token after the final normalization; `"mean"`, over
-            all tokens or positions; `"pooler"`, the model's `pooler_output`; `"image_embeds"`, CLIP's projection, of
-            length 1.
+        pooling (`str`): `"cls"`, the first token after the final normalization; `"mean"`, over all tokens or
+        positions;
+            `"pooler"`, the model's `pooler_output`; `"image_embeds"`, CLIP's projection, of length 1.
         size (`int`): side of the network's input; the whole image is resized to it, nothing is cropped.
         mean, std (`tuple[float]` of length 3): normalization of each colour, for values in [0, 1].
-        resize (`str`, *optional*, defaults to `"torch"`):
-            `"torch"`: antialiased, unrounded, on the images' device. `"pillow"`: equal to Pillow's resize of 8-bit
-            images, to the bit.
-        mode (`str`, *optional*, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`.
+        resize (`str`, *optional*, defaults to `"torch"`): `"torch"`, antialiased, unrounded, on the images' device; or
+            `"pillow"`, equal to Pillow's resize of 8-bit images, to the bit.
+        mode (`str`, *optional*, defaults to `"bicubic"`): or `"bilinear"`.
 
     Attributes:
-        name (`str`), dimension (`int`): to be recorded with statistics of these features.
-        resize (`str`): to be recorded too: every step from image to features that is not in the weights, for instance
-            `"torch-bicubic-224"`, or `"pillow-bicubic-336-image_embeds-clip"` if pooling or normalization are unusual.
+        name (`str`), dimension (`int`), resize (`str`): to be recorded with statistics of these features. `resize`
+            names every step that is not in the weights: `"torch-bicubic-224"`, and pooling and normalization if they
+            are unusual, as in `"pillow-bicubic-336-image_embeds-clip"`.
     """
 
     mean: Tensor

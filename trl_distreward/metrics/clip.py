@@ -29,26 +29,16 @@ class CLIPEmbeddings(BackboneFeatures):
         tokenizer: one of transformers' tokenizers for its prompts. Longer prompts are cut off.
         name (`str`, *optional*, defaults to `"clip"`): name of these features in metadata.
         resize (`str`, *optional*, defaults to `"pillow"`): or `"torch"`, as in [`~metrics.BackboneFeatures`].
-        mean, std (`tuple[float]` of length 3, *optional*): normalization, CLIP's own by default.
-        cache_size (`int`, *optional*, defaults to 10000): number of prompts whose embeddings are kept, in CPU memory.
     """
 
+    cache_size = 10_000  # prompts whose embeddings are kept, in CPU memory
     model: Any
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        name: str = "clip",
-        resize: str = "pillow",
-        mean: Sequence[float] = CLIP_MEAN,
-        std: Sequence[float] = CLIP_STD,
-        cache_size: int = 10_000,
-    ):
-        super().__init__(model, name, "image_embeds", model.config.vision_config.image_size, mean, std, resize)
+    def __init__(self, model: Any, tokenizer: Any, name: str = "clip", resize: str = "pillow"):
+        size = model.config.vision_config.image_size
+        super().__init__(model, name, "image_embeds", size, CLIP_MEAN, CLIP_STD, resize)
         self.tokenizer = tokenizer
         self.max_length = model.config.text_config.max_position_embeddings
-        self.cache_size = cache_size
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -105,7 +95,6 @@ class JointTextFeatures(nn.Module):
     Example:
 
     ```python
-    >>> clip = load_clip("openai/clip-vit-large-patch14")
     >>> joint = JointTextFeatures(clip, clip.prompts)
     >>> reward = SubsetReplaceReward(joint, FeatureStatistics.from_features(joint(real_images, captions)))
     ```
@@ -138,21 +127,16 @@ def load_clip(
     *,
     tokenizer: str | os.PathLike | None = None,
     revision: str | None = None,
-    **kwargs: Any,
+    resize: str = "pillow",
 ) -> CLIPEmbeddings:
     """
     Loads a CLIP model of transformers, for images and prompts.
 
     Args:
-        source (`str` or path): Hub id or folder of a [`~transformers.CLIPModel`].
+        source (`str` or path), revision (`str`, *optional*): Hub id or folder of a [`~transformers.CLIPModel`].
         device (`torch.device` or `str`, *optional*): device of the model; the trainer moves it by itself.
         tokenizer (`str` or path, *optional*): Hub id or folder of the tokenizer, if `source` has none.
-        revision (`str`, *optional*): revision of `source`.
-        kwargs: further arguments of [`~metrics.CLIPEmbeddings`].
-
-    Raises:
-        OSError: the model is not here and cannot be downloaded.
-        ValueError: the file lacks weights of a CLIP model.
+        resize (`str`, *optional*): as in [`~metrics.CLIPEmbeddings`].
     """
     from transformers import AutoTokenizer, CLIPModel
 
@@ -161,8 +145,6 @@ def load_clip(
     model, report = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **at)
     tokens = AutoTokenizer.from_pretrained(text, **(at if text == source else {}))
     if report["missing_keys"]:
-        raise ValueError(
-            f"{source} lacks weights of CLIP, which would stay random: {list(report['missing_keys'])[:4]}."
-        )
+        raise ValueError(f"{source} lacks weights of CLIP, which would be random: {[*report['missing_keys']][:4]}.")
     name = Path(source).name if os.path.isdir(source) else source
-    return CLIPEmbeddings(model, tokens, **{"name": name, **kwargs}).to(device)
+    return CLIPEmbeddings(model, tokens, name, resize).to(device)

@@ -29,11 +29,9 @@ class Distance(Protocol):
     @property
     def value(self) -> float:
         """Distance of the fitted reference set."""
-        ...
 
     def fit(self, features: Tensor) -> "Distance":
         """Takes features `(N, d)` as the reference set."""
-        ...
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
         """
@@ -49,7 +47,6 @@ class Distance(Protocol):
         Raises:
             ValueError: before `fit`, on wrong shapes, repeated or out-of-range rows, NaN or infinite features.
         """
-        ...
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
         """
@@ -57,15 +54,12 @@ class Distance(Protocol):
         N - 1 rows. It is negative for a row that brings the set nearer to the real data. A row earns nothing for what
         the others of its subset already supply, which makes this the credit to train on.
         """
-        ...
 
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
         """Gradient `(B, n, d)` of `replaced` with respect to the new rows, one subset at a time."""
-        ...
 
     def delete_one(self, indices: Tensor) -> Tensor:
         """Distances without row i of `indices` `(M,)` minus `value`, `(M,)`."""
-        ...
 
 
 def supports(distance: Distance, method: str) -> bool:
@@ -94,9 +88,7 @@ def build_distance(
     """
     if isinstance(distance, str):
         if distance not in DISTANCES:
-            raise ValueError(
-                f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)} or pass a function."
-            )
+            raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)}, or a function.")
         distance = DISTANCES[distance]
     built: Any = distance.func if isinstance(distance, partial) else distance
     name = getattr(extractor, "name", None)
@@ -113,7 +105,5 @@ def build_distance(
         metadata = metadata or real.metadata
     if metadata and name is not None:
         weights = extractor_digest(extractor) if "weights" in metadata else None
-        resize = getattr(extractor, "resize", None)
-        dimension = getattr(real, "dimension", 0)
-        check_extractor(metadata, dimension, extractor=name, resize=resize, weights=weights)
+        check_extractor(metadata, 0, extractor=name, resize=getattr(extractor, "resize", None), weights=weights)
     return distance(real)

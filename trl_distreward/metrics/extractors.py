@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..importing import resolve
 from .backbones import NAMED, OPTIONS, load_backbone
+from .checks import check_features
 from .inception import load_inception
 
 FeatureExtractor = Callable[..., Tensor]
@@ -91,19 +92,15 @@ def extract_features(
     gradient: bool = False,
 ) -> Tensor:
     """
-    Features of images, at most 256 at a time.
+    Features `(M, d)`, float32, of images `(M, C, H, W)`, at most 256 at a time.
 
     Args:
         extractor (`Callable`): called with images, and with their conditions if it has a true `needs_conditions`.
-        images (`torch.Tensor` of shape `(M, C, H, W)`): uint8, or float32 in [0, 255] with `gradient`.
+        images (`torch.Tensor`): uint8, or float32 in [0, 255] with `gradient`, which keeps the graph to the images.
         conditions (*optional*): one per image.
         dimension (`int`, *optional*): expected feature dimension d.
         name (`str`, *optional*): name of the extractor in errors.
         check_finite (`bool`, *optional*, defaults to `True`): refuses NaN and infinite values.
-        gradient (`bool`, *optional*, defaults to `False`): keeps the graph from features to images.
-
-    Returns:
-        `torch.Tensor` of shape `(M, d)`, float32.
 
     Raises:
         ValueError: the extractor changed the batch size, gave another dimension, or NaN or infinite values.
@@ -118,24 +115,13 @@ def extract_features(
         with torch.set_grad_enabled(gradient):
             values = extractor(*given)
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(part):
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"feature extractor {name!r} returned {shape} for {len(part)} images: it must return one row per "
-                f"image, ({len(part)}, d)."
+                f"feature extractor {name!r} returned {got}: it must return ({len(part)}, d) for a batch."
             )
         chunks.append(values)
     values = torch.cat(chunks)
-    if dimension is not None and values.shape[1] != dimension:
-        raise ValueError(
-            f"feature extractor {name!r} gives dimension {values.shape[1]}, but its real statistics have {dimension}: "
-            "recompute the statistics with this extractor."
-        )
-    if check_finite and not values.isfinite().all():
-        bad = (~values.isfinite()).any(dim=1).sum().item()
-        raise ValueError(
-            f"feature extractor {name!r} gave NaN or infinite values for {bad} of {len(images)} images: "
-            "run it in float32 and check the images."
-        )
+    check_features(values if check_finite else values[:0], f"features of extractor {name!r}", dimension)
     return values.float()
 
 
@@ -143,8 +129,7 @@ class JointFeatures:
     """
     Features of an image joined with its class, so that the distance sees whether images match their labels.
 
-    A distance of images alone is blind to labels: it does not change if the images of two classes are swapped. Here
-    the covariance of features and labels is part of the moments.
+    A distance of images alone does not change if the images of two classes are swapped.
 
     Args:
         feature_extractor (`Callable`): uint8 images `(B, C, H, W)` to features `(B, d)`.
@@ -163,8 +148,7 @@ class JointFeatures:
 
     def __init__(self, feature_extractor: FeatureExtractor, num_classes: int, scale: float = 1.0):
         self.extractor = freeze(feature_extractor)
-        self.num_classes = num_classes
-        self.scale = scale
+        self.num_classes, self.scale = num_classes, scale
 
     def __call__(self, images: Tensor, conditions: Any) -> Tensor:
         features = self.extractor(images)  # (B, d)
@@ -217,8 +201,8 @@ def load_feature_extractor(
             `mode` of [`~metrics.BackboneFeatures`], which override the preprocessor's configuration.
 
     Raises:
-        ValueError: the name is unknown, or how to use the backbone is.
-        OSError: weights are not here and cannot be downloaded.
+        ValueError: an unknown name, or a backbone that does not say how to use it.
+        OSError: weights that are not here and cannot be downloaded.
     """
     is_path = os.path.isdir(name) or "/" in name
     options = ("output",) if name == "inception" else OPTIONS if name in NAMED or is_path else ()

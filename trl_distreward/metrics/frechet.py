@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from .checks import check_features, check_fitted, check_replacement
-from .frechet_eigenvalues import FittedSet, RealRoot, clean, symmetric, symmetric_sqrt
+from .frechet_eigenvalues import FittedSet, RealRoot, clean, symmetric
 from .frechet_replacement import LogDeterminants
 from .statistics import FeatureStatistics
 
 
-def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, real_root: Tensor | None = None) -> float:
+def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, root: RealRoot | None = None) -> float:
     """
     Fréchet distance between two sets of features; FID with Inception-v3 features (Heusel et al., arXiv 1706.08500).
 
     Args:
         generated, real ([`FeatureStatistics`]): statistics of the same dimension; the distance is symmetric in them.
-        real_root (`torch.Tensor` of shape `(d, d)`, *optional*): `symmetric_sqrt(real.covariance, real.rank_bound)`,
-            half of the work, for comparing several sets with one.
+        root (*optional*): `RealRoot.of(real)`, half of the work, for comparing several sets with one.
 
     Returns:
         `float`: the distance, computed in float64.
@@ -32,12 +31,11 @@ def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, real
             f"the statistics have dimensions {generated.dimension} and {real.dimension}: they come from different "
             "extractors and cannot be compared."
         )
-    covariance, real_covariance = generated.covariance, real.covariance.to(generated.mean.device)
-    root = symmetric_sqrt(real_covariance, real.rank_bound) if real_root is None else real_root.to(covariance.device)
+    side, covariance = (root or RealRoot.of(real)).to(generated.mean.device), generated.covariance
     rank = min(generated.rank_bound, real.rank_bound)
-    spectrum = clean(torch.linalg.eigvalsh(symmetric(root @ covariance @ root)), rank)
-    mean_term = (generated.mean - real.mean.to(generated.mean.device)).square().sum()
-    distance = mean_term + covariance.trace() + real_covariance.trace() - 2 * spectrum.sqrt().sum()
+    spectrum = clean(torch.linalg.eigvalsh(symmetric(side.root @ covariance @ side.root)), rank)
+    mean_term = (generated.mean - side.mean).square().sum()
+    distance = mean_term + covariance.trace() + side.trace - 2 * spectrum.sqrt().sum()
     return max(distance.item(), 0.0)
 
 
@@ -55,10 +53,6 @@ class FrechetDistance:
             matrix, O(d³) a subset; or `"auto"`: direct if features are at most 64 wide or the change's rank is above a
             third of the width, else logdet.
 
-    Attributes:
-        value (`float`): the distance of the fitted reference set.
-        features (`torch.Tensor` of shape `(N, d)`): the reference rows about their mean; `None` before `fit`.
-
     Example:
 
     ```python
@@ -67,14 +61,13 @@ class FrechetDistance:
     ```
     """
 
-    # Bytes of work space for a batch of subsets; larger batches are cut into chunks.
-    memory_budget = 2**28
+    memory_budget = 2**28  # bytes of work space for a batch of subsets; larger batches are cut into chunks
 
     def __init__(self, real: FeatureStatistics, method: str = "auto"):
         if method not in ("auto", "logdet", "direct"):
             raise ValueError(f"method={method!r} is unknown: choose 'auto', 'logdet' or 'direct'.")
         self.method, self.dimension = method, real.dimension
-        self._real = RealRoot.from_statistics(real)
+        self._real = RealRoot.of(real)
         self.features: Tensor | None = None
 
     def fit(self, features: Tensor) -> "FrechetDistance":
@@ -91,11 +84,8 @@ class FrechetDistance:
     def value(self) -> float:
         check_fitted(self.features, "value")
         if self._value is None:
-            own = self._set
-            if self._logdet is None:
-                roots = own.root_trace(own.product, own.rank_of(own.count))
-            else:
-                roots = self._logdet.root_trace
+            own, logdet = self._set, self._logdet
+            roots = own.root_trace(own.product, own.rank_of(own.count)) if logdet is None else logdet.root_trace
             self._value = own.distance(own.mean - own.real.mean, own.trace, roots).item()
         return self._value
 

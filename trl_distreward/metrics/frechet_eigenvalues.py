@@ -10,17 +10,11 @@ from torch import Tensor
 from .statistics import FeatureStatistics
 
 
-def symmetric_sqrt(matrix: Tensor, rank: int | None = None) -> Tensor:
-    """Square root of a symmetric positive semi-definite matrix, keeping at most the `rank` largest eigenvalues."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return (eigenvectors * clean(eigenvalues, rank).sqrt()) @ eigenvectors.mT
-
-
 def clean(eigenvalues: Tensor, rank: int | None) -> Tensor:
     """Ascending eigenvalues without rounding noise: those below zero, and those beyond the rank, become 0.
 
-    Otherwise a zero eigenvalue of a rank-deficient covariance comes back as about 1e-16 of the largest. Its square
-    root is 1e-8 of that root; with hundreds of them the trace is wrong in the sixth digit.
+    A zero eigenvalue comes back as about 1e-16 of the largest, and its square root as 1e-8 of that root: with hundreds
+    of them the trace is wrong in the sixth digit.
     """
     eigenvalues = eigenvalues.clamp(min=0)
     if rank is not None and rank < eigenvalues.shape[-1]:
@@ -43,7 +37,7 @@ class RealRoot:
     rank: int  # largest possible rank of S_r
 
     @classmethod
-    def from_statistics(cls, real: FeatureStatistics) -> "RealRoot":
+    def of(cls, real: FeatureStatistics) -> "RealRoot":
         values, vectors = torch.linalg.eigh(real.covariance)
         values = clean(values, real.rank_bound)
         root = (vectors * values.sqrt()) @ vectors.mT

@@ -15,20 +15,12 @@ from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, whitene
 from .precision import full_precision
 from .quadrature import Quadrature, elliptic_quadrature
 
-# Square roots of eigenvalues are known to this part of the largest: that of float64's resolution.
-ROUNDING = 1e-8
-# Rounding stays below this part of the rise and fall of the trace; coarse and fine rules that differ by more are
-# wrong.
-CHECK_TOLERANCE = 1e-5
+ROUNDING = 1e-8  # resolution of square roots of eigenvalues, relative to the largest
+CHECK_TOLERANCE = 1e-5  # largest difference of coarse and fine rule by rounding, relative to the movement of the trace
 
 
 class LogDeterminants:
-    """
-    Changes of the Fréchet distance of one fitted set, in the eigenbasis of its A.
-
-    Args:
-        own ([`FittedSet`]): the reference set.
-    """
+    """Changes of the Fréchet distance of one fitted set, in the eigenbasis of its A."""
 
     def __init__(self, own: FittedSet):
         self.own = own
@@ -50,10 +42,7 @@ class LogDeterminants:
     def changed(
         self, indices: Tensor, features: Tensor, leave_one_in: bool, memory_budget: int
     ) -> tuple[Tensor, Tensor]:
-        """
-        [`~FrechetDistance.replaced`], or [`~FrechetDistance.leave_one_in`], and whether each subset failed, `(B,)`: a
-        failed result cannot be trusted.
-        """
+        """Distances `(B,)` or credits `(B, n)`, and whether each subset failed `(B,)` and cannot be trusted."""
         size = indices.shape[1]
         pieces = features.split(max(1, 2**20 // (size * features.shape[2])))
         rule, grams = self._quadrature(max(self._rise(part) for part in pieces))
@@ -66,7 +55,7 @@ class LogDeterminants:
         return torch.cat(results), torch.cat(failed)
 
     def delete_one(self, indices: Tensor) -> Tensor:
-        """[`~FrechetDistance.delete_one`] for one chunk of rows."""
+        """Changes of the distance `(M,)` without each of some rows."""
         own, count = self.own, self.own.count
         centred, projected = own.rows[indices], self.rows[indices]
         ratio = count / ((count - 1) * (count - 1))  # c: A' = growth · (A - c · yyᵀ)

@@ -88,10 +88,8 @@ class KernelDistance:
     ```
     """
 
-    # Bytes of work space for a block of kernel values or a batch of subsets.
-    memory_budget = 2**28
-    # Numbers in the real set (rows times dimension) up to which inner products are float64.
-    float64_elements = 2**22
+    memory_budget = 2**28  # bytes of work space for a block of kernel values or a batch of subsets
+    float64_elements = 2**22  # numbers in the real set up to which inner products are float64
 
     value: float
 
@@ -100,7 +98,6 @@ class KernelDistance:
         real_features: Tensor,
         kernel: str = "polynomial",
         unbiased: bool = True,
-        *,
         bandwidths: Sequence[float] | None = None,
     ):
         if kernel not in ("polynomial", "gaussian"):
@@ -114,9 +111,9 @@ class KernelDistance:
         self._centre = _mean_of_rows(real)  # (d,)
         self._base = self._gamma * self._centre.square().sum().item() + 1.0  # the polynomial's base at the centre
         self._real = self._rows(real)
-        self.bandwidths: tuple[float, ...] = ()
-        if kernel == "gaussian":
-            self.bandwidths = tuple(map(float, bandwidths)) if bandwidths is not None else self._median_heuristic()
+        self.bandwidths: tuple[float, ...] = tuple(map(float, bandwidths or ()))
+        if kernel == "gaussian" and bandwidths is None:
+            self.bandwidths = self._median_heuristic()
         pairs = self._sums_over_others(self._real).sum()
         diagonal = self._with_themselves(self._real).sum()
         count = len(real)
@@ -325,9 +322,8 @@ class KernelDistance:
 
     def _with_themselves(self, x: _Rows) -> Tensor:
         """k(x, x) - k₀ of each row, (..., P) float64."""
-        if self.kernel == "gaussian":
-            return torch.zeros_like(x.term)
-        return self._polynomial(self._gamma * x.square + 2 * x.term)
+        zero = torch.zeros_like(x.term)
+        return zero if self.kernel == "gaussian" else self._polynomial(self._gamma * x.square + 2 * x.term)
 
     def _polynomial(self, change: Tensor) -> Tensor:
         """(a + v)³ - a³ by Horner's rule, with a the base at the centre and v its change."""
@@ -343,12 +339,9 @@ class KernelDistance:
 
     def _median_heuristic(self) -> tuple[float, ...]:
         """The median distance between rows (Gretton et al., JMLR 2012, Sec. 8), half and twice of it."""
-        count = len(self._real)
-        chosen = torch.linspace(0, count - 1, min(count, HEURISTIC_ROWS), dtype=torch.float64).round().long()
-        rows = self._real[chosen.to(self._real.term.device)].centred.double()
-        distances = torch.cdist(rows, rows)
-        above = torch.ones_like(distances, dtype=torch.bool).triu_(diagonal=1)
-        median = distances[above].median().item()
+        rows = self._real.centred
+        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), HEURISTIC_ROWS), dtype=torch.float64).round().long()
+        median = torch.pdist(rows[chosen.to(rows.device)].double()).median().item()
         if median == 0:
             raise ValueError("the median distance between real rows is 0, too many are equal: pass bandwidths=(…).")
         return (0.5 * median, median, 2 * median)

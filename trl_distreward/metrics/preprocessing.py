@@ -14,9 +14,6 @@ def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`):
             uint8, or floating-point numbers in the same range [0, 255]; one channel is repeated to three.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the network, float32 or float64.
-
-    Raises:
-        ValueError: another shape, another data type, images in [0, 1], or a network in half precision.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
         raise ValueError(f"images have shape {tuple(images.shape)}: they must be (B, 3, H, W), or (B, 1, H, W) grey.")
@@ -62,8 +59,7 @@ def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: b
 
     With `eight_bit` the result equals Pillow's bit for bit: weights are its 22-bit fixed-point numbers, and values are
     rounded and clamped after the horizontal and after the vertical pass. The gradient is that of the unrounded result
-    where it is not clamped. (For images taller than wide, Pillow 13 may take the vertical pass first, which rounds
-    differently.) Without `eight_bit` it is Pillow's resize of an image of mode "F".
+    where it is not clamped. Without `eight_bit` it is Pillow's resize of an image of mode "F".
     """
     result = images.double()
     for dim in (3, 2):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_features
-from .frechet import frechet_distance, symmetric_sqrt
+from .frechet import RealRoot, frechet_distance
 from .kernel import KernelDistance
 from .prdc import precision_recall_density_coverage
 from .statistics import FeatureStatistics
@@ -32,20 +32,16 @@ def kernel_inception_distance(
     Subsets are drawn without replacement, as torch-fidelity draws them with `rng_seed=seed`. [`KernelDistance`]
     computes the distance of the whole sets.
     """
-    for name, features in (("real", real), ("generated", generated)):
-        if len(features) < subset_size:
-            raise ValueError(
-                f"subset_size={subset_size} is more than the {len(features)} {name} images: give more images or a "
-                "smaller subset_size, and report it with the number."
-            )
+    if min(len(real), len(generated)) < subset_size:
+        raise ValueError(
+            f"subset_size={subset_size} is more than the {len(real)} real or {len(generated)} generated images: give "
+            "more images or a smaller subset_size, and report it with the number."
+        )
     random = np.random.RandomState(seed)
     values = []
     for _ in range(num_subsets):
-        subsets = [
-            features[torch.from_numpy(random.choice(len(features), subset_size, replace=False)).to(features.device)]
-            for features in (generated, real)
-        ]
-        values.append(KernelDistance(subsets[1]).fit(subsets[0]).value)
+        rows, real_rows = (random.choice(len(f), subset_size, replace=False) for f in (generated, real))
+        values.append(KernelDistance(real[torch.from_numpy(real_rows)]).fit(generated[torch.from_numpy(rows)]).value)
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -74,7 +70,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int | None = None) -
     order = torch.arange(count) if seed is None else torch.from_numpy(np.random.RandomState(seed).permutation(count))
     scores = []
     for split in range(splits):
-        rows = order[split * count // splits : (split + 1) * count // splits].to(logits.device)
+        rows = order[split * count // splits : (split + 1) * count // splits]
         log_p = logits[rows].double().log_softmax(dim=1)
         log_q = log_p.logsumexp(dim=0) - math.log(len(rows))
         scores.append((log_p.exp() * (log_p - log_q)).sum(dim=1).mean().exp().item())
@@ -93,11 +89,11 @@ def frechet_infinity(real: Tensor | FeatureStatistics, generated: Tensor, *, see
     least = max(count // 10, 2 * real.dimension)
     if count < 2 * least:
         raise ValueError(f"there are {count} generated images: an extrapolation needs 4 d = {2 * least} of them.")
-    root = symmetric_sqrt(real.covariance, real.rank_bound)
+    root = RealRoot.of(real)
     generator = torch.Generator().manual_seed(seed)
     sizes = np.linspace(least, count, 15).round().astype(int)
-    subsets = (torch.randperm(count, generator=generator)[:size].to(generated.device) for size in sizes)
-    distances = [frechet_distance(_statistics(generated, rows), real, root) for rows in subsets]
+    subsets = (generated[torch.randperm(count, generator=generator)[:size]] for size in sizes)
+    distances = [frechet_distance(_statistics(subset), real, root) for subset in subsets]
     return float(np.polyfit(1 / sizes, distances, 1)[1])
 
 
@@ -114,10 +110,8 @@ def half_sample_spread(
     if repeats < 2:
         raise ValueError(f"repeats={repeats} must be at least 2: one value has no spread.")
     generator = torch.Generator().manual_seed(seed)
-    values = []
-    for _ in range(repeats):
-        rows = torch.randperm(len(features), generator=generator)[: round(len(features) / 2)]
-        values.append(metric(features[rows.to(features.device)]))
+    halves = (torch.randperm(len(features), generator=generator)[: round(len(features) / 2)] for _ in range(repeats))
+    values = [metric(features[rows]) for rows in halves]
     return {name: float(np.std([value[name] for value in values], ddof=1)) for name in values[0]}
 
 
@@ -156,11 +150,12 @@ def feature_metrics(
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"metrics={unknown or metrics} are unknown or none: choose from {', '.join(METRICS)}.")
-    if isinstance(real, Tensor):
-        check_features(real, "real features")
-    elif any(name not in (*FRECHET, "inception_score") for name in metrics):
+    if isinstance(real, FeatureStatistics) and set(metrics) - {*FRECHET, "inception_score"}:
         raise ValueError(f"{', '.join(metrics)} need the real features (M, {real.dimension}), not statistics alone.")
-    check_features(generated, "generated features", real.shape[1] if isinstance(real, Tensor) else real.dimension)
+    dimension = (
+        real.dimension if isinstance(real, FeatureStatistics) else check_features(real, "real features").shape[1]
+    )
+    check_features(generated, "generated features", dimension)
     if "inception_score" in metrics and len(logits if logits is not None else ()) != len(generated):
         raise ValueError(f"inception_score needs logits of the {len(generated)} generated images: pass logits (N, C).")
     values: dict[str, float] = {}
@@ -168,7 +163,7 @@ def feature_metrics(
         if name == "kid":
             assert isinstance(real, Tensor)
             kid = kernel_inception_distance(real, generated, kid_subsets, kid_subset_size, seed)
-            values["kid"], values["kid_std"] = kid
+            values[name], values["kid_std"] = kid
         elif name == "inception_score":
             values[name], values[f"{name}_std"] = inception_score(logits, splits, seed)  # type: ignore[arg-type]
         elif name.endswith("_infinity"):
@@ -186,7 +181,7 @@ def _metric(name: str, real: Tensor | FeatureStatistics, progress: bool) -> Call
     """A metric as a function of the generated features; work on the real side is done here, once."""
     if name in FRECHET:
         statistics = _statistics(real)
-        root = symmetric_sqrt(statistics.covariance, statistics.rank_bound)
+        root = RealRoot.of(statistics)
         return lambda generated: {name: frechet_distance(_statistics(generated), statistics, root)}
     assert isinstance(real, Tensor)
     if name in ("kernel", "mmd"):
@@ -197,12 +192,11 @@ def _metric(name: str, real: Tensor | FeatureStatistics, progress: bool) -> Call
     return partial(precision_recall_density_coverage, real, precision_recall_k=3, progress=progress)
 
 
-def _statistics(features: Tensor | FeatureStatistics, rows: Tensor | None = None) -> FeatureStatistics:
-    """Statistics of (some rows of) features; in blocks, as their float64 copy may not fit."""
+def _statistics(features: Tensor | FeatureStatistics) -> FeatureStatistics:
+    """Statistics of features, in blocks: their float64 copy may not fit."""
     if isinstance(features, FeatureStatistics):
         return features
     statistics = FeatureStatistics(features.shape[1]).to(features.device)
-    rows = torch.arange(len(features), device=features.device) if rows is None else rows
-    for part in rows.split(STREAMED_ROWS):
-        statistics.update(features[part])
+    for part in features.split(STREAMED_ROWS):
+        statistics.update(part)
     return statistics

@@ -35,8 +35,7 @@ class FeatureStatistics:
 
     Attributes:
         count (`int` or `None`): number of vectors; `None` if they come from a file that does not say.
-        mean (`torch.Tensor` of shape `(d,)`, float64).
-        covariance (`torch.Tensor` of shape `(d, d)`, float64): divided by `count - 1`.
+        mean, covariance (`torch.Tensor` of shapes `(d,)` and `(d, d)`, float64): the latter divided by `count - 1`.
     """
 
     def __init__(self, dimension: int, metadata: Mapping[str, str] | None = None):
@@ -58,10 +57,8 @@ class FeatureStatistics:
     ) -> "FeatureStatistics":
         """Statistics from a mean `(d,)` and a covariance `(d, d)` (divided by `count - 1`)."""
         if mean.ndim != 1 or tuple(covariance.shape) != (len(mean), len(mean)):
-            raise ValueError(
-                f"mean has shape {tuple(mean.shape)} and covariance {tuple(covariance.shape)}: "
-                "they must be (d,) and (d, d)."
-            )
+            shapes = f"mean has shape {tuple(mean.shape)} and covariance {tuple(covariance.shape)}"
+            raise ValueError(f"{shapes}: they must be (d,) and (d, d).")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean and covariance must be finite: the statistics file is damaged.")
         statistics = cls(len(mean), metadata)

@@ -2,7 +2,7 @@
 """Rewards of single images by preference models: CLIPScore, PickScore, HPSv2, and heads on an image's features.
 
 Trainers call each as `reward(images=…, conditions=…)`. It returns one score per image, with gradients to
-floating-point images in [0, 255].
+floating-point images in [0, 255]. Arguments of the named rewards are those of [`~metrics.load_clip`].
 """
 
 import os
@@ -59,14 +59,6 @@ class HeadScore(nn.Module):
         feature_extractor (`Callable`): images `(B, C, H, W)` to features `(B, d)`.
         head (`torch.nn.Module`): features `(B, d)` to scores `(B, 1)`.
         name (`str`, *optional*, defaults to `"head_score"`): name of the reward in logs.
-
-    Example:
-
-    ```python
-    >>> head = nn.Linear(768, 1)
-    >>> head.load_state_dict(load_file("aesthetic.safetensors"))
-    >>> reward = HeadScore(load_clip("openai/clip-vit-large-patch14"), head, name="aesthetic_score")
-    ```
     """
 
     differentiable = True
@@ -88,10 +80,6 @@ def clip_score(source: str | os.PathLike = "openai/clip-vit-base-patch32", **kwa
     """
     CLIPScore (Hessel et al., arXiv 2104.08718, Eq. 1): 2.5 times the cosine of the image and "A photo depicts" with
     its prompt, at least 0.
-
-    Args:
-        source (`str` or path, *optional*): hub id or folder of a CLIP model.
-        kwargs: further arguments of [`~metrics.load_clip`].
     """
     return PromptScore(load_clip(source, **kwargs), 2.5, "A photo depicts ", at_least=0.0, name="clip_score")
 
@@ -100,10 +88,7 @@ def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwarg
     """
     PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the temperature that the model has learned.
 
-    Args:
-        source (`str` or path, *optional*): hub id or folder. The authors' id uses the tokenizer of
-            `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as their model card says; a folder must hold its own.
-        kwargs: further arguments of [`~metrics.load_clip`].
+    By default the tokenizer is that of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as the authors' model card says.
     """
     if source == "yuvalkirstain/PickScore_v1":
         kwargs = {"tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **kwargs}
@@ -115,9 +100,7 @@ def hps_score(source: str | os.PathLike, **kwargs: Any) -> PromptScore:
     """
     Human Preference Score v2 (Wu et al., arXiv 2306.09341): the cosine by a CLIP model fine-tuned on preferences.
 
-    Args:
-        source (`str` or path): hub id or folder of its weights as a [`~transformers.CLIPModel`]. The authors publish
-            them in open_clip's format; convert them first.
-        kwargs: further arguments of [`~metrics.load_clip`].
+    `source` holds its weights as a [`~transformers.CLIPModel`]. The authors publish them in open_clip's format;
+    convert them first.
     """
     return PromptScore(load_clip(source, **kwargs), name="hps_score")

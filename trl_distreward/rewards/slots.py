@@ -26,17 +26,10 @@ class SlotSampler:
 
     def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
         """
-        Draws subsets of slots.
+        Draws `(num_subsets, replace_size)` slots, distinct within a subset.
 
-        Args:
-            num_subsets (`int`): number of subsets B.
-            replace_size (`int`): slots n of a subset, always distinct within it.
-            distinct (`bool`, *optional*, defaults to `False`):
-                draws in rounds without replacement: no slot comes twice before all have come once. Otherwise subsets
-                are independent, as in the paper.
-
-        Returns:
-            `torch.LongTensor` of shape `(B, n)`.
+        Subsets are independent, as in the paper, or with `distinct` drawn in rounds without replacement: no slot comes
+        twice before all have come once.
         """
         check_size(replace_size, self.num_slots)
         return torch.stack(self.subsets([replace_size] * num_subsets, distinct))
@@ -98,7 +91,7 @@ class StratifiedSlotSampler:
             sampler.generator = self.generator
 
     def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
-        """Draws like [`SlotSampler.draw`]; with `distinct`, rounds are those of each stratum."""
+        """Draws like [`SlotSampler.draw`]; with `distinct`, each stratum has rounds of its own."""
         check_size(replace_size, self.num_slots)
         sizes = torch.tensor([len(places) for places in self.members])
         counts = proportional_subsets(sizes, num_subsets, replace_size, self.generator)

@@ -40,9 +40,8 @@ class SubsetReplaceReward:
             reward, `D(updated set without it) - D(updated set)`, computed exactly. It does not pay for more of what
             the other images of the subset already supply.
         control_variate (`bool`, *optional*, defaults to `False`):
-            adds to a shared reward the change that removing the old images causes by itself, minus the mean of that
-            change. This part of the reward says nothing about the new images. The mean stays the same, the variance
-            falls.
+            adds to a shared reward the change that removing the old images causes by itself, minus its mean. That part
+            of the reward says nothing about the new images: the mean stays the same, the variance falls.
 
     Example:
 
@@ -72,14 +71,11 @@ class SubsetReplaceReward:
         if credit not in CREDITS:
             raise ValueError(f"credit={credit!r} is unknown: choose one of {', '.join(map(repr, CREDITS))}.")
         if control_variate and credit != "shared":
-            raise ValueError(
-                f"control_variate=True corrects shared rewards only, and credit={credit!r}: leave one of them out."
-            )
+            raise ValueError(f"control_variate=True corrects shared rewards, not credit={credit!r}: leave one out.")
         self.credit, self.control_variate = credit, control_variate
-        if isinstance(feature_extractor, Mapping):
-            extractors, real = dict(feature_extractor), real_statistics
-        else:
-            extractors, real = {"features": feature_extractor}, {"features": real_statistics}  # type: ignore[dict-item]
+        extractors, real = feature_extractor, real_statistics
+        if not isinstance(extractors, Mapping):
+            extractors, real = {"features": extractors}, {"features": real}  # type: ignore[dict-item]
         if not isinstance(real, Mapping) or set(real) != set(extractors):
             raise ValueError(f"real_statistics must be a dictionary with the extractors' names {sorted(extractors)}.")
         self.extractors = {name: freeze(extractor) for name, extractor in extractors.items()}
@@ -88,10 +84,9 @@ class SubsetReplaceReward:
         }
         needed = ["leave_one_in", "delete_one"] if credit == "leave_one_in" else ["delete_one"] * control_variate
         for name, built in self.distances.items():
-            lacking = [method for method in needed if not supports(built, method)]
-            if lacking:
+            if not all(supports(built, method) for method in needed):
                 raise TypeError(
-                    f"the distance of {name!r}, a {type(built).__name__}, has no {' and no '.join(lacking)}: use "
+                    f"the distance of {name!r}, a {type(built).__name__}, has no {' or '.join(needed)}: use "
                     "credit='shared' without control_variate, or a distance of this library."
                 )
         self.space_weights = dict.fromkeys(self.extractors, 1.0) | dict(space_weights or {})
@@ -102,7 +97,7 @@ class SubsetReplaceReward:
     # ---- features ----
 
     def to(self, device: torch.device) -> "SubsetReplaceReward":
-        """Moves the extractors' modules."""
+        """Moves the networks behind the extractors."""
         for extractor in self.extractors.values():
             move(extractor, device)
         return self
@@ -111,36 +106,19 @@ class SubsetReplaceReward:
         self, images: Tensor, conditions: Any = None, check_finite: bool = True, gradient: bool = False
     ) -> dict[str, Tensor]:
         """
-        Features of images in each feature space.
+        Features `(M, d)` of images `(M, C, H, W)` in each space, see [`~metrics.extract_features`].
 
-        Args:
-            images (`torch.Tensor` of shape `(M, C, H, W)`): uint8, or float32 in [0, 255] with `gradient`.
-            conditions (*optional*): for extractors that need them, such as [`JointFeatures`].
-            check_finite (`bool`, *optional*, defaults to `True`): refuses NaN and infinite values.
-            gradient (`bool`, *optional*, defaults to `False`): keeps the graph from features to images.
-
-        Returns:
-            `dict` of `torch.Tensor` of shape `(M, d)`, float32.
-
-        Raises:
-            ValueError: an extractor changed the batch size, gave another dimension than the statistics have, or NaN or
-                infinite values.
+        `conditions` go to extractors that need them, such as [`JointFeatures`]. With `gradient`, images are float32 in
+        [0, 255] and features keep their graph.
         """
+        dimensions = {name: getattr(distance, "dimension", None) for name, distance in self.distances.items()}
         return {
-            name: extract_features(
-                extractor,
-                images,
-                conditions,
-                dimension=getattr(self.distances[name], "dimension", None),
-                name=name,
-                check_finite=check_finite,
-                gradient=gradient,
-            )
+            name: extract_features(extractor, images, conditions, dimensions[name], name, check_finite, gradient)
             for name, extractor in self.extractors.items()
         }
 
     def metrics(self) -> dict[str, FeatureDistance]:
-        """The same distances as evaluation metrics of whole sets, one per space, neither weighted nor divided."""
+        """Evaluation metrics of whole sets with the same distances, one per space, neither weighted nor divided."""
         return {
             name: FeatureDistance(extractor, torch.empty(0), lambda _, name=name: copy.copy(self.distances[name]))
             for name, extractor in self.extractors.items()
@@ -204,10 +182,8 @@ class SubsetReplaceReward:
         """
         Leaves new images in the slots they were judged in: the *rolling* reference set.
 
-        Args:
-            slots (`torch.LongTensor` of shape `(B, n)`): if a slot has several candidates, one at random stays.
-            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): features of the new images.
-            generator (`torch.Generator`, *optional*): chooses among candidates.
+        If a slot of `slots` `(B, n)` has several candidates, one of them stays, chosen by `generator`. `features` hold
+        `(B * n, d)` per space.
         """
         flat = slots.flatten()
         order = torch.randperm(len(flat), generator=generator).to(flat.device)
@@ -238,10 +214,7 @@ class SubsetReplaceReward:
 
     def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         """
-        Rewards with `credit` and `control_variate` applied.
-
-        Args:
-            slots, features: as in [`~SubsetReplaceReward.subset_rewards`].
+        Rewards with `credit` and `control_variate` applied; arguments as in [`~SubsetReplaceReward.subset_rewards`].
 
         Returns:
             `torch.Tensor`, float64: shape `(B,)` with `credit="shared"`, else `(B, n)`.
@@ -256,14 +229,8 @@ class SubsetReplaceReward:
 
     def gradient(self, slots: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        Gradient of the weighted distance, after all of `slots` are replaced, with respect to the new features.
-
-        Args:
-            slots (`torch.LongTensor` of shape `(M,)`): distinct slots.
-            features (`dict` of `torch.Tensor` of shape `(M, d)`): features of the new images.
-
-        Returns:
-            `dict` of `torch.Tensor` of shape `(M, d)`, float64.
+        Gradient `(M, d)` per space, float64, of the weighted distance after replacing `slots` `(M,)`, all distinct, by
+        new `features` `(M, d)`, with respect to these.
         """
         return {
             name: self._weight(name) * distance.gradient(slots[None], features[name][None])[0]
@@ -282,13 +249,7 @@ class SubsetReplaceReward:
     def __call__(
         self, images: Tensor, conditions: Any = None, slots: Tensor | None = None, **kwargs: Any
     ) -> list[float]:
-        """
-        One reward per image, as TRL's reward functions return.
-
-        Args:
-            images (`torch.Tensor` of shape `(B * n, C, H, W)`, uint8): new images, subset by subset.
-            slots (`torch.LongTensor` of shape `(B, n)`): slots of the reference set that they take.
-        """
+        """One reward per uint8 image of `(B * n, C, H, W)`, as TRL's reward functions return, for `slots` `(B, n)`."""
         if slots is None or len(images) != slots.numel():
             shape = None if slots is None else tuple(slots.shape)
             raise ValueError(f"{len(images)} images need slots of shape (B, n) with as many entries, got {shape}.")
