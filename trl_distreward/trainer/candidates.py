@@ -1,25 +1,23 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Judging merging coefficients by the images that the merged model generates."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..conditions import take
 from ..generation import generate, image_generators
 from ..merging.coefficients import samples_of
-from ..merging.pool import CheckpointPool
 from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
-from ..policies import DiffusionPolicy, decode_uint8
+from ..policies import decode_uint8
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
-from .reward_functions import RewardFunctions, call_per_image
+from .reward_functions import call_per_image
 
 if TYPE_CHECKING:
     from .merge_coefficient_config import MergeCoefficientConfig
+    from .merge_coefficient_trainer import MergeCoefficientTrainer
 
 
 class CandidateJudge:
@@ -27,30 +25,17 @@ class CandidateJudge:
     Merges, generates and rewards; each process takes a share of the candidates.
 
     All candidates of a step get the same noise, conditions and replaced slots, so their rewards differ by the
-    coefficients alone. `groups` is the row of the coefficients for each tensor.
+    coefficients alone.
     """
 
-    def __init__(
-        self,
-        policy: DiffusionPolicy,
-        network: nn.Module,
-        pool: CheckpointPool,
-        groups: Mapping[str, int],
-        rewards: RewardFunctions,
-        args: "MergeCoefficientConfig",
-        conditions: Any,
-        slots: SlotSampler | StratifiedSlotSampler,
-        accelerator: Accelerator,
-        autocast: Callable[[], AbstractContextManager],
-        trainer_state: Callable[[], Any],
-    ):
-        self.policy, self.network, self.pool, self.groups = policy, network, pool, groups
-        self.rewards, self.args, self.conditions, self.slots = rewards, args, conditions, slots
-        self.accelerator, self.autocast, self.trainer_state = accelerator, autocast, trainer_state
+    def __init__(self, trainer: "MergeCoefficientTrainer", slots: SlotSampler | StratifiedSlotSampler):
+        self.trainer, self.slots = trainer, slots
+        self.policy, self.network, self.args = trainer.policy, trainer.merged_network, trainer.args
+        self.rewards, self.accelerator, self.conditions = trainer.rewards, trainer.accelerator, trainer.conditions
 
     def merge(self, coefficients: Tensor) -> None:
         """Merges the pool with coefficients `(G, N_c)` into the network."""
-        self.pool.merge_into(self.network, coefficients, self.groups)
+        self.trainer.pool.merge_into(self.network, coefficients, self.trainer.groups)
 
     @torch.no_grad()
     def judge(self, coefficients: Tensor, step: int) -> Tensor:
@@ -116,7 +101,7 @@ class CandidateJudge:
             step=self._noise_step(step),
             batch_size=self.args.per_device_eval_batch_size,
             model=self.network,
-            autocast=self.autocast,
+            autocast=self.trainer.autocast,
         ):
             images, finite = decode_uint8(self.policy, batch.sample, self.args.decode_batch_size)
             features = [r.extract(images, batch.conditions, check_finite=False) for r in self.rewards.of_sets]
@@ -131,7 +116,7 @@ class CandidateJudge:
                         images=images,
                         conditions=batch.conditions,
                         slots=torch.tensor(batch.indices, device=images.device),
-                        trainer_state=self.trainer_state(),
+                        trainer_state=self.trainer.state,
                     )
                     values[place] += scores.sum().cpu() / len(conditions)
         joined = [

@@ -18,7 +18,7 @@ from .base import DiffusionTrainer
 from .checks import check_best_metric, check_on, images_of_noise
 from .diffusion_distribution_config import DiffusionDistributionConfig
 from .dry_run import Plan
-from .estimators import ESTIMATORS, Context
+from .estimators import ESTIMATORS
 from .estimators.base import Batch
 from .image_sets import shared_images
 from .reference_set import ReferenceSet, conditions_and_slots
@@ -123,20 +123,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.rewards.to(device)
         self.reference_set = ReferenceSet(self.rewards.of_sets, args, self.accelerator)
         self.batch: Batch | None = None
-        sampler = Sampler(policy, args, self.conditions, self.rewards, self.accelerator, self.autocast)
-        self.estimator = ESTIMATORS[args.loss_type](
-            Context(
-                policy=policy,
-                args=args,
-                rewards=self.rewards,
-                accelerator=self.accelerator,
-                sampler=sampler,
-                velocity=self.velocity,
-                initial_velocity=self.initial_velocity,
-                record=self.record,
-                trainer_state=lambda: self.state,
-            )
-        )
+        self.sampler = Sampler(self)
+        self.estimator = ESTIMATORS[args.loss_type](self)
         images, conditions = images_of_noise(policy, self.conditions, device)
         check_on(images, conditions, self.rewards, self.eval_metrics)
         self.estimator.check_rewards(images, conditions)
@@ -160,7 +148,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         step, args = self.state.global_step, self.args
         if self.reference_set.is_due(step):
             with self.timed("refresh"):
-                schedule, noise = self.estimator.context.sampler.schedule(step), (args.seed, "reference", step)
+                schedule, noise = self.sampler.schedule(step), (args.seed, "reference", step)
                 batches = shared_images(self, model, self.conditions, schedule, noise, "Reference set")
                 self.reference_set.refresh(batches, step)
             self.count_images("refresh", len(self.conditions))
@@ -248,7 +236,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         return (loss, values) if return_outputs else loss
 
     def _score_one(self, reward: Reward, rollout: Rollout) -> Tensor:
-        slots, sampler = rollout.slots, self.estimator.context.sampler
+        slots, sampler = rollout.slots, self.sampler
         if not reward.of_sets:
             values = call_per_image(
                 reward,

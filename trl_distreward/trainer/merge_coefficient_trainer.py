@@ -153,19 +153,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self.rewards.to(device)
         if device.type == "cuda" and self.pool.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
             self.pool.load_resident(device)
-        self.judge = CandidateJudge(
-            policy,
-            self.merged_network,
-            self.pool,
-            self.groups,
-            self.rewards,
-            args,
-            self.conditions,
-            slots,
-            self.accelerator,
-            self.autocast,
-            lambda: self.state,
-        )
+        self.judge = CandidateJudge(self, slots)
         check_on(*images_of_noise(policy, self.conditions, device), self.rewards, self.eval_metrics)
         check_best_metric(args, self.eval_metrics)
 

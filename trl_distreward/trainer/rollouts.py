@@ -2,23 +2,20 @@
 """Rollouts: new images for slots of the reference set, with the states and features that training needs."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..conditions import take
 from ..generation import SamplingSchedule, generate, image_generators
-from ..policies import DiffusionPolicy, decode_slices
+from ..policies import decode_slices
 from ..rewards.subset_replace import SubsetReplaceReward
-from .reward_functions import RewardFunctions
 
 if TYPE_CHECKING:
-    from .diffusion_distribution_config import DiffusionDistributionConfig
+    from .distribution_reward_trainer import DistributionRewardTrainer
 
 
 @dataclass
@@ -65,17 +62,9 @@ class Rollout:
 class Sampler:
     """Makes rollouts. It has no state: the result depends on the weights, the slots and the step alone."""
 
-    def __init__(
-        self,
-        policy: DiffusionPolicy,
-        args: "DiffusionDistributionConfig",
-        conditions: Any,
-        rewards: RewardFunctions,
-        accelerator: Accelerator,
-        autocast: Callable[[], AbstractContextManager],
-    ):
-        self.policy, self.args, self.conditions, self.rewards = policy, args, conditions, rewards
-        self.accelerator, self.autocast = accelerator, autocast
+    def __init__(self, trainer: "DistributionRewardTrainer"):
+        self.policy, self.args, self.conditions = trainer.policy, trainer.args, trainer.conditions
+        self.rewards, self.accelerator, self.autocast = trainer.rewards, trainer.accelerator, trainer.autocast
 
     def schedule(self, step: int) -> SamplingSchedule:
         """The rollout's schedule at an optimizer step, with its window of noisy steps (MixGRPO, arXiv 2507.21802)."""

@@ -2,7 +2,7 @@
 """Estimators: how a reward becomes a gradient. To add one, write a subclass of `Estimator` and list it here."""
 
 from .backprop import Backprop
-from .base import Context, Estimator
+from .base import Estimator
 from .forward_process import ForwardProcess
 from .policy_gradient import PolicyGradient
 
@@ -12,4 +12,4 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "backprop": Backprop,
 }
 
-__all__ = ["ESTIMATORS", "Backprop", "Context", "Estimator", "ForwardProcess", "PolicyGradient"]
+__all__ = ["ESTIMATORS", "Backprop", "Estimator", "ForwardProcess", "PolicyGradient"]

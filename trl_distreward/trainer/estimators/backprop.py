@@ -96,19 +96,19 @@ class Backprop(Estimator):
             )
 
     def draw_slots(self, sampler: SlotSampler | StratifiedSlotSampler) -> Tensor:
-        args = self.context.args
+        args = self.args
         return sampler.draw(args.num_subsets, args.replace_size, distinct=True).view(1, -1)
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
-        last = len(self.context.args.rollout_schedule.times) - 1
-        first = last - self.context.args.backprop_steps
-        return self.context.sampler(model, slots, step, keep_states=range(first, last + 1))
+        last = len(self.args.rollout_schedule.times) - 1
+        first = last - self.args.backprop_steps
+        return self.sampler(model, slots, step, keep_states=range(first, last + 1))
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> TailBatch:
-        share = rollout.slots.numel() / self.context.args.reference_set_size
-        mine = self.context.sampler.local(torch.arange(rollout.slots.numel(), device=rollout.slots.device))
+        share = rollout.slots.numel() / self.args.reference_set_size
+        mine = self.sampler.local(torch.arange(rollout.slots.numel(), device=rollout.slots.device))
         gradients = []
-        for reward in self.context.rewards.all:
+        for reward in self.rewards.all:
             if reward.of_sets:
                 function: SubsetReplaceReward = reward.function
                 whole = function.gradient(rollout.slots[0], rollout.gathered[reward.index])
@@ -117,14 +117,14 @@ class Backprop(Estimator):
         return TailBatch(rollout, min(rollout.states), gradients)
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        context, args, batch = self.context, self.context.args, micro_batch["batch"]
+        args, batch = self.args, micro_batch["batch"]
         rows, cond, conditions = micro_batch["rows"], micro_batch["cond"], micro_batch["conditions"]
         schedule, penalties = batch.rollout.schedule, []
 
         def trained_velocity(x: Tensor, t: Tensor) -> Tensor:
             if args.checkpoint_steps:
-                return checkpoint(partial(context.velocity, model), x, t, cond, use_reentrant=False)
-            return context.velocity(model, x, t, cond)
+                return checkpoint(partial(self.trainer.velocity, model), x, t, cond, use_reentrant=False)
+            return self.trainer.velocity(model, x, t, cond)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             v = trained_velocity(x, t)
@@ -133,7 +133,7 @@ class Backprop(Estimator):
                 held = x.detach()
                 own = trained_velocity(held, t) if x.requires_grad else v
                 with torch.no_grad():
-                    initial = context.initial_velocity(held, t, cond)
+                    initial = self.trainer.initial_velocity(held, t, cond)
                 penalties.append((own - initial).square().flatten(1).mean(1))
             return v
 
@@ -146,9 +146,9 @@ class Backprop(Estimator):
             noise_level=0.0 if schedule.sampler == "ode" else schedule.noise_level,
             sde_steps=schedule.sde_steps,
         )
-        images = straight_through_uint8(context.policy.decode(x))
+        images = straight_through_uint8(self.policy.decode(x))
         loss, values, number = x.new_zeros(()), {}, batch.rollout.slots.numel()
-        for reward in context.rewards.all:
+        for reward in self.rewards.all:
             if reward.of_sets:
                 features = reward.function.extract(images, conditions, check_finite=False, gradient=True)
                 for space, gradient in batch.gradients[reward.index].items():
@@ -163,12 +163,10 @@ class Backprop(Estimator):
         return loss, values
 
     def _scores(self, reward: Reward, images: Tensor, conditions: Any, slots: Tensor) -> Tensor:
-        return reward.function(
-            images=images, conditions=conditions, slots=slots, trainer_state=self.context.trainer_state()
-        )
+        return reward.function(images=images, conditions=conditions, slots=slots, trainer_state=self.trainer.state)
 
     def num_passes(self) -> int:
-        args = self.context.args
+        args = self.args
         return args.num_subsets * args.replace_size * args.backprop_steps
 
     # ---- checks ----
@@ -177,7 +175,7 @@ class Backprop(Estimator):
         """Back-propagates every reward to two images."""
         tracked = 64 + images.float() / 2  # avoids 0 and 255, where rounding or clamping hides the gradient
         tracked.requires_grad_()
-        for reward in self.context.rewards.all:
+        for reward in self.rewards.all:
             with torch.enable_grad():
                 if reward.of_sets:
                     _check_distance(tracked, conditions, reward.function)

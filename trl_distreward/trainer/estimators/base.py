@@ -1,49 +1,21 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The interface of an estimator: how a reward becomes a gradient."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ...policies import DiffusionPolicy
 from ...rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..advantages import normalize_advantages, select
-from ..reward_functions import RewardFunctions
-from ..rollouts import Rollout, Sampler
+from ..rollouts import Rollout
 
 if TYPE_CHECKING:
     from ..diffusion_distribution_config import DiffusionDistributionConfig
+    from ..distribution_reward_trainer import DistributionRewardTrainer
 
 MicroBatch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Context:
-    """
-    What estimators work with.
-
-    Attributes:
-        policy ([`DiffusionPolicy`]), args ([`DiffusionDistributionConfig`]), rewards ([`RewardFunctions`]),
-        accelerator (`accelerate.Accelerator`), sampler ([`~trainer.rollouts.Sampler`]): as the trainer has them.
-        velocity (`Callable`): `velocity(model, x, t, cond)` under the trainer's autocast.
-        initial_velocity (`Callable`): `initial_velocity(x, t, cond)` of the network before training.
-        record (`Callable`): `record(name, value)` keeps a value for the next log.
-        trainer_state (`Callable`): returns the trainer's state, for reward functions.
-    """
-
-    policy: DiffusionPolicy
-    args: "DiffusionDistributionConfig"
-    rewards: RewardFunctions
-    accelerator: Accelerator
-    sampler: Sampler
-    velocity: Callable[..., Tensor]
-    initial_velocity: Callable[..., Tensor]
-    record: Callable[[str, float], None]
-    trainer_state: Callable[[], Any]
 
 
 class Batch(Protocol):
@@ -64,17 +36,16 @@ class Batch(Protocol):
 class Estimator:
     """
     Base class: how a reward becomes a gradient. An estimator is a subclass in a file of its own, and a line in
-    `ESTIMATORS`.
-
-    Args:
-        context ([`Context`]): what it works with.
+    `ESTIMATORS`. Of its trainer it uses `policy`, `args`, `rewards`, `accelerator`, `sampler`, `velocity`,
+    `initial_velocity`, `record` and `state`.
     """
 
     # Whether `loss` passes the network once. Otherwise DDP sends gradients only after the last micro-batch.
     single_pass = True
 
-    def __init__(self, context: Context):
-        self.context = context
+    def __init__(self, trainer: "DistributionRewardTrainer"):
+        self.trainer, self.policy, self.args = trainer, trainer.policy, trainer.args
+        self.rewards, self.accelerator, self.sampler = trainer.rewards, trainer.accelerator, trainer.sampler
 
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:
@@ -85,15 +56,15 @@ class Estimator:
 
     def draw_slots(self, sampler: SlotSampler | StratifiedSlotSampler) -> Tensor:
         """Draws the replaced places `(B, n)`; the `num_generations` subsets of a group replace the same places."""
-        args = self.context.args
+        args = self.args
         groups = args.num_subsets // args.num_generations
         slots = sampler.draw(groups, args.replace_size, distinct=args.reference_update == "rolling")
         return slots.repeat_interleave(args.num_generations, dim=0)
 
     def compute_advantages(self, rewards: list[Tensor]) -> Tensor:
         """Advantages `(B, 1)` or `(B, n)`: sums and normalizes rewards in the order the configuration asks for."""
-        args = self.context.args
-        total = self.context.rewards.total(rewards)
+        args = self.args
+        total = self.rewards.total(rewards)
 
         def normalize(values: Tensor) -> Tensor:
             return normalize_advantages(values, args.advantage_normalization, args.num_generations)
@@ -101,14 +72,14 @@ class Estimator:
         if args.multi_objective_aggregation == "sum_then_normalize":
             return normalize(total)
         normalized = [normalize(values).expand_as(total) for values in rewards]
-        return self.context.rewards.total(normalized)
+        return self.rewards.total(normalized)
 
     def select(self, rollout: Rollout, advantages: Tensor) -> Tensor:
         """Indices `(M,)` of the selected images among those of all processes, ascending."""
-        args = self.context.args
-        shares = self.context.accelerator.num_processes if args.selection_scope == "local" else 1
+        args = self.args
+        shares = self.accelerator.num_processes if args.selection_scope == "local" else 1
         mask = select(advantages, args.selection, args.top_advantage_quantile, shares)
-        self.context.record("advantage_kept", mask.double().mean().item())
+        self.trainer.record("advantage_kept", mask.double().mean().item())
         return mask.expand(rollout.slots.shape).flatten().nonzero().flatten()
 
     @torch.no_grad()
@@ -133,7 +104,7 @@ class Estimator:
 
     def num_selected(self) -> int:
         """Images that an update trains on, over all processes."""
-        args = self.context.args
+        args = self.args
         share = args.top_advantage_quantile if args.selection != "all" else 1.0
         ends = 2 if args.selection == "top_bottom" else 1
         return round(args.num_subsets * min(1.0, ends * share)) * args.replace_size

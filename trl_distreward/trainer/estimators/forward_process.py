@@ -28,10 +28,10 @@ class ForwardProcess(Estimator):
             )
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
-        rollout = self.context.sampler(model, slots, step)
-        args, indices = self.context.args, self.context.sampler.image_indices(len(rollout.local_slots))
+        rollout = self.sampler(model, slots, step)
+        args, indices = self.args, self.sampler.image_indices(len(rollout.local_slots))
         generators = image_generators(args.seed, "flow_matching", step, indices)
-        noise = self.context.policy.noise(rollout.conditions, generators)
+        noise = self.policy.noise(rollout.conditions, generators)
         device = torch.device("cpu") if args.offload_trajectories else noise.device
         rollout.states = {0: noise.to(device), 1: rollout.sample.to(device)}
         draws = [torch.rand(1, generator=g) for g in image_generators(args.seed, "time", step, indices)]
@@ -39,7 +39,7 @@ class ForwardProcess(Estimator):
         return rollout
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> PairBatch | None:
-        accelerator = self.context.accelerator
+        accelerator = self.accelerator
         advantages = self.compute_advantages(rewards)
         if not (advantages != 0).any():
             return None
@@ -64,7 +64,7 @@ class ForwardProcess(Estimator):
         noise, data = micro_batch["x"], micro_batch["next_x"]
         t = micro_batch["t"].to(data.dtype)
         wide = t.view(-1, *[1] * (data.ndim - 1))
-        predicted = self.context.velocity(model, (1 - wide) * data + wide * noise, t, micro_batch["cond"])
+        predicted = self.trainer.velocity(model, (1 - wide) * data + wide * noise, t, micro_batch["cond"])
         loss = (predicted - (noise - data)).square().flatten(1).mean(1)
         return (loss * micro_batch["weights"]).sum(), {"flow_matching_loss": loss}
 
@@ -72,5 +72,5 @@ class ForwardProcess(Estimator):
         return self.num_selected()
 
     def restore(self, state: dict[str, Any]) -> PairBatch:
-        device = self.context.accelerator.device
+        device = self.accelerator.device
         return PairBatch.from_state(state, device, device)

@@ -36,11 +36,11 @@ class PolicyGradient(Estimator):
             )
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
-        keep_steps = self._trained_steps(self.context.sampler.schedule(step), step)
-        return self.context.sampler(model, slots, step, keep_steps=keep_steps)
+        keep_steps = self._trained_steps(self.sampler.schedule(step), step)
+        return self.sampler(model, slots, step, keep_steps=keep_steps)
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> PairBatch | None:
-        args, accelerator = self.context.args, self.context.accelerator
+        args, accelerator = self.args, self.accelerator
         advantages = self.compute_advantages(rewards)
         if not (advantages != 0).any():
             return None
@@ -65,8 +65,8 @@ class PolicyGradient(Estimator):
         )
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        args, pairs = self.context.args, micro_batch
-        step = self._score(partial(self.context.velocity, model), pairs)
+        args, pairs = self.args, micro_batch
+        step = self._score(partial(self.trainer.velocity, model), pairs)
         if "anchor" in pairs:
             batch, image, column = pairs["anchor"]
             batch.anchor(image, column, step.log_prob, step.mean)
@@ -83,24 +83,24 @@ class PolicyGradient(Estimator):
         loss = policy.loss
         if args.beta > 0:
             with torch.no_grad():
-                initial = self._score(self.context.initial_velocity, pairs)
+                initial = self._score(self.trainer.initial_velocity, pairs)
             values["kl"] = gaussian_kl(step.mean, initial.mean, step.std)
             loss = loss + args.beta * values["kl"]
         return (loss * pairs["weights"]).sum(), values
 
     def num_passes(self) -> int:
-        args = self.context.args
+        args = self.args
         noisy = args.sde_window_size or len(args.rollout_schedule.trainable_steps)
         return self.num_selected() * max(1, round(args.timestep_fraction * noisy))
 
     def restore(self, state: dict[str, Any]) -> PairBatch:
-        device = self.context.accelerator.device
-        offloaded = self.context.args.offload_trajectories
+        device = self.accelerator.device
+        offloaded = self.args.offload_trajectories
         return PairBatch.from_state(state, device, torch.device("cpu") if offloaded else device)
 
     def _trained_steps(self, schedule: SamplingSchedule, step: int) -> tuple[int, ...]:
         """Draws the share `timestep_fraction` of the steps with noise."""
-        args, steps = self.context.args, schedule.trainable_steps
+        args, steps = self.args, schedule.trainable_steps
         if args.timestep_fraction == 1.0:
             return steps
         (generator,) = image_generators(args.seed, "steps", step, [0])
@@ -113,7 +113,7 @@ class PolicyGradient(Estimator):
         return self._transition(x, velocity(x, t, pairs["cond"]), t, pairs["t_next"], pairs["next_x"])
 
     def _transition(self, x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, next_x: Tensor) -> Transition:
-        schedule = self.context.args.rollout_schedule
+        schedule = self.args.rollout_schedule
         return transition(
             x,
             velocity,
@@ -127,10 +127,10 @@ class PolicyGradient(Estimator):
 
     def _step_weights(self, steps: tuple[int, ...]) -> Tensor:
         """Weights `(len(steps),)` of mean 1: even, or proportional to the steps' noise."""
-        device = self.context.accelerator.device
-        if self.context.args.step_weighting == "uniform":
+        device = self.accelerator.device
+        if self.args.step_weighting == "uniform":
             return torch.ones(len(steps), device=device)
-        times = torch.tensor(self.context.args.rollout_schedule.times, dtype=torch.float64)
+        times = torch.tensor(self.args.rollout_schedule.times, dtype=torch.float64)
         index, zeros = torch.tensor(steps), torch.zeros(len(steps), 1, dtype=torch.float64)
         std = self._transition(zeros, zeros, times[index], times[index + 1], zeros).std
         return send((std / std.mean()).float(), device)
