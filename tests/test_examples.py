@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTPipeline, StableDiffusion3Pipeline
-from PIL import Image
 from trl import TrlParser
 
 from trl_distreward import DiffusionDistributionConfig, FeatureStatistics, load_pipeline
-from trl_distreward.scripts.arguments import find_real_statistics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "configs"
@@ -107,28 +105,6 @@ def test_sit_is_found_by_what_it_is_called(example, tmp_path):
     with torch.no_grad():
         velocities = [p.transformer.eval()(x, t, label).sample for p in (pipeline, loaded, converted)]
     assert torch.equal(velocities[0], velocities[1]) and torch.equal(velocities[0], velocities[2])
-
-
-def test_statistics_of_real_images_are_computed_once(example, tmp_path):
-    for i in range(3):
-        Image.effect_noise((300, 260), 50 + i).convert("RGB").save(tmp_path / f"{i}.png")
-    given = {"feature_extractor": "imagenet.thumbnails", "real_images": str(tmp_path)}
-    arguments = example("sit_imagenet").SiTImageNetArguments(**given)
-    path = find_real_statistics(arguments, str(tmp_path / "out"))
-    assert FeatureStatistics.load(path).count == 3
-    written = Path(path).stat().st_mtime_ns
-    assert find_real_statistics(arguments, str(tmp_path / "out")) == path
-    arguments.real_images = f"{tmp_path}/"  # the same folder
-    assert find_real_statistics(arguments, str(tmp_path / "out")) == path
-    assert Path(path).stat().st_mtime_ns == written
-    arguments.real_resize = 128
-    with pytest.raises(ValueError, match="was made with real_resize=256, not 128: remove it"):
-        find_real_statistics(arguments, str(tmp_path / "out"))
-    arguments.real_images = "others"
-    with pytest.raises(ValueError, match="real_statistics.safetensors is of .*, not of real_images='others'"):
-        find_real_statistics(arguments, str(tmp_path / "out"))
-    arguments.real_images, arguments.real_statistics = None, "given.npz"
-    assert find_real_statistics(arguments, str(tmp_path / "out")) == "given.npz"
 
 
 @pytest.mark.slow

@@ -1,209 +1,119 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of one set of images against real data, in one feature space."""
+"""Metrics of generated images against real ones, in one feature space."""
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
+from ..metrics.checks import load_real_features
 from ..metrics.extractors import extractor_digest
-from ..metrics.scores import FRECHET, MANIFOLD, feature_metrics
-from ..metrics.statistics import check_extractor
-from .collect import CollectedFeatures, collect_features
-from .real import RealPath
-from .sources import ImageSource
+from ..metrics.npz import array_names, open_archive
+from ..metrics.scores import FRECHET, feature_metrics
+from ..metrics.statistics import SPATIAL, FeatureStatistics, check_extractor
+from .features import collect_features
+from .sources import ImageSource, open_images
 
-LOGIT_METRICS = ("inception_score",)
-# what [`~metrics.scores.feature_metrics`] needs where nothing else is chosen: a subset, splits, 5 neighbours of a row
-_FEWEST = {"kid": 1_000, "inception_score": 10} | dict.fromkeys(MANIFOLD, 6)
-_FEWEST_REAL = {"kid": 1_000} | dict.fromkeys(MANIFOLD, 6)
-_OF_THE_WHOLE_SET = ("kid", "inception_score", "frechet_infinity", "fid_infinity")  # with --spread as well
-
-
-def fewest_images(metric: str, dimension: int | None = None, spread: int = 0) -> int:
-    """Of how many generated images a metric can be computed; of an extrapolation where the `dimension` is known."""
-    if metric in ("frechet_infinity", "fid_infinity"):
-        return 4 * (dimension or 1)  # a line from twice the dimension to twice of that
-    needed = _FEWEST.get(metric, 2)
-    return 2 * needed if spread and metric not in _OF_THE_WHOLE_SET else needed
+# resizes of EDM2's statistics and of ADM's reference batches, which the files do not name
+_EDM2_RESIZE = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
+_ADM_RESIZE = "tensorflow"
 
 
 class FeaturesAndLogits(nn.Module):
-    """The features of Inception's output, and its logits without bias, side by side, in one pass."""
+    """Inception's features followed by its logits without bias, which the Inception Score needs, in one pass."""
 
     def __init__(self, inception: Any):
         super().__init__()
-        self.inception = inception
+        self.inception, self.resize, self.dimension = inception, inception.resize, inception.dimension
 
     def forward(self, images: Tensor) -> Tensor:
-        names = (self.inception.output, "logits_unbiased")
-        found = self.inception.outputs(images, names)
-        return torch.cat([found[name] for name in names], dim=1)
+        outputs = self.inception.outputs(images, (self.inception.output, "logits_unbiased"))
+        return torch.cat([outputs[self.inception.output], outputs["logits_unbiased"]], dim=1)
 
 
-def takes_logits(extractor: Any) -> bool:
-    """Whether the Inception Score is computed beside these features: pool3's alone, so that it is computed once."""
-    return getattr(extractor, "output", None) == "pool3"
-
-
-@dataclass(frozen=True)
-class FeatureSpace:
+class RealData:
     """
-    An extractor, and the real data in its features.
+    Real images in the features of one extractor.
 
     Args:
-        extractor (`torch.nn.Module`): as [`~metrics.extractors.load_feature_extractor`] gives it.
-        real ([`~evaluation.real.RealPath`]): the real data.
-        metrics (`list[str]`): of [`~metrics.scores.feature_metrics`].
-        open_real (`Callable`): opens the real images, where `real` is of images.
+        path (`str` or `os.PathLike`): statistics file (`.safetensors`, `.npz`, or EDM2's `.pkl`), ADM reference batch
+            (`.npz`), or images for [`~evaluation.open_images`].
+        extractor (`torch.nn.Module`): feature extractor, see [`load_feature_extractor`].
+        metrics (`Sequence[str]`): metrics to compute, see [`feature_metrics`].
+        dataset_options: passed to [`~evaluation.open_images`].
+
+    Raises:
+        ValueError: the file is of another extractor, or holds moments only and a metric needs features.
     """
 
-    extractor: Any
-    real: RealPath
-    metrics: Sequence[str]
-    open_real: Callable[[], ImageSource]
+    def __init__(self, path: str | os.PathLike, extractor: Any, metrics: Sequence[str], **dataset_options: Any):
+        self.path, self.extractor, self.metrics = Path(path), extractor, metrics
+        self.needs_features = not {*metrics} <= {*FRECHET, "inception_score"}
+        self.statistics = self._read_moments()
+        self.features: Tensor | None = None
+        self.images: ImageSource | None = None
+        if self.needs_features and self.path.suffix == ".safetensors":
+            self.features = load_real_features(path)
+        elif self.needs_features or self.statistics is None:
+            self.images = open_images(path, **dataset_options)
 
-    @property
-    def name(self) -> str:
-        return self.extractor.name
-
-    @property
-    def label(self) -> str:
-        """A name for a folder."""
-        return "-".join(re.sub(r"[^\w.-]", "-", part) for part in dict.fromkeys((self.name, self.extractor.resize)))
-
-    @property
-    def needs_logits(self) -> bool:
-        return any(metric in LOGIT_METRICS for metric in self.metrics)
-
-    @property
-    def by_features(self) -> list[str]:
-        """Metrics for which moments are not enough."""
-        return [metric for metric in self.metrics if metric not in (*FRECHET, *LOGIT_METRICS)]
-
-    @property
-    def collects_real(self) -> bool:
-        """Whether features of the real images have to be made."""
-        return self.real.must_collect(bool(self.by_features))
-
-    def check(self, num_images: int | None = None, spread: int = 0) -> None:
-        """
-        Before any image is made: whether the real data are there, are of this extractor, and suffice.
-
-        Args:
-            num_images (`int`, *optional*): how many images are to be judged, where that is known.
-            spread (`int`, *optional*, defaults to 0): of [`~metrics.scores.feature_metrics`].
-
-        Raises:
-            FileNotFoundError: there is nothing at the real data's path.
-            ValueError: statistics of another extractor, none of the features that a metric needs, or too few images.
-        """
-        if spread < 0 or spread == 1:
-            raise ValueError(f"--spread {spread} must be at least 2, or 0 for none: one value has no spread.")
-        statistics = self.real.moments_in_file()
-        if statistics is not None:
-            check_extractor(
-                statistics.metadata,
-                statistics.dimension,
-                extractor=self.name,
-                resize=self.extractor.resize,
-                weights=extractor_digest(self.extractor),
-                extractor_dimension=self.extractor.dimension,
-                path=self.real.path,
-            )
-        if self.by_features and not (self.real.images or self.real.features):
-            raise ValueError(
-                f"{', '.join(self.by_features)} of {self.name}: compared with real features, but {self.real.path} "
-                "holds moments alone: give real images, or statistics made with --features."
-            )
-        real_count = self.real.feature_count()
-        if self.collects_real:
-            real_count = getattr(self.open_real(), "__len__", lambda: None)()
-        dimension = self.extractor.dimension if statistics is None else statistics.dimension
-        self._check_counts(num_images, real_count, dimension, spread)
-        if self.needs_logits and not takes_logits(self.extractor):
-            raise ValueError(
-                f"inception_score is of Inception's logits, which come with 'inception', not with {self.name}: leave "
-                "it out, or add inception to --feature-extractor."
-            )
-        if not self.metrics:
-            raise ValueError(f"no metric is asked of {self.name}: give one besides inception_score, or leave it out.")
-
-    def _check_counts(self, made: int | None, real: int | None, dimension: int | None, spread: int) -> None:
-        for metric in self.metrics:
-            needs = (
-                ("generated", made, fewest_images(metric, dimension, spread)),
-                ("real", real, _FEWEST_REAL.get(metric, 2)),
-            )
-            for kind, count, fewest in needs:
-                if count is not None and count < fewest:
-                    raise ValueError(
-                        f"{metric} of {self.name} needs {fewest} {kind} images, but there are {count}: give more, or "
-                        f"leave {metric} out{' or --spread' if spread else ''}."
-                    )
-
-    def measure(
-        self,
-        generated: ImageSource,
-        folder: Path,
-        *,
-        seed: int = 0,
-        spread: int = 0,
-        collected: list[CollectedFeatures] | None = None,
-        **options: Any,
-    ) -> dict[str, Any] | None:
-        """
-        One entry of a report's results, in the main process; all call it.
-
-        Args:
-            generated ([`ImageSource`]): the images to judge.
-            folder (`Path`): for unfinished work.
-            seed, spread: of [`~metrics.scores.feature_metrics`].
-            collected (`list`, *optional*): is given what lies in `folder` at the end, for the caller to remove.
-            options: of [`~evaluation.collect.collect_features`]; `resize` and `skip_corrupt` for generated images too.
-        """
-        state = PartialState()
-        about = {"description": {"resize": self.extractor.resize}, **options}
-        real, source = None, {}
-        if self.collects_real:
-            images = self.open_real()
-            source = {name: value for name, value in images.description.items() if name in ("split", "revision")}
-            real = collect_features(images, self.extractor, folder / f"real-{self.label}", name=self.name, **about)
-        network = FeaturesAndLogits(self.extractor) if self.needs_logits else self.extractor
-        name = f"{self.name} with logits" if self.needs_logits else self.name
-        kept = folder / f"generated-{self.label}{'-with-logits' if self.needs_logits else ''}"
-        made = collect_features(generated, network, kept, name=name, **about)
-        if collected is not None:
-            collected += [made] if real is None else [real, made]
-        if not state.is_main_process:
+    def _read_moments(self) -> FeatureStatistics | None:
+        """Moments from a statistics file or a reference batch; `None` if they must be computed from images."""
+        name, resize = self.extractor.name, self.extractor.resize
+        if self.path.suffix == ".npz" and self.path.is_file():
+            with open_archive(self.path) as archive:
+                held = array_names(archive)
+            moments = "mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE
+            if "arr_0" in held and not moments:
+                return None
+        elif self.path.suffix not in (".safetensors", ".npz", ".pkl"):
             return None
-        data = self.real.load(real, source)
-        features, logits = made.features(), None
-        if self.needs_logits:
-            features, logits = features[:, : self.extractor.dimension], features[:, self.extractor.dimension :]
+        statistics = FeatureStatistics.load(self.path, name)
+        if self.path.suffix == ".pkl":
+            statistics.metadata["resize"] = _EDM2_RESIZE[name]
         check_extractor(
-            data.statistics.metadata,
-            data.statistics.dimension,
-            extractor=self.name,
-            extractor_dimension=features.shape[1],
-            path=self.real.path,
+            statistics.metadata,
+            statistics.dimension,
+            extractor=name,
+            resize=resize,
+            weights=extractor_digest(self.extractor),
+            extractor_dimension=self.extractor.dimension,
+            path=self.path,
         )
-        moments = [m for m in self.metrics if m in FRECHET]
-        others = [m for m in self.metrics if m not in FRECHET]
-        found = feature_metrics(data.statistics, features, moments, seed=seed, spread=spread) if moments else {}
-        if others:
-            against = data.statistics if data.features is None else data.features
-            found |= feature_metrics(against, features, others, logits=logits, seed=seed, spread=spread, progress=True)
-        return {
-            "extractor": self.name,
-            "resize": self.extractor.resize,
-            "real": data.description,
-            "images": made.count,
-            "skipped": made.skipped,
-            "metrics": found,
-        }
+        return statistics
+
+    def collect(self, folder: Path, **options: Any) -> None:
+        """Computes from the images what no file holds. All processes call it; see [`collect_features`]."""
+        if self.images is not None:
+            collected = collect_features(self.images, {"real": self.extractor}, folder, **options)
+            self.statistics = self.statistics or collected.statistics("real")
+            self.features = collected.features("real") if self.needs_features else None
+
+    def compare(self, features: Tensor, seed: int, spread: int) -> dict[str, Any]:
+        """
+        Computes the metrics of generated images, after [`RealData.collect`].
+
+        Args:
+            features (`torch.Tensor` of shape `(N, d)`): features; for the Inception Score, with logits after them.
+            seed (`int`), spread (`int`): see [`feature_metrics`].
+
+        Returns:
+            `dict`: one of the results in a report.
+        """
+        assert self.statistics is not None
+        d = self.statistics.dimension
+        logits = features[:, d:] if features.shape[1] > d else None
+        metrics: dict[str, float] = {}
+        for real, names in (
+            (self.statistics, [name for name in self.metrics if name in FRECHET]),
+            (self.features, [name for name in self.metrics if name not in FRECHET]),
+        ):
+            if names:
+                real = self.statistics if real is None else real  # which the Inception Score ignores
+                metrics |= feature_metrics(real, features[:, :d], names, logits=logits, seed=seed, spread=spread)
+        mean_norm = self.statistics.mean.norm().item()  # tells whether two reports are against the same data
+        about = {"path": str(self.path), "count": self.statistics.count, "mean_norm": mean_norm}
+        return {"extractor": self.extractor.name, "resize": self.extractor.resize, "real": about, "metrics": metrics}

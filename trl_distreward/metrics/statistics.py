@@ -114,11 +114,17 @@ class FeatureStatistics:
         self.mean = self.mean + delta * (count / total)
         self.count = total
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes mean, covariance, count and metadata to a `.safetensors` file, whole or not at all."""
+    def save(self, path: str | os.PathLike, features: Tensor | None = None) -> None:
+        """
+        Writes mean, covariance, count and metadata to a `.safetensors` file, whole or not at all.
+
+        With `features` `(N, d)`, these are written too: distances other than Fréchet's need them.
+        """
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"{path} would be read as another format: give it the suffix .safetensors.")
         tensors = {"mean": self.mean.cpu().contiguous(), "covariance": self.covariance.cpu().contiguous()}
+        if features is not None:
+            tensors["features"] = features
         metadata = {"format": "pt", "count": json.dumps(self.count), "metadata": json.dumps(self.metadata)}
         with written_whole(path) as file:
             file.write(save(tensors, metadata))

@@ -1,13 +1,15 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What the training scripts share: a model, what judges it, and conditions."""
+"""Options of training and merging that choose rewards, metrics and conditions."""
 
-import inspect
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from ..evaluation.datasets import read_dataset
+from datasets import Dataset
+
+from ..evaluation.sources import read_dataset
 from ..importing import resolve
 from ..metrics.distance import DISTANCES
 from ..metrics.extractors import load_feature_extractor
@@ -15,267 +17,172 @@ from ..metrics.image_metrics import FeatureDistance, ImageMetric, MeanScore
 from ..metrics.statistics import FeatureStatistics
 from ..rewards.per_image import clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
-from ..trainer.base_config import DiffusionTrainerConfig
-from . import statistics
+from ..trainer.base import DiffusionTrainer
+from ..trainer.callbacks import LogSamplesCallback
 from .common import beside_prompts, split_spec
+from .statistics import write_statistics
 
-# Rewards of single images by name
-REWARDS: dict[str, Callable[..., Any]] = {
-    "clip_score": clip_score,
-    "pick_score": pick_score,
-    "hps_score": hps_score,
-}
+# rewards of single images by name
+REWARDS: dict[str, Callable[..., Any]] = {"clip_score": clip_score, "pick_score": pick_score, "hps_score": hps_score}
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """Returns a field of a dataclass of options, with its text for `--help`."""
+    if isinstance(default, list):
+        return field(default_factory=list, metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
 class RewardArguments:
-    """What is trained, on what reward, and what is watched."""
+    """Options that choose the model, the rewards, the metrics and the conditions."""
 
-    # what is needed, one of each key, for options to do anything
-    idle_without: ClassVar[dict[tuple[str, ...], tuple[str, ...]]] = {
-        ("prompt_encoder",): ("prompt_scale",),
-        ("feature_extractor", "prompt_encoder"): ("distance",),
-        ("real_images",): ("real_resize", "real_split"),
-        ("dataset_name",): ("dataset_split",),
-        ("dataset_name", "real_images"): ("prompt_column",),
-    }
-
-    model: str = field(metadata={"help": "Folder or Hub id of the pipeline."})
-    feature_extractor: str | None = field(
-        default=None,
-        metadata={
-            "help": "The reward's feature extractor: inception, dinov2, clip, a Hub id or a folder of a vision "
-            "backbone, or a dotted path, e.g. 'my_package.features.extract'."
-        },
+    model: str = option(MISSING, "Folder or Hub id of the pipeline.")
+    feature_extractor: str | None = option(
+        None,
+        "Feature extractor of the distribution reward: inception, dinov2, clip, a folder or Hub id of a vision "
+        "backbone, or a dotted path such as 'my_package.features.extract'.",
     )
-    real_statistics: str | None = field(
-        default=None,
-        metadata={
-            "help": "Statistics file of real data in that extractor's features; for other distances than frechet, "
-            "a .safetensors file of the features. Where real_images are given, what is computed of them is kept here."
-        },
+    real_statistics: str | None = option(
+        None, "Statistics file of real images; for distances other than frechet, with the features."
     )
-    real_images: str | None = field(
-        default=None,
-        metadata={
-            "help": "Images to compute real_statistics of, once: a folder, an .npz or a dataset; kept in output_dir "
-            "unless real_statistics names another file."
-        },
+    real_images: str | None = option(
+        None,
+        "Real images to compute real_statistics from, once: a folder, an .npz or a dataset. By default the file is "
+        "written into output_dir.",
     )
-    real_split: str | None = field(
-        default=None, metadata={"help": "Split of that dataset; train, for one that is streamed from the Hub."}
+    real_split: str | None = option(None, "Split of real_images, if there are several.")
+    real_resize: int | None = option(None, "Side to which real_images are cropped and resized.")
+    prompt_encoder: str | None = option(
+        None,
+        "Folder or Hub id of a CLIP model: its embeddings of prompts are joined to the features of images, which are "
+        "its own without feature_extractor.",
     )
-    real_resize: int | None = field(
-        default=None, metadata={"help": "Crop the centre of real images and resize it to so many pixels a side."}
+    prompt_scale: float = option(1.0, "Factor of the embeddings of prompts.")
+    distance: str = option("frechet", "Distance of the reward.", choices=list(DISTANCES))
+    reward_funcs: list[str] = option(
+        [],
+        "Further rewards: clip_score, pick_score or hps_score, with options after commas, such as "
+        "'pick_score,source=FOLDER_OR_ID', or dotted paths, such as 'my_package.my_reward'.",
     )
-    prompt_encoder: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or folder of a CLIP model: its embeddings of prompts are put beside the features of "
-            "images, which are its own if there is no feature_extractor."
-        },
-    )
-    prompt_scale: float = field(default=1.0, metadata={"help": "Factor of the embeddings of prompts."})
-    distance: str = field(
-        default="frechet", metadata={"help": "Distance of the reward.", "choices": sorted(DISTANCES)}
-    )
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Further reward functions: clip_score, pick_score or hps_score, with options after commas, e.g. "
-            "'pick_score,source=FOLDER_OR_ID', or dotted paths, e.g. 'my_package.my_reward'."
-        },
-    )
-    heldout_extractor: str | None = field(
-        default=None, metadata={"help": "An extractor that the reward does not see, to evaluate; named likewise."}
-    )
-    heldout_statistics: str | None = field(default=None, metadata={"help": "Statistics file for it."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset on the Hub, or a folder, with a column 'class_labels' or 'prompt'."}
-    )
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column of the prompts, in the dataset and in real_images."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    log_samples: bool = field(default=True, metadata={"help": "Write grids of samples."})
+    heldout_extractor: str | None = option(None, "Feature extractor for evaluation, which the reward does not use.")
+    heldout_statistics: str | None = option(None, "Statistics file for heldout_extractor.")
+    dataset_name: str | None = option(None, "Folder or Hub id of a dataset with class_labels or prompts.")
+    dataset_split: str | None = option(None, "Split of the dataset, if there are several.")
+    prompt_column: str = option("prompt", "Column of prompts, in the dataset and in real_images.")
+    log_samples: bool = option(True, "Write grids of samples.")
 
     def __post_init__(self) -> None:
-        of_sets = self.feature_extractor is not None or self.prompt_encoder is not None
-        if of_sets != (self.real_statistics is not None or self.real_images is not None):
+        extracts = self.feature_extractor is not None or self.prompt_encoder is not None
+        if extracts != (self.real_statistics is not None or self.real_images is not None):
             raise ValueError(
-                "feature_extractor or prompt_encoder goes together with real_statistics or real_images: give both or "
-                "neither."
+                "a distribution reward needs feature_extractor or prompt_encoder, and real_statistics or real_images: "
+                "give one of each, or none."
             )
-        if not of_sets and not self.reward_funcs:
-            raise ValueError(
-                "there is no reward: give feature_extractor or prompt_encoder, with real_statistics or real_images, "
-                "or reward_funcs."
-            )
-        if self.prompt_encoder is not None and self.dataset_name is None:
-            raise ValueError(
-                f"prompt_encoder={self.prompt_encoder!r} without prompts: give dataset_name, a dataset with a column "
-                "of prompts."
-            )
+        if not extracts and not self.reward_funcs:
+            raise ValueError("there is no reward: give feature_extractor and real_statistics, or reward_funcs.")
         if (self.heldout_extractor is None) != (self.heldout_statistics is None):
-            raise ValueError("heldout_extractor and heldout_statistics go together: give both or neither.")
-        for spec in self.reward_funcs:
-            check_reward(spec)
-        self._check_idle()
-
-    def _check_idle(self) -> None:
-        """Raises `ValueError` for options that say how something is used which is not there."""
-        defaults = {option.name: option.default for option in fields(self)}
-        for need, options in self.idle_without.items():
-            changed = [name for name in options if getattr(self, name) != defaults[name]]
-            if changed and not any(getattr(self, name) for name in need):
-                raise ValueError(
-                    f"{changed[0]}={getattr(self, changed[0])!r} does nothing without {' or '.join(need)}: give "
-                    "that, or leave it out."
-                )
+            raise ValueError("heldout_extractor and heldout_statistics belong together: give both or none.")
 
 
 def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -> list[Any]:
-    """The reward functions; `options` go to the [`SubsetReplaceReward`]. Statistics may be computed first."""
-    name, encoder = arguments.feature_extractor, arguments.prompt_encoder
+    """Returns the reward functions; `options` go to the [`SubsetReplaceReward`]."""
     rewards = [find_reward(spec) for spec in arguments.reward_funcs]
+    name, encoder = arguments.feature_extractor, arguments.prompt_encoder
     if name is not None or encoder is not None:
         extractor: Any = None if name is None else load_feature_extractor(name)
-        reward = SubsetReplaceReward(
-            extractor if encoder is None else beside_prompts(extractor, encoder, arguments.prompt_scale),
-            find_real_statistics(arguments, output_dir),
-            arguments.distance,
-            **options,
-        )
-        rewards.insert(0, reward)
+        if encoder is not None:
+            extractor = beside_prompts(extractor, encoder, arguments.prompt_scale)
+        real = find_real_statistics(arguments, extractor, output_dir)
+        rewards.insert(0, SubsetReplaceReward(extractor, real, arguments.distance, **options))
     return rewards
 
 
-def shown_sampler(config: DiffusionTrainerConfig) -> str:
-    """The sampler of the grids of samples: the ODE if it is evaluated."""
-    return "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]
-
-
 def find_reward(spec: str) -> Any:
-    """A reward of single images by its name, `NAME[,option=value…]`, or the object at a dotted path."""
-    name, options = check_reward(spec)
-    return REWARDS[name](**options) if name in REWARDS else resolve(name)
-
-
-def check_reward(spec: str) -> tuple[str, dict[str, str]]:
-    """
-    Name and options of a reward.
-
-    Raises:
-        ValueError: no such name, or options that it has not or lacks.
-    """
+    """Returns a reward of single images by its name, `NAME[,option=value…]`, or the object at a dotted path."""
     name, options = split_spec(spec)
-    if name not in REWARDS:
-        if "." not in name:
-            raise ValueError(f"reward {name!r} is unknown: give one of {', '.join(REWARDS)}, or a dotted path.")
-        if options:
-            raise ValueError(f"{name} is a function of your own: it takes no {', '.join(options)}.")
-        return name, options
-    parameters = inspect.signature(REWARDS[name]).parameters.values()
-    own = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
-    required = [p.name for p in parameters if p.name in own and p.default is p.empty]
-    known = [*own, "tokenizer", "revision", "resize"]
-    if odd := [key for key in options if key not in known]:
-        raise ValueError(f"{spec!r} has no option {', '.join(odd)}: {name} takes {', '.join(known)}.")
-    if lacking := [key for key in required if not options.get(key)]:
-        raise ValueError(f"{spec!r} lacks {', '.join(lacking)}: write '{name},{lacking[0]}=…'.")
-    return name, options
+    if name not in REWARDS and "." not in name:
+        raise ValueError(f"reward {name!r} is unknown: choose one of {', '.join(REWARDS)}, or give a dotted path.")
+    try:
+        return REWARDS[name](**options) if name in REWARDS else resolve(name)
+    except TypeError as error:
+        raise ValueError(f"reward {spec!r} has wrong options: {error}.") from error
 
 
-def find_real_statistics(arguments: RewardArguments, output_dir: str) -> str | None:
+def find_real_statistics(arguments: RewardArguments, extractor: Any, output_dir: str) -> str:
     """
-    The statistics file of real data: the one that was given, or that of `real_images`, computed where there is none.
+    Returns the file of real statistics, computed from `real_images` if it does not exist.
 
     Raises:
-        ValueError: the file is of other images.
+        ValueError: the file is of other images than `real_images`.
     """
-    images = arguments.real_images
-    if images is None:
-        return arguments.real_statistics
     path = Path(arguments.real_statistics or Path(output_dir) / "real_statistics.safetensors")
-    is_dataset = not Path(images).exists() and Path(images).suffix != ".npz"
-    split = arguments.real_split or ("train" if is_dataset else None)
-    if path.is_file():
-        _check_of_images(path, arguments, split)
+    if arguments.real_images is None:
         return str(path)
-    options = ["--output", str(path)]
-    if arguments.feature_extractor is not None:
-        options += ["--feature-extractor", arguments.feature_extractor]
-    if arguments.prompt_encoder is not None:
-        options += ["--prompt-encoder", arguments.prompt_encoder, "--prompt-scale", str(arguments.prompt_scale)]
-        options += ["--prompt-column", arguments.prompt_column]
-    if arguments.real_resize is not None:
-        options += ["--resize", str(arguments.real_resize)]
-    if arguments.distance != "frechet":
-        options += ["--features"]
-    options += [] if split is None else ["--split", split]
-    options += ["--streaming"] if is_dataset else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    statistics.main([images, *options])
+    prompts = None if arguments.prompt_encoder is None else arguments.prompt_column
+    images = {"split": arguments.real_split, "prompt_column": prompts}
+    if not path.is_file():
+        features, resize = arguments.distance != "frechet", arguments.real_resize
+        write_statistics(arguments.real_images, extractor, path, images=images, features=features, resize=resize)
+    held = FeatureStatistics.load(path).metadata
+    asked = {"source": Path(arguments.real_images), "image_resize": arguments.real_resize, **images}
+    for name, value in asked.items():
+        if value is not None and held.get(name) != str(value):
+            raise ValueError(
+                f"{path} was made with {name}={held.get(name)}, not {value}: remove it, or name another file as "
+                "real_statistics."
+            )
     return str(path)
 
 
-def _check_of_images(path: Path, arguments: RewardArguments, split: str | None) -> None:
-    """Raises `ValueError` where a file is not of `real_images` as the options have them."""
-    held = FeatureStatistics.load(path).metadata
-    source, images = held.get("source"), arguments.real_images
-    if source is None or Path(source) != Path(str(images)):  # "images" and "images/" are the same
-        raise ValueError(
-            f"{path} is of {source}, not of real_images={images!r}: name another file as real_statistics, or leave "
-            "real_images out."
-        )
-    resize = None if arguments.real_resize is None else str(arguments.real_resize)
-    asked = {"real_resize": ("image_resize", resize)}
-    if split is not None:
-        asked["real_split"] = ("split", split)
-    if arguments.prompt_encoder is not None:
-        asked["prompt_column"] = ("prompt_column", arguments.prompt_column)
-    for option, (name, value) in asked.items():
-        if held.get(name) != value:
-            raise ValueError(
-                f"{path} was made with {option}={held.get(name)}, not {value}: remove it to have it made anew, name "
-                "another file as real_statistics, or leave real_images out."
-            )
-
-
 def build_metrics(arguments: RewardArguments, rewards: list[Any]) -> dict[str, ImageMetric]:
-    """Means of the rewards of single images that are known by name, and the held-out metric if one is asked for."""
+    """Returns metrics for evaluation: means of the rewards known by name, and the held-out distance."""
     named = [reward for reward in rewards if getattr(reward, "__name__", None) in REWARDS]
     metrics: dict[str, ImageMetric] = {reward.__name__: MeanScore(reward) for reward in named}
-    if arguments.heldout_extractor is not None:
+    if arguments.heldout_extractor is not None and arguments.heldout_statistics is not None:
         extractor = load_feature_extractor(arguments.heldout_extractor)
         metrics["heldout"] = FeatureDistance(extractor, arguments.heldout_statistics)
     return metrics
 
 
-def load_conditions(arguments: RewardArguments) -> Any:
-    """
-    The dataset of conditions, if one is named.
-
-    Raises:
-        OSError: it is neither here nor to be had.
-        ValueError: it lacks the split, or the column of prompts.
-    """
-    name, split, column = arguments.dataset_name, arguments.dataset_split, arguments.prompt_column
-    if name is None:
+def load_conditions(arguments: RewardArguments) -> Dataset | None:
+    """Loads the dataset of conditions, with its prompts in a column `prompt`."""
+    if arguments.dataset_name is None:
         return None
-    dataset = read_dataset(name)
-    if isinstance(dataset, dict):
-        if split not in dataset:
-            raise ValueError(f"dataset_split={split!r} is not in {name}, which has {', '.join(dataset)}.")
-        dataset = dataset[split]
-    elif split != "train":
-        raise ValueError(f"dataset_split={split!r}: {name} has no splits: leave it out.")
-    names = dataset.column_names
+    dataset, _ = read_dataset(arguments.dataset_name, arguments.dataset_split)
+    names, column = dataset.column_names, arguments.prompt_column
     if column not in names and "class_labels" not in names:
         raise ValueError(
-            f"the dataset {name} has columns {names}, none of them {column!r}: name that of the prompts as "
-            "prompt_column, or have class labels in a column 'class_labels'."
+            f"dataset {arguments.dataset_name} has the columns {', '.join(names)}: name the one of prompts as "
+            "prompt_column, or have class labels in a column class_labels."
         )
     if column == "prompt" or column not in names:
         return dataset
-    return dataset.remove_columns([c for c in ("prompt",) if c in names]).rename_column(column, "prompt")
+    return dataset.remove_columns([name for name in ("prompt",) if name in names]).rename_column(column, "prompt")
+
+
+def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[], None] | None = None) -> None:
+    """Trains, from a checkpoint if the options say so, then calls `at_end` and saves or pushes the model."""
+    config = trainer.args
+    logging.getLogger("trl_distreward").setLevel(logging.INFO)
+    logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
+    if log_samples:
+        sampler = "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]
+        trainer.add_callback(LogSamplesCallback(trainer, sampler=sampler))
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    if trainer.interrupted and trainer.is_world_process_zero():
+        print(
+            f"Stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}: to continue, "
+            "run the same command with --resume_from_checkpoint true."
+        )
+    if not trainer.interrupted:
+        if at_end is not None:
+            at_end()
+        if config.push_to_hub:
+            trainer.push_to_hub()  # saves the model and its card first
+        else:
+            trainer.save_model()
+            trainer.create_model_card()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()

@@ -54,7 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
         family.add_argument("output", type=Path, help="folder to write; must not exist, or be empty")
         family.add_argument("--vae", help="folder or Hub id of the VAE; by default the one of the original network")
         family.add_argument("--no-embed-vae", action="store_true", help="name the VAE in the model card only")
-        family.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the network")
+        family.add_argument(
+            "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the network"
+        )
         family.add_argument("--push-to-hub", metavar="REPO", help="also push to this Hub id, with the classes' code")
         family.add_argument("--private", action="store_true", help="create that repository as private")
     sit.add_argument("--num-attention-heads", type=int, help="number of heads, if the size is not a published one")

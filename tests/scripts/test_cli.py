@@ -1,0 +1,111 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from trl_distreward import __version__, load_pipeline
+from trl_distreward.scripts import cli, convert, evaluate, merge, report, statistics, train
+
+CPU = ["--output_dir", "out", "--use_cpu", "True"]
+REWARD = ["--feature_extractor", "tests.helpers.features", "--real_statistics", "real.safetensors"]
+
+
+def outcome(monkeypatch, *argv):
+    """Exception that ends a command."""
+    monkeypatch.setattr(sys, "argv", ["trl-distreward", *map(str, argv)])
+    with pytest.raises((SystemExit, Exception)) as stopped:
+        cli.main()
+    return stopped.value
+
+
+def test_command_lists_its_commands(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trl-distreward"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert all(f"  {command} " in printed for command in cli.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["trl-distreward", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"trl-distreward {__version__}\n"
+    assert "no command 'fly'" in str(outcome(monkeypatch, "fly"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["statistics", "none/", "--output", "s.npz"], "statistics: "),
+        (["evaluate", "--compare", "a.json", "b.json"], "evaluate: [Errno 2] No such file or directory: 'a.json'"),
+        (["train", "--config", "none.yaml"], "train: [Errno 2] No such file or directory: 'none.yaml'"),
+        (
+            ["convert", "sit", "none.pt", "taken"],
+            "convert: taken is not empty: name a folder that does not exist yet.",
+        ),
+        (["train", "--model", "m", *CPU], "train: there is no reward"),
+        (["train", "--model", "m", *CPU, *REWARD, "--oops", "1"], "train: "),
+        (["train", "--model", "m", *CPU, *REWARD, "--num_subset", "8"], "train: "),  # options are not abbreviated
+        (["train", "--config", "bad.yaml"], "train: mapping values are not allowed here"),
+        (["convert", "sit", "taken", "out"], "convert: [Errno 21] Is a directory: 'taken'"),
+        (["train", "--model", "out", *CPU, *REWARD], "train: output_dir='out' is the folder of the model"),
+        (["merge", "--model", "m", *CPU], "merge: there is no reward"),
+        (["report", "none"], "report: "),
+    ],
+)
+def test_errors_are_told_in_a_line_and_may_be_traced(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    (tmp_path / "bad.yaml").write_text("model: a: b")
+    error = outcome(monkeypatch, *argv)
+    assert isinstance(error, SystemExit) and error.code.startswith(f"trl-distreward {message}"), error
+    assert "\n" not in error.code
+    monkeypatch.setenv("TRL_DISTREWARD_TRACEBACK", "1")
+    assert not isinstance(outcome(monkeypatch, *argv), SystemExit)
+
+
+def test_faults_keep_their_trace(monkeypatch):
+    monkeypatch.setattr(evaluate, "main", lambda _: 1 + "")
+    assert isinstance(outcome(monkeypatch, "evaluate"), TypeError)
+
+
+def test_commands_of_launchers_tell_errors_in_a_line_too(tmp_path):
+    command = [sys.executable, "-m", "trl_distreward.scripts.report", str(tmp_path / "none")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("python -m trl_distreward.scripts.report: ")
+
+
+def test_missing_models_are_neither_folders_nor_repositories(monkeypatch):
+    def answer(*_, **__):
+        try:
+            raise OfflineModeIsEnabled
+        except OfflineModeIsEnabled as offline:
+            raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub") from offline
+
+    monkeypatch.setattr("trl_distreward.policies.loading.snapshot_download", answer)
+    with pytest.raises(ConnectionError, match="no folder imagse/samples.*HF_HUB_OFFLINE is set"):
+        load_pipeline("imagse/samples")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            train,
+            (
+                "usage: trl-distreward train ",
+                "\n    trl-distreward train --config recipe.yaml\n",
+                "accelerate launch",
+                *("--model", "--num_subsets", "--reference_update", "--learning_rate", "--lora_r", "default: "),
+            ),
+        ),
+        (merge, ("\n    trl-distreward merge --config recipe.yaml\n", "accelerate launch", "--checkpoints")),
+        (statistics, ("torchrun", "--output", "--features", "--skip-corrupt", "--streaming", "--work-dir")),
+        (evaluate, ("torchrun", "--model", "--compare", "--real", "--spread", "--num-images", "--save-npz")),
+        (convert, ("trl-distreward convert sit",)),
+        (report, ("RUN_DIR", "--output")),
+    ],
+)
+def test_help_is_a_manual(command, options):
+    shown = command.make_parser().format_help()
+    assert all(option in shown for option in options)

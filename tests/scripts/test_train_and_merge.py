@@ -1,0 +1,243 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from tests.clip import coloured, save_tiny_clip
+from tests.evaluation.images import pixels
+from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
+from tests.policies_tiny import sd3
+from trl_distreward import DistributionRewardTrainer, FeatureStatistics, MergeCoefficientTrainer, load_pipeline
+from trl_distreward.metrics import load_feature_extractor
+from trl_distreward.metrics.checks import load_real_features
+from trl_distreward.rewards import clip_score, hps_score, pick_score
+from trl_distreward.scripts import arguments, merge, train
+
+PROJECT = "tests.evaluation.images.project"
+
+RECIPE = """
+model: {folder}/base
+feature_extractor: tests.helpers.features
+real_statistics: {folder}/real.safetensors
+output_dir: {folder}/out
+max_steps: 2
+reference_set_size: 24
+num_subsets: 6
+replace_size: 2
+num_inference_steps: 4
+num_inference_steps_eval: 5
+learning_rate: 0.001
+save_strategy: "no"
+use_cpu: true
+disable_tqdm: true
+report_to: none
+"""
+# fields of the recipe that a merge does not have
+TRAIN_ONLY = ("num_subsets", "replace_size", "learning_rate")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    FeatureStatistics.from_features(features(real_images())).save(tmp_path / "real.safetensors")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    return path
+
+
+def test_train_follows_the_recipe_which_the_command_line_overrides(recipe, tmp_path, capsys):
+    arguments = ["--config", str(recipe), "--max_steps", "3", "--use_peft", "--lora_r", "2", "--save_steps", "1"]
+    train.main(arguments)
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [
+        f"step-{i}.png" for i in range(4)
+    ]
+    assert "'reward'" in capsys.readouterr().out
+    assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
+
+
+def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_path, capsys):
+    write_merge_recipe(recipe, tmp_path)
+    merge.main(["--config", str(recipe), "--initial_coefficients", "0.5,0,0,0.5"])
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["| last", "| uniform", "| start", "| learnt"]
+    learnt = json.loads((tmp_path / "out" / "coefficients.json").read_text())
+    assert len(learnt["coefficients"]["all"]) == 4 and "| learnt |" in (tmp_path / "out" / "README.md").read_text()
+    assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
+
+
+def write_merge_recipe(recipe, folder):
+    """Turns the recipe of training into one of merging, with 4 checkpoints."""
+    lines = [line for line in recipe.read_text().splitlines() if line.partition(":")[0] not in TRAIN_ONLY]
+    checkpoints = "".join(f"\n  - {path}" for path in tiny_pool(folder))
+    recipe.write_text("\n".join([*lines, f"checkpoints:{checkpoints}", "num_generations: 3", "method: emanet"]))
+
+
+def terminate_once(monkeypatch, kind, output_dir, step):
+    """SIGTERM reaches this process in update `step` of the run in `output_dir`, the first time."""
+    sent = []
+    training_step = kind.training_step
+
+    def with_signal(trainer, *args, **kwargs):
+        if not sent and Path(trainer.args.output_dir) == output_dir and trainer.state.global_step == step - 1:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return training_step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "training_step", with_signal)
+
+
+def test_train_stops_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    terminate_once(monkeypatch, DistributionRewardTrainer, out, 2)
+    given = ["--config", str(recipe), "--max_steps", "4", "--eval_strategy", "epoch"]
+    train.main([*given, "--resume_from_checkpoint", "false"])
+    printed = capsys.readouterr().out
+    assert "Stopped by SIGTERM after step 2 of 4" in printed and "--resume_from_checkpoint true" in printed
+    assert "eval_ode" not in printed and not (out / "model_index.json").exists()
+    assert (out / "checkpoint-2").is_dir() and not (out / "samples" / "step-2.png").exists()
+    train.main([*given, "--resume_from_checkpoint", "true"])
+    printed = capsys.readouterr().out
+    assert "eval_ode" in printed and "SIGTERM" not in printed and (out / "model_index.json").exists()
+
+
+def test_merge_stops_at_sigterm_and_resumes(recipe, tmp_path, capsys, monkeypatch):
+    write_merge_recipe(recipe, tmp_path)
+    given, out = ["--config", str(recipe), "--max_steps", "3"], tmp_path / "out"
+    terminate_once(monkeypatch, MergeCoefficientTrainer, out, 2)
+    merge.main(given)
+    printed = capsys.readouterr().out
+    assert "Stopped by SIGTERM after step 2 of 3" in printed and "| learnt" not in printed
+    assert (out / "checkpoint-2").is_dir() and not (out / "coefficients.json").exists()
+    merge.main([*given, "--resume_from_checkpoint", "true"])
+    assert "| learnt" in capsys.readouterr().out and (out / "coefficients.json").exists()
+
+
+def test_options_reach_the_policy(tmp_path):
+    sd3().save_pretrained(tmp_path / "sd3")
+    given, config = {"model": "x", "reward_funcs": ["my.reward"]}, tiny_config(tmp_path, guidance_scale=3.0)
+    options = {"height": 4, "width": 8, "offload_text_encoders": True, "dtype": "bfloat16"}
+    policy = train.load_policy(train.TrainArguments(**given, **options), config, str(tmp_path / "sd3"))
+    assert (policy.size, policy.offload_text_encoders, policy.guidance_scale) == ((4, 8), True, 3.0)
+    assert policy.model.dtype == torch.bfloat16
+    policy = train.load_policy(train.TrainArguments(**given, dtype="bfloat16"), config, tiny_pipeline())
+    assert policy.model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="height=4: ClassConditionalPolicy has no"):
+        train.load_policy(train.TrainArguments(**given, height=4), config, tiny_pipeline())
+
+
+EXTRACTOR = {"feature_extractor": "tests.helpers.features"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "there is no reward"),
+        (EXTRACTOR, "and real_statistics or real_images: give one of each"),
+        ({"real_images": "folder"}, "needs feature_extractor or prompt_encoder"),
+        ({**EXTRACTOR, "real_statistics": "r", "heldout_extractor": "clip"}, "heldout_statistics belong together"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        train.TrainArguments(model="x", **options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pickscore", "'pickscore' is unknown: choose one of clip_score, pick_score, hps_score"),
+        ("hps_score", "'hps_score' has wrong options: .*source"),
+        ("tests.helpers.nothing", "'tests.helpers.nothing' cannot be imported"),
+    ],
+)
+def test_wrong_rewards_are_named(spec, message):
+    with pytest.raises(ValueError, match=message):
+        arguments.find_reward(spec)
+
+
+def test_rewards_are_known_by_name(tmp_path):
+    clip = save_tiny_clip(tmp_path / "clip")
+    images, prompts = coloured(4)
+    specs = {
+        f"clip_score,source={clip},resize=torch": clip_score(clip, resize="torch"),
+        f"pick_score,source={clip}": pick_score(clip),
+        f"hps_score,source={clip}": hps_score(clip),
+        "tests.helpers.features": features,
+    }
+    given = train.TrainArguments(model="x", reward_funcs=list(specs))
+    rewards = arguments.build_rewards(given, str(tmp_path))
+    for reward, expected in zip(rewards[:-1], list(specs.values())[:-1], strict=True):
+        assert torch.equal(reward(images, conditions=prompts), expected(images, conditions=prompts))
+    assert rewards[-1] is features
+    metrics = arguments.build_metrics(given, rewards)
+    assert list(metrics) == ["clip_score", "pick_score", "hps_score"]
+    for part in (slice(0, 3), slice(3, 4)):
+        metrics["pick_score"].update(images[part], prompts[part])
+    mean = rewards[1](images, conditions=prompts).double().mean().item()
+    assert metrics["pick_score"].compute() == pytest.approx(mean, rel=1e-6)
+
+
+def test_prompts_may_be_in_any_column_of_a_saved_dataset(tmp_path):
+    rows = {"caption": ["a cat", "a dog"], "prompt": ["x", "y"], "image": [1, 2]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "one")
+    DatasetDict(test=Dataset.from_dict(rows)).save_to_disk(tmp_path / "split")
+    given = {"model": "x", "reward_funcs": ["tests.helpers.features"]}
+
+    def load(name, **options):
+        return arguments.load_conditions(train.TrainArguments(dataset_name=str(tmp_path / name), **given, **options))
+
+    assert load("one")["prompt"] == ["x", "y"]
+    assert load("one", prompt_column="caption")["prompt"] == ["a cat", "a dog"]
+    assert load("split", prompt_column="caption", dataset_split="test")["prompt"] == ["a cat", "a dog"]
+    for name, options, message in (
+        ("one", {"prompt_column": "text"}, "has the columns caption, prompt, image: name the one of prompts"),
+        ("split", {"dataset_split": "train"}, "split='train' is not in .*split: choose one of test"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(name, **options)
+    with pytest.raises(OSError, match="dataset my-org/none cannot be loaded"):
+        arguments.load_conditions(train.TrainArguments(dataset_name="my-org/none", **given))
+
+
+def test_statistics_of_real_images_are_computed_once(tmp_path):
+    np.savez(tmp_path / "real.npz", pixels(9))
+    given = {"model": "x", "feature_extractor": PROJECT, "real_images": str(tmp_path / "real.npz")}
+    options, extractor = train.TrainArguments(**given, real_resize=4), load_feature_extractor(PROJECT)
+    path = arguments.find_real_statistics(options, extractor, str(tmp_path / "out"))
+    assert FeatureStatistics.load(path).count == 9
+    written = Path(path).stat().st_mtime_ns
+    assert arguments.find_real_statistics(options, extractor, str(tmp_path / "out")) == path
+    assert Path(path).stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="was made with image_resize=4, not 8: remove it, or name another file"):
+        arguments.find_real_statistics(replace(options, real_resize=8), extractor, str(tmp_path / "out"))
+    kernel = replace(options, distance="kernel", real_statistics=str(tmp_path / "features.safetensors"))
+    features = load_real_features(arguments.find_real_statistics(kernel, extractor, str(tmp_path / "out")))
+    assert features.shape == (9, 5)
+
+
+def test_options_take_numbers_or_words(tmp_path):
+    shared = ["--model", "m", "--reward_funcs", "my.reward", "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    for given, expected in ((["auto"], "auto"), (["20"], 20)):
+        _, config = train.make_parser().parse_args_and_config([*shared, "--reference_refresh_steps", *given])
+        assert config.reference_refresh_steps == expected
+
+
+def test_dry_run_prints_a_prediction_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+    train.main(["--config", str(recipe), "--dry-run", "--save_strategy", "steps"])
+    printed = capsys.readouterr().out
+    assert "2 updates on 1 x CPU" in printed and "network evaluations" in printed and printed.rstrip().endswith("fits")
+    assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "samples").exists()
+    monkeypatch.setattr(train, "dry_run", lambda trainer: SimpleNamespace(fits=False))
+    monkeypatch.setattr(train, "format_prediction", lambda prediction: "does not fit")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--config", str(recipe), "--dry-run"])
+    assert stopped.value.code == 1 and "does not fit" in capsys.readouterr().out

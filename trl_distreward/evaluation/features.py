@@ -1,0 +1,197 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""
+Features of a set of images, computed by any number of processes and stored in one file per shard.
+
+Killed at any time, the same call continues with the shards that are missing. Batches never span shards, and moments
+are accumulated in the order of the set, so the result is the same to the last bit, however many processes shared the
+work and however often it was interrupted.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+from ..files import write_json, written_whole
+from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, module_of
+from ..metrics.statistics import FeatureStatistics
+from .decoding import StoredImage, UnreadableImage, decode_image
+from .sources import ImageSource
+
+_PATTERN, _SETTINGS = "features-*.safetensors", "settings.json"
+_BLOCK = 4096  # rows that enter the moments together; the last bits of the sums depend on it
+
+
+class CollectedFeatures:
+    """
+    Features of a set, in files.
+
+    Args:
+        paths (`Sequence[Path]`): files in the order of the set.
+
+    Attributes:
+        skipped (`list[str]`): one message for each image that was left out.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths: list[Path] = []
+        self.skipped: list[str] = []
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                self.skipped += json.loads(file.metadata()["skipped"])
+                self.paths += [path] if file.keys() else []
+        if not self.paths:
+            raise ValueError(f"none of the {len(self.skipped)} images can be read: {self.skipped[0]}")
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Features of one extractor in float32, in the order of the set, at most 4096 rows at a time."""
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                yield from file.get_tensor(name).split(_BLOCK)
+
+    def features(self, name: str) -> Tensor:
+        """Features `(N, d)` of one extractor in float32."""
+        return torch.cat(list(self.blocks(name)))
+
+    def statistics(self, name: str, metadata: Mapping[str, str] | None = None) -> FeatureStatistics:
+        """Moments of one extractor's features, of which only a block is in memory at a time."""
+        statistics = FeatureStatistics(next(self.blocks(name)).shape[1], metadata)
+        for block in self.blocks(name):
+            statistics.update(block)
+        return statistics
+
+
+class _Batches(IterableDataset):
+    """
+    Decoded batches of some shards, which the workers of a DataLoader share out shard by shard.
+
+    Yields a shard's index, images and messages of unreadable images; at the end of a shard, `None` for the images.
+    """
+
+    def __init__(self, source: ImageSource, shards: list[int], batch_size: int, resize: int | None):
+        self.source, self.shards, self.batch_size, self.resize = source, shards, batch_size, resize
+
+    def __iter__(self) -> Iterator[tuple[int, list[StoredImage] | None, list[str]]]:
+        worker = torch.utils.data.get_worker_info()
+        for shard in self.shards if worker is None else self.shards[worker.id :: worker.num_workers]:
+            stored = self.source.shard(shard, self.batch_size)
+            while batch := list(islice(stored, self.batch_size)):
+                yield shard, *self._decode(batch)
+            yield shard, None, []
+
+    def _decode(self, batch: list[StoredImage]) -> tuple[list[StoredImage], list[str]]:
+        decoded, skipped = [], []
+        for image in batch:
+            try:
+                decoded.append(StoredImage(image.name, decode_image(image, self.resize), image.prompt))
+            except UnreadableImage as error:
+                skipped.append(str(error))
+        return decoded, skipped
+
+
+def collect_features(
+    source: ImageSource,
+    extractors: Mapping[str, FeatureExtractor],
+    folder: str | os.PathLike,
+    *,
+    batch_size: int = 64,
+    resize: int | None = None,
+    skip_corrupt: bool = False,
+    keep_images: bool = False,
+    num_workers: int = 4,
+) -> CollectedFeatures:
+    """
+    Computes the features of all images of a set. All processes call it.
+
+    Args:
+        source ([`~evaluation.ImageSource`]): the images.
+        extractors (`dict[str, Callable]`): each maps uint8 images `(B, 3, H, W)`, and prompts if it needs conditions,
+            to features `(B, d)`.
+        folder (`str` or `os.PathLike`): folder that all processes share; unfinished work in it is continued.
+        batch_size (`int`, *optional*, defaults to 64): images at a time.
+        resize (`int`, *optional*): side to which images are cropped and resized; without it all images must have one
+            size.
+        skip_corrupt (`bool`, *optional*, defaults to `False`): leave out images that cannot be read.
+        keep_images (`bool`, *optional*, defaults to `False`): store the images too, as uint8 `(N, H, W, 3)` features
+            named `"images"`.
+        num_workers (`int`, *optional*, defaults to 4): worker processes that decode images, for each process.
+
+    Raises:
+        ValueError: an image cannot be read or has another size than the others, features are not finite, or the folder
+            holds work of other settings.
+    """
+    state, folder = PartialState(), Path(folder)
+    about = {name: [extractor_digest(freeze(e)), getattr(e, "resize", None)] for name, e in extractors.items()}
+    settings = {"images": source.description, "extractors": about, "batch_size": batch_size, "resize": resize}
+    _begin(folder, {**settings, "keep_images": keep_images}, state)
+    paths = [folder / _PATTERN.replace("*", f"{i:05d}") for i in range(source.num_shards(batch_size))]
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    state.wait_for_everyone()  # before the first file appears: all processes share out the same shards
+    mine = missing[state.process_index :: state.num_processes]
+    for module in filter(None, map(module_of, extractors.values())):
+        module.to(state.device)
+    workers = min(num_workers, len(mine), os.cpu_count() or 1) if source.in_workers else 0
+    batches = DataLoader(_Batches(source, mine, batch_size, resize), batch_size=None, num_workers=workers)
+    columns: dict[int, defaultdict[str, list[Tensor]]] = {i: defaultdict(list) for i in mine}
+    messages: dict[int, list[str]] = {i: [] for i in mine}
+    size: tuple[int, ...] = ()
+    bar = tqdm(total=len(mine), desc="features", unit="shard", disable=not state.is_main_process)
+    for shard, images, skipped in batches:
+        messages[shard] += skipped
+        _check_skipped(skipped, skip_corrupt)
+        if images is None:
+            rows = {name: torch.cat(each).cpu() for name, each in columns.pop(shard).items()}
+            with written_whole(paths[shard]) as file:
+                file.write(save(rows, {"skipped": json.dumps(messages.pop(shard))}))
+            bar.update()
+            continue
+        for image in images:
+            size = size or image.content.shape
+            if image.content.shape != size:
+                raise ValueError(
+                    f"{image.name} has the shape {image.content.shape}, others have {size}: pass --resize N to bring "
+                    "all images to N x N."
+                )
+        if images:
+            pixels = torch.from_numpy(np.stack([image.content for image in images])).to(state.device)
+            prompts = None if images[0].prompt is None else [image.prompt for image in images]
+            for name, extractor in extractors.items():
+                with torch.inference_mode():
+                    columns[shard][name].append(extract_features(extractor, pixels, prompts, name=name))
+            if keep_images:
+                columns[shard]["images"].append(pixels.permute(0, 2, 3, 1))
+    bar.close()
+    state.wait_for_everyone()
+    collected = CollectedFeatures(paths)
+    state.wait_for_everyone()  # before the main process may remove the files
+    _check_skipped(collected.skipped, skip_corrupt)
+    return collected
+
+
+def _begin(folder: Path, settings: Mapping[str, Any], state: PartialState) -> None:
+    """Writes the settings of new work into its folder; compares them with those of unfinished work."""
+    path = folder / _SETTINGS
+    if state.is_main_process and not any(folder.glob(_PATTERN)):
+        write_json(path, settings)
+    state.wait_for_everyone()
+    held, asked = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    changed = [f"{name} was {held[name]} and is {asked[name]}" for name in asked if held[name] != asked[name]]
+    if changed:
+        raise ValueError(f"{folder} holds work of other settings: {'; '.join(changed)}. Name another folder.")
+
+
+def _check_skipped(messages: list[str], skip_corrupt: bool) -> None:
+    if messages and not skip_corrupt:
+        raise UnreadableImage(messages[0])
