@@ -5,14 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from trl_distreward import FeatureStatistics, KernelDistance, feature_metrics, frechet_distance
+from trl_distreward import (
+    FeatureStatistics,
+    KernelDistance,
+    feature_metrics,
+    frechet_distance,
+    precision_recall_density_coverage,
+)
 from trl_distreward.metrics import (
     cmmd,
     frechet_infinity,
     half_sample_spread,
     inception_score,
     kernel_inception_distance,
-    precision_recall_density_coverage,
 )
 from trl_distreward.metrics.scores import METRICS
 

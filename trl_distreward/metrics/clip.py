@@ -2,7 +2,6 @@
 """CLIP embeddings of images and prompts, and features of images joined with their prompts."""
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ class CLIPEmbeddings(BackboneFeatures):
         super().__init__(model, name, "image_embeds", size, CLIP_MEAN, CLIP_STD, resize)
         self.tokenizer = tokenizer
         self.max_length = model.config.text_config.max_position_embeddings
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         with full_precision():
@@ -59,21 +58,17 @@ class CLIPEmbeddings(BackboneFeatures):
             filled = part + [""] * (TEXT_BATCH - len(part))
             self._cache.update(zip(part, self._embed(filled).cpu().unbind()[: len(part)], strict=True))
         embeddings = torch.stack([self._cache[prompt] for prompt in prompts])
-        for prompt in dict.fromkeys(prompts):
-            self._cache.move_to_end(prompt)
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+        if len(self._cache) > self.cache_size:
+            self._cache = {prompt: self._cache[prompt] for prompt in prompts}
         return embeddings.to(self.mean.device)
 
     def _embed(self, prompts: list[str]) -> Tensor:
-        device = self.mean.device
         # always the full length: a prompt's last bits must not depend on the longest one beside it
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        options = {"padding": "max_length", "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        tokens = self.tokenizer(prompts, **options).to(self.mean.device)
         with full_precision():
             outputs = self.model.get_text_features(
-                input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
             return F.normalize(outputs.pooler_output, dim=1).float()
 

@@ -78,13 +78,10 @@ def build_distance(
 
     Args:
         distance (`str` or `Callable`): `"frechet"`, `"kernel"`, or a function from the real data to a distance.
-        real ([`FeatureStatistics`], `torch.Tensor` of shape `(M, d)` or path):
-            the real data. A path is read first: a function gets the features if the file holds them, else statistics.
+        real ([`FeatureStatistics`], `torch.Tensor` of shape `(M, d)` or path): the real data. A path is read first: a
+            function gets the features if the file holds them, else statistics.
         extractor (`Callable`, *optional*): if it has a `name`, it must be the extractor that the real data names, with
             the same resize and weights.
-
-    Raises:
-        ValueError: an unknown name, or real data of another extractor.
     """
     if isinstance(distance, str):
         if distance not in DISTANCES:

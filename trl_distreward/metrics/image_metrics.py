@@ -66,8 +66,7 @@ class FeatureDistance:
 
     ```python
     >>> metric = FeatureDistance(extractor, "real.safetensors")
-    >>> for images in batches:
-    ...     metric.update(images)
+    >>> metric.update(images)
     >>> metric.compute()
     ```
     """

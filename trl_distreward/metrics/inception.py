@@ -176,27 +176,15 @@ class InceptionV3(nn.Module):
     gradients through it.
 
     Args:
-        resize (`str`, *optional*, defaults to `"tensorflow"`): resize to 299x299 and scaling. Distances with different
-            resizes are not comparable.
-
-            - `"tensorflow"`: the graph's own resize, then `(x - 128) / 128`; the original FID, ADM's evaluator,
-              torch-fidelity and NVIDIA's networks.
-            - `"pytorch"`: `F.interpolate` of `x / 255` with half-pixel centres, then `2 x - 1`; pytorch-fid.
-            - `"clean"`: Pillow's bicubic, then `(x - 128) / 128`; clean-fid.
+        resize (`str`, *optional*, defaults to `"tensorflow"`): resize to 299x299 and scaling, which distances must
+            share. `"tensorflow"`: the graph's own resize, then `(x - 128) / 128`, as the original FID, ADM's
+            evaluator, torch-fidelity and NVIDIA's networks. `"pytorch"`: `F.interpolate` of `x / 255` with half-pixel
+            centres, then `2 x - 1`, as pytorch-fid. `"clean"`: Pillow's bicubic, then `(x - 128) / 128`, as clean-fid.
         output (`str`, *optional*, defaults to `"pool3"`): result of a call: `"pool3"`, 2048 features for FID, KID,
             precision and recall; `"spatial"`, 2023 features for sFID; `"logits"` or `"logits_unbiased"`, 1008 logits
             for the Inception Score (published scores use the latter).
 
-    Attributes:
-        name (`str`), resize (`str`), dimension (`int`): to be recorded with statistics of these features.
-
-    Example:
-
-    ```python
-    >>> inception = load_inception()
-    >>> inception(images).shape  # (B, 3, H, W) uint8
-    torch.Size([B, 2048])
-    ```
+    Its `name`, `resize` and `dimension` are to be recorded with statistics of its features.
     """
 
     def __init__(self, resize: str = "tensorflow", output: str = "pool3"):
@@ -231,7 +219,7 @@ class InceptionV3(nn.Module):
         return (resize_tensorflow(images, INPUT_SIZE) - 128) / 128
 
     def activations(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yields name and output of each layer: convolutions, pools and blocks, then `"pool3"`."""
+        """Yields name and output of each convolution, pool and block, then of `"pool3"`."""
         x = self.prepare(images)
         for stage in STEM:
             name = stage if isinstance(stage, str) else stage[0]
@@ -244,20 +232,15 @@ class InceptionV3(nn.Module):
 
     def outputs(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """
-        Several outputs of one pass.
-
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`): uint8, or floating-point in [0, 255].
-            names (`list[str]`): any of `"pool3"`, `"spatial"`, `"logits"`, `"logits_unbiased"`.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `(B, d)` each. `"spatial"` is the first seven channels of ADM's
-            `mixed_6/conv:0`, flattened position by position as in ADM's evaluator.
+        Several outputs `(B, d)` of one pass, by name, for images `(B, 3 or 1, H, W)`, uint8 or floating-point in
+        [0, 255].
         """
         found: dict[str, Tensor] = {}
         with full_precision():
             for layer, x in self.activations(images):
-                if layer == "Mixed_6d":  # its first branch is the graph's mixed_6/conv
+                if (
+                    layer == "Mixed_6d"
+                ):  # its first branch is mixed_6/conv:0, of which ADM's evaluator takes 7 channels
                     found["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)
                     if set(names) == {"spatial"}:
                         return found

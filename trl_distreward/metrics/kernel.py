@@ -66,19 +66,16 @@ class KernelDistance:
     sets rather than blocks of 1,000 rows: `k(x, y) = (x·y / d + 1)³`. `kernel="gaussian"` is the *mean* over
     bandwidths σ of `exp(-|x - y|² / 2σ²)`.
 
-    Inner products are float64 if the real set has at most `float64_elements` numbers, and float32 beyond; kernel
-    values and sums are always float64. With N = M = 5,000, d = 2,048, n = 50, float32 changes `replaced` by 1.4e-6 of
-    its standard deviation over subsets.
+    Inner products are float64 if the real set has at most `float64_elements` numbers, and float32 beyond, which
+    changes `replaced` by 1.4e-6 of its standard deviation over subsets; kernel values and sums are always float64.
 
     Args:
         real_features (`torch.Tensor` of shape `(M, d)`): the real features, any float dtype, M ≥ 2.
         kernel (`str`, *optional*, defaults to `"polynomial"`): or `"gaussian"`.
-        unbiased (`bool`, *optional*, defaults to `True`):
-            the U-statistic: its expectation does not depend on the sets' sizes, and it can be negative. Otherwise the
-            V-statistic, which counts each row's kernel value with itself and is never negative.
-        bandwidths (`Sequence[float]`, *optional*):
-            σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median distance between at most 2,000 real
-            rows, evenly spaced through the set.
+        unbiased (`bool`, *optional*, defaults to `True`): the U-statistic, whose expectation does not depend on the
+            sets' sizes, and which can be negative. Otherwise the V-statistic, which is never negative.
+        bandwidths (`Sequence[float]`, *optional*): σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median
+            distance between at most 2,000 real rows.
 
     Example:
 

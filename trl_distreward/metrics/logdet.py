@@ -23,13 +23,10 @@ class ShiftedGrams:
     """
     `M_j = W (Λ + s_j²)⁻¹ Wᵀ` for many shifts at once, at the price of about nine for features 2048 wide.
 
+    Λ are ascending eigenvalues `(d,)`, shifts `(J,)` are `s_j²`, or a `-τ²` below the eigenvalues that are not 0.
     Within a block of neighbouring eigenvalues the J functions `λ / (λ + s_j²)` are nearly dependent: six or eight of
     their singular vectors carry them to a part in 10¹¹. Each block takes that many products, and the M_j are sums of
     them.
-
-    Args:
-        eigenvalues (`torch.Tensor` of shape `(d,)`, float64): Λ, ascending.
-        shifts (`torch.Tensor` of shape `(J,)`, float64): `s_j²`, or a `-τ²` below the eigenvalues that are not 0.
     """
 
     def __init__(self, eigenvalues: Tensor, shifts: Tensor):
@@ -46,15 +43,7 @@ class ShiftedGrams:
         self.mixing = torch.cat(mixing, dim=1)  # (J, terms)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """
-        Grams of each subset's change at every shift.
-
-        Args:
-            rows (`torch.Tensor` of shape `(B, r, d)`): W for each of B subsets, divided by `λ^½` where λ is not 0.
-
-        Returns:
-            `torch.Tensor` of shape `(J, B, r, r)`, float64.
-        """
+        """Grams `(J, B, r, r)` of rows W `(B, r, d)`, which are divided by `λ^½` where λ is not 0."""
         batch, rank, _ = rows.shape
         if rank <= 7:  # multiplies each pair of rows once
             first, second = torch.tril_indices(rank, rank, device=rows.device)
@@ -123,9 +112,8 @@ class Factors(NamedTuple):
 
 def factorize(grams: Tensor, added: int) -> Factors:
     """
-    Factors of grams M `(..., n + k, n + k)`, whose first `added` rows belong to the added rows.
-
-    With the added rows first, both factors are positive definite, because `A + W₊ᵀW₊` and `A'` are.
+    Factors of grams M `(..., n + k, n + k)`, whose first n rows are the added ones: with these first, both factors are
+    positive definite, because `A + W₊ᵀW₊` and `A'` are.
     """
     plus = grams[..., :added, :added].clone()
     plus.diagonal(dim1=-2, dim2=-1).add_(1)

@@ -24,20 +24,16 @@ class Quadrature:
     """
     Nodes and weights for spectra of `A^½` in `[lower, upper]`; zeros that `A` and `A'` share do not matter.
 
-    Attributes:
-        lower, upper (`float`): the interval of square roots of eigenvalues.
-        nodes, weights (`torch.Tensor` of shape `(num_nodes,)`, float64): `s_j` ascending, and `w_j`.
-        bound (`float`): δ, the largest relative error on the square root of one number in the interval. If the trace
-            changes by the sum of a rise `Δ₊` and a fall `Δ₋`, the error is at most `δ (Δ₊ + Δ₋)`.
-        coarse_bound (`float`): the same bound for the rule of every third node.
+    The bound δ is the largest relative error on the square root of one number in the interval. If the trace changes by
+    the sum of a rise `Δ₊` and a fall `Δ₋`, the error is at most `δ (Δ₊ + Δ₋)`.
     """
 
     lower: float
     upper: float
-    nodes: Tensor
-    weights: Tensor
-    bound: float
-    coarse_bound: float
+    nodes: Tensor  # s_j, ascending, float64
+    weights: Tensor  # w_j, float64
+    bound: float  # δ
+    coarse_bound: float  # δ of the rule of every third node
 
     @property
     def coarse(self) -> Tensor:
@@ -48,11 +44,7 @@ class Quadrature:
 
 
 def elliptic_quadrature(lower: float, upper: float, tolerance: float = TOLERANCE) -> Quadrature:
-    """
-    Quadrature for square roots of eigenvalues in `[lower, upper]`, `0 < lower <= upper`.
-
-    The number of nodes is the smallest multiple of 3 whose error bound δ is at most `tolerance`.
-    """
+    """Quadrature for `[lower, upper]`, with the least multiple of 3 nodes whose error bound is at most `tolerance`."""
     upper = max(upper, 2 * lower)  # keeps the nome below 0.02, so that a dozen terms of its series suffice
     modulus = lower / upper
     quarter, across = _quarter_periods(modulus)  # K(κ) and K(1 - κ) at κ = modulus²
@@ -78,7 +70,7 @@ def elliptic_quadrature(lower: float, upper: float, tolerance: float = TOLERANCE
 
 def error_bound(lower: float, upper: float, num_nodes: int) -> float:
     """
-    A-priori error bound δ of the rule: `4ρ / (1 - ρ)`, `ρ = exp(-2π n K(κ) / K(1 - κ))`, `κ = (lower / upper)²`.
+    A-priori error bound of the rule: `δ = 4ρ / (1 - ρ)`, `ρ = exp(-2π n K(κ) / K(1 - κ))`, `κ = (lower / upper)²`.
 
     The slope of the integrand for one eigenvalue, `2a / π · s'(u) / (a² + s(u)²)`, has period `2K(1 - κ)` and four
     simple poles in it, at distance `K(κ)` from the real line and with residues of size `1/π`. Each adds at most
