@@ -30,7 +30,7 @@ from ..files import write_json
 from ..hub import with_retries, without_tokens
 from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy
-from . import checkpointing, skipped
+from . import checkpointing
 from .base_config import DiffusionTrainerConfig
 from .callbacks import StopOnSIGTERM, UpdateWeights
 from .checks import check_launch
@@ -225,25 +225,43 @@ class DiffusionTrainer(_BaseTrainer):
             self.accelerator.backward(nothing)
         return torch.zeros((), device=self.accelerator.device)
 
-    def skip_update(self, reason: str, **context: Any) -> None:
+    def skip_update(self, reason: str) -> None:
         """
-        Counts an update that cannot be made, and writes its context to a file.
+        Counts an update that cannot be made.
 
         Raises:
             RuntimeError: more than `max_skipped_updates` in a row.
         """
         self.skipped_in_a_row += 1
         self.record("skipped_updates", 1.0)
-        skipped.write_context(self, reason, context)
+        logger.warning(f"Update {self.state.global_step} is skipped: {reason}.")
+        if self.skipped_in_a_row > self.args.max_skipped_updates:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} updates in a row were skipped, more than max_skipped_updates, the last because "
+                f"{reason}: lower the learning rate or noise_level, then resume from the last checkpoint."
+            )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if not self._without_update:
-            skipped.drop_bad_gradients(self, model, norm)
-            return norm
-        self._without_update = False
-        model.zero_grad(set_to_none=True)  # with zero gradients, momentum would still move the weights
-        return 0.0 if norm is None else norm
+        """Drops gradients that are not finite before the optimizer sees them."""
+        norm, scaler = super()._get_grad_norm(model, grad_norm), self.accelerator.scaler
+        if self._without_update:
+            self._without_update = False
+            model.zero_grad(set_to_none=True)  # with zero gradients, momentum would still move the weights
+            return 0.0 if norm is None else norm
+        if norm is None or torch.isfinite(torch.as_tensor(norm)):
+            self.skipped_in_a_row = 0
+        elif self.is_deepspeed_enabled and not self.args.fp16:
+            raise RuntimeError(
+                "the gradient is not finite, and DeepSpeed has already taken the step: lower the learning rate or "
+                "noise_level, then resume from the last checkpoint."
+            )
+        elif self.is_deepspeed_enabled or (scaler is not None and scaler.get_scale() >= 1):
+            self.record("skipped_updates", 1.0)  # an overflow in float16: the scaler skips the step
+        else:
+            if scaler is None:
+                model.zero_grad(set_to_none=True)
+            self.skip_update("the gradient is not finite")
+        return norm
 
     # ---- generation and evaluation ----
 
@@ -287,12 +305,7 @@ class DiffusionTrainer(_BaseTrainer):
     def write_model(self, folder: Path) -> None:
         """Writes a pipeline that loads with `from_pretrained`. All processes call it, the main one writes."""
         with self.evaluation_weights():
-            if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
             checkpointing.write_pipeline(self, folder)
-        if self.args.should_save:
-            # not transformers' training_args.bin: a pickle with the Hub token in plain text
-            Path(folder, "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def training_state(self) -> dict[str, Any]:
         """State beyond what transformers saves; subclasses extend it. All processes call it."""
@@ -320,20 +333,10 @@ class DiffusionTrainer(_BaseTrainer):
         if self.ema is not None:
             self.ema = PolicyEMA(self.network, self.ema.decay)
 
-    def write_optimizer(self, folder: Path) -> None:
-        """Writes what transformers saves beside the model."""
-        if self.is_fsdp_enabled:
-            checkpointing.write_fsdp_optimizer(self, folder)
-        else:
-            self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it.
-
-        All processes call it, the main one writes. Pushes to the Hub afterwards if `push_to_hub` is set.
+        Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it. All
+        processes call it, the main one writes. Pushes to the Hub afterwards if `push_to_hub` is set.
         """
         self.write_model(Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
@@ -349,10 +352,8 @@ class DiffusionTrainer(_BaseTrainer):
         **kwargs: Any,
     ) -> Any:
         """
-        Saves the pipeline and its card, and pushes them as one commit, see [`~transformers.Trainer.push_to_hub`].
-
-        All processes call it, the main one pushes. Failures that may pass are retried; after an error nothing was
-        committed.
+        Saves the pipeline and its card, and pushes them as one commit, see [`~transformers.Trainer.push_to_hub`]. All
+        processes call it. Failures that may pass are retried; after an error nothing was committed.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
@@ -429,9 +430,6 @@ class DiffusionTrainer(_BaseTrainer):
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, best_model_checkpoint=best)
         self.write_record()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.write_model(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_trained(resume_from_checkpoint)

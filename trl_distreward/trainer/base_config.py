@@ -23,51 +23,11 @@ def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any
 
 @dataclass
 class DiffusionTrainerConfig(_BaseConfig):
-    r"""
-    Parameters that both trainers share, on top of [`~transformers.TrainingArguments`].
+    """
+    Options that both trainers share, on top of [`~transformers.TrainingArguments`].
 
-    Parameters:
-        > Parameters that control the reward
-
-        reference_set_size (`int`, *optional*, defaults to `5000`):
-            Images N of the generated set.
-        stratify_by (`str`, *optional*):
-            Column of the training dataset with strata, for example topics. The generated set, and every subset that is
-            replaced, keeps each stratum's share of the dataset.
-        reward_weights (`list[float]`, *optional*):
-            Weights of several reward functions; all 1 by default.
-
-        > Parameters that control generation
-
-        noise_schedule (`str`, *optional*, defaults to `"sit"`):
-            Noise of the SDE: `"sit"`, `"flow_grpo"`, `"dance"` or `"cps"`, see [`~sampling.transition`].
-        noise_level (`float`, *optional*, defaults to `1.0`):
-            Level η of the noise; with `"sit"`, 1 is SiT's own sampler.
-        last_step_size (`float`, *optional*, defaults to `0.04`):
-            Size of a last SDE step without noise, as SiT takes it; it is not trained. 0: all steps are equal.
-        time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: even steps. `"karras"`: EDM's noise levels. `"auto"`: the grid of the pipeline's scheduler.
-            The SDE on the latter two needs `last_step_size=0`.
-        time_shift (`float`, *optional*, defaults to `1.0`):
-            Resolution shift of an even grid; 1 is none.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Classifier-free guidance in training and evaluation; 1 is none.
-        guidance_channels (`int`, *optional*):
-            Guides only the first channels; all by default. SiT's own code guides 3 of its latent's 4.
-        decode_batch_size (`int`, *optional*):
-            Samples decoded at a time; a whole batch by default. Lower it if the VAE runs out of memory.
-        max_skipped_updates (`int`, *optional*, defaults to `5`):
-            Stops training after more updates in a row were skipped because of values that are not finite.
-
-        > Parameters that control evaluation
-
-        num_eval_images (`int`, *optional*):
-            Images per evaluation; `reference_set_size` by default. Compare distances only at equal numbers.
-        eval_seed (`int`, *optional*, defaults to `0`):
-            Seed of the evaluation noise, the same at every evaluation.
-
-    > Other defaults than in [`~transformers.TrainingArguments`]: `logging_steps=1`, `remove_unused_columns=False`. A
-    > lower value of `metric_for_best_model` is better unless `greater_is_better` says otherwise.
+    Other defaults than there: `logging_steps=1`, `remove_unused_columns=False`. A lower value of
+    `metric_for_best_model` is better unless `greater_is_better` says otherwise.
     """
 
     logging_steps: float = option(1, "Steps between two logs.")
@@ -78,24 +38,45 @@ class DiffusionTrainerConfig(_BaseConfig):
     remove_unused_columns: bool | None = option(False, "Kept False: columns are conditions.")
 
     # Parameters that control the reward
-    reference_set_size: int = option(5000, "Images of the generated set.")
-    stratify_by: str | None = option(None, "Dataset column of strata whose shares the generated set keeps.")
+    reference_set_size: int = option(5000, "Images N of the generated set.")
+    stratify_by: str | None = option(
+        None,
+        "Column of the training dataset with strata, for example topics. The generated set, and every subset that "
+        "is replaced, keeps each stratum's share of the dataset.",
+    )
     reward_weights: list[float] | None = option(None, "Weights of several reward functions; all 1 by default.")
 
     # Parameters that control generation
-    noise_schedule: str = option("sit", "Noise schedule of the SDE.", NOISE_SCHEDULES)
-    noise_level: float = option(1.0, "Noise level of the SDE.")
-    last_step_size: float = option(0.04, "Size of a last SDE step without noise; 0: all steps are equal.")
-    time_grid: str = option("uniform", "Spacing of the time grid.", TIME_GRIDS)
-    time_shift: float = option(1.0, "Resolution shift of an even time grid.")
-    guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none.")
-    guidance_channels: int | None = option(None, "Guides only the first channels; SiT's code uses 3.")
-    decode_batch_size: int | None = option(None, "Samples decoded at a time; a whole batch by default.")
-    max_skipped_updates: int = option(5, "Updates in a row that may be skipped for values that are not finite.")
+    noise_schedule: str = option(
+        "sit", "Noise of the SDE: 'sit', 'flow_grpo', 'dance' or 'cps', see sampling.transition.", NOISE_SCHEDULES
+    )
+    noise_level: float = option(1.0, "Level η of the noise; with 'sit', 1 is SiT's own sampler.")
+    last_step_size: float = option(
+        0.04, "Size of a last SDE step without noise, as SiT takes it; it is not trained. 0: all steps are equal."
+    )
+    time_grid: str = option(
+        "uniform",
+        "'uniform': even steps. 'karras': EDM's noise levels. 'auto': the grid of the pipeline's scheduler. The "
+        "SDE on the latter two needs last_step_size=0.",
+        TIME_GRIDS,
+    )
+    time_shift: float = option(1.0, "Resolution shift of an even grid; 1 is none.")
+    guidance_scale: float = option(1.0, "Classifier-free guidance in training and evaluation; 1 is none.")
+    guidance_channels: int | None = option(
+        None, "Guides only the first channels; all by default. SiT's own code guides 3 of its latent's 4."
+    )
+    decode_batch_size: int | None = option(
+        None, "Samples decoded at a time; a whole batch by default. Lower it if the VAE runs out of memory."
+    )
+    max_skipped_updates: int = option(
+        5, "Stops training after more updates in a row were skipped because of values that are not finite."
+    )
 
     # Parameters that control evaluation
-    num_eval_images: int | None = option(None, "Images per evaluation.")
-    eval_seed: int = option(0, "Seed of the evaluation noise.")
+    num_eval_images: int | None = option(
+        None, "Images per evaluation; reference_set_size by default. Compare distances only at equal numbers."
+    )
+    eval_seed: int = option(0, "Seed of the evaluation noise, the same at every evaluation.")
 
     def __post_init__(self) -> None:
         self._check_counts(("decode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"))

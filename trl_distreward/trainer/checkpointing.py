@@ -78,7 +78,12 @@ def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
     state = trainer.state
     trainer.write_model(folder)
     if not trainer.args.save_only_model:
-        trainer.write_optimizer(folder)
+        if trainer.is_fsdp_enabled:
+            _write_fsdp_optimizer(trainer, folder)
+        else:
+            trainer._save_optimizer_and_scheduler(str(folder))
+        trainer._save_scaler(str(folder))
+        trainer._save_rng_state(str(folder))
         _write_training_state(trainer, folder)
     if state.best_global_step:
         best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
@@ -95,7 +100,7 @@ def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
-def write_fsdp_optimizer(trainer: "DiffusionTrainer", folder: Path) -> None:
+def _write_fsdp_optimizer(trainer: "DiffusionTrainer", folder: Path) -> None:
     """Writes optimizer and scheduler without the weights, which transformers would write once more."""
     plugin = trainer.accelerator.state.fsdp_plugin
     save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, str(folder))
@@ -125,6 +130,9 @@ def write_pipeline(trainer: "DiffusionTrainer", folder: Path) -> None:
     network = _whole_network(trainer)
     if network is None or not trainer.args.should_save:
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    # not transformers' training_args.bin: a pickle with the Hub token in plain text
+    (folder / "training_args.json").write_text(trainer.args.to_json_string() + "\n")
     if isinstance(network, PeftModel):
         save_adapter = getattr(trainer.policy, "save_adapter", lambda path, adapted: adapted.save_pretrained(path))
         save_adapter(os.path.join(folder, ADAPTER_FOLDER), network)

@@ -43,109 +43,14 @@ _CHOICES = {
 
 @dataclass
 class DiffusionDistributionConfig(DiffusionTrainerConfig):
-    r"""
-    Configuration of the [`DistributionRewardTrainer`].
+    """
+    Configuration of the [`DistributionRewardTrainer`]: the options below, those of [`DiffusionTrainerConfig`], and
+    those of [`~transformers.TrainingArguments`].
 
-    It also takes the parameters of [`DiffusionTrainerConfig`] and of [`~transformers.TrainingArguments`]. The settings
-    of the paper ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)) are `trl_distreward.PAPER`.
-
-    Parameters:
-        > Parameters that control the reward
-
-        num_subsets (`int`, *optional*, defaults to `256`):
-            Subsets B generated and judged per update, over all processes; a multiple of their number.
-        replace_size (`int`, *optional*, defaults to `1`):
-            Images n of a subset. 1 gives every image its own reward; the paper uses 50.
-        reference_update (`str`, *optional*, defaults to `"rolling"`):
-            `"rolling"`: new images stay in the places they were judged in, so nothing is generated twice; slots are
-            drawn without replacement. `"refresh"`: the reference set is generated anew every
-            `reference_refresh_steps`, as in the paper.
-        reference_refresh_steps (`int` or `str`, *optional*, defaults to `10`):
-            Optimizer steps between two refreshes. `"auto"`: refreshes when the mean reward has drifted by more than
-            `refresh_drift` from that of the unchanged set.
-        refresh_drift (`float`, *optional*, defaults to `0.5`):
-            Drift that triggers an automatic refresh, in standard deviations of the rewards of one update.
-        best_of_n (`int`, *optional*, defaults to `1`):
-            Candidates generated per slot; the one with the best replaced distance by itself is kept (Appendix C).
-        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            Whether several rewards are summed before they are normalized to advantages, or normalized first
-            (`"normalize_then_sum"`).
-
-        > Parameters that control generation
-
-        sampler (`str`, *optional*, defaults to `"sde"`):
-            Sampler of the rollouts. A policy gradient needs `"sde"`: the ODE's steps have no density.
-        num_inference_steps (`int`, *optional*, defaults to `50`):
-            Steps of the rollouts and of the reference set.
-        sde_window_size (`int`, *optional*):
-            Number of steps with noise; the others follow the ODE and are not trained. All steps by default. 1 or 2
-            with `sde_window="random"` is Flow-GRPO-Fast.
-        sde_window (`str`, *optional*, defaults to `"sliding"`):
-            `"sliding"`: the window moves from noise to data by one step every `sde_window_interval` rollouts, then
-            starts again (MixGRPO, arXiv 2507.21802). `"random"`: drawn anew for each rollout.
-        sde_window_interval (`int`, *optional*, defaults to `25`):
-            Rollouts between two moves of the sliding window.
-        rollout_batch_size (`int`, *optional*):
-            Images at a time per process in rollouts; `per_device_train_batch_size` by default.
-
-        > Parameters that control the update
-
-        per_device_train_batch_size (`int`, *optional*, defaults to `8`):
-            (Image, step) pairs in one forward-backward pass. It changes memory and speed, not the update.
-        loss_type (`str`, *optional*, defaults to `"grpo"`):
-            `"grpo"`: clipped policy gradient (Eq. 6). `"rft"`: rejection sampling, the flow-matching loss (Eq. 2) on
-            the selected images. `"backprop"`: gradient of the distance itself through the last `backprop_steps` of
-            sampling; all images of an update replace their slots at once.
-        backprop_steps (`int`, *optional*, defaults to `3`):
-            Last sampling steps that `"backprop"` goes back through. Memory grows with it, unless `checkpoint_steps`.
-        checkpoint_steps (`bool`, *optional*, defaults to `False`):
-            Recomputes each step's activations in the backward pass of `"backprop"`.
-        advantage_normalization (`str`, *optional*, defaults to `"batch"`):
-            `"batch"`: mean and standard deviation over all subsets of all processes (Eq. 5). `"group"`: over the
-            `num_generations` subsets that replace the same slots. `"none"`: centred but not divided.
-        num_generations (`int`, *optional*, defaults to `1`):
-            Subsets that replace the same slots.
-        selection (`str`, *optional*, defaults to `"top"`):
-            Subsets that are trained on: `"top"`: the share `top_advantage_quantile` with the highest advantage;
-            `"top_bottom"`: that share at either end; `"all"`.
-        selection_scope (`str`, *optional*, defaults to `"global"`):
-            Whether the share is taken over all processes (`"global"`) or in each (`"local"`).
-        top_advantage_quantile (`float`, *optional*, defaults to `1.0`):
-            Selected share; 1.0 keeps all, the paper uses 0.25.
-        timestep_fraction (`float`, *optional*, defaults to `1.0`):
-            Share of the steps with noise that is trained, drawn anew for each rollout.
-        step_weighting (`str`, *optional*, defaults to `"uniform"`):
-            `"noise"` weights steps by the standard deviation of their noise (TempFlow-GRPO, arXiv 2508.04324).
-        ratio_normalization (`bool`, *optional*, defaults to `False`):
-            Puts the log-ratios of all steps on one scale (GRPO-Guard, arXiv 2510.22319).
-        epsilon (`float`, *optional*, defaults to `1e-4`):
-            Clip range of the probability ratio, for log-probabilities averaged over dimensions.
-        beta (`float`, *optional*, defaults to `0.0`):
-            Weight of the KL divergence from the initial model; 0 loads no reference model. Under `"backprop"`, weight
-            of the mean squared difference of the two velocities.
-        num_iterations (`int`, *optional*, defaults to `1`):
-            Updates per rollout. 1 is strictly on-policy: the ratio is then exactly 1.
-        ema_decay (`float`, *optional*, defaults to `0.9`):
-            Decay of a moving average of the weights, which is then evaluated and saved; 0 keeps none.
-        offload_trajectories (`bool`, *optional*, defaults to `False`):
-            Keeps the rollout's states in CPU memory until they are trained on.
-
-        > Parameters that control evaluation
-
-        num_inference_steps_eval (`int` or `list[int]`, *optional*, defaults to `[250]`):
-            Steps at evaluation. With several, their names tell them apart: `eval_sde_50_…`, `eval_sde_250_…`. The
-            paper's gains depend on them (Table 3).
-        eval_samplers (`list[str]`, *optional*, defaults to `["sde", "ode"]`):
-            Samplers that are evaluated.
-        eval_solver (`str`, *optional*, defaults to `"euler"`):
-            Solver of the evaluated ODE: `"euler"`, `"heun"`, `"heun_sigma"` or `"dopri5"`, see
-            [`~sampling.solve_ode`]. `"dopri5"` chooses its own steps, so it is evaluated once.
-
-    > Other defaults than in [`~transformers.TrainingArguments`]: `learning_rate=1e-5`, `lr_scheduler_type="linear"`,
-    > `max_steps=450`, `save_steps=50`, `ddp_find_unused_parameters=False`.
+    The paper's settings ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)) are `trl_distreward.PAPER`.
     """
 
-    learning_rate: float = option(1e-05, "Initial learning rate; 1e-5 in the paper.")
+    learning_rate: float = option(1e-5, "Initial learning rate; 1e-5 in the paper.")
     lr_scheduler_type: str = option("linear", "Learning rate schedule.")
     max_steps: int = option(
         450, "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."
@@ -154,49 +59,126 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     ddp_find_unused_parameters: bool | None = option(False, "Whether DDP looks for unused parameters.")
 
     # Parameters that control the reward
-    num_subsets: int = option(256, "Subsets judged per update, over all processes.")
-    replace_size: int = option(1, "Images of a subset.")
+    num_subsets: int = option(
+        256, "Subsets B generated and judged per update, over all processes; a multiple of their number."
+    )
+    replace_size: int = option(1, "Images n of a subset. 1 gives every image its own reward; the paper uses 50.")
     reference_update: str = option(
-        "rolling", "How the reference set follows the policy.", _CHOICES["reference_update"]
+        "rolling",
+        "'rolling': new images stay in the places they were judged in, so nothing is generated twice; slots are "
+        "drawn without replacement. 'refresh': the reference set is generated anew every reference_refresh_steps, "
+        "as in the paper.",
+        _CHOICES["reference_update"],
     )
     # a number after __post_init__; the command line knows one type
-    reference_refresh_steps: str = option("10", "Steps between two refreshes of the reference set, or 'auto'.")
-    refresh_drift: float = option(0.5, "Drift that triggers a refresh under 'auto', in standard deviations.")
-    best_of_n: int = option(1, "Candidates generated per slot; the best is kept.")
+    reference_refresh_steps: str = option(
+        "10",
+        "Optimizer steps between two refreshes. 'auto': refreshes when the mean reward has drifted by more than "
+        "refresh_drift from that of the unchanged set.",
+    )
+    refresh_drift: float = option(
+        0.5, "Drift that triggers an automatic refresh, in standard deviations of the rewards of one update."
+    )
+    best_of_n: int = option(
+        1, "Candidates generated per slot; the one with the best replaced distance by itself is kept (Appendix C)."
+    )
     multi_objective_aggregation: str = option(
-        "sum_then_normalize", "How several rewards become one advantage.", _CHOICES["multi_objective_aggregation"]
+        "sum_then_normalize",
+        "Whether several rewards are summed before they are normalized to advantages, or normalized first "
+        "('normalize_then_sum').",
+        _CHOICES["multi_objective_aggregation"],
     )
 
     # Parameters that control generation
-    sampler: str = option("sde", "Sampler of the rollouts.", ["sde", "ode"])
+    sampler: str = option(
+        "sde",
+        "Sampler of the rollouts. A policy gradient needs 'sde': the ODE's steps have no density.",
+        ["sde", "ode"],
+    )
     num_inference_steps: int = option(50, "Steps of the rollouts and of the reference set.")
-    sde_window_size: int | None = option(None, "Steps with noise; all by default.")
-    sde_window: str = option("sliding", "How the window of noise moves.", ["sliding", "random"])
-    sde_window_interval: int = option(25, "Rollouts between two moves of the window.")
-    rollout_batch_size: int | None = option(None, "Images at a time per process in rollouts.")
+    sde_window_size: int | None = option(
+        None,
+        "Number of steps with noise; the others follow the ODE and are not trained. All steps by default. 1 or 2 "
+        "with sde_window='random' is Flow-GRPO-Fast.",
+    )
+    sde_window: str = option(
+        "sliding",
+        "'sliding': the window moves from noise to data by one step every sde_window_interval rollouts, then "
+        "starts again (MixGRPO, arXiv 2507.21802). 'random': drawn anew for each rollout.",
+        ["sliding", "random"],
+    )
+    sde_window_interval: int = option(25, "Rollouts between two moves of the sliding window.")
+    rollout_batch_size: int | None = option(
+        None, "Images at a time per process in rollouts; per_device_train_batch_size by default."
+    )
 
     # Parameters that control the update
-    loss_type: str = option("grpo", "How the reward becomes a gradient.", ESTIMATORS)
-    backprop_steps: int = option(3, "Last sampling steps that 'backprop' goes back through.")
-    checkpoint_steps: bool = option(False, "Recomputes activations of back-propagated steps.")
-    advantage_normalization: str = option("batch", "What advantages are normalized over.", ADVANTAGE_NORMALIZATIONS)
+    loss_type: str = option(
+        "grpo",
+        "'grpo': clipped policy gradient (Eq. 6). 'rft': rejection sampling, the flow-matching loss (Eq. 2) on "
+        "the selected images. 'backprop': gradient of the distance itself through the last backprop_steps of "
+        "sampling; all images of an update replace their slots at once.",
+        ESTIMATORS,
+    )
+    backprop_steps: int = option(
+        3, "Last sampling steps that 'backprop' goes back through. Memory grows with it, unless checkpoint_steps."
+    )
+    checkpoint_steps: bool = option(False, "Recomputes each step's activations in the backward pass of 'backprop'.")
+    advantage_normalization: str = option(
+        "batch",
+        "'batch': mean and standard deviation over all subsets of all processes (Eq. 5). 'group': over the "
+        "num_generations subsets that replace the same slots. 'none': centred but not divided.",
+        ADVANTAGE_NORMALIZATIONS,
+    )
     num_generations: int = option(1, "Subsets that replace the same slots.")
-    selection: str = option("top", "Which subsets are trained on.", SELECTIONS)
-    selection_scope: str = option("global", "What the selected share is taken over.", ["global", "local"])
-    top_advantage_quantile: float = option(1.0, "Share of the subsets that is selected.")
-    timestep_fraction: float = option(1.0, "Share of the steps with noise that is trained.")
-    step_weighting: str = option("uniform", "How steps are weighted.", ["uniform", "noise"])
-    ratio_normalization: bool = option(False, "Puts the log-ratios of all steps on one scale.")
-    epsilon: float = option(1e-4, "Clip range of the probability ratio.")
-    beta: float = option(0.0, "Weight of the KL divergence from the initial model.")
-    num_iterations: int = option(1, "Updates per rollout.")
-    ema_decay: float = option(0.9, "Decay of a moving average of the weights; 0 is none.")
+    selection: str = option(
+        "top",
+        "Subsets that are trained on: 'top': the share top_advantage_quantile with the highest advantage; "
+        "'top_bottom': that share at either end; 'all'.",
+        SELECTIONS,
+    )
+    selection_scope: str = option(
+        "global", "Whether the share is taken over all processes ('global') or in each ('local').", ["global", "local"]
+    )
+    top_advantage_quantile: float = option(1.0, "Selected share; 1.0 keeps all, the paper uses 0.25.")
+    timestep_fraction: float = option(
+        1.0, "Share of the steps with noise that is trained, drawn anew for each rollout."
+    )
+    step_weighting: str = option(
+        "uniform",
+        "'noise' weights steps by the standard deviation of their noise (TempFlow-GRPO, arXiv 2508.04324).",
+        ["uniform", "noise"],
+    )
+    ratio_normalization: bool = option(
+        False, "Puts the log-ratios of all steps on one scale (GRPO-Guard, arXiv 2510.22319)."
+    )
+    epsilon: float = option(
+        1e-4, "Clip range of the probability ratio, for log-probabilities averaged over dimensions."
+    )
+    beta: float = option(
+        0.0,
+        "Weight of the KL divergence from the initial model; 0 loads no reference model. Under 'backprop', weight "
+        "of the mean squared difference of the two velocities.",
+    )
+    num_iterations: int = option(1, "Updates per rollout. 1 is strictly on-policy: the ratio is then exactly 1.")
+    ema_decay: float = option(
+        0.9, "Decay of a moving average of the weights, which is then evaluated and saved; 0 keeps none."
+    )
     offload_trajectories: bool = option(False, "Keeps the rollout's states in CPU memory until they are trained on.")
 
     # Parameters that control evaluation
-    num_inference_steps_eval: list[int] = option([250], "Steps at evaluation; several are evaluated in turn.")
+    num_inference_steps_eval: list[int] = option(
+        [250],
+        "Steps at evaluation. With several, their names tell them apart: eval_sde_50_…, eval_sde_250_…. The "
+        "paper's gains depend on them (Table 3).",
+    )
     eval_samplers: list[str] = option(["sde", "ode"], "Samplers that are evaluated.")
-    eval_solver: str = option("euler", "Solver of the evaluated ODE.", ODE_SOLVERS)
+    eval_solver: str = option(
+        "euler",
+        "Solver of the evaluated ODE: 'euler', 'heun', 'heun_sigma' or 'dopri5', see sampling.solve_ode. 'dopri5' "
+        "chooses its own steps, so it is evaluated once.",
+        ODE_SOLVERS,
+    )
 
     def __post_init__(self) -> None:
         self._check_choices(_CHOICES)

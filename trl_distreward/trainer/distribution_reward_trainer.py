@@ -170,12 +170,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
             and the same on every process. `None` if values are not finite: the update is then skipped.
         """
         if not bool(self.accelerator.gather(rollout.finite).all()):
-            self.skip_update("an image or its features are not finite", slots=rollout.slots)
+            self.skip_update("an image or its features are not finite")
             return None
         with self.timed("reward"):
             rewards = [self._score_one(reward, rollout) for reward in self.rewards.all]
         if not all(bool(values.isfinite().all()) for values in rewards):
-            self.skip_update("a reward is not finite", slots=rollout.slots, rewards=rewards)
+            self.skip_update("a reward is not finite")
             return None
         total = self.rewards.total(rewards)
         self._record_reward("reward", "reward_std", total)

@@ -2,34 +2,12 @@
 """Sections of a merged model's card: its coefficients, and how other merges compare."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .merge_coefficient_trainer import MergeCoefficientTrainer
-
-PLOT = "coefficients.png"
-
-
-def plot_coefficients(coefficients: Tensor, names: Sequence[str], path: Path) -> None:
-    """Draws coefficients `(G, N_c)`, a line for each group."""
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axis = figure.subplots()
-    numbers = range(1, coefficients.shape[1] + 1)
-    if len(names) == 1:
-        axis.bar(numbers, coefficients[0].tolist())
-    else:
-        for name, row in zip(names, coefficients.tolist(), strict=True):
-            axis.plot(numbers, row, marker="o", markersize=3, label=name)
-        if len(names) <= 12:
-            axis.legend(fontsize="x-small")
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="checkpoint", ylabel="coefficient", xticks=list(numbers))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 def place_of(member: Mapping[str, Any]) -> str:
@@ -42,7 +20,7 @@ def place_of(member: Mapping[str, Any]) -> str:
 def coefficient_section(coefficients: Tensor, names: Sequence[str], pool: Mapping[str, Any]) -> str:
     """A table of coefficients `(G, N_c)`, a row for each checkpoint of `CheckpointPool.describe()`."""
     columns = [f"`{name}`" if len(names) > 1 else "coefficient" for name in names]
-    lines = ["## Coefficients", "", f"![Coefficients]({PLOT})", ""]
+    lines = ["## Coefficients", ""]
     lines += [f"| checkpoint | SHA-256 | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for index, member in enumerate(pool["members"]):
         hashes = ", ".join(f"`{value[:12]}`" for value in member["files"].values())

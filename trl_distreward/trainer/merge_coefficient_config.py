@@ -12,85 +12,12 @@ STARTS = ("post_hoc", "uniform", "last")
 
 @dataclass
 class MergeCoefficientConfig(DiffusionTrainerConfig):
-    r"""
-    Configuration of the [`MergeCoefficientTrainer`].
+    """
+    Configuration of the [`MergeCoefficientTrainer`]: the options below, those of [`DiffusionTrainerConfig`], and
+    those of [`~transformers.TrainingArguments`].
 
-    It also takes the parameters of [`DiffusionTrainerConfig`] and of [`~transformers.TrainingArguments`]. Each
-    candidate generates `reference_set_size` images under the ODE, `per_device_eval_batch_size` at a time; the
-    parameters of the SDE's noise are for evaluation alone.
-
-    Parameters:
-        > Parameters that control the search
-
-        method (`str`, *optional*, defaults to `"cma"`):
-            `"cma"`: CMA-ES. `"emanet"`: a policy gradient on the mean of a Gaussian (Section 3.3 of
-            [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)). `"grid"`: power-function averages of all
-            widths. All judge equally many candidates.
-        num_generations (`int`, *optional*, defaults to `16`):
-            Candidates B of a step, over all processes.
-        coefficient_map (`str`, *optional*, defaults to `"affine"`):
-            From samples to coefficients. `"softmax"`: positive, with sum one. `"affine"`: sum one, some may be
-            negative. `"none"`: the samples themselves.
-        granularity (`str`, *optional*, defaults to `"per_model"`):
-            One set of coefficients for the whole model, as in the paper, for each block (`"per_block"`), or for each
-            kind of parameter (`"per_parameter_group"`).
-        initial_coefficients (`str` or `list[float]`, *optional*, defaults to `"post_hoc"`):
-            Start of the search: `"post_hoc"`, a power-function average of width `initial_std`; `"uniform"`; `"last"`;
-            or a number for each checkpoint, separated by commas on the command line.
-        initial_std (`float`, *optional*, defaults to `0.1`):
-            Relative width (σ_rel of [arXiv 2312.02696](https://huggingface.co/papers/2312.02696)) of the average under
-            `"post_hoc"`.
-        checkpoint_times (`list[float]`, *optional*):
-            Training times of the checkpoints, in any unit; evenly spaced from 0 by default.
-        checkpoint_stds (`list[float]`, *optional*):
-            Relative widths of checkpoints that are averages themselves, like EDM2's.
-        sampling_std (`float`, *optional*, defaults to `0.15`):
-            Standard deviation of the samples; the first one under `"cma"`. The paper uses 1 with `"softmax"`.
-        sampling_std_decay (`float`, *optional*, defaults to `0.3`):
-            Share of it that is left at the last step of `"emanet"`, after a linear fall; 1 is constant, as in the
-            paper.
-        antithetic_sampling (`bool`, *optional*, defaults to `True`):
-            Draws samples of `"emanet"` in pairs with opposite deviations from the mean.
-        advantage_normalization (`str`, *optional*, defaults to `"batch"`):
-            Advantages of `"emanet"`: `"batch"`: by mean and standard deviation of all rewards. `"rank"`: evenly spaced
-            by rank.
-        policy_num_layers (`int`, *optional*, defaults to `3`):
-            Layers of the [`EMANet`]; with 0 the mean itself is the parameter.
-        policy_hidden_size (`int`, *optional*, defaults to `64`):
-            Width of its layers and of its embedding.
-
-        > Parameters that control the reward
-
-        scale_set_size (`int`, *optional*):
-            Images of the start's set, whose distances are the units of several feature spaces; `reference_set_size` by
-            default. Small sets overstate distances: use at least 1,000 if candidates have fewer.
-        num_replacements (`int`, *optional*, defaults to `0`):
-            New images N_r for each replaced subset (Eq. 10). 0: the reward is minus the distance of the candidate's
-            set.
-        num_subsets (`int`, *optional*, defaults to `1`):
-            Subsets N_s of the set that are replaced.
-        replace_size (`int`, *optional*, defaults to `50`):
-            Images n of a subset.
-        fresh_noise (`bool`, *optional*, defaults to `True`):
-            Whether each step has noise of its own, shared by its candidates. With the same noise at every step,
-            coefficients can be fitted to it.
-
-        > Parameters that control generation
-
-        num_inference_steps (`int`, *optional*, defaults to `32`):
-            Steps of the ODE that generates a candidate's images.
-        solver (`str`, *optional*, defaults to `"euler"`):
-            Solver of the ODE, see [`~sampling.solve_ode`]; EDM2 is sampled with `"heun_sigma"`.
-
-        > Parameters that control evaluation
-
-        num_inference_steps_eval (`int`, *optional*):
-            Steps at evaluation; `num_inference_steps` by default.
-        eval_samplers (`list[str]`, *optional*, defaults to `["ode"]`):
-            Samplers that are evaluated.
-
-    > Other defaults than in [`~transformers.TrainingArguments`]: `learning_rate=0.01`, `lr_scheduler_type="constant"`,
-    > `max_steps=15`, `save_steps=5`.
+    Each candidate generates `reference_set_size` images under the ODE, `per_device_eval_batch_size` at a time. The
+    SDE's noise is for evaluation alone.
     """
 
     learning_rate: float = option(0.01, "Learning rate of the EMANet.")
@@ -99,36 +26,88 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     save_steps: float = option(5, "Steps between two checkpoints.")
 
     # Parameters that control the search
-    method: str = option("cma", "How coefficients are found.", METHODS)
-    num_generations: int = option(16, "Candidates of a step, over all processes.")
-    coefficient_map: str = option("affine", "From samples to coefficients.", COEFFICIENT_MAPS)
-    granularity: str = option("per_model", "What shares coefficients.", GRANULARITIES)
+    method: str = option(
+        "cma",
+        "'cma': CMA-ES. 'emanet': a policy gradient on the mean of a Gaussian (Section 3.3 of arXiv "
+        "2607.02291(https://huggingface.co/papers/2607.02291)). 'grid': power-function averages of all widths. "
+        "All judge equally many candidates.",
+        METHODS,
+    )
+    num_generations: int = option(16, "Candidates B of a step, over all processes.")
+    coefficient_map: str = option(
+        "affine",
+        "From samples to coefficients. 'softmax': positive, with sum one. 'affine': sum one, some may be "
+        "negative. 'none': the samples themselves.",
+        COEFFICIENT_MAPS,
+    )
+    granularity: str = option(
+        "per_model",
+        "One set of coefficients for the whole model, as in the paper, for each block ('per_block'), or for each "
+        "kind of parameter ('per_parameter_group').",
+        GRANULARITIES,
+    )
     initial_coefficients: str = option(
-        "post_hoc", "post_hoc, uniform, last, or numbers separated by commas (--initial_coefficients=-0.1,1.1)."
-    )  # or a list after __post_init__; the command line knows one type
-    initial_std: float = option(0.1, "Relative width of the post-hoc average.")
-    checkpoint_times: list[float] | None = option(None, "Training times of the checkpoints.")
-    checkpoint_stds: list[float] | None = option(None, "Relative widths of checkpoints that are averages themselves.")
-    sampling_std: float = option(0.15, "Standard deviation of the samples.")
-    sampling_std_decay: float = option(0.3, "Share of it that is left at the last step; 1: constant.")
-    antithetic_sampling: bool = option(True, "Draws in pairs with opposite deviations.")
-    advantage_normalization: str = option("batch", "By the batch's standard deviation, or by rank.", ["batch", "rank"])
-    policy_num_layers: int = option(3, "Layers of the EMANet; 0: the mean is the parameter.")
-    policy_hidden_size: int = option(64, "Width of the EMANet.")
+        "post_hoc",
+        "Start of the search: 'post_hoc', a power-function average of width initial_std; 'uniform'; 'last'; or a "
+        "number for each checkpoint, separated by commas on the command line.",
+    )
+    initial_std: float = option(
+        0.1,
+        "Relative width (σ_rel of arXiv 2312.02696(https://huggingface.co/papers/2312.02696)) of the average "
+        "under 'post_hoc'.",
+    )
+    checkpoint_times: list[float] | None = option(
+        None, "Training times of the checkpoints, in any unit; evenly spaced from 0 by default."
+    )
+    checkpoint_stds: list[float] | None = option(
+        None, "Relative widths of checkpoints that are averages themselves, like EDM2's."
+    )
+    sampling_std: float = option(
+        0.15, "Standard deviation of the samples; the first one under 'cma'. The paper uses 1 with 'softmax'."
+    )
+    sampling_std_decay: float = option(
+        0.3,
+        "Share of it that is left at the last step of 'emanet', after a linear fall; 1 is constant, as in the paper.",
+    )
+    antithetic_sampling: bool = option(
+        True, "Draws samples of 'emanet' in pairs with opposite deviations from the mean."
+    )
+    advantage_normalization: str = option(
+        "batch",
+        "Advantages of 'emanet': 'batch': by mean and standard deviation of all rewards. 'rank': evenly spaced by "
+        "rank.",
+        ["batch", "rank"],
+    )
+    policy_num_layers: int = option(3, "Layers of the EMANet; with 0 the mean itself is the parameter.")
+    policy_hidden_size: int = option(64, "Width of its layers and of its embedding.")
 
     # Parameters that control the reward
-    scale_set_size: int | None = option(None, "Images of the set that gives the feature spaces their units.")
-    num_replacements: int = option(0, "New images for each replaced subset; 0: the set's own distance.")
-    num_subsets: int = option(1, "Subsets of the set that are replaced.")
-    replace_size: int = option(50, "Images of a subset.")
-    fresh_noise: bool = option(True, "Whether each step has noise of its own.")
+    scale_set_size: int | None = option(
+        None,
+        "Images of the start's set, whose distances are the units of several feature spaces; reference_set_size "
+        "by default. Small sets overstate distances: use at least 1,000 if candidates have fewer.",
+    )
+    num_replacements: int = option(
+        0,
+        "New images N_r for each replaced subset (Eq. 10). 0: the reward is minus the distance of the candidate's "
+        "set.",
+    )
+    num_subsets: int = option(1, "Subsets N_s of the set that are replaced.")
+    replace_size: int = option(50, "Images n of a subset.")
+    fresh_noise: bool = option(
+        True,
+        "Whether each step has noise of its own, shared by its candidates. With the same noise at every step, "
+        "coefficients can be fitted to it.",
+    )
 
     # Parameters that control generation
-    num_inference_steps: int = option(32, "Steps of the ODE.")
-    solver: str = option("euler", "Solver of the ODE.", ODE_SOLVERS)
+    num_inference_steps: int = option(32, "Steps of the ODE that generates a candidate's images.")
+    solver: str = option(
+        "euler", "Solver of the ODE, see sampling.solve_ode; EDM2 is sampled with 'heun_sigma'.", ODE_SOLVERS
+    )
 
     # Parameters that control evaluation
-    num_inference_steps_eval: int | None = option(None, "Steps at evaluation.")
+    num_inference_steps_eval: int | None = option(None, "Steps at evaluation; num_inference_steps by default.")
     eval_samplers: list[str] = option(["ode"], "Samplers that are evaluated.")
 
     def __post_init__(self) -> None:

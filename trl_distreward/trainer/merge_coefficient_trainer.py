@@ -34,7 +34,7 @@ from .base import DiffusionTrainer
 from .candidates import CandidateJudge, build_search
 from .checks import check_best_metric, check_on, images_of_noise
 from .image_sets import evaluate_samplers
-from .merge_card import PLOT, coefficient_section, comparison_table, describe_merge, plot_coefficients
+from .merge_card import coefficient_section, comparison_table, describe_merge
 from .merge_coefficient_config import MergeCoefficientConfig
 from .model_card import recipe_of
 from .network import disable_dropout
@@ -226,7 +226,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         rewards = self.rewards.total(values.unbind(dim=1))
         finite = rewards.isfinite()
         if not bool(finite.any()):
-            self.skip_update("no candidate's images and features are finite", candidates=candidates)
+            self.skip_update("no candidate's images and features are finite")
             return self.no_update()
         self.skipped_in_a_row = 0
         rewards = torch.where(finite, rewards, rewards[finite].min())  # the worst merges may make no images at all
@@ -442,7 +442,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         return {"base_model": repositories, "base_model_relation": "merge"} if repositories else {}
 
     def card_sections(self) -> list[str]:
-        plot_coefficients(self.coefficients, self.group_names, Path(self.args.output_dir, PLOT))
         sections = [coefficient_section(self.coefficients, self.group_names, self.pool_description)]
         if self.comparison:
             sections.append(f"## Comparison\n\n{comparison_table(self.comparison)}")

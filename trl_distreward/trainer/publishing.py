@@ -3,6 +3,7 @@
 
 import os
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from ..hub import push_folder
 from .checkpointing import RAW_WEIGHTS, TRAINING_STATE
 from .model_card import build_model_card, recipe_of
 from .run_record import RUN_RECORD
-from .skipped import SKIPPED_FOLDER
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 _RESUME_ONLY = ["optimizer*", "global_step*", "latest", "zero_to_fp32.py", "scheduler.pt", "scaler.pt", "rng_state*"]
 _RESUME_ONLY += ["trainer_state.json", "process_state*", RAW_WEIGHTS, TRAINING_STATE]
 # Files of the output folder that name folders of this machine, or that are results of other runs
-_NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", RUN_RECORD, "*.html", f"{SKIPPED_FOLDER}/*"]
+_NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", RUN_RECORD, "*.html"]
 _NOT_PUSHED += ["baselines/*", "real_statistics.*", "*.work/*"]
 
 
@@ -48,40 +48,31 @@ class Publisher:
             return
         if not args.hub_always_push and not all(upload.done() for upload in self.uploads):
             return
-        wanted = [(".", _RESUME_ONLY)]
-        if args.hub_strategy == HubStrategy.CHECKPOINT:
-            wanted.append(("last-checkpoint", []))
-        elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            wanted.append((folder.name, []))
-        for path_in_repo, ignored in wanted:
+        targets = [(".", _RESUME_ONLY)]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            targets.append(("last-checkpoint" if last else folder.name, []))
+        for path_in_repo, ignored in targets:
             # One worker makes all uploads in turn, so that an older push never overtakes a newer one.
-            upload = run_as_future(
-                push_folder,
-                str(folder),
-                trainer.hub_model_id,
-                path_in_repo=path_in_repo,
-                commit_message=f"Training in progress, step {trainer.state.global_step}",
-                token=args.hub_token,
-                revision=args.hub_revision,
-                ignore_patterns=ignored or None,
-            )
-            self.uploads.append(upload)
+            message = f"Training in progress, step {trainer.state.global_step}"
+            self.uploads.append(run_as_future(self._upload, folder, message, ignored, path_in_repo=path_in_repo))
 
-    def push(self, commit_message: str | None, blocking: bool, token: str | None, revision: str | None) -> Any:
-        """Pushes the output folder as one commit; returns the commit, or a future of it."""
+    def _upload(
+        self, folder: str | Path, message: str | None, ignored: list[str], token: str | None = None, **kwargs: Any
+    ) -> CommitInfo:
         args = self.trainer.args
+        options = {"token": token or args.hub_token, "revision": args.hub_revision, **kwargs}
+        return push_folder(
+            folder, self.trainer.hub_model_id, commit_message=message, ignore_patterns=ignored, **options
+        )
+
+    def push(self, message: str | None, blocking: bool, token: str | None, revision: str | None) -> Any:
+        """Pushes the output folder as one commit; returns the commit, or a future of it."""
         self.finish()
-
-        def upload() -> CommitInfo:
-            return push_folder(
-                args.output_dir,
-                self.trainer.hub_model_id,
-                commit_message=commit_message,
-                token=token,
-                revision=revision or args.hub_revision,
-                ignore_patterns=_NOT_PUSHED,
-            )
-
+        args = self.trainer.args
+        upload = partial(
+            self._upload, args.output_dir, message, _NOT_PUSHED, token, revision=revision or args.hub_revision
+        )
         return upload() if blocking else run_as_future(upload)
 
     def finish(self) -> None:
