@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
 from tests.helpers import (
+    assert_same_weights,
     features,
     first_gradients,
     logged,
@@ -19,8 +20,7 @@ from tests.helpers import (
 from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
 from trl_distreward.sampling import replay, rollout
-from trl_distreward.trainer.backprop import Tail
-from trl_distreward.trainer.checks import _is_blind
+from trl_distreward.trainer.estimators.backprop import TailBatch, _has_no_gradient
 
 BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3, "top_advantage_quantile": 1.0}
 
@@ -30,7 +30,7 @@ def backprop_trainer(folder, **kwargs):
 
 
 def distance(rows, real):
-    """Fréchet distance in float64, with autograd through everything."""
+    """Fréchet distance in float64, differentiable by autograd."""
 
     def moments(x):
         x = x.double()
@@ -49,7 +49,7 @@ def distance(rows, real):
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
 @pytest.mark.parametrize(("steps", "checkpointed"), [(1, False), (3, True), (4, False)])
 def test_update_is_the_gradient_of_the_whole_sets_distance(tmp_path, sampler, steps, checkpointed):
-    """By plain autograd through sampling, features of all images at once, and the distance of the updated set."""
+    """Compares with plain autograd through sampling, all features at once, and the distance of the updated set."""
     settings = {"backprop_steps": steps, "sampler": sampler, "checkpoint_steps": checkpointed}
     trainer = backprop_trainer(tmp_path, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **settings)
     kept = {}
@@ -57,7 +57,7 @@ def test_update_is_the_gradient_of_the_whole_sets_distance(tmp_path, sampler, st
 
     def spy(slots, new, generator):
         kept["slots"] = slots.flatten()
-        kept["old"] = trainer.reward_funcs[0].features["features"].clone()
+        kept["old"] = trainer.rewards.of_sets[0].features["features"].clone()
         roll(slots, new, generator)
 
     trainer.reference_set.roll = spy
@@ -88,40 +88,27 @@ def test_update_is_the_gradient_of_the_whole_sets_distance(tmp_path, sampler, st
     assert max(value.abs().max() for value in found.values()) > 1e-3
 
 
-def drawn_slots(trainer):
-    """What the trainer draws from now on."""
-    drawn, draw = [], trainer.slot_sampler.draw
-
-    def spy(*args, **kwargs):
-        drawn.append(draw(*args, **kwargs))
-        return drawn[-1]
-
-    trainer.slot_sampler.draw = spy
-    return drawn
-
-
-def test_pull_towards_the_initial_model_is_on_velocities_where_the_samples_are(tmp_path):
+def test_penalty_compares_velocities_where_the_samples_are(tmp_path):
     found = {}
     for beta in (0.0, 4.0):
         settings = {"beta": beta, "sampler": "ode", "learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
         trainer = backprop_trainer(tmp_path / str(beta), **settings)
         if beta:
             with torch.no_grad():
-                for parameter in trainer.reference_model.parameters():
+                for parameter in trainer.initial_model.parameters():
                     parameter.add_(0.2 * torch.ones_like(parameter))
-            drawn = drawn_slots(trainer)
         found[beta] = {name: value.clone() for name, value in first_gradients(trainer).items()}
 
     policy, network, args = trainer.policy, trainer.network, trainer.args
     network.zero_grad()
-    labels = trainer.conditions[drawn[0].flatten()]
+    labels = trainer.batch.rollout.conditions
     x, penalties = policy.noise(labels, image_generators(args.seed, "rollout", 0, range(12))), []
     cond, times = policy.encode(labels), args.rollout_schedule.times
     for i in range(args.num_inference_steps):
         v = policy.velocity(network, x, torch.full((12,), times[i]), cond)
         if i >= args.num_inference_steps - 3:
             with torch.no_grad():
-                reference = policy.velocity(trainer.reference_model, x, torch.full((12,), times[i]), cond)
+                reference = policy.velocity(trainer.initial_model, x, torch.full((12,), times[i]), cond)
             penalties.append((v - reference).square().flatten(1).mean(1))
         x = (x + v * (times[i + 1] - times[i])).detach()
     (4.0 * torch.stack(penalties).mean()).backward()
@@ -132,7 +119,7 @@ def test_pull_towards_the_initial_model_is_on_velocities_where_the_samples_are(t
         torch.testing.assert_close(added, value, rtol=2e-3, atol=2e-5 * max(1, found[0.0][name].abs().max()))
 
 
-def test_replayed_steps_have_the_values_of_the_rollout():
+def test_replayed_steps_have_the_values_of_the_rollout_and_a_gradient():
     weight = torch.tensor(0.7, requires_grad=True)
 
     def velocity(x, t):
@@ -149,7 +136,7 @@ def test_replayed_steps_have_the_values_of_the_rollout():
 
 
 def held_for_backward(folder, **kwargs):
-    """Numbers autograd keeps, at most, over an update."""
+    """The most numbers that autograd keeps at once during an update."""
     trainer = backprop_trainer(folder, max_steps=1, per_device_train_batch_size=12, **kwargs)
     held = {"now": 0, "most": 0}
 
@@ -167,18 +154,16 @@ def held_for_backward(folder, **kwargs):
     return held["most"]
 
 
-def test_memory_grows_with_the_steps_gone_back_not_with_all_of_them(tmp_path):
+def test_memory_grows_with_backprop_steps_and_not_with_all_steps(tmp_path):
     few = held_for_backward(tmp_path / "few", num_inference_steps=6, backprop_steps=2)
     assert held_for_backward(tmp_path / "many", num_inference_steps=24, backprop_steps=2) <= 1.05 * few
     deep = held_for_backward(tmp_path / "deep", num_inference_steps=6, backprop_steps=6)
     assert deep > 2 * few
-    assert (
-        held_for_backward(tmp_path / "again", num_inference_steps=6, backprop_steps=6, checkpoint_steps=True)
-        < 0.6 * deep
-    )
+    again = held_for_backward(tmp_path / "again", num_inference_steps=6, backprop_steps=6, checkpoint_steps=True)
+    assert again < 0.6 * deep
 
 
-def test_micro_batches_change_nothing(tmp_path):
+def test_micro_batch_size_does_not_change_the_gradient(tmp_path):
     sizes = [
         first_gradients(backprop_trainer(tmp_path / str(n), max_steps=1, per_device_train_batch_size=n))
         for n in (3, 12)
@@ -188,7 +173,7 @@ def test_micro_batches_change_nothing(tmp_path):
 
 
 def test_states_are_fetched_for_one_micro_batch_at_a_time(tmp_path, monkeypatch):
-    trainer, events, fetch = backprop_trainer(tmp_path, max_steps=1), [], Tail.micro_batches
+    trainer, events, fetch = backprop_trainer(tmp_path, max_steps=1), [], TailBatch.micro_batches
     backward = trainer.accelerator.backward
 
     def micro_batches(*args):
@@ -196,7 +181,7 @@ def test_states_are_fetched_for_one_micro_batch_at_a_time(tmp_path, monkeypatch)
             events.append("fetched")
             yield batch
 
-    monkeypatch.setattr(Tail, "micro_batches", micro_batches)
+    monkeypatch.setattr(TailBatch, "micro_batches", micro_batches)
     trainer.accelerator.backward = lambda loss: (events.append("used"), backward(loss))
     trainer.train()
     assert events == ["fetched", "used"] * 2  # 12 images, 7 at a time
@@ -216,38 +201,35 @@ def test_distances_fall(tmp_path):
     [
         {"reference_update": "refresh", "reference_refresh_steps": 2},
         {"ema_decay": 0.5, "sampler": "ode"},
-        {"backprop_steps": "random"},
-        {"backprop_steps": 1, "backprop_draws": 3},
         {"beta": 0.1, "checkpoint_steps": True},
         {"bf16": True},
-        {"lora": True, "beta": 0.1},
+        {"peft_config": LoraConfig(r=2), "beta": 0.1},
     ],
 )
 def test_modes_train_and_resume_exactly(tmp_path, settings):
-    lora = {"peft_config": LoraConfig(r=2)} if settings.get("lora") else {}
-    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1} | {
-        k: v for k, v in settings.items() if k != "lora"
-    }
-    whole = backprop_trainer(tmp_path / "whole", **settings, **lora)
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, **settings}
+    whole = backprop_trainer(tmp_path / "whole", **settings)
     start = weights(whole.network)
     whole.train()
     assert any(not torch.equal(p, start[name]) for name, p in whole.network.named_parameters())
-    resumed = backprop_trainer(tmp_path / "resumed", **settings, **lora)
+    resumed = backprop_trainer(tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for (name, p), q in zip(whole.network.named_parameters(), resumed.network.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert_same_weights(whole.network, resumed.network)
     assert logged(whole, "reward")[-1] == logged(resumed, "reward")[-1]
     if "beta" in settings:
         kl = logged(whole, "kl")
         assert kl[0] == pytest.approx(0, abs=1e-12) and kl[-1] > 0
 
 
-def test_differentiable_sample_rewards_add_their_gradient(tmp_path):
-    def brightness(images, **kwargs):
-        assert images.dtype == torch.float32 and images.max() > 1
-        return images.flatten(1).mean(1) / 255
+def brightness(images, **kwargs):
+    assert images.dtype in (torch.float32, torch.uint8) and images.max() > 1
+    return images.float().flatten(1).mean(1) / 255
 
-    brightness.differentiable = True
+
+brightness.differentiable = True
+
+
+def test_differentiable_functions_of_single_images_are_maximized(tmp_path):
     trainer = backprop_trainer(tmp_path, reward_funcs=[brightness], max_steps=20, learning_rate=3e-3)
     trainer.train()
     values = logged(trainer, "reward")
@@ -255,19 +237,14 @@ def test_differentiable_sample_rewards_add_their_gradient(tmp_path):
     assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == pytest.approx([-v for v in values])
 
 
-@pytest.mark.parametrize("draws", [1, 2])
-def test_reward_and_loss_are_of_all_functions_and_each_is_logged_under_a_name_of_its_own(tmp_path, draws):
-    def brightness(images, **kwargs):
-        return images.flatten(1).mean(1) / 255
-
+def test_loss_is_minus_the_weighted_reward_and_every_function_is_logged_by_name(tmp_path):
     def dark(images, **kwargs):
         return 2 - brightness(images)
 
-    brightness.differentiable = dark.differentiable = True
-    dark.__name__ = "brightness"
+    dark.differentiable, dark.__name__ = True, "brightness"
     trainer = backprop_trainer(
         tmp_path, reward_funcs=[tiny_reward(), brightness, dark], reward_weights=[0.1, 100.0, 10.0], max_steps=1,
-        backprop_draws=draws, backprop_steps=1,
+        backprop_steps=1,
     )  # fmt: skip
     trainer.train()
     names = ["subset_replace", "brightness", "brightness_2"]
@@ -276,16 +253,17 @@ def test_reward_and_loss_are_of_all_functions_and_each_is_logged_under_a_name_of
     assert of_set < 0 < bright < 1 and dim == pytest.approx(2 - bright)
     assert reward == pytest.approx(0.1 * of_set + 100 * bright + 10 * dim)
     assert logged(trainer, "loss")[0] == pytest.approx(-reward, rel=1e-5)
-    assert trainer._describe_run()["rewards"] == dict(zip(names, [0.1, 100.0, 10.0], strict=True))
+    assert trainer.describe_run()["rewards"] == dict(zip(names, [0.1, 100.0, 10.0], strict=True))
 
 
 @pytest.mark.parametrize("score", [lambda x: (x - 3.0).mean(1), lambda x: x.softmax(1)])
-def test_gradient_is_found_where_scores_are_zero_or_their_sum_is_fixed(score):
+def test_a_gradient_is_found_where_scores_are_zero_or_have_a_fixed_sum(score):
     tracked = torch.tensor([[1.0, 2.0, 4.0, 5.0]] * 2, requires_grad=True)
-    assert not _is_blind(score(tracked), tracked) and _is_blind(score(tracked.round()), tracked)
+    assert not _has_no_gradient(score(tracked), tracked)
+    assert _has_no_gradient(score(tracked.round()), tracked)
 
 
-def test_training_ends_early_on_a_held_out_distance(tmp_path):
+def test_training_stops_early_by_an_evaluated_distance(tmp_path):
     trainer = backprop_trainer(
         tmp_path, max_steps=30, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
         save_steps=1, load_best_model_at_end=True, metric_for_best_model="ode_distance_features",
@@ -297,42 +275,44 @@ def test_training_ends_early_on_a_held_out_distance(tmp_path):
     assert all(torch.equal(best[name], p) for name, p in trainer.network.named_parameters())
 
 
-def test_what_cannot_be_back_propagated_is_refused(tmp_path):
+def test_rewards_without_a_gradient_are_refused(tmp_path):
     real = FeatureStatistics.from_features(features(real_images()))
     for rounding in (lambda images: images.to(torch.uint8), torch.round, lambda images: images.detach()):
         blind = SubsetReplaceReward(lambda images, r=rounding: features(r(images.float())), real)
-        with pytest.raises(
-            ValueError, match="'features' passes no gradient.*recipe='policy_gradient', or loss_type='grpo'"
-        ):
+        with pytest.raises(ValueError, match="'features' passes no gradient.*loss_type='grpo' with sampler='sde'"):
             backprop_trainer(tmp_path, reward_funcs=blind)
 
     def listed(images, **kwargs):
         return [0.0] * len(images)
 
+    with pytest.raises(ValueError, match="'listed' is not marked as differentiable"):
+        backprop_trainer(tmp_path, reward_funcs=listed)
     listed.differentiable = True
     with pytest.raises(ValueError, match=r"'listed' returned \[0.0, 0.0\].*shape \(2,\)"):
         backprop_trainer(tmp_path, reward_funcs=listed)
-    with pytest.raises(ValueError, match="'<lambda>' does not say that it is differentiable"):
-        backprop_trainer(tmp_path, reward_funcs=lambda images, **kwargs: [0.0] * len(images))
-    with pytest.raises(ValueError, match="leave credit='shared'"):
-        backprop_trainer(tmp_path, reward_funcs=tiny_reward(credit="leave_one_in"))
-    for settings, message in (
-        ({"backprop_steps": 9}, "must lie in 1 to num_inference_steps=4"),
-        ({"backprop_steps": "all"}, "must be a number of steps or 'random'"),
-        ({"backprop_draws": 2}, "set backprop_steps=1"),
+    for reward in (tiny_reward(credit="leave_one_in"), tiny_reward(control_variate=True)):
+        with pytest.raises(ValueError, match="set credit='shared'"):
+            backprop_trainer(tmp_path, reward_funcs=reward)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backprop_steps": 9}, "backprop_steps=9 must lie in 1 to num_inference_steps=4"),
         ({"num_subsets": 12}, "24 images are not fewer than reference_set_size=24"),
-        ({"num_iterations": 2}, "num_iterations=2 does nothing under loss_type='backprop'"),
-        ({"selection": "all"}, "selection='all' does nothing"),
-        ({"loss_type": "rft", "backprop_steps": 1, "step_weighting": "noise"}, "step_weighting='noise' does nothing"),
-        ({"loss_type": "grpo"}, "backprop_steps=3 does nothing under loss_type='grpo'"),
-        ({"reference_update": "refresh", "reference_refresh_steps": "auto"}, "use reference_update='rolling'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tiny_config(tmp_path, **{**BACKPROP, **settings})
-    with pytest.raises(ValueError, match="sampler='ode'"):
-        tiny_config(tmp_path, sampler="ode")
+        ({"num_iterations": 2}, "num_iterations=2, .* trains on every image of a rollout, once"),
+        ({"best_of_n": 2}, "best_of_n=2: .* trains on every image of a rollout, once"),
+        ({"reference_update": "refresh", "reference_refresh_steps": "auto"}, "set reference_update='rolling'"),
+    ],
+)
+def test_contradicting_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **{**BACKPROP, **settings})
 
 
-def test_guidance_goes_through_the_last_steps(tmp_path):
-    pipeline = tiny_pipeline(class_dropout_prob=0.1)
-    backprop_trainer(tmp_path, model=pipeline, guidance_scale=2.0, max_steps=1).train()
+def test_guidance_is_back_propagated(tmp_path):
+    gradients = [
+        first_gradients(backprop_trainer(tmp_path, model=tiny_pipeline(), guidance_scale=scale, max_steps=1))
+        for scale in (1.0, 2.0)
+    ]
+    assert any(not torch.allclose(gradients[0][name], value) for name, value in gradients[1].items())

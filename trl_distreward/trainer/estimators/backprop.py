@@ -35,13 +35,20 @@ _REMEDY = "use a policy gradient instead, which needs no gradient: loss_type='gr
 @dataclass
 class TailBatch:
     """
-    The states of a rollout from grid index `first` on, and the gradients `(K, d)` of the weighted distances with
-    respect to the features of this process's images, per distribution reward and space.
+    The last steps of one process's images, K of them, and the gradients to train on.
+
+    Attributes:
+        rollout ([`~trainer.rollouts.Rollout`]): with the states at grid index `first` and after.
+        first (`int`): grid index where gradients begin.
+        gradients (`list[dict[str, torch.Tensor]]` of shapes `(K, d)`):
+            of the weighted distances with respect to the features, per distribution reward and space.
+        offset (`float`): constant that turns the linearized loss into minus the reward.
     """
 
     rollout: Rollout
     first: int
     gradients: list[dict[str, Tensor]]
+    offset: float
 
     def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
         rollout, device = self.rollout, self.rollout.local_slots.device
@@ -107,14 +114,18 @@ class Backprop(Estimator):
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> TailBatch:
         share = rollout.slots.numel() / self.args.reference_set_size
         mine = self.sampler.local(torch.arange(rollout.slots.numel(), device=rollout.slots.device))
-        gradients = []
-        for reward in self.rewards.all:
+        gradients, offset = [], 0.0
+        for reward, value in zip(self.rewards.all, rewards, strict=True):
             if reward.of_sets:
                 function: SubsetReplaceReward = reward.function
-                whole = function.gradient(rollout.slots[0], rollout.gathered[reward.index])
+                features = rollout.gathered[reward.index]
                 # divided by the replaced share of the set, so that the scale does not depend on it
-                gradients.append({space: values[mine] * (reward.weight / share) for space, values in whole.items()})
-        return TailBatch(rollout, min(rollout.states), gradients)
+                found = function.gradient(rollout.slots[0], features)
+                whole = {space: rows * (reward.weight / share) for space, rows in found.items()}
+                gradients.append({space: rows[mine] for space, rows in whole.items()})
+                linear = sum((features[space] * rows).sum().item() for space, rows in whole.items())
+                offset -= reward.weight * value.item() + linear
+        return TailBatch(rollout, min(rollout.states), gradients, offset)
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         args, batch = self.args, micro_batch["batch"]
@@ -147,7 +158,7 @@ class Backprop(Estimator):
             sde_steps=schedule.sde_steps,
         )
         images = straight_through_uint8(self.policy.decode(x))
-        loss, values, number = x.new_zeros(()), {}, batch.rollout.slots.numel()
+        loss, values, number = micro_batch["weights"].sum() * batch.offset, {}, batch.rollout.slots.numel()
         for reward in self.rewards.all:
             if reward.of_sets:
                 features = reward.function.extract(images, conditions, check_finite=False, gradient=True)
