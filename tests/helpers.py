@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Small parts the tests share."""
+"""Small models, rewards and trainers that tests share."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ from trl_distreward import (
 
 
 def tiny_sit(seed=0, **kwargs):
-    """A SiT of random weights, output layer included, so that its velocity is not zero."""
+    """A SiT with random weights, in the output layer as well: its velocity is not zero."""
     torch.manual_seed(seed)
     config = {"sample_size": 4, "in_channels": 1, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
     model = SiTTransformer2DModel(**{**config, "num_classes": 3, "learn_sigma": False, **kwargs})
@@ -42,7 +42,7 @@ def tiny_pipeline(seed=0, **kwargs):
 
 
 def tiny_vae():
-    """Latents of 4 channels to images of twice their sides."""
+    """A VAE that decodes 4 channels to images with sides twice as long."""
     torch.manual_seed(3)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -105,9 +105,16 @@ def tiny_trainer(output_dir, model=None, reward_funcs=None, peft_config=None, ev
     )
 
 
+def trained(output_dir, **kwargs):
+    """A tiny trainer after `train()`, one update by default."""
+    trainer = tiny_trainer(output_dir, **{"max_steps": 1, **kwargs})
+    trainer.train()
+    return trainer
+
+
 def fill_by_pattern(module):
     """
-    Weights and statistics from integer arithmetic alone, the same for every release and machine: uniform numbers that
+    Fills weights and statistics by integer arithmetic, the same for every release and machine: uniform numbers that
     keep activations of order one through ReLU layers.
     """
     with torch.no_grad():
@@ -127,14 +134,14 @@ def fill_by_pattern(module):
 
 
 def pattern_images(*shape):
-    """Smooth uint8 images by arithmetic alone."""
+    """Smooth uint8 images, made by integer arithmetic."""
     index = torch.arange(shape[0] * shape[1]).view(*shape[:2], 1, 1)
     row, column = torch.arange(shape[2]).view(-1, 1), torch.arange(shape[3])
     return ((row * (index + 2) + column * (5 - index) + row * column // 7 + 40 * index) % 256).to(torch.uint8)
 
 
 def tiny_pool(folder, count=4):
-    """Files of checkpoints that drift away from one another, as those of a training run do."""
+    """Files of checkpoints that drift apart, as in a training run."""
     paths, weights = [], {name: value.clone() for name, value in tiny_sit(0).state_dict().items()}
     for index in range(count):
         torch.manual_seed(100 + index)
@@ -188,6 +195,13 @@ def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def assert_same_weights(first, second):
+    """Asserts that two networks have the same parameters, to the last bit."""
+    expected = weights(second)
+    for name, value in weights(first).items():
+        assert torch.equal(value, expected[name]), name
+
+
 class _Gradients(TrainerCallback):
     def __init__(self):
         self.first = None
@@ -198,7 +212,7 @@ class _Gradients(TrainerCallback):
 
 
 def first_gradients(trainer):
-    """Trains; returns the gradients that the first update is made with."""
+    """Trains, and returns the gradients of the first update."""
     gradients = _Gradients()
     trainer.add_callback(gradients)
     trainer.train()
@@ -206,7 +220,7 @@ def first_gradients(trainer):
 
 
 def launch(*command, processes=2, **environment):
-    """Runs a script, or `-m` and a module, in several processes of this interpreter; returns what became of them."""
+    """Runs a script, or `-m` and a module, in several processes, and returns the completed process."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

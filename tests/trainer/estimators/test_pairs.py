@@ -4,30 +4,30 @@ import threading
 import pytest
 import torch
 
-from trl_distreward.trainer.rollout_batch import RolloutBatch
+from trl_distreward.trainer.estimators.pairs import Deal, PairBatch
 
-TIMES = [1.0, 0.7, 0.4, 0.0]
+TIMES, STEPS = [1.0, 0.7, 0.4, 0.0], [0, 2]
 
 
-def share(rank, size, steps=(0, 2)):
-    """Images of one process whose every number tells where it came from."""
+def dealt(deal, rank, size, num_images):
+    """The batch of one process. Every number tells which image it comes from."""
     ids = torch.arange(rank * size, (rank + 1) * size, dtype=torch.float32)
-    ends = sorted({i for step in steps for i in (step, step + 1)})
-    return RolloutBatch(
-        cond={"class_labels": ids.long()},
-        states={i: ids[:, None] + 1000 * i for i in ends},
-        steps=steps,
-        drawn_log_probs=ids[:, None] + torch.tensor([0.0, 0.5]),
-        advantages=torch.zeros(size),
-        num_own=size,
-        num_images=size,
+    return PairBatch(
+        cond={"class_labels": deal(ids.long())},
+        states={i: deal(ids[:, None] + 1000 * i) for i in (0, 1, 2, 3)},
+        steps=STEPS,
+        grid=torch.tensor(TIMES, dtype=torch.float64),
+        log_probs=deal(ids[:, None] + torch.tensor([0.0, 0.5])),
+        advantages=deal.mine / 7,
+        step_weights=torch.tensor([0.5, 1.5]),
+        num_own=deal.num_own,
+        num_images=num_images,
     )
 
 
 def deal_over(processes, size, kept):
-    """Runs `deal` on every process, in threads that meet where processes would."""
+    """Deals on every process, in threads that meet where processes would."""
     barrier, slots, results = threading.Barrier(processes), [None] * processes, [None] * processes
-    advantages = torch.arange(processes * size, dtype=torch.float64) / 7
 
     def work(rank):
         def gather(values):
@@ -37,7 +37,8 @@ def deal_over(processes, size, kept):
             barrier.wait()
             return everything
 
-        results[rank] = share(rank, size).deal(torch.tensor(kept), advantages, gather, rank, processes)
+        deal = Deal(torch.tensor(kept), size, gather, rank, processes)
+        results[rank] = dealt(deal, rank, size, len(kept))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(processes)]
     [thread.start() for thread in threads]
@@ -51,7 +52,7 @@ def deal_over(processes, size, kept):
         (1, 6, [1, 4, 5]),
         (2, 3, [0, 1, 2, 5]),
         (3, 4, [0, 1, 2, 3]),  # all kept images come from the first process
-        (3, 4, [7]),  # two processes get nothing of their own
+        (3, 4, [7]),  # two processes get no image
         (3, 4, [2, 3, 4, 9, 11]),
     ],
 )
@@ -66,16 +67,16 @@ def test_kept_images_are_dealt_evenly_with_all_that_belongs_to_them(processes, s
         owned += ids[: batch.num_own].tolist()
         for i, state in batch.states.items():
             assert torch.equal(state[:, 0], ids + 1000.0 * i)
-        assert torch.equal(batch.drawn_log_probs, ids[:, None] + torch.tensor([0.0, 0.5]))
+        assert torch.equal(batch.log_probs, ids[:, None] + torch.tensor([0.0, 0.5]))
         torch.testing.assert_close(batch.advantages, ids / 7)
     assert sorted(owned) == kept
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize(("processes", "kept"), [(1, [1, 4, 5]), (3, [7]), (3, [2, 3, 4, 9, 11])])
-def test_micro_batches_cover_every_pair_once_in_step_on_all_processes(processes, kept, size):
+def test_micro_batches_cover_every_pair_once_and_are_equally_many_on_all_processes(processes, kept, size):
     batches = deal_over(processes, 4 if processes > 1 else 6, kept)
-    per_process = [list(batch.micro_batches(TIMES, size, processes)) for batch in batches]
+    per_process = [list(batch.micro_batches(size, processes)) for batch in batches]
     assert len({len(micros) for micros in per_process}) == 1  # no process waits for one that has finished
     seen, total = [], 0.0
     for micros in per_process:
@@ -88,7 +89,8 @@ def test_micro_batches_cover_every_pair_once_in_step_on_all_processes(processes,
                 assert micro["x"][row, 0] == image + 1000 * step
                 assert micro["next_x"][row, 0] == image + 1000 * (step + 1)
                 assert micro["t_next"][row].item() == TIMES[step + 1]
-                assert micro["drawn_log_probs"][row] == image + (0.5 if step == 2 else 0.0)
+                assert micro["log_probs"][row] == image + (0.5 if step == 2 else 0.0)
+                assert micro["weights"][row].item() == pytest.approx((0.5, 1.5)[step // 2] / (2 * len(kept)))
                 seen.append((image, step))
-    assert sorted(seen) == [(image, step) for image in kept for step in (0, 2)]
+    assert sorted(seen) == [(image, step) for image in kept for step in STEPS]
     assert total == pytest.approx(1.0)
