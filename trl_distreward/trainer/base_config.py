@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +140,7 @@ class DiffusionTrainerConfig(_BaseConfig):
             time_shift=self.time_shift,
         )
 
-    def _check_choices(self, choices: Mapping[str, Sequence[str]]) -> None:
+    def _check_choices(self, choices: Mapping[str, Collection[str]]) -> None:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")

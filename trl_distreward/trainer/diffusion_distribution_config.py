@@ -1,4 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,8 @@ PAPER: dict[str, Any] = {
     "ema_decay": 0.0,
 }
 
-_CHOICES = {
-    "loss_type": tuple(ESTIMATORS),
+_CHOICES: dict[str, Collection[str]] = {
+    "loss_type": ESTIMATORS,  # itself, so that estimators can be added from outside
     "reference_update": ("refresh", "rolling"),
     "advantage_normalization": ADVANTAGE_NORMALIZATIONS,
     "selection": SELECTIONS,
