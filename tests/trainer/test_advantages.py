@@ -2,13 +2,8 @@
 import pytest
 import torch
 
-from trl_distreward.trainer.objective import (
-    clipped_policy_loss,
-    gaussian_kl,
-    normalize_advantages,
-    normalize_ratio,
-    select,
-)
+from tests.helpers import tiny_reward, tiny_trainer
+from trl_distreward.trainer.advantages import normalize_advantages, select
 
 
 def test_batch_advantages_are_standardized_over_everything():
@@ -37,58 +32,31 @@ def test_equal_rewards_give_zero_advantages_and_not_noise(value):
     ("selection", "quantile", "shares", "kept"),
     [
         ("top", 0.25, 1, [1]),
-        ("top", 0.5, 1, [0, 1]),  # ties: the earlier
+        ("top", 0.5, 1, [0, 1]),  # ties go to the earlier
         ("top", 0.01, 1, [1]),  # at least one
-        ("top", 0.5, 2, [1, 3]),  # of each process's two
+        ("top", 0.5, 2, [1, 3]),  # one of the two of each process
         ("top_bottom", 0.25, 1, [1, 2]),
         ("top_bottom", 1.0, 1, [0, 1, 2, 3]),
         ("all", 0.25, 1, [0, 1, 2, 3]),
     ],
 )
-def test_selection(selection, quantile, shares, kept):
+def test_selection_keeps_the_asked_share(selection, quantile, shares, kept):
     advantages = torch.tensor([[0.3], [2.0], [-1.0], [0.3]], dtype=torch.float64)
     mask = select(advantages, selection, quantile, shares)
     assert mask.shape == (4, 1) and mask.flatten().nonzero().flatten().tolist() == kept
 
 
-def test_normalized_log_ratio_is_centred_and_of_one_scale_for_all_noise():
-    """Drawn under the old policy, the log-ratio's bias and its 1/std spread are gone; what is left is Δμ·ε."""
-    generator = torch.Generator().manual_seed(0)
-    delta = 0.3 * torch.randn(1, 8, generator=generator, dtype=torch.float64).expand(50_000, 8)
-    noise = torch.randn(50_000, 8, generator=generator, dtype=torch.float64)
-    spreads = []
-    for value in (0.05, 0.5):
-        std, old_mean = torch.full((50_000,), value, dtype=torch.float64), torch.zeros_like(noise)
-        sample, mean = old_mean + value * noise, old_mean + delta
-        log_ratio = (-((sample - mean) ** 2) + (sample - old_mean) ** 2).mean(1) / (2 * value**2)
-        assert log_ratio.mean() < -0.05
-        normalized = normalize_ratio(log_ratio, mean, old_mean, std)
-        torch.testing.assert_close(normalized, (delta * noise).mean(1))
-        assert abs(normalized.mean()) < 5 * normalized.std() / 50_000**0.5
-        spreads.append(normalized.std().item())
-    assert spreads[0] == pytest.approx(spreads[1], rel=1e-9)
+def test_several_rewards_are_summed_before_or_after_normalization(tmp_path):
+    def big(images, **kwargs):
+        return images.double().mean((1, 2, 3)) * 100
 
-
-def test_on_policy_gradient_is_the_policy_gradient():
-    log_prob = torch.randn(6, requires_grad=True)
-    advantages = torch.randn(6)
-    result = clipped_policy_loss(log_prob, log_prob.detach(), advantages, epsilon=1e-4)
-    result.loss.sum().backward()
-    assert (result.ratio == 1).all() and not result.clipped.any()
-    torch.testing.assert_close(log_prob.grad, -advantages)
-
-
-def test_clipping_stops_the_gradient_only_beyond_the_range_in_the_direction_of_gain():
-    delta = torch.tensor([2e-4, 2e-4, -2e-4, -2e-4, 5e-5], requires_grad=True)
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
-    result = clipped_policy_loss(delta, torch.zeros(5), advantages, epsilon=1e-4)
-    result.loss.sum().backward()
-    assert result.clipped.tolist() == [True, False, False, True, False]
-    assert (delta.grad == 0).tolist() == [True, False, False, True, False]
-
-
-def test_kl_is_that_of_two_gaussians():
-    mean, reference, std = torch.randn(4, 10), torch.randn(4, 10), torch.rand(4) + 0.1
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mean, std[:, None]), normal(reference, std[:, None])).mean(1)
-    torch.testing.assert_close(gaussian_kl(mean, reference, std), expected)
+    rewards = [torch.tensor([[1.0], [2.0], [4.0]]).double(), torch.tensor([[500.0], [100.0], [0.0]]).double()]
+    found = {}
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        settings = {"num_subsets": 3, "reward_weights": [1.0, 0.5], "multi_objective_aggregation": aggregation}
+        trainer = tiny_trainer(tmp_path, reward_funcs=[tiny_reward(), big], **settings)
+        found[aggregation] = trainer.estimator.compute_advantages(rewards)
+    assert found["sum_then_normalize"].argmax() == 0  # the large reward drowns the other
+    expected = sum(w * (r - r.mean()) / r.std() for w, r in zip([1.0, 0.5], rewards, strict=True))
+    torch.testing.assert_close(found["normalize_then_sum"], expected)
+    assert found["normalize_then_sum"].argmax() == 2
