@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""`torch_compile=True`: the same training through one compiled network, and nothing of it in what is saved."""
+"""`torch_compile=True` trains the same through one compiled network, and leaves no trace in what is saved."""
 
 import pytest
 import torch
@@ -8,12 +8,11 @@ from safetensors.torch import load_file
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.utils import counters
 
-from tests.helpers import tiny_config, tiny_merge_trainer, tiny_trainer
+from tests.helpers import tiny_config, tiny_trainer
 from tests.trainer.test_distributed import run, values
-from trl_distreward import DistributionRewardTrainer, load_pipeline
-from trl_distreward.trainer.cuda_graphs import copy_outputs, uses_cuda_graphs
+from trl_distreward import load_pipeline
 
-# One size of batch and no evaluation: each would be compiled anew
+# A single batch size, because each is compiled anew
 ONE_SIZE = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 6, "eval_strategy": "no", "max_steps": 1}
 
 
@@ -83,74 +82,25 @@ def test_gradients_of_a_compiled_network_are_still_shared(tmp_path):
         torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0)
 
 
-class Replayed(torch.nn.Module):
-    """A network that returns its outputs in the same memory every time, as a recorded graph does."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.memory = torch.nn.Parameter(torch.tensor(2.0)), torch.zeros(3)
-
-    def forward(self, x):
-        out = self.weight * x
-        return {"sample": out if torch.is_grad_enabled() else self.memory.copy_(out)}
-
-
-def test_outputs_outlive_the_next_call_of_a_recorded_graph():
-    model = Replayed()
-    copy_outputs(model)
-    with torch.no_grad():
-        first, _ = model(torch.ones(3))["sample"], model(torch.zeros(3))
-    assert torch.equal(first, torch.full((3,), 2.0))
-    assert model(torch.ones(3))["sample"].grad_fn.name() == "MulBackward0"  # not copied: a backward pass is pending
-
-
-@pytest.mark.parametrize(("mode", "recorded"), [("reduce-overhead", True), (None, False)])
-def test_the_mode_reaches_the_compiler_and_graphs_their_precautions(tmp_path, monkeypatch, mode, recorded):
-    settings = {"loss_type": "rft"} if recorded else {}
-    expected, _ = trained(tmp_path / "plain", **settings)
-    asked, compiler = [], torch.compile
-
-    def compile_eagerly(model, **kwargs):
-        asked.append((kwargs["backend"], kwargs.get("mode", "default")))
-        return compiler(model, backend="eager")
-
-    held, hold = [], DistributionRewardTrainer.hold_gradients
-
-    def spy(trainer):
-        hold(trainer)
-        held.append([p.grad is not None and not p.grad.any() for p in trainer.network.parameters() if p.requires_grad])
-
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
-    monkeypatch.setattr(DistributionRewardTrainer, "hold_gradients", spy)
-    trainer, _ = trained(tmp_path / "recorded", torch_compile=True, torch_compile_mode=mode, **settings)
-    assert asked == [("inductor", mode or "default")]
-    assert len(trainer.model_wrapped._forward_hooks) == recorded
-    assert len(held) == 1 and all(held[0]) == any(held[0]) == recorded
-    assert_same_training(trainer, expected, atol=0)
-
-
-def test_which_compilers_record_graphs(tmp_path):
-    asked = [
-        ({}, False),
-        ({"torch_compile": True}, False),
-        ({"torch_compile_mode": "max-autotune"}, True),
-        ({"torch_compile_mode": "max-autotune-no-cudagraphs"}, False),
-        ({"torch_compile_backend": "cudagraphs"}, True),
-        ({"torch_compile_backend": "eager", "torch_compile_mode": "reduce-overhead"}, False),
-    ]
-    assert [uses_cuda_graphs(tiny_config(tmp_path, **settings)) for settings, _ in asked] == [r for _, r in asked]
-
-
-def test_looking_at_the_network_leaves_the_wrappers_as_they_are(tmp_path):
+def test_reading_the_network_keeps_its_wrappers(tmp_path):
     trainer = tiny_trainer(tmp_path, **ONE_SIZE)
     inner = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
     torch.nn.Module.__init__(inner)
     inner.module = trainer.network
     trainer.model_wrapped = torch.compile(inner, backend="eager")
-    assert trainer.sampled_network is trainer.network
+    assert trainer.unwrapped(trainer.sampled_model) is trainer.network
     assert trainer.model_wrapped._orig_mod is inner
 
 
-def test_a_search_of_coefficients_refuses_it(tmp_path):
-    with pytest.raises(ValueError, match="torch_compile does nothing"):
-        tiny_merge_trainer(tmp_path, torch_compile=True)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"torch_compile": True, "torch_compile_mode": "max-autotune"},
+        {"torch_compile_mode": "reduce-overhead"},  # a mode alone turns compiling on as well
+        {"torch_compile_backend": "cudagraphs"},
+    ],
+)
+def test_compilers_that_record_cuda_graphs_are_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match="records CUDA graphs, which overwrite what a sampler keeps"):
+        tiny_config(tmp_path, **settings)
+    assert tiny_config(tmp_path, torch_compile_mode="max-autotune-no-cudagraphs").torch_compile

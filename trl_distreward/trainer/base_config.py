@@ -88,12 +88,10 @@ class DiffusionTrainerConfig(_BaseConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1: an update already "
                 "accumulates over all its images, per_device_train_batch_size at a time."
             )
-        if self.torch_compile and (
-            self.torch_compile_mode in _GRAPH_MODES or self.torch_compile_backend == "cudagraphs"
-        ):
+        if self.torch_compile_mode in _GRAPH_MODES or self.torch_compile_backend == "cudagraphs":
             raise ValueError(
-                f"torch_compile_mode={self.torch_compile_mode!r} records CUDA graphs, which overwrite what a sampler "
-                "keeps: leave it at 'default'."
+                f"torch_compile_mode={self.torch_compile_mode!r}, torch_compile_backend={self.torch_compile_backend!r} "
+                "records CUDA graphs, which overwrite what a sampler keeps: leave both at their defaults."
             )
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of updates, or -1 for num_train_epochs.")
