@@ -1,0 +1,103 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""The network as it is trained: dropout, precision, adapters, activation checkpointing."""
+
+import copy
+import json
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+from tests.helpers import (
+    assert_same_weights,
+    logged,
+    tiny_config,
+    tiny_pipeline,
+    tiny_reward,
+    tiny_trainer,
+    trained,
+    weights,
+)
+from trl_distreward import DistributionRewardTrainer, load_pipeline
+from trl_distreward.trainer.network import prepare_network
+
+
+def test_an_adapters_own_dropout_is_off_and_its_targets_have_a_default(tmp_path):
+    trainer = trained(tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.5), learning_rate=1e-2, max_steps=3)
+    assert max(logged(trainer, "delta_log_prob")) < 1e-5
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[1] for name in weights(trainer.network) if "lora_A" in name}
+    assert adapted == {"qkv", "proj", "fc1", "fc2"}
+    assert not any("x_embedder" in name for name in weights(trainer.network) if "lora_A" in name)
+
+
+def test_an_adapter_that_changes_the_weights_below_it_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' changes the weights below the adapter"):
+        tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, init_lora_weights="pissa"))
+
+
+def test_lora_trains_the_adapter_alone_and_both_forms_are_saved(tmp_path):
+    peft_config = LoraConfig(r=2, target_modules=["qkv", "proj", "fc1", "fc2"], exclude_modules="x_embedder.proj")
+    trainer = tiny_trainer(tmp_path / "run", peft_config=peft_config, beta=0.1, learning_rate=1e-2)
+    assert isinstance(trainer.model, PeftModel) and trainer.initial_model is None
+    before = weights(trainer.network)
+    trainer.train()
+    moved = {n for n, p in trainer.network.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in name for name in moved)
+    assert logged(trainer, "kl")[1] > 0
+    trainer.save_model(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    merged = load_pipeline(tmp_path / "out").transformer.eval()
+    x, t, labels = torch.randn(2, 1, 4, 4), torch.rand(2), torch.tensor([0, 1])
+    expected = trainer.network.eval()(x, t, labels).sample
+    torch.testing.assert_close(merged(x, t, labels).sample, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_weights_are_trained_in_float32(tmp_path, caplog):
+    pipeline = tiny_pipeline()
+    pipeline.to(torch.bfloat16)
+    trainer = tiny_trainer(tmp_path, model=pipeline, beta=0.1, max_steps=1)
+    assert "half precision" in caplog.text
+    for network in (trainer.network, trainer.initial_model):
+        assert all(p.dtype == torch.float32 for p in network.parameters())
+    trainer.train()
+    assert logged(trainer, "kl") == [0.0]
+
+
+def test_an_adapter_of_a_half_precision_network_is_merged_in_float32(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.transformer.to(torch.bfloat16)
+    before = {name: value.float() for name, value in weights(pipeline.transformer).items()}
+    peft_config = LoraConfig(r=2, target_modules=["qkv"])
+    trainer = trained(tmp_path, model=pipeline, peft_config=peft_config, learning_rate=1e-4, max_steps=2)
+    trainer.save_model(str(tmp_path / "out"))
+    merged = weights(load_pipeline(tmp_path / "out").transformer)
+    changes = {name: merged[name].float() - value for name, value in before.items()}
+    layers = {name: module for name, module in trainer.network.named_modules() if hasattr(module, "get_delta_weight")}
+    assert len(layers) == 2
+    for name, layer in layers.items():
+        expected = layer.get_delta_weight("default")
+        assert 0 < expected.abs().max() < 2**-9 * layer.weight.abs().max()  # bfloat16 would lose it
+        changed = changes[name.removeprefix("base_model.model.") + ".weight"]
+        torch.testing.assert_close(changed, expected, atol=1e-7, rtol=1e-2)
+
+
+def test_activation_checkpointing_changes_no_weight_and_stays_in_the_configuration(tmp_path):
+    config = tiny_config(tmp_path, max_steps=1, activation_checkpointing=True)
+    for _ in range(2):  # a second trainer with the same configuration has it as well
+        trainer = DistributionRewardTrainer(model=tiny_pipeline(), reward_funcs=tiny_reward(), args=config)
+        assert trainer.network.gradient_checkpointing
+    copied = weakref.ref(copy.deepcopy(trainer.skeleton))
+    assert copied() is None  # copies hold no reference to themselves
+    trainer.train()
+    trainer.save_model()
+    assert json.loads((tmp_path / "training_args.json").read_text())["activation_checkpointing"] is True
+    assert_same_weights(trainer.network, trained(tmp_path).network)
+    with pytest.raises(ValueError, match="activation_checkpointing=True: Linear does not support it"):
+        prepare_network(torch.nn.Linear(2, 2), config, None)
+
+
+def test_tensorboard_accepts_a_diffusers_config(tmp_path):
+    pytest.importorskip("tensorboard")
+    trained(tmp_path, report_to="tensorboard")
+    assert any(path.name.startswith("events") for path in tmp_path.rglob("*"))
