@@ -198,7 +198,7 @@ def reward_of(extractor, dimension=8):
         ({"model": "no/such/folder"}, FileNotFoundError, "no folder"),
         ({"model": object()}, TypeError, "DiffusionPolicy"),
         ({"reward_funcs": reward_of(features, 5)}, ValueError, "dimension 8, but .*5"),
-        ({"reward_funcs": reward_of(lambda x: features(x)[:1])}, ValueError, "for 2 images"),
+        ({"reward_funcs": reward_of(lambda x: features(x)[:1])}, ValueError, "must return \\(2, d\\)"),
         ({"reward_funcs": reward_of(lambda x: features(x) * float("nan"))}, ValueError, "NaN or infinite"),
         ({"reward_weights": [1.0, 2.0]}, ValueError, "2 entries for 1 reward functions"),
         ({"reward_funcs": [tiny_reward(), tiny_reward()]}, ValueError, "share names"),

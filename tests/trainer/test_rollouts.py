@@ -51,7 +51,7 @@ def test_best_of_n_keeps_the_candidate_that_is_best_by_itself(tmp_path):
 
 def test_a_candidate_that_is_not_finite_is_not_the_best(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1, best_of_n=2)
-    once, rollouts = trainer.estimator.context.sampler._once, kept_rollouts(trainer)
+    once, rollouts = trainer.sampler._once, kept_rollouts(trainer)
 
     def first_is_broken(*args, first):
         rollout = once(*args, first=first)
@@ -60,10 +60,12 @@ def test_a_candidate_that_is_not_finite_is_not_the_best(tmp_path):
             rollout.finite[3] = False
         return rollout
 
-    trainer.estimator.context.sampler._once = first_is_broken
+    trainer.sampler._once = first_is_broken
     trainer.train()
     (rollout,) = rollouts
-    assert rollout.finite.all() and rollout.sample.isfinite().all() and rollout.gathered[0]["features"].isfinite().all()
+    assert (
+        rollout.finite.all() and rollout.sample.isfinite().all() and rollout.gathered[0]["features"].isfinite().all()
+    )
     assert not logged(trainer, "skipped_updates")
 
 

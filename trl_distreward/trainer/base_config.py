@@ -90,8 +90,9 @@ class DiffusionTrainerConfig(_BaseConfig):
             )
         if self.torch_compile_mode in _GRAPH_MODES or self.torch_compile_backend == "cudagraphs":
             raise ValueError(
-                f"torch_compile_mode={self.torch_compile_mode!r}, torch_compile_backend={self.torch_compile_backend!r} "
-                "records CUDA graphs, which overwrite what a sampler keeps: leave both at their defaults."
+                f"torch_compile_mode={self.torch_compile_mode!r}, torch_compile_backend="
+                f"{self.torch_compile_backend!r}: CUDA graphs overwrite what a sampler keeps. Leave both at their "
+                "defaults."
             )
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of updates, or -1 for num_train_epochs.")

@@ -29,7 +29,7 @@ class PullTowardsGoodSamples(Estimator):
     calls = 0
 
     def rollout(self, model, slots, step):
-        return self.context.sampler(model, slots, step)
+        return self.sampler(model, slots, step)
 
     def prepare(self, rollout, rewards):
         self.calls += 1
@@ -38,12 +38,12 @@ class PullTowardsGoodSamples(Estimator):
 
     def loss(self, model, micro_batch):
         x, weights = micro_batch["x"], micro_batch["weights"]
-        velocity = self.context.velocity(model, x, torch.zeros(len(x)), micro_batch["cond"])
+        velocity = self.trainer.velocity(model, x, torch.zeros(len(x)), micro_batch["cond"])
         fit = micro_batch["a"] * (velocity + x).square().flatten(1).mean(1)
         return (fit * weights).sum(), {"fit": fit}
 
     def num_passes(self):
-        return self.context.args.num_subsets * self.context.args.replace_size
+        return self.args.num_subsets * self.args.replace_size
 
     def state_dict(self):
         return {"calls": self.calls}

@@ -35,14 +35,9 @@ _REMEDY = "use a policy gradient instead, which needs no gradient: loss_type='gr
 @dataclass
 class TailBatch:
     """
-    The last steps of one process's images, K of them, and the gradients to train on.
-
-    Attributes:
-        rollout ([`~trainer.rollouts.Rollout`]): with the states at grid index `first` and after.
-        first (`int`): grid index where gradients begin.
-        gradients (`list[dict[str, torch.Tensor]]` of shapes `(K, d)`):
-            of the weighted distances with respect to the features, per distribution reward and space.
-        offset (`float`): constant that turns the linearized loss into minus the reward.
+    The states of a rollout from grid index `first` on, the gradients `(K, d)` of the weighted distances with respect
+    to the features of this process's images, per distribution reward and space, and a constant `offset` that makes
+    the loss, which is linear in the features, minus the reward.
     """
 
     rollout: Rollout
