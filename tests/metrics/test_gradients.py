@@ -87,23 +87,6 @@ def test_gradient_equals_differences_of_replaced(make):
     assert_exact(make().fit(sample(N, 1)), subsets(N), sample(2 * SIZE, 2).view(2, SIZE, D), step=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fréchet", "kid", "gaussian, biased"])
-def test_gradcheck(name):
-    class Replaced(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, features):
-            ctx.save_for_backward(features)
-            return distance.replaced(indices, features)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad[:, None, None] * distance.gradient(indices, *ctx.saved_tensors)
-
-    distance, indices = DISTANCES[name]().fit(sample(N, 1)), subsets(N)
-    features = sample(2 * SIZE, 2).view(2, SIZE, D).requires_grad_()
-    assert torch.autograd.gradcheck(Replaced.apply, (features,), eps=1e-5, atol=1e-8, rtol=1e-6)
-
-
 @every_distance
 def test_subsets_are_independent_and_leave_no_graph(make):
     distance, indices, new = make().fit(sample(N, 1)), subsets(N), sample(2 * SIZE, 2).view(2, SIZE, D)
@@ -234,14 +217,15 @@ def test_kernel_with_float32_products(options, monkeypatch):
     torch.testing.assert_close(single, double, rtol=1e-5, atol=1e-7)
 
 
-# ---- errors ----
+# ---- errors of every method ----
 
 
 @every_distance
-def test_errors(make):
+@pytest.mark.parametrize("method", ["replaced", "leave_one_in", "gradient"])
+def test_wrong_replacements_are_refused(make, method):
     distance, new = make(), torch.zeros(1, 2, D)
-    with pytest.raises(ValueError, match=r"gradient\(\) needs a reference set: call fit"):
-        distance.gradient(torch.tensor([[0, 1]]), new)
+    with pytest.raises(ValueError, match=rf"{method}\(\) needs a reference set: call fit"):
+        getattr(distance, method)(torch.tensor([[0, 1]]), new)
     distance.fit(sample(N, 1))
     cases = [
         (torch.tensor([[0, 0]]), new, "same row twice"),
@@ -252,4 +236,13 @@ def test_errors(make):
     ]
     for indices, features, message in cases:
         with pytest.raises(ValueError, match=message):
-            distance.gradient(indices, features)
+            getattr(distance, method)(indices, features)
+
+
+@every_distance
+def test_wrong_reference_sets_are_refused(make):
+    for features, message in ((sample(N, 1, D + 1), f"dimension {D + 1}"), (sample(1, 1), "at least 2")):
+        with pytest.raises(ValueError, match=message):
+            make().fit(features)
+    with pytest.raises(ValueError, match="call fit"):
+        make().delete_one(torch.tensor([0]))
