@@ -1,37 +1,225 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Writes a run as one HTML file that opens in any browser, offline: evaluations, samples before and after, rewards,
-updates, cost, configuration and versions.
+Write an HTML page of a run: curves, samples before and after, cost, and settings that differ from the defaults.
 
     trl-distreward report sit-distreward
     trl-distreward report merged --output merged.html
 
-RUN_DIR is the output_dir of a training or of a merge. Its run.json is kept up to date from the first update on, so the
-run may still go on, or have been interrupted.
+RUN_DIR is the output_dir of a training or a merge, which may still be running. The page is one file and loads nothing.
 """
 
 import argparse
+import base64
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from ..run_report import write_report
+import matplotlib
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .. import __version__
+from ..files import written_whole
+from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
+from ..trainer.merge_coefficient_config import MergeCoefficientConfig
+from ..trainer.run_record import RUN_RECORD, is_evaluation
 from . import cli
+
+Lines = dict[str, dict[int, float]]  # values by update, for each line of a chart
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # head and rows
+
+INK = "#010203"  # stands for the colour of the page's text, which follows the reader's dark mode
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "trl-distreward",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+LARGEST_SIDE = 1280  # of an embedded image, in pixels
+CHART_OF = {"reward": "reward/mean", "reward_std": "reward/std", "reward_best": "reward/best"}
+SHOWN_FIRST = ("reward", "rewards", "reference_distance", "reference_drift", "seconds", "coefficients")
+NOT_LOGGED = ("eval_", "train_", "total_flos", "step", "epoch", "num_images")
+NOT_SETTINGS = ("output_dir", "run_name", "logging_dir", "use_cpu", "disable_tqdm")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trl-distreward report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="The run's output_dir.")
-    parser.add_argument("--output", metavar="FILE", help="The file to write (default: RUN_DIR/report.html).")
+    parser = cli.make_parser("report", __doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run")
+    parser.add_argument("--output", metavar="FILE", help="page to write (default: RUN_DIR/report.html)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
-    path = write_report(arguments.run_dir, arguments.output)
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, opens in any browser.")
+    path = Path(arguments.output or Path(arguments.run_dir) / "report.html")
+    page = render_report(arguments.run_dir)
+    with written_whole(path, "w") as file:
+        file.write(page)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def render_report(run_dir: str | Path) -> str:
+    """
+    Renders the page of a run.
+
+    Args:
+        run_dir (`str` or `Path`): `output_dir` of a [`DistributionRewardTrainer`] or [`MergeCoefficientTrainer`].
+
+    Returns:
+        `str`: HTML that loads nothing.
+
+    Raises:
+        FileNotFoundError: there is neither a `trainer_state.json` nor a checkpoint with one.
+    """
+    folder = Path(run_dir)
+    state, settings = _read_newest(folder, "trainer_state.json"), _read_newest(folder, "training_args.json")
+    if state is None:
+        raise FileNotFoundError(f"{folder} has no trainer_state.json and no checkpoint: name the output_dir of a run.")
+    record = json.loads((folder / RUN_RECORD).read_text()) if (folder / RUN_RECORD).is_file() else {}
+    evaluations = evaluation_lines(state["log_history"], record.get("evaluations", []))
+    charts = {name: _draw(name, lines) for name, lines in logged_lines(state["log_history"]).items()}
+    grids = sorted(folder.glob("samples/step-*.png"), key=_step)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _format
+    template = environment.from_string((files(__package__) / "report.html.jinja").read_text())
+    return template.render(
+        name=folder.resolve().name,
+        version=__version__,
+        state=state,
+        record=record,
+        summary=summary_rows(evaluations),
+        distances={metric: _draw(metric, lines) for metric, lines in evaluations.items()},
+        curves={name: chart for name, chart in charts.items() if name.startswith(SHOWN_FIRST)},
+        others={name: chart for name, chart in charts.items() if not name.startswith(SHOWN_FIRST)},
+        samples={_step(path): _embed(path) for path in grids[:1] + grids[1:][-1:]},
+        tables={**record_tables(record), "Settings that differ from the defaults": settings_table(settings or {})},
+    )
+
+
+def _read_newest(folder: Path, name: str) -> Any:
+    """Content of the JSON file of the run or of one of its checkpoints that was written last."""
+    found = [*folder.glob(name), *folder.glob(f"checkpoint-*/{name}")]
+    return json.loads(max(found, key=lambda path: path.stat().st_mtime).read_text()) if found else None
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def logged_lines(logs: list[dict[str, Any]]) -> dict[str, Lines]:
+    """Returns the lines of what was logged, by chart: `ratio/max` is the line `max` of the chart `ratio`."""
+    charts: defaultdict[str, Lines] = defaultdict(dict)
+    for log in logs:
+        for key, value in log.items():
+            if not key.startswith(NOT_LOGGED):
+                chart, _, line = CHART_OF.get(key, key).rpartition("/")
+                charts[chart or line].setdefault(line, {})[log["step"]] = value
+    named = {name if len(lines) > 1 else "/".join({name: 0, **lines}): lines for name, lines in charts.items()}
+    return dict(
+        sorted(named.items(), key=lambda item: [item[0].startswith(name) for name in SHOWN_FIRST], reverse=True)
+    )
+
+
+def evaluation_lines(logs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Lines]:
+    """Returns the lines of the samplers, by metric; `evaluations` of the run's record also have those at its start."""
+    if not evaluations:
+        evaluations = [{"step": log["step"], "values": log} for log in logs if is_evaluation(log)]
+    charts: defaultdict[str, Lines] = defaultdict(dict)
+    for evaluation in evaluations:
+        for key, value in evaluation["values"].items():
+            found = re.fullmatch(r"(?:eval_)?((?:sde|ode)(?:_\d+)?)_(.+)", key)
+            if found is not None:
+                charts[found[2]].setdefault(found[1].upper(), {})[evaluation["step"]] = value
+    return charts
+
+
+def _draw(title: str, lines: Lines) -> Markup:
+    """An SVG of lines over updates; a line `std` becomes a band around `mean`."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        axes = figure.subplots()
+        for name, points in lines.items():
+            x, y = list(points), list(points.values())
+            if name == "std" and "mean" in lines:
+                means = lines["mean"].values()
+                low, high = ([mean + sign * std for mean, std in zip(means, y, strict=True)] for sign in (-1, 1))
+                axes.fill_between(x, low, high, alpha=0.2, linewidth=0)
+            else:
+                axes.plot(x, y, label=name, marker="." if len(x) < 60 else None)
+        axes.set_xlabel("update")
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False, fontsize="small")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)} by update"', 1))
+
+
+def _embed(path: Path) -> str:
+    """A data URL of an image, made smaller if it is large."""
+    with Image.open(path) as image:
+        if max(image.size) <= LARGEST_SIDE:
+            kind, content = "png", path.read_bytes()
+        else:
+            buffer, kind = io.BytesIO(), "jpeg"
+            small = image.convert("RGB")
+            small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            small.save(buffer, "JPEG", quality=88)
+            content = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def summary_rows(evaluations: Mapping[str, Lines]) -> list[tuple[Any, ...]]:
+    """Returns metric, sampler, first and last value, and the change in percent."""
+    rows = []
+    for metric, lines in evaluations.items():
+        for sampler, points in lines.items():
+            first, *_, last = [*points.values(), *points.values()]
+            change = f"{100 * (last - first) / abs(first):+.1f} %" if first else ""
+            rows.append((metric, sampler, first, last, change))
+    return rows
+
+
+def record_tables(record: Mapping[str, Any]) -> dict[str, Table]:
+    """Returns the tables of what a run records: costs, and coefficients and comparison of a merge."""
+    tables: dict[str, Table] = {}
+    if "coefficients" in record:
+        columns = record["coefficients"]
+        tables["Coefficients"] = (["checkpoint", *columns], list(zip(record["pool"], *columns.values(), strict=True)))
+    if "comparison" in record:
+        merges = record["comparison"]
+        rows = [(name, *values.values()) for name, values in merges.items()]
+        tables["Comparison"] = (["merge", *next(iter(merges.values()))], rows)
+    seconds, images = record.get("seconds", {}), record.get("images", {})
+    total = sum(seconds.values())
+    costs = [(name, value, f"{value / total:.1%}", images.get(name, "")) for name, value in seconds.items()]
+    costs += [("together", total, "100.0%", sum(images.values()))] if costs else []
+    return {**tables, "Cost": (["phase", "seconds", "share", "images"], costs)}
+
+
+def settings_table(settings: Mapping[str, Any]) -> Table:
+    """Returns the table of the settings that differ from the defaults."""
+    config = MergeCoefficientConfig if "coefficient_map" in settings else DiffusionDistributionConfig
+    defaults = json.loads(config(output_dir="run", use_cpu=True).to_json_string())
+    names = [name for name in settings if name in defaults and name not in NOT_SETTINGS]
+    rows = [(name, str(settings[name]), str(defaults[name])) for name in names if settings[name] != defaults[name]]
+    return ["setting", "value", "default"], rows
+
+
+def _format(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 if __name__ == "__main__":
