@@ -14,23 +14,16 @@ from .preprocessing import resize_antialiased, resize_pillow, to_rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-POOLINGS = ("cls", "mean", "pooler", "image_embeds")
 RESIZES = {"torch": resize_antialiased, "pillow": resize_pillow}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as in preprocessor configurations
-# vector that stands for the image in known families; other families need `pooling`
-POOLING_OF = {
-    "clip": "image_embeds",
-    "convnext": "pooler",
-    "convnextv2": "pooler",
-    "dinov2": "cls",
-    "dinov2_with_registers": "cls",
-    "dinov3_vit": "cls",
-    "ijepa": "mean",
-    "resnet": "pooler",
-    "swin": "pooler",
-    "swinv2": "pooler",
-    "vit": "cls",
+# families by the vector that stands for the image; others need `pooling`
+_FAMILIES = {
+    "cls": ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit"),
+    "pooler": ("convnext", "convnextv2", "resnet", "swin", "swinv2"),
+    "mean": ("ijepa",),
+    "image_embeds": ("clip",),
 }
+POOLING_OF = {family: pooling for pooling, families in _FAMILIES.items() for family in families}
 # Named backbones: where their weights are, and the settings of their metrics' references
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": (
@@ -82,8 +75,8 @@ class BackboneFeatures(nn.Module):
         mode: str = "bicubic",
     ):
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling={pooling!r} is unknown: choose one of {', '.join(map(repr, POOLINGS))}.")
+        if pooling not in _FAMILIES:
+            raise ValueError(f"pooling={pooling!r} is unknown: choose one of {', '.join(map(repr, _FAMILIES))}.")
         if resize not in RESIZES or mode not in RESAMPLING.values():
             raise ValueError(f"resize={resize!r}, mode={mode!r}: choose 'torch' or 'pillow', 'bicubic' or 'bilinear'.")
         self.model, self.pooling, self.size, self.mode = model, pooling, size, mode
@@ -147,10 +140,7 @@ def load_backbone(source: str, name: str, given: dict[str, Any]) -> BackboneFeat
     settings = {"pooling": POOLING_OF.get(family), **said, **given}
     lacking = [key for key in ("pooling", "size", "mean", "std") if settings.get(key) is None]
     if lacking:
-        raise ValueError(
-            f"{source}, a {family}, does not say how to use it: give {', '.join(lacking)} (pooling is one of "
-            f"{', '.join(POOLINGS)})."
-        )
+        raise ValueError(f"{source}, a {family}, does not say how to use it: give {', '.join(lacking)}.")
     untrained = [key for key in report["missing_keys"] if "pooler" not in key or settings["pooling"] == "pooler"]
     if untrained:
         raise ValueError(f"{source} lacks weights of {config.model_type}, which would stay random: {untrained[:4]}.")
@@ -174,12 +164,10 @@ def _preprocessor_settings(source: str, at: dict[str, str]) -> dict[str, Any]:
     size = said.get("size") if size is None else size
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
-    settings = {"size": size, "mean": said.get("image_mean"), "std": said.get("image_std")}
+    mean, std = said.get("image_mean"), said.get("image_std")
     if said.get("do_normalize") is False:
-        settings |= {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    if said.get("resample") in RESAMPLING:
-        settings["mode"] = RESAMPLING[said["resample"]]
-    return settings
+        mean, std = (0, 0, 0), (1, 1, 1)
+    return {"size": size, "mean": mean, "std": std, "mode": RESAMPLING.get(said.get("resample"), "bicubic")}
 
 
 @torch.no_grad()

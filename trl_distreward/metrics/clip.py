@@ -78,21 +78,14 @@ class JointTextFeatures(nn.Module):
     Features of an image joined with the embedding of its prompt, so that the distance sees whether images match their
     prompts.
 
-    A distance of images alone is blind to prompts, as it is to classes ([`JointFeatures`]). Real statistics come from
-    real images with their captions.
+    A distance of images alone is blind to prompts. Real statistics come from real images with their captions, as in
+    the example of [`JointFeatures`].
 
     Args:
         feature_extractor (`Callable`): images `(B, C, H, W)` to features `(B, d)`.
         text_encoder (`Callable`): a list of B prompts to embeddings `(B, e)`, for instance
             [`~metrics.CLIPEmbeddings.prompts`].
         scale (`float`, *optional*, defaults to 1.0): factor of the prompts' embeddings.
-
-    Example:
-
-    ```python
-    >>> joint = JointTextFeatures(clip, clip.prompts)
-    >>> reward = SubsetReplaceReward(joint, FeatureStatistics.from_features(joint(real_images, captions)))
-    ```
     """
 
     needs_conditions = True

@@ -35,24 +35,16 @@ class Distance(Protocol):
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
         """
-        Distances of the reference set after replacing its rows `indices[b]` by `features[b]`, one subset b at a time.
-
-        Args:
-            indices (`torch.LongTensor` of shape `(B, n)`): distinct rows within each subset, from 0 to N - 1.
-            features (`torch.Tensor` of shape `(B, n, d)`): the new rows.
-
-        Returns:
-            `torch.Tensor` of shape `(B,)`.
-
-        Raises:
-            ValueError: before `fit`, on wrong shapes, repeated or out-of-range rows, NaN or infinite features.
+        Distances `(B,)` of the reference set after replacing its rows `indices[b]` by `features[b]`, one subset b at a
+        time. Rows `(B, n)` are distinct within a subset and from 0 to N - 1, the new features are `(B, n, d)`. A
+        `ValueError` names wrong shapes, repeated or out-of-range rows, and NaN or infinite features.
         """
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
         """
-        Credit `(B, n)` of each new row: the updated set's distance minus its distance without that row, which leaves
-        N - 1 rows. It is negative for a row that brings the set nearer to the real data. A row earns nothing for what
-        the others of its subset already supply, which makes this the credit to train on.
+        Credit `(B, n)` of each new row: the updated set's distance minus its distance without that row. It is negative
+        for a row that brings the set nearer to the real data. A row earns nothing for what the others of its subset
+        already supply, which makes this the credit to train on.
         """
 
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:

@@ -25,9 +25,6 @@ FeatureExtractor = Callable[..., Tensor]
 FEATURE_BATCH = 256  # images that go through an extractor at a time
 
 
-# ---- modules behind extractors ----
-
-
 def module_of(extractor: Any) -> nn.Module | None:
     """The module behind an extractor: itself, the owner of a bound method, or a wrapper's attribute `extractor`."""
     owner = getattr(extractor, "__self__", extractor)
@@ -59,11 +56,7 @@ def extractor_digest(extractor: Any) -> str | None:
 
 
 def network_digest(networks: nn.Module | Mapping[str, nn.Module]) -> str:
-    """
-    Digest of all weights and buffers, including shapes and dtypes.
-
-    Tensors' names within a network are left out: they change with the version of the library that loads them.
-    """
+    """Digest of all weights and buffers; their names are left out, as they change with the library that loads them."""
     named = {"": networks} if isinstance(networks, nn.Module) else networks
     digest = hashlib.blake2b(digest_size=16)
     for name, network in sorted(named.items()):
@@ -79,9 +72,6 @@ def _tensor_digest(value: Tensor) -> bytes:
     return digest.digest()
 
 
-# ---- extraction ----
-
-
 def extract_features(
     extractor: FeatureExtractor,
     images: Tensor,
@@ -94,16 +84,9 @@ def extract_features(
     """
     Features `(M, d)`, float32, of images `(M, C, H, W)`, at most 256 at a time.
 
-    Args:
-        extractor (`Callable`): called with images, and with their conditions if it has a true `needs_conditions`.
-        images (`torch.Tensor`): uint8, or float32 in [0, 255] with `gradient`, which keeps the graph to the images.
-        conditions (*optional*): one per image.
-        dimension (`int`, *optional*): expected feature dimension d.
-        name (`str`, *optional*): name of the extractor in errors.
-        check_finite (`bool`, *optional*, defaults to `True`): refuses NaN and infinite values.
-
-    Raises:
-        ValueError: the extractor changed the batch size, gave another dimension, or NaN or infinite values.
+    The extractor gets `conditions` too if it has a true `needs_conditions`. With `gradient`, images are float32 in
+    [0, 255] and features keep their graph. A `ValueError` under `name` says that features have another dimension than
+    `dimension`, not one row per image, or (unless `check_finite=False`) NaN or infinite values.
     """
     needs_conditions = getattr(extractor, "needs_conditions", False)
     if needs_conditions and conditions is None:
@@ -156,9 +139,6 @@ class JointFeatures:
         return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
 
 
-# ---- loading ----
-
-
 class CallableFeatures(nn.Module):
     """A user's callable from images to features as a module, which freezes and moves the one behind it."""
 
@@ -187,22 +167,16 @@ def load_feature_extractor(
     Loads a feature extractor by name.
 
     Args:
-        name (`str`):
-            `"inception"`: the FID network, [`load_inception`]. `"dinov2"`: `facebook/dinov2-large` at 224x224, the
-            final class token, 1024-d, as in FD-DINOv2 (arXiv 2306.04675). `"clip"`:
-            `openai/clip-vit-large-patch14-336`, the normalized projection, 768-d, as in CMMD (arXiv 2401.09603). A Hub
-            id or a folder: a vision backbone of transformers. A dotted path: a callable of your own.
+        name (`str`): `"inception"`, the FID network ([`load_inception`]); `"dinov2"`, the final class token of
+            `facebook/dinov2-large` at 224x224, 1024-d, as in FD-DINOv2 (arXiv 2306.04675); `"clip"`, the normalized
+            projection of `openai/clip-vit-large-patch14-336`, 768-d, as in CMMD (arXiv 2401.09603); a Hub id or a
+            folder of a vision backbone of transformers; or the dotted path of your own callable.
         device (`torch.device` or `str`, *optional*): device of the network; the trainer moves it by itself.
         source (`str` or path, *optional*): file, folder or Hub id of other weights for a named extractor.
-        resize (`str`, *optional*): `"tensorflow"`, `"pytorch"` or `"clean"` for Inception, `"torch"` or `"pillow"` for
-            the others, see [`InceptionV3`] and [`~metrics.BackboneFeatures`]. By default the resize of the metric's
-            reference: `"tensorflow"`, `"torch"` for DINOv2 (EDM2's), `"pillow"` for CLIP.
+        resize (`str`, *optional*): as in [`InceptionV3`] or [`~metrics.BackboneFeatures`]; by default that of the
+            metric's reference.
         kwargs: `output` of [`load_inception`]; for backbones `revision`, and `pooling`, `size`, `mean`, `std` and
             `mode` of [`~metrics.BackboneFeatures`], which override the preprocessor's configuration.
-
-    Raises:
-        ValueError: an unknown name, or a backbone that does not say how to use it.
-        OSError: weights that are not here and cannot be downloaded.
     """
     is_path = os.path.isdir(name) or "/" in name
     options = ("output",) if name == "inception" else OPTIONS if name in NAMED or is_path else ()

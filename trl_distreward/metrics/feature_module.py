@@ -46,11 +46,6 @@ class FeatureModule(evaluate.Metric):
         longest = max(map(len, rows.values()))
         super().add_batch(**{name: [*own, *[[]] * (longest - len(own))] for name, own in rows.items()}, **kwargs)
 
-    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Adds the features of one generated image, of one real image, or of both."""
-        sets = {"predictions": prediction, "references": reference}
-        self.add_batch(**{name: [row] for name, row in sets.items() if row is not None}, **kwargs)
-
 
 def to_features(rows: Any, name: str) -> Tensor:
     """Features `(N, d)` of a column without the rows that fill it."""

@@ -22,14 +22,10 @@ def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, root
     Args:
         generated, real ([`FeatureStatistics`]): statistics of the same dimension; the distance is symmetric in them.
         root (*optional*): `RealRoot.of(real)`, half of the work, for comparing several sets with one.
-
-    Returns:
-        `float`: the distance, computed in float64.
     """
     if generated.dimension != real.dimension:
         raise ValueError(
-            f"the statistics have dimensions {generated.dimension} and {real.dimension}: they come from different "
-            "extractors and cannot be compared."
+            f"the statistics have dimensions {generated.dimension} and {real.dimension}: they must agree."
         )
     side, covariance = (root or RealRoot.of(real)).to(generated.mean.device), generated.covariance
     rank = min(generated.rank_bound, real.rank_bound)

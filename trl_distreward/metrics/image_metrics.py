@@ -61,14 +61,6 @@ class FeatureDistance:
         feature_extractor (`Callable` or `torch.nn.Module`): uint8 images `(B, C, H, W)` to features `(B, d)`.
         real ([`FeatureStatistics`], `torch.Tensor` of shape `(M, d)` or path): the real data.
         distance (`str` or `Callable`, *optional*, defaults to `"frechet"`): as in [`SubsetReplaceReward`].
-
-    Example:
-
-    ```python
-    >>> metric = FeatureDistance(extractor, "real.safetensors")
-    >>> metric.update(images)
-    >>> metric.compute()
-    ```
     """
 
     higher_is_better = False

@@ -271,10 +271,6 @@ def load_inception(
             release, downloaded once to `$TORCH_HOME/hub/checkpoints`, where pytorch-fid looks for it too.
         resize, output (`str`, *optional*): as in [`InceptionV3`].
         device (`torch.device`, *optional*): device of the network.
-
-    Raises:
-        OSError: the weights are not here and cannot be downloaded.
-        ValueError: the file is damaged or holds another network.
     """
     with torch.device("meta"):  # without drawing weights that are replaced at once
         network = InceptionV3(resize, output)

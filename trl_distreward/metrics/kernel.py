@@ -76,13 +76,6 @@ class KernelDistance:
             sets' sizes, and which can be negative. Otherwise the V-statistic, which is never negative.
         bandwidths (`Sequence[float]`, *optional*): σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median
             distance between at most 2,000 real rows.
-
-    Example:
-
-    ```python
-    >>> distance = KernelDistance(real).fit(generated)  # (M, d), (N, d)
-    >>> distance.replaced(indices, new_features)  # (B, n), (B, n, d) -> (B,)
-    ```
     """
 
     memory_budget = 2**28  # bytes of work space for a block of kernel values or a batch of subsets
@@ -177,11 +170,8 @@ class KernelDistance:
     # ---- sums ----
 
     def _distance(self, sums: _Sums, count: int) -> Tensor:
-        if self.unbiased:
-            generated = sums.pairs / (count * (count - 1))
-        else:
-            generated = (sums.pairs + sums.diagonal) / count**2
-        return generated + self._real_term - 2 * sums.cross / count
+        own = sums.pairs / (count * (count - 1)) if self.unbiased else (sums.pairs + sums.diagonal) / count**2
+        return own + self._real_term - 2 * sums.cross / count
 
     def _count_without_one(self) -> int:
         count, least = len(self._generated), 3 if self.unbiased else 2

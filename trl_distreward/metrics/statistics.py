@@ -26,8 +26,8 @@ class FeatureStatistics:
     """
     Count, mean and covariance of a set of feature vectors.
 
-    Features stream in through [`~FeatureStatistics.update`]. Sets merge with [`~FeatureStatistics.merge`], by the
-    pairwise update of Chan, Golub and LeVeque (1983), which does not cancel as a sum of squares would.
+    Features stream in through `update`, and sets merge, by the pairwise update of Chan, Golub and LeVeque (1983),
+    which does not cancel as a sum of squares would.
 
     Args:
         dimension (`int`): feature dimension d.
@@ -139,10 +139,6 @@ class FeatureStatistics:
                 with `mu` and `sigma`, as pytorch-fid, clean-fid, ADM, DiT and MAR write them; or a `.pkl` of EDM2.
             feature_extractor (`str`, *optional*): name of the extractor whose statistics are wanted. It chooses among
                 several in one file, and must be the extractor that the file names.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, holds something else, or statistics of another extractor.
         """
         path = Path(path)
         if not path.is_file():
