@@ -6,12 +6,12 @@ All private names of transformers that this library overrides are overridden her
 """
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ from .sharding import is_split, without_weights
 
 logger = get_logger(__name__)
 
-# Values that are summed between two logs; all others are averaged
-_COUNTS = {"skipped_updates"}
+# Values between two logs are averaged, but for these
+_REDUCTIONS: dict[str, Any] = {"skipped_updates": sum, "ratio/min": min, "ratio/max": max, "reward_best": max}
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -88,7 +88,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.run_record = RunRecord()
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self.skipped_in_a_row = 0
-        self._without_update = False
+        self._without_update = self._holds_best = False
         self._stop_on_sigterm = StopOnSIGTERM()
         self.publisher = Publisher(self)
         network = self.prepare_network(policy.model, args, peft_config)
@@ -152,16 +152,21 @@ class DiffusionTrainer(_BaseTrainer):
                 f"resume_from_checkpoint={resume_from_checkpoint!r} has no {TRAINER_STATE_NAME}: name a checkpoint-* "
                 "folder of a run, or pass True for the newest one in output_dir."
             )
-        before = [found for found in self.run_record.evaluations if found["step"] == 0]
+        evaluations = [] if self.state.global_step else self.run_record.evaluations[-1:]
         self.run_record = RunRecord()
-        self.run_record.evaluations = before[-1:]  # of the model that training starts from
-        self._without_update, self.skipped_in_a_row = False, 0
+        self.run_record.evaluations = evaluations  # of the model that training starts from
+        self._without_update, self._holds_best, self.skipped_in_a_row = False, False, 0
         self._metrics.clear()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._stop_on_sigterm.restore()
             self.write_record()
+
+    @property
+    def weights_step(self) -> int:
+        """Update that made the present weights: the best one once the best model is loaded, else the last."""
+        return self.state.best_global_step if self._holds_best else self.state.global_step
 
     @property
     def interrupted(self) -> bool:
@@ -173,13 +178,12 @@ class DiffusionTrainer(_BaseTrainer):
         return DataLoader(range(self.steps_per_epoch), batch_size=1, collate_fn=list)  # type: ignore[arg-type]
 
     def record(self, name: str, value: float) -> None:
-        """Keeps a value for the next log, which writes the mean."""
+        """Keeps a value for the next log, which writes the mean of most values."""
         self._metrics[name].append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not is_evaluation(logs):
-            recorded = self._metrics.items()
-            logs = logs | {key: sum(values) / (1 if key in _COUNTS else len(values)) for key, values in recorded}
+            logs = logs | {key: _REDUCTIONS.get(key, fmean)(values) for key, values in self._metrics.items()}
             logs["num_images"] = self.num_images
             self._metrics.clear()
         super().log(logs, start_time)
@@ -207,7 +211,7 @@ class DiffusionTrainer(_BaseTrainer):
         try:
             text = without_tokens(json.dumps(self.describe_run(), default=str))
             write_json(Path(self.args.output_dir, RUN_RECORD), json.loads(text))
-            self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+            self.state.save_to_json(str(Path(self.args.output_dir, TRAINER_STATE_NAME)))
         except OSError as error:
             logger.warning(f"{RUN_RECORD} could not be written to {self.args.output_dir}: {error}.")
 
@@ -226,19 +230,14 @@ class DiffusionTrainer(_BaseTrainer):
         return torch.zeros((), device=self.accelerator.device)
 
     def skip_update(self, reason: str) -> None:
-        """
-        Counts an update that cannot be made.
-
-        Raises:
-            RuntimeError: more than `max_skipped_updates` in a row.
-        """
+        """Counts an update that cannot be made. More than `max_skipped_updates` in a row raise `RuntimeError`."""
         self.skipped_in_a_row += 1
         self.record("skipped_updates", 1.0)
         logger.warning(f"Update {self.state.global_step} is skipped: {reason}.")
         if self.skipped_in_a_row > self.args.max_skipped_updates:
             raise RuntimeError(
-                f"{self.skipped_in_a_row} updates in a row were skipped, more than max_skipped_updates, the last because "
-                f"{reason}: lower the learning rate or noise_level, then resume from the last checkpoint."
+                f"{self.skipped_in_a_row} updates in a row were skipped, more than max_skipped_updates, the last "
+                f"because {reason}: lower the learning rate or noise_level, then resume from the last checkpoint."
             )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -293,7 +292,7 @@ class DiffusionTrainer(_BaseTrainer):
         metrics.update(speed_metrics(metric_key_prefix, started, len(conditions) * len(self.args.eval_schedules)))
         metrics = broadcast_object_list([metrics])[0]  # the best model must be the same on every process
         if eval_dataset is None and seed is None and metric_key_prefix == "eval":
-            entry = {"step": self.state.global_step, "num_images": self.num_images, "values": values}
+            entry = {"step": self.weights_step, "num_images": self.num_images, "values": values}
             self.run_record.evaluations.append(entry)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -435,6 +434,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.load_trained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._holds_best = True
         if self.is_deepspeed_enabled:  # its optimizer holds the weights
             super()._load_best_model()
         else:
@@ -448,6 +448,3 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _send_telemetry(self) -> None:
         """Sends nothing: TRL's telemetry reads a language model's config."""
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} has no predictions of single examples: use evaluate().")

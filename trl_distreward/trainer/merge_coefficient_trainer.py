@@ -299,6 +299,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         Args:
             coefficients (`torch.Tensor` of shape `(N_c,)` or `(G, N_c)`, *optional*): to evaluate instead.
         """
+        if coefficients is not None:  # an evaluation with a given seed does not count as one of the run
+            kwargs.setdefault("seed", self.args.eval_seed)
         with self._showing(coefficients):
             return super().evaluate(*args, **kwargs)
 

@@ -88,15 +88,13 @@ class Publisher:
         given = [tags] if isinstance(tags, str) else list(tags or [])
         source = getattr(getattr(trainer.policy, "pipeline", None), "config", {}).get("_name_or_path")
         base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
-        state = trainer.state
-        updates = state.best_global_step if args.load_best_model_at_end else state.global_step
         metadata: dict[str, Any] = {"base_model": base_model, **trainer.card_metadata()}
         card = build_model_card(
             model_name or self.model_name,
             trainer_name=type(trainer).__name__,
             paper=trainer._paper,
-            num_updates=updates or state.global_step,
-            evaluations=[found for found in trainer.run_record.evaluations if found["step"] <= state.global_step],
+            num_updates=trainer.weights_step,
+            evaluations=[found for found in trainer.run_record.evaluations if found["step"] <= trainer.weights_step],
             recipe=recipe_of(args),
             num_eval_images=len(trainer.eval_conditions),
             sections=trainer.card_sections(),
