@@ -117,5 +117,5 @@ def test_features_must_be_finite(tmp_path):
         means = images.float().flatten(1).mean(1, keepdim=True)
         return torch.cat([means, means / means], dim=1)
 
-    with pytest.raises(ValueError, match="NaN or infinite values for 1 of 8 images"):
+    with pytest.raises(ValueError, match="NaN or infinite values in 1 of 8 rows"):
         collect(sample(tmp_path / "s.npz", images), tmp_path / "work", divides)

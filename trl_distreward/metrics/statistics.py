@@ -26,8 +26,8 @@ class FeatureStatistics:
     """
     Count, mean and covariance of a set of feature vectors.
 
-    Features stream in through `update`, and sets merge, by the pairwise update of Chan, Golub and LeVeque (1983),
-    which does not cancel as a sum of squares would.
+    Features stream in through `update`, by the pairwise formula of Chan, Golub and LeVeque (1983), which does not
+    cancel as a sum of squares would.
 
     Args:
         dimension (`int`): feature dimension d.
@@ -92,26 +92,15 @@ class FeatureStatistics:
     def update(self, features: Tensor) -> None:
         """Adds `features` of shape `(N, d)`."""
         features = check_features(features, dimension=self.dimension).double().to(self.mean.device)
-        if len(features) == 0:
-            return
-        mean = features.mean(dim=0)
-        centred = features - mean
-        self._add(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Adds the vectors that `other` counted, as if they had been seen here."""
-        if other.count is None:
-            raise ValueError("cannot merge statistics whose count is unknown: recompute them from the images.")
-        if other.count:
-            self._add(other.count, other.mean.to(self.mean.device), other._scatter.to(self.mean.device))
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if self.count is None:
             raise ValueError("cannot add to statistics whose count is unknown: recompute them from the images.")
-        total = self.count + count
-        delta = mean - self.mean
-        self._scatter = self._scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
+        if len(features) == 0:
+            return
+        total, mean = self.count + len(features), features.mean(dim=0)
+        centred, delta = features - mean, mean - self.mean
+        between = torch.outer(delta, delta) * (self.count * len(features) / total)
+        self._scatter = self._scatter + centred.T @ centred + between
+        self.mean = self.mean + delta * (len(features) / total)
         self.count = total
 
     def save(self, path: str | os.PathLike, features: Tensor | None = None) -> None:
