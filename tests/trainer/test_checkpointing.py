@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""A run that was interrupted and resumed is the run that was not, bit for bit."""
+"""Checkpoints are whole pipelines, and a resumed run equals the uninterrupted one to the last bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,17 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests.helpers import features, logged, real_images, tiny_sit, tiny_trainer, weights
+from tests.helpers import (
+    assert_same_weights,
+    features,
+    logged,
+    real_images,
+    tiny_pipeline,
+    tiny_sit,
+    tiny_trainer,
+    trained,
+    weights,
+)
 from trl_distreward import FeatureStatistics, SiTPipeline, SubsetReplaceReward, load_pipeline
 
 # (settings, steps at which the run is interrupted)
@@ -25,13 +36,13 @@ CASES = {
     ),
     "before and after a refresh": ({"reference_refresh_steps": 3}, [2, 3, 4]),
     "automatic refresh": ({"reference_refresh_steps": "auto", "refresh_drift": 0.3}, [2, 3]),
-    "in the middle of a generation": ({"num_iterations": 4, "epsilon": 0.2, "beta": 0.05}, [1, 3, 4, 5]),
+    "between the updates of a rollout": ({"num_iterations": 4, "epsilon": 0.2, "beta": 0.05}, [1, 3, 4, 5]),
     "in a second epoch": ({"max_steps": -1, "num_train_epochs": 3}, [2, 3]),
-    "normalized ratios": ({"num_iterations": 2, "ratio_normalization": True}, [1]),
+    "normalized ratios": ({"num_iterations": 2, "ratio_normalization": True, "offload_trajectories": True}, [1]),
     "windows, best of two": ({"sde_window_size": 2, "sde_window": "random", "best_of_n": 2}, [2]),
     "rejection sampling": ({"loss_type": "rft"}, [2]),
     "adapter": ({"lora": True, "reference_update": "rolling", "ema_decay": 0.5}, [2]),
-    "adapter in the middle of a generation": ({"lora": True, "num_iterations": 2, "beta": 0.1}, [1]),
+    "adapter between the updates of a rollout": ({"lora": True, "num_iterations": 2, "beta": 0.1}, [1]),
 }
 
 
@@ -46,16 +57,13 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
     settings, interruptions = CASES[case]
     whole = trainer_for(tmp_path / "whole", **settings)
     whole.train()
-    expected = weights(whole.network)
     for step in interruptions:
         resumed = trainer_for(tmp_path / f"resumed-{step}", **settings)
-        torch.manual_seed(1000 + step)  # nothing may ride on the global generator
+        torch.manual_seed(1000 + step)  # nothing may depend on the global generator
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert resumed.state.global_step == whole.state.global_step
-        for name, value in weights(resumed.network).items():
-            assert torch.equal(value, expected[name]), (step, name)
-        rewards, distances = "reward", "reference_distance/features"
-        for key in (rewards, distances, "loss"):
+        assert_same_weights(resumed.network, whole.network)
+        for key in ("reward", "reference_distance/features", "loss"):
             assert logged(resumed, key) == logged(whole, key), (step, key)
         if whole.ema is not None:
             assert all(torch.equal(resumed.ema.averages[n], v) for n, v in whole.ema.averages.items())
@@ -67,7 +75,7 @@ def two_spaces():
     return SubsetReplaceReward(extractors, real)
 
 
-def test_scales_of_distances_are_the_runs_own(tmp_path):
+def test_every_run_has_its_own_scales_of_distances(tmp_path):
     def rewards(folder, reward, seed=0, resume=None):
         trainer = trainer_for(tmp_path / folder, reward_funcs=reward, seed=seed, max_steps=3, save_steps=2)
         trainer.train(resume_from_checkpoint=resume)
@@ -79,17 +87,9 @@ def test_scales_of_distances_are_the_runs_own(tmp_path):
     assert rewards("resumed", reward, seed=1, resume=str(tmp_path / "other" / "checkpoint-2")) == other
 
 
-def test_resuming_a_finished_run_keeps_its_average(tmp_path):
-    whole = trainer_for(tmp_path, ema_decay=0.5, max_steps=2)
-    whole.train()
-    again = trainer_for(tmp_path, ema_decay=0.5, max_steps=2)
-    again.train(resume_from_checkpoint=True)
-    assert all(torch.equal(again.ema.averages[name], value) for name, value in whole.ema.averages.items())
-
-
 @pytest.mark.parametrize("max_steps", [2, 3])  # at the end of an epoch, and within one
 def test_resuming_a_finished_run_changes_nothing(tmp_path, max_steps):
-    settings = {"max_steps": max_steps, "eval_strategy": "steps", "eval_steps": 1}
+    settings = {"max_steps": max_steps, "eval_strategy": "steps", "eval_steps": 1, "ema_decay": 0.5}
     whole = trainer_for(tmp_path, **settings)
     assert whole.steps_per_epoch == 2
     whole.train()
@@ -97,17 +97,18 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, max_steps):
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == max_steps
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == f"checkpoint-{max_steps}"
-    assert all(torch.equal(value, weights(whole.network)[n]) for n, value in weights(again.network).items())
+    assert_same_weights(again.network, whole.network)
+    assert all(torch.equal(again.ema.averages[name], value) for name, value in whole.ema.averages.items())
     assert again.num_images == whole.num_images > 0
     assert again.run_record.evaluations == whole.run_record.evaluations != []
-    features = [trainer.reward_funcs[0].features["features"] for trainer in (whole, again)]
-    assert torch.equal(*features)
+    sets = [trainer.rewards.of_sets[0].features["features"] for trainer in (whole, again)]
+    assert torch.equal(*sets)
     longer = trainer_for(tmp_path, **{**settings, "max_steps": max_steps + 1})
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == max_steps + 1 and longer.num_images > whole.num_images
 
 
-def test_checkpoints_that_hold_the_model_alone_are_not_resumed_from(tmp_path):
+def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(tmp_path):
     trainer_for(tmp_path, max_steps=1, save_only_model=True).train()
     with pytest.raises(FileNotFoundError, match="has no diffusion_state.pt: .*save_only_model=True.*as its model"):
         trainer_for(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
@@ -116,7 +117,7 @@ def test_checkpoints_that_hold_the_model_alone_are_not_resumed_from(tmp_path):
 @pytest.mark.parametrize("size", [20, 30])
 def test_resuming_with_another_size_of_the_reference_set_is_refused(tmp_path, size):
     trainer_for(tmp_path, max_steps=1).train()
-    with pytest.raises(ValueError, match=f"reference set has 24 images, and reference_set_size={size}: resume with"):
+    with pytest.raises(ValueError, match=f"reference set has 24 images, but reference_set_size={size}: resume with"):
         trainer_for(tmp_path, max_steps=2, reference_set_size=size).train(resume_from_checkpoint=True)
 
 
@@ -137,28 +138,14 @@ def test_resuming_with_another_extractor_is_refused(tmp_path):
 
     trainer(0, max_steps=1).train()
     trainer(0, max_steps=2).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="features 'features' are of the extractor .*mine.*, and this reward's is"):
+    with pytest.raises(ValueError, match="features come from the extractors .*mine.*, and this reward has .*mine"):
         trainer(1, max_steps=3).train(resume_from_checkpoint=True)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     for folder in ("none", tmp_path):
-        with pytest.raises(FileNotFoundError, match="is no folder with a trainer_state.json: name a checkpoint-"):
+        with pytest.raises(FileNotFoundError, match="has no trainer_state.json: name a checkpoint-"):
             trainer_for(tmp_path).train(resume_from_checkpoint=str(folder))
-
-
-def test_means_of_a_generation_are_read_as_they_were_kept_before(tmp_path):
-    settings = {"num_iterations": 2, "ratio_normalization": True}
-    whole = trainer_for(tmp_path / "whole", **settings)
-    whole.train()
-    checkpoint = tmp_path / "whole" / "checkpoint-1"
-    state = torch.load(checkpoint / "process_state_0.pt", weights_only=True)
-    buffer = state["buffer"]
-    buffer["old_means"] = torch.stack([buffer["old_means"][step] for step in buffer["steps"]], dim=1)
-    torch.save(state, checkpoint / "process_state_0.pt")
-    resumed = trainer_for(tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert all(torch.equal(value, weights(whole.network)[n]) for n, value in weights(resumed.network).items())
 
 
 def test_resuming_with_another_model_is_refused(tmp_path):
@@ -171,15 +158,24 @@ def test_resuming_with_another_model_is_refused(tmp_path):
         larger.train(resume_from_checkpoint=True)
 
 
-def test_checkpoints_are_pipelines_and_old_ones_go(tmp_path):
+def test_checkpoints_are_pipelines_and_old_ones_are_deleted(tmp_path):
     trainer = trainer_for(tmp_path, save_total_limit=2)
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
-    last = load_pipeline(tmp_path / "checkpoint-6").transformer
-    assert all(torch.equal(p, weights(trainer.network)[n]) for n, p in last.named_parameters())
+    assert_same_weights(load_pipeline(tmp_path / "checkpoint-6").transformer, trainer.network)
 
 
-@pytest.mark.parametrize("moment", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_saved_model_is_a_pipeline_with_the_trained_weights(tmp_path):
+    trainer = trained(tmp_path / "run", max_steps=2)
+    trainer.save_model(str(tmp_path / "out"))
+    assert_same_weights(load_pipeline(tmp_path / "out").transformer, trainer.network)
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(weights(trainer.network)[name], weights(tiny_pipeline().transformer)[name])
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert config["class_dropout_prob"] == 0.1 and "use_cache" not in config
+
+
+@pytest.mark.parametrize("moment", ["write_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_failure_while_saving_leaves_the_earlier_checkpoint_whole(tmp_path, moment):
     trainer = trainer_for(tmp_path, max_steps=3)
     original = getattr(trainer, moment)
@@ -199,10 +195,10 @@ def test_failure_while_saving_leaves_the_earlier_checkpoint_whole(tmp_path, mome
     assert resumed.state.global_step == 3
 
 
-def test_checkpoint_in_the_middle_of_a_generation_knows_its_processes(tmp_path):
+def test_a_checkpoint_between_updates_of_a_rollout_is_for_as_many_processes(tmp_path):
     trainer = trainer_for(tmp_path, num_iterations=2, max_steps=1)
     trainer.train()
-    with pytest.raises(ValueError, match="by 3 processes and cannot be resumed on 1"):
+    with pytest.raises(ValueError, match="by 3 processes: resume on as many, not 1"):
         trainer.load_process_state({**trainer.process_state(), "processes": 3})
 
 
@@ -212,7 +208,7 @@ def test_checkpoint_in_the_middle_of_a_generation_knows_its_processes(tmp_path):
     ids=lambda settings: settings["save_strategy"],
 )
 def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path, settings):
-    if settings["save_strategy"] == "best":  # whose evaluation comes with the signal, and keeps one checkpoint
+    if settings["save_strategy"] == "best":  # a single checkpoint is kept, and evaluations are due at every step
         settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, **settings}
         settings |= {"save_total_limit": 1, "greater_is_better": False, "learning_rate": 1e-7}
     trainer = trainer_for(tmp_path, max_steps=50, **settings)
@@ -233,7 +229,7 @@ def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path, settings):
 KILLED = """
 import sys
 from pathlib import Path
-from tests.helpers import logged, tiny_trainer, weights
+from tests.helpers import tiny_trainer
 trainer = tiny_trainer(Path(sys.argv[1]), max_steps=100000, save_strategy="steps", save_steps=1, save_total_limit=2,
                        ema_decay=0.5)
 print("ready", flush=True)
