@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -141,12 +142,14 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     _shorten_refresh(trainer)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    problems = []
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError:
-        phase = next((name for name in REMEDIES if name not in trainer.run_record.seconds), "training")
-        problems.append(f"{phase} runs out of the device's {capacity / GIB:.1f} GiB: {REMEDIES[phase]}.")
+    problems, output_dir = [], args.output_dir
+    with TemporaryDirectory() as args.output_dir:  # the record of a real run stays
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            phase = next((name for name in REMEDIES if name not in trainer.run_record.seconds), "training")
+            problems.append(f"{phase} runs out of the device's {capacity / GIB:.1f} GiB: {REMEDIES[phase]}.")
+    args.output_dir = output_dir
     seconds = trainer.run_record.seconds
     refresh = seconds["refresh"] * len(trainer.conditions) / size
     per_pass = refresh / plan.counts["refresh"] if plan.counts["refresh"] else 0.0
