@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from runs import Digits
 from torch import Tensor, nn
 
-from trl_distreward import FeatureDistance, FeatureStatistics
-from trl_distreward.metrics import extract_features, feature_metrics
+from trl_distreward import FeatureDistance, FeatureStatistics, feature_metrics
+from trl_distreward.metrics import extract_features
 
 NUM_REAL = 2000  # real images that generated ones are compared with one by one
 METRICS = ("kernel", "mmd", "precision", "recall", "density", "coverage")

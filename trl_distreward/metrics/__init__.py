@@ -5,14 +5,7 @@ from .backbones import BackboneFeatures
 from .clip import CLIPEmbeddings
 from .distance import Distance
 from .extractors import extract_features
-from .scores import (
-    cmmd,
-    feature_metrics,
-    frechet_infinity,
-    half_sample_spread,
-    inception_score,
-    kernel_inception_distance,
-)
+from .scores import cmmd, frechet_infinity, half_sample_spread, inception_score, kernel_inception_distance
 
 __all__ = [
     "BackboneFeatures",
@@ -20,7 +13,6 @@ __all__ = [
     "Distance",
     "cmmd",
     "extract_features",
-    "feature_metrics",
     "frechet_infinity",
     "half_sample_spread",
     "inception_score",

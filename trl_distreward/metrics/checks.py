@@ -53,13 +53,7 @@ def check_replacement(indices: Tensor, features: Tensor, count: int, dimension: 
 
 
 def read_header(path: str | os.PathLike) -> tuple[set[str], dict[str, str]]:
-    """
-    Names of the tensors in a `.safetensors` file of real data, and its metadata; both empty for other files.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
-    """
+    """Names of the tensors in a `.safetensors` file of real data, and its metadata; both empty for other files."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of real data at {path}.")

@@ -19,9 +19,7 @@ TEXT_BATCH = 64  # prompts that go through the text encoder at a time
 
 class CLIPEmbeddings(BackboneFeatures):
     """
-    Embeddings of length 1 of images and of prompts by a CLIP model, in float32 without autocast or TF32.
-
-    Calling it embeds images; gradients pass to floating-point images.
+    Normalized embeddings of images (by a call) and of prompts by a CLIP model, in float32 without autocast or TF32.
 
     Args:
         model ([`~transformers.CLIPModel`]): the model, with both towers.

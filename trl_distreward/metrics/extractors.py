@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Feature extractors: loading them by name, freezing, digests of their weights, and extraction in batches.
 
-A loaded extractor is a frozen `nn.Module` from images `(B, 3 or 1, H, W)` in [0, 255] to features `(B, d)` in float32,
-with gradients to floating-point images. Its `name`, `resize` and `dimension` belong into the metadata of statistics:
-features that differ in one of them cannot be compared.
+An extractor's `name`, `resize` and `dimension` belong into the metadata of statistics: features that differ in one of
+them cannot be compared.
 """
 
 import hashlib

@@ -105,13 +105,10 @@ class FrechetDistance:
             2/(N - 1) · G (x - m') + 2/N · (m' - m_r)
 
         from `d Tr A^½ = ½ Tr(A^-½ dA)`; the mean's part of `dS'` cancels, as rows about their mean sum to 0. It costs
-        one eigendecomposition per subset, whatever `method` is.
-
-        `A'^-½` is the pseudo-inverse's: eigenvalues that are 0 by the rank of the sets (N ≤ d, few real rows), or up
-        to rounding, contribute nothing. If all sets of these sizes have these zeros, the gradient is exact: `Tr A'^½`
-        is the nuclear norm of the rows times R, smooth at the greatest possible rank. If the set has collapsed (copies
-        of a row in a set of N ≤ d, a feature that no longer varies), the distance has a kink; the result is the mean
-        of the one-sided derivatives.
+        one eigendecomposition per subset, whatever `method` is. `A'^-½` is the pseudo-inverse's: eigenvalues that are
+        0 by the rank of the sets, or up to rounding, contribute nothing. This is exact, because `Tr A'^½` is the
+        nuclear norm of the rows times R, smooth at the greatest possible rank. If the set has collapsed (copies of a
+        row in a set of N ≤ d, a feature that no longer varies), the result is the mean of the one-sided derivatives.
         """
         check_replacement(indices, features, self._count("gradient", 2), self.dimension)
         indices, features = indices.to(self._set.mean.device), features.to(self._set.mean.device)

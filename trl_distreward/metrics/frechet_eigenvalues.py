@@ -11,10 +11,9 @@ from .statistics import FeatureStatistics
 
 
 def clean(eigenvalues: Tensor, rank: int | None) -> Tensor:
-    """Ascending eigenvalues without rounding noise: those below zero, and those beyond the rank, become 0.
-
-    A zero eigenvalue comes back as about 1e-16 of the largest, and its square root as 1e-8 of that root: with hundreds
-    of them the trace is wrong in the sixth digit.
+    """
+    Ascending eigenvalues with those below zero, and those beyond the rank, set to 0: rounding leaves about 1e-16 of
+    the largest, whose square root is 1e-8 of that root, and hundreds of them spoil the sixth digit of the trace.
     """
     eigenvalues = eigenvalues.clamp(min=0)
     if rank is not None and rank < eigenvalues.shape[-1]:

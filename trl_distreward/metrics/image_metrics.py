@@ -26,12 +26,7 @@ class ImageMetric(Protocol):
 
 
 class MeanScore:
-    """
-    Mean of a reward of single images over a generated set, for instance of [`~rewards.per_image.pick_score`].
-
-    Args:
-        reward (`Callable`): `reward(images=…, conditions=…)` returns one number per image.
-    """
+    """Mean over a generated set of a reward of single images, `reward(images=…, conditions=…)`."""
 
     higher_is_better = True
 

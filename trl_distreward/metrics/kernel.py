@@ -21,8 +21,6 @@ from torch import Tensor
 from .checks import check_features, check_fitted, check_replacement
 from .precision import full_precision
 
-HEURISTIC_ROWS = 2_000  # real rows that the median heuristic looks at
-
 
 @dataclass(frozen=True)
 class _Rows:
@@ -97,7 +95,8 @@ class KernelDistance:
         real = check_features(real_features, "real features", least=2).detach()
         self.kernel, self.unbiased = kernel, unbiased
         self.dtype = torch.float64 if real.numel() <= self.float64_elements else torch.float32
-        self._gamma = 1 / real.shape[1]
+        self.dimension = real.shape[1]
+        self._gamma = 1 / self.dimension
         self._centre = _mean_of_rows(real)  # (d,)
         self._base = self._gamma * self._centre.square().sum().item() + 1.0  # the polynomial's base at the centre
         self._real = self._rows(real)
@@ -109,10 +108,6 @@ class KernelDistance:
         count = len(real)
         self._real_term = (pairs / (count * (count - 1)) if unbiased else (pairs + diagonal) / count**2).item()
         self.features: Tensor | None = None
-
-    @property
-    def dimension(self) -> int:
-        return len(self._centre)
 
     # ---- the distance ----
 
@@ -327,7 +322,7 @@ class KernelDistance:
     def _median_heuristic(self) -> tuple[float, ...]:
         """The median distance between rows (Gretton et al., JMLR 2012, Sec. 8), half and twice of it."""
         rows = self._real.centred
-        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), HEURISTIC_ROWS), dtype=torch.float64).round().long()
+        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), 2_000), dtype=torch.float64).round().long()
         median = torch.pdist(rows[chosen.to(rows.device)].double()).median().item()
         if median == 0:
             raise ValueError("the median distance between real rows is 0, too many are equal: pass bandwidths=(…).")

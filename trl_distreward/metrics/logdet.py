@@ -127,9 +127,8 @@ def factorize(grams: Tensor, added: int) -> Factors:
 
 def eigenvalues_above(grams: Tensor, added: int) -> Tensor:
     """
-    Whether `A'` has as many eigenvalues at or above `τ²` as A, from grams `(..., r, r)` at the shift `-τ²`.
-
-    Sylvester's law of inertia on `[[A - τ², Wᵀ], [W, -C]]`, whose two Schur complements are `A' - τ²` and `-(C + M)`.
+    Whether `A'` has as many eigenvalues at or above `τ²` as A, from grams `(..., r, r)` at the shift `-τ²`:
+    Sylvester's law of inertia on `[[A - τ², Wᵀ], [W, -C]]`, whose Schur complements are `A' - τ²` and `-(C + M)`.
     """
     signs = torch.ones(grams.shape[-1], dtype=grams.dtype, device=grams.device)
     signs[added:] = -1

@@ -28,8 +28,7 @@ def precision_recall_density_coverage(
     progress: bool = False,
 ) -> dict[str, float]:
     """
-    Precision and recall (Kynkäänniemi et al., arXiv 1904.06991); density and coverage (Naeem et al., arXiv
-    2002.09797).
+    Precision, recall, density and coverage of a generated set among real rows.
 
     A row's neighbourhood is the open ball that reaches to its k-th nearest *other* row of the same set; copies of a
     row are other rows. Distances are float64; between float32 features they are compared after rounding to float32.
@@ -41,9 +40,6 @@ def precision_recall_density_coverage(
         nearest_k (`int`, *optional*, defaults to 5): k of density and coverage.
         precision_recall_k (`int`, *optional*, defaults to `nearest_k`): k of precision and recall, often 3.
         progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
-
-    Returns:
-        `dict[str, float]`: `"precision"`, `"recall"`, `"density"`, `"coverage"`. Density may exceed 1.
     """
     overlap_k = nearest_k if precision_recall_k is None else precision_recall_k
     check_features(real, "real features")

@@ -11,8 +11,7 @@ def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Images as `(B, 3, H, W)` of `dtype` in [0, 255]; gradients pass.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`):
-            uint8, or floating-point numbers in the same range [0, 255]; one channel is repeated to three.
+        images (`torch.Tensor` of shape `(B, 3 or 1, H, W)`): uint8, or floating-point in [0, 255].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the network, float32 or float64.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:

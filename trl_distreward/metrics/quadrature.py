@@ -72,9 +72,8 @@ def error_bound(lower: float, upper: float, num_nodes: int) -> float:
     """
     A-priori error bound of the rule: `δ = 4ρ / (1 - ρ)`, `ρ = exp(-2π n K(κ) / K(1 - κ))`, `κ = (lower / upper)²`.
 
-    The slope of the integrand for one eigenvalue, `2a / π · s'(u) / (a² + s(u)²)`, has period `2K(1 - κ)` and four
-    simple poles in it, at distance `K(κ)` from the real line and with residues of size `1/π`. Each adds at most
-    `2ρ / (1 - ρ)` to the error of the midpoint rule, on an integral of 2 over the period.
+    The integrand's slope for one eigenvalue has period `2K(1 - κ)` and four simple poles in it, at distance `K(κ)`
+    from the real line and with residues of size `1/π`; each adds at most `2ρ / (1 - ρ)` to an integral of 2.
     """
     quarter, across = _quarter_periods(lower / upper)
     rho = math.exp(-2 * math.pi * num_nodes * quarter / across)

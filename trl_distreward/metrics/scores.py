@@ -17,9 +17,9 @@ from .prdc import precision_recall_density_coverage
 from .statistics import FeatureStatistics
 
 STREAMED_ROWS = 4_096  # rows whose float64 copy exists at a time
-MANIFOLD = ("precision", "recall", "density", "coverage")  # all from one pass over the distances
 FRECHET = ("frechet", "fid", "frechet_infinity", "fid_infinity")
-METRICS = (*FRECHET, "kid", "kernel", "mmd", "cmmd", *MANIFOLD, "inception_score")
+PRDC = ("precision", "recall", "density", "coverage")
+METRICS = (*FRECHET, "kid", "kernel", "mmd", "cmmd", *PRDC, "inception_score")
 
 
 def kernel_inception_distance(
@@ -27,10 +27,7 @@ def kernel_inception_distance(
 ) -> tuple[float, float]:
     """
     Kernel inception distance of features `(M, d)` and `(N, d)`: mean and standard deviation of the unbiased MMD² over
-    pairs of random subsets (Bińkowski et al., arXiv 1801.01401, Sec. 4).
-
-    Subsets are drawn without replacement, as torch-fidelity draws them with `rng_seed=seed`. [`KernelDistance`]
-    computes the distance of the whole sets.
+    pairs of random subsets (Bińkowski et al., arXiv 1801.01401, Sec. 4), drawn as by torch-fidelity.
     """
     if min(len(real), len(generated)) < subset_size:
         raise ValueError(
@@ -58,10 +55,8 @@ def cmmd(real: Tensor, generated: Tensor) -> float:
 def inception_score(logits: Tensor, splits: int = 10, seed: int | None = None) -> tuple[float, float]:
     """
     Inception Score of class logits `(N, C)`: mean and standard deviation over splits of `exp(mean_x KL(p(y|x) ‖
-    p(y)))`, with p(y) the mean of p(y|x) over the split (Salimans et al., arXiv 1606.03498, Sec. 4).
-
-    Rows are shuffled if a `seed` is given: images sorted by class score far too low. torch-fidelity takes logits
-    without bias.
+    p(y)))`, with p(y) the mean of p(y|x) over the split (Salimans et al., arXiv 1606.03498, Sec. 4). A `seed` shuffles
+    the rows: images sorted by class score far too low.
     """
     check_features(logits, "logits")
     count = len(logits)
@@ -102,10 +97,8 @@ def half_sample_spread(
 ) -> dict[str, float]:
     """
     Standard deviations of metrics between evaluations with other seeds, estimated from random halves of one set of
-    features `(N, d)` (the delete-d jackknife of Shao and Wu, Annals of Statistics 17, 1989).
-
-    The variance between halves, drawn without replacement, is that between independent sets of the whole size, to
-    first order. A bootstrap would draw rows twice, which changes neighbours and ranks.
+    features `(N, d)` (the delete-d jackknife of Shao and Wu, Annals of Statistics 17, 1989): the variance between
+    halves is that between independent sets of the whole size, to first order.
     """
     if repeats < 2:
         raise ValueError(f"repeats={repeats} must be at least 2: one value has no spread.")

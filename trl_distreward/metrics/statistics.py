@@ -39,6 +39,7 @@ class FeatureStatistics:
     """
 
     def __init__(self, dimension: int, metadata: Mapping[str, str] | None = None):
+        self.dimension = dimension
         self.count: int | None = 0
         self.mean = torch.zeros(dimension, dtype=torch.float64)
         self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # sum of (x - mean)(x - mean)ᵀ
@@ -66,10 +67,6 @@ class FeatureStatistics:
         statistics.mean, statistics.count = mean.double().clone(), count
         statistics._scatter = symmetric if count is None else symmetric * (count - 1)
         return statistics
-
-    @property
-    def dimension(self) -> int:
-        return len(self.mean)
 
     @property
     def covariance(self) -> Tensor:

@@ -228,10 +228,7 @@ class SubsetReplaceReward:
         return rewards
 
     def gradient(self, slots: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """
-        Gradient `(M, d)` per space, float64, of the weighted distance after replacing `slots` `(M,)`, all distinct, by
-        new `features` `(M, d)`, with respect to these.
-        """
+        """Gradient `(M, d)` per space of the weighted distance, with all distinct `slots` `(M,)` replaced at once."""
         return {
             name: self._weight(name) * distance.gradient(slots[None], features[name][None])[0]
             for name, distance in self.distances.items()
