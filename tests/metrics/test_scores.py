@@ -201,7 +201,7 @@ def test_float16_features_give_the_values_of_float64_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": ["fid", "IS"]}, r"metrics=\['IS'\] are unknown or none: choose from frechet, fid"),
+        ({"metrics": ["fid", "IS"]}, r"metrics=\['fid', 'IS'\] are unknown or none: choose from frechet, fid"),
         ({"metrics": []}, r"metrics=\[\] are unknown or none"),
         ({"metrics": ["inception_score"]}, "inception_score needs logits of the 260"),
         ({"metrics": ["kid"]}, "subset_size=1000 is more than the 300 real or 260"),

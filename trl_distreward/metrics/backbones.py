@@ -173,8 +173,8 @@ def _preprocessor_settings(source: str, at: dict[str, str]) -> dict[str, Any]:
 @torch.no_grad()
 def fix_position_embeddings(model: Any, size: int) -> None:
     """
-    Resamples DINOv2's position embeddings to images of `size` once, as its authors' code does: the bicubic grid is
-    read at multiples of `37 / 16.1` for 16 patches of the 37 it was trained with; transformers takes `37 / 16`.
+    Resamples DINOv2's position embeddings once, as its authors' code does: the bicubic grid is read at multiples of
+    `37 / 16.1` for 16 patches of the 37 it was trained with; transformers takes `37 / 16`.
     """
     embeddings = model.embeddings
     positions = embeddings.position_embeddings  # (1, 1 + patches, d)

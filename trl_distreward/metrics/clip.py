@@ -4,7 +4,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from .backbones import CLIP_MEAN, CLIP_STD, BackboneFeatures
 from .extractors import FeatureExtractor, freeze, module_of
 from .precision import full_precision
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerBase
 
 TEXT_BATCH = 64  # prompts that go through the text encoder at a time
 
@@ -29,9 +32,11 @@ class CLIPEmbeddings(BackboneFeatures):
     """
 
     cache_size = 10_000  # prompts whose embeddings are kept, in CPU memory
-    model: Any
+    model: "CLIPModel"
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "clip", resize: str = "pillow"):
+    def __init__(
+        self, model: "CLIPModel", tokenizer: "PreTrainedTokenizerBase", name: str = "clip", resize: str = "pillow"
+    ):
         size = model.config.vision_config.image_size
         super().__init__(model, name, "image_embeds", size, CLIP_MEAN, CLIP_STD, resize)
         self.tokenizer = tokenizer
@@ -46,8 +51,7 @@ class CLIPEmbeddings(BackboneFeatures):
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings `(B, d)` of prompts, on the model's device."""
-        wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
-        if wrong:
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ValueError(f"{wrong[0]!r} is not a prompt: the images' conditions must be strings.")
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(missing), TEXT_BATCH):

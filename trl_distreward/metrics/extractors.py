@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conditions import Conditions
 from ..importing import resolve
 from .backbones import NAMED, OPTIONS, load_backbone
 from .checks import check_features
@@ -24,7 +25,7 @@ FeatureExtractor = Callable[..., Tensor]
 FEATURE_BATCH = 256  # images that go through an extractor at a time
 
 
-def module_of(extractor: Any) -> nn.Module | None:
+def module_of(extractor: object) -> nn.Module | None:
     """The module behind an extractor: itself, the owner of a bound method, or a wrapper's attribute `extractor`."""
     owner = getattr(extractor, "__self__", extractor)
     if isinstance(owner, nn.Module):
@@ -41,14 +42,14 @@ def freeze(extractor: FeatureExtractor) -> FeatureExtractor:
     return extractor
 
 
-def move(extractor: Any, device: torch.device) -> None:
+def move(extractor: object, device: torch.device) -> None:
     """Moves the module behind an extractor, if there is one."""
     module = module_of(extractor)
     if module is not None:
         module.to(device)
 
 
-def extractor_digest(extractor: Any) -> str | None:
+def extractor_digest(extractor: object) -> str | None:
     """Digest of the network behind an extractor; `None` if there is none."""
     module = module_of(extractor)
     return None if module is None else network_digest(module)
@@ -74,7 +75,7 @@ def _tensor_digest(value: Tensor) -> bytes:
 def extract_features(
     extractor: FeatureExtractor,
     images: Tensor,
-    conditions: Any = None,
+    conditions: Conditions | None = None,
     dimension: int | None = None,
     name: str = "features",
     check_finite: bool = True,
@@ -87,13 +88,14 @@ def extract_features(
     [0, 255] and features keep their graph. A `ValueError` under `name` says that features have another dimension than
     `dimension`, not one row per image, or (unless `check_finite=False`) NaN or infinite values.
     """
-    needs_conditions = getattr(extractor, "needs_conditions", False)
-    if needs_conditions and conditions is None:
+    if not getattr(extractor, "needs_conditions", False):
+        conditions = None
+    elif conditions is None:
         raise ValueError(f"feature extractor {name!r} takes images and their conditions: pass conditions too.")
     chunks = []
     for start in range(0, len(images), FEATURE_BATCH):
         part = images[start : start + FEATURE_BATCH]
-        given = (part, conditions[start : start + FEATURE_BATCH]) if needs_conditions else (part,)
+        given = (part,) if conditions is None else (part, conditions[start : start + FEATURE_BATCH])
         with torch.set_grad_enabled(gradient):
             values = extractor(*given)
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(part):
@@ -132,7 +134,7 @@ class JointFeatures:
         self.extractor = freeze(feature_extractor)
         self.num_classes, self.scale = num_classes, scale
 
-    def __call__(self, images: Tensor, conditions: Any) -> Tensor:
+    def __call__(self, images: Tensor, conditions: Conditions) -> Tensor:
         features = self.extractor(images)  # (B, d)
         labels = torch.as_tensor(conditions).to(features.device, torch.long)
         return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
@@ -150,7 +152,7 @@ class CallableFeatures(nn.Module):
         self.dimension: int | None = getattr(extractor, "dimension", None)
         self.needs_conditions = getattr(extractor, "needs_conditions", False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         return self.extractor(*args, **kwargs)
 
 

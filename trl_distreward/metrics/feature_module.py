@@ -1,13 +1,14 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Base of the modules for Hugging Face `evaluate` under `metrics_hub`."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import evaluate
 import numpy as np
 import torch
 from datasets import Features, Value
 from datasets import Sequence as ListOf
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 INPUTS = """
@@ -39,7 +40,9 @@ class FeatureModule(evaluate.Metric):
         info.format = "numpy"
         return info
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+    def add_batch(
+        self, *, predictions: ArrayLike | None = None, references: ArrayLike | None = None, **kwargs: str
+    ) -> None:
         """Adds features of generated images, of real images, or of both, in any numbers."""
         sets = {"predictions": predictions, "references": references}
         rows = {name: [] if given is None else list(np.asarray(given, np.float32)) for name, given in sets.items()}
@@ -47,7 +50,7 @@ class FeatureModule(evaluate.Metric):
         super().add_batch(**{name: [*own, *[[]] * (longest - len(own))] for name, own in rows.items()}, **kwargs)
 
 
-def to_features(rows: Any, name: str) -> Tensor:
+def to_features(rows: Iterable[Sequence[float] | None], name: str) -> Tensor:
     """Features `(N, d)` of a column without the rows that fill it."""
     kept = [row for row in rows if row is not None and len(row)]
     if not kept:

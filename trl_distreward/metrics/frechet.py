@@ -39,9 +39,8 @@ class FrechetDistance:
     """
     Fréchet distance of a reference set from real data, and its exact values after some of its rows are replaced.
 
-    Each reference set costs one eigendecomposition, each subset log-determinants of size 2n + 1
-    (`frechet_replacement`) with an error of about 1e-8 of the distance. A subset whose error bound fails is computed
-    from the eigenvalues of the changed matrix. All arithmetic is float64.
+    Each reference set costs one eigendecomposition, each subset log-determinants of size 2n + 1 with an error of about
+    1e-8 of the distance, or the eigenvalues of the changed matrix if the error bound fails. All arithmetic is float64.
 
     Args:
         real ([`FeatureStatistics`]): statistics of the real data.

@@ -78,7 +78,6 @@ class LogDeterminants:
     def _quadrature(self, rise: float, full_range: bool = False) -> tuple[Quadrature, ShiftedGrams]:
         """
         The rule for changes that raise no eigenvalue of A by more than `rise`, and grams at `-lower²` and its nodes.
-
         The upper end grows in octaves: rules are reused, and a subset's value does not depend on its neighbours.
         Below, half of the smallest root leaves room for removed rows; `full_range` goes down to rounding.
         """

@@ -5,12 +5,13 @@ Anything with `reset()`, `update(images, conditions)` and `compute() -> float` i
 `higher_is_better` says which direction is better.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from .distance import Distance, RealData, build_distance
 from .extractors import FeatureExtractor, extract_features, freeze, move
 
@@ -20,7 +21,7 @@ class ImageMetric(Protocol):
 
     def reset(self) -> None: ...
 
-    def update(self, images: Tensor, conditions: Any) -> None: ...
+    def update(self, images: Tensor, conditions: Conditions | None) -> None: ...
 
     def compute(self) -> float: ...
 
@@ -30,7 +31,7 @@ class MeanScore:
 
     higher_is_better = True
 
-    def __init__(self, reward: Callable[..., Any]):
+    def __init__(self, reward: Callable[..., Tensor | Sequence[float]]):
         self.reward = reward
         self.reset()
 
@@ -40,7 +41,7 @@ class MeanScore:
     def reset(self) -> None:
         self._scores: list[Tensor] = []
 
-    def update(self, images: Tensor, conditions: Any = None) -> None:
+    def update(self, images: Tensor, conditions: Conditions | None = None) -> None:
         scores = self.reward(images=images, conditions=conditions)
         self._scores.append(torch.as_tensor(scores, dtype=torch.float64).flatten().cpu())
 
@@ -73,7 +74,7 @@ class FeatureDistance:
     def reset(self) -> None:
         self._features: list[Tensor] = []
 
-    def update(self, images: Tensor, conditions: Any = None) -> None:
+    def update(self, images: Tensor, conditions: Conditions | None = None) -> None:
         dimension = getattr(self.distance, "dimension", None)
         self._features.append(extract_features(self.extractor, images, conditions, dimension))
 

@@ -172,8 +172,7 @@ class Branches(nn.Module):
 
 class InceptionV3(nn.Module):
     """
-    The FID network, frozen. It always computes in float32 without autocast or TF32. Floating-point images carry
-    gradients through it.
+    The FID network, frozen, always in float32 without autocast or TF32; floating-point images carry gradients.
 
     Args:
         resize (`str`, *optional*, defaults to `"tensorflow"`): resize to 299x299 and scaling, which distances must

@@ -15,15 +15,15 @@ def full_precision() -> Iterator[None]:
     standard deviation, bfloat16 ones 4 %. A backward pass outside runs with the settings of the training around.
     """
     backends: Any = torch.backends
+    exact: tuple[str, object] = ("allow_tf32", False)
+    parts = [backends.cuda.matmul, backends.cudnn]
     if hasattr(backends, "fp32_precision"):  # since torch 2.9, where reading the older names may raise
-        parts = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-        switches: list[tuple[Any, str, Any]] = [(part, "fp32_precision", "ieee") for part in parts]
-    else:
-        switches = [(part, "allow_tf32", False) for part in (backends.cuda.matmul, backends.cudnn)]
+        exact = ("fp32_precision", "ieee")
+        parts = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
     with ExitStack() as stack:
-        for backend, name, exact in switches:
-            stack.callback(setattr, backend, name, getattr(backend, name))
-            setattr(backend, name, exact)
+        for backend in parts:
+            stack.callback(setattr, backend, exact[0], getattr(backend, exact[0]))
+            setattr(backend, *exact)
         for device in ("cuda", "cpu"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -18,8 +18,7 @@ from .statistics import FeatureStatistics
 
 STREAMED_ROWS = 4_096  # rows whose float64 copy exists at a time
 FRECHET = ("frechet", "fid", "frechet_infinity", "fid_infinity")
-PRDC = ("precision", "recall", "density", "coverage")
-METRICS = (*FRECHET, "kid", "kernel", "mmd", "cmmd", *PRDC, "inception_score")
+METRICS = (*FRECHET, "kid", "kernel", "mmd", "cmmd", "precision", "recall", "density", "coverage", "inception_score")
 
 
 def kernel_inception_distance(
@@ -140,9 +139,8 @@ def feature_metrics(
         progress (`bool`, *optional*, defaults to `False`): whether to show a bar for precision and recall.
         kid_subsets, kid_subset_size, splits (`int`, *optional*): options of the KID and the Inception Score.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"metrics={unknown or metrics} are unknown or none: choose from {', '.join(METRICS)}.")
+    if not metrics or not set(metrics) <= {*METRICS}:
+        raise ValueError(f"metrics={metrics} are unknown or none: choose from {', '.join(METRICS)}.")
     if isinstance(real, FeatureStatistics) and set(metrics) - {*FRECHET, "inception_score"}:
         raise ValueError(f"{', '.join(metrics)} need the real features (M, {real.dimension}), not statistics alone.")
     dimension = (

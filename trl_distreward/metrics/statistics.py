@@ -139,9 +139,6 @@ class FeatureStatistics:
             check_extractor(metadata, statistics.dimension, extractor=feature_extractor, path=path)
         return statistics
 
-    def __repr__(self) -> str:
-        return f"FeatureStatistics(dimension={self.dimension}, count={self.count}, metadata={self.metadata})"
-
 
 Moments = tuple[Tensor, Tensor, int | None, dict[str, str]]  # mean, covariance, count and metadata
 
@@ -211,7 +208,7 @@ def check_extractor(
     `path` is named in the message. Only entries that both sides have are compared: files of other tools do not name
     their extractor.
     """
-    held: dict[str, Any] = {**metadata, "dimension": dimension}
+    held: dict[str, object] = {**metadata, "dimension": dimension}
     seen = {"extractor": extractor, "resize": resize, "weights": weights, "dimension": extractor_dimension}
     for name, value in seen.items():
         if held.get(name) and value and held[name] != value:

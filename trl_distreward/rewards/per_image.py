@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conditions import Conditions
 from ..metrics.clip import CLIPEmbeddings, load_clip
 from ..metrics.extractors import FeatureExtractor, extract_features, freeze, module_of
 
@@ -39,11 +40,10 @@ class PromptScore(nn.Module):
         name: str = "prompt_score",
     ):
         super().__init__()
-        freeze(clip)
         self.clip, self.scale, self.prefix, self.at_least = clip, scale, prefix, at_least
         self.__name__ = name
 
-    def forward(self, images: Tensor, conditions: Sequence[str], **kwargs: Any) -> Tensor:
+    def forward(self, images: Tensor, conditions: Sequence[str], **kwargs: object) -> Tensor:
         """Scores `(B,)`, float32, of uint8 or float32 images `(B, C, H, W)` in [0, 255] and their B prompts."""
         embeddings = extract_features(self.clip, images, name=self.__name__, gradient=images.requires_grad)
         prompts = self.clip.prompts([self.prefix + prompt for prompt in conditions])
@@ -69,7 +69,7 @@ class HeadScore(nn.Module):
         self.module = module_of(feature_extractor)  # registered, so that it moves along
         self.__name__ = name
 
-    def forward(self, images: Tensor, conditions: Any = None, **kwargs: Any) -> Tensor:
+    def forward(self, images: Tensor, conditions: Conditions | None = None, **kwargs: object) -> Tensor:
         """Scores `(B,)`, float32, of uint8 or float32 images `(B, C, H, W)` in [0, 255]."""
         features = extract_features(self.extractor, images, conditions, gradient=images.requires_grad)
         with torch.autocast(features.device.type, enabled=False):
@@ -100,7 +100,6 @@ def hps_score(source: str | os.PathLike, **kwargs: Any) -> PromptScore:
     """
     Human Preference Score v2 (Wu et al., arXiv 2306.09341): the cosine by a CLIP model fine-tuned on preferences.
 
-    `source` holds its weights as a [`~transformers.CLIPModel`]. The authors publish them in open_clip's format;
-    convert them first.
+    `source` holds its weights as a [`~transformers.CLIPModel`]; convert the authors' file, which is open_clip's.
     """
     return PromptScore(load_clip(source, **kwargs), name="hps_score")

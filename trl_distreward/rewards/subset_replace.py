@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from ..metrics.distance import Distance, RealData, build_distance, supports
 from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, move
 from ..metrics.image_metrics import FeatureDistance
@@ -103,7 +104,7 @@ class SubsetReplaceReward:
         return self
 
     def extract(
-        self, images: Tensor, conditions: Any = None, check_finite: bool = True, gradient: bool = False
+        self, images: Tensor, conditions: Conditions | None = None, check_finite: bool = True, gradient: bool = False
     ) -> dict[str, Tensor]:
         """
         Features `(M, d)` of images `(M, C, H, W)` in each space, see [`~metrics.extract_features`].
@@ -244,7 +245,7 @@ class SubsetReplaceReward:
         return -torch.stack(parts).sum(dim=0)
 
     def __call__(
-        self, images: Tensor, conditions: Any = None, slots: Tensor | None = None, **kwargs: Any
+        self, images: Tensor, conditions: Conditions | None = None, slots: Tensor | None = None, **kwargs: object
     ) -> list[float]:
         """One reward per uint8 image of `(B * n, C, H, W)`, as TRL's reward functions return, for `slots` `(B, n)`."""
         if slots is None or len(images) != slots.numel():
