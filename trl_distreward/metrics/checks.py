@@ -71,7 +71,7 @@ def load_real_features(path: str | os.PathLike) -> Tensor:
     names, _ = read_header(path)
     if "features" not in names:
         raise ValueError(
-            f"{path} holds no features (M, d), which are needed here: write them with statistics --features."
+            f"{path} holds no features (M, d), which this distance needs: save them there as 'features'."
         )
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("features")
