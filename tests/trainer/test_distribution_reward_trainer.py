@@ -217,6 +217,7 @@ def reward_of(extractor, dimension=8):
             "would keep the model with the worst .* set greater_is_better=True",
         ),
         ({"sde_window_size": 9}, ValueError, "sde_window_size=9 must lie in 1 to 3, the number of steps with noise"),
+        ({"num_inference_steps_eval": 1, "last_step_size": 0.1}, ValueError, "last_step_size needs at least 2 steps"),
         ({"noise_level": 0.0}, ValueError, "noise_level=0.0 .* no step with noise to train"),
     ],
 )

@@ -116,6 +116,8 @@ class DiffusionTrainerConfig(_BaseConfig):
             setattr(self, name, held)
         evaluation = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
         self._set_schedules(self.rollout_schedule.on(policy), evaluation)
+        for schedule in self.eval_schedules.values():
+            len(schedule.times)  # a grid that cannot be made fails now, and not at the first evaluation
 
     def guidance(self) -> dict[str, Any]:
         """The guidance arguments of [`as_policy`]."""
