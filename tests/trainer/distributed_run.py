@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Trains a tiny model and writes what came of it; started by test_distributed.py, alone or under torchrun."""
+"""Trains a tiny model and writes its weights and logs; test_distributed.py starts it in several processes."""
 
 import json
 import sys
@@ -15,9 +15,7 @@ from trl_distreward import LogSamplesCallback
 from trl_distreward.trainer.sharding import whole_state_dict
 
 
-def main() -> None:
-    output, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-    torch.set_num_threads(1)
+def train(output, settings):
     samples = settings.pop("samples", 0)
     resume_from, launch = settings.pop("resume_from", None), settings.pop("launch", "ddp")
     if launch == "fsdp2":
@@ -36,7 +34,7 @@ def main() -> None:
     metrics = trainer.evaluate()
     trainer.save_model(str(output / "saved"))
     network = trainer.unwrapped(trainer.sampled_model)
-    weights = whole_state_dict(network)  # of all processes
+    weights = whole_state_dict(network)  # all processes take part
     if trainer.accelerator.is_main_process:
         save_file({name: weights[name].contiguous() for name, _ in network.named_parameters()}, output / "weights")
         (output / "log.json").write_text(json.dumps({"history": trainer.state.log_history, "metrics": metrics}))
@@ -45,4 +43,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), json.loads(sys.argv[2]))

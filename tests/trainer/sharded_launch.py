@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""FSDP2 and DeepSpeed on CPU: accelerate turns them on for accelerators only, gloo carries them all the same."""
+"""FSDP2 and DeepSpeed on CPU by gloo, although accelerate turns them on for accelerators only."""
 
 import os
 

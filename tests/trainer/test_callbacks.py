@@ -48,7 +48,7 @@ def test_a_grid_that_cannot_be_made_does_not_end_training(tmp_path, caplog):
     trainer.policy.decode = lambda x: decode(x) * (torch.nan if trainer.state.global_step == 2 else 1)
     trainer.train()
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-0.png"]
-    assert "There is no grid of samples: image 0 is not finite" in caplog.text
+    assert "There is no grid of samples at step 2: an image is not finite" in caplog.text
 
 
 def test_grids_are_decoded_in_slices(tmp_path):
