@@ -73,7 +73,7 @@ def test_page_shows_the_run_and_loads_nothing(run):
     assert "digits & <b>more" in text and "update 3 of" in text.replace("\n", " ")
     for title in ("Evaluation", "Samples", "Training", "Cost", "Settings that differ from the defaults"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("data:image/png;base64,") == 2  # before and after
+    assert page.count("data:image/webp;base64,") == 2  # before and after
     assert page.count('<svg role="img"') > 6 and "currentColor" in page and report.INK not in page
 
 
@@ -113,7 +113,7 @@ def test_merge_shows_coefficients_and_comparison(merged):
 
 def test_large_grids_are_made_smaller(tmp_path):
     Image.new("RGB", (3000, 2000)).save(tmp_path / "step-0.png")
-    assert report._embed(tmp_path / "step-0.png").startswith("data:image/jpeg;base64,")
+    assert report._embed(tmp_path / "step-0.png").startswith("data:image/webp;base64,")
 
 
 def test_command_writes_one_file(run, tmp_path, capsys):

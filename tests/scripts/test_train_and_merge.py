@@ -16,8 +16,8 @@ from tests.evaluation.images import pixels
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
 from tests.policies_tiny import sd3
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, MergeCoefficientTrainer, load_pipeline
-from trl_distreward.metrics.extractors import load_feature_extractor
 from trl_distreward.metrics.checks import load_real_features
+from trl_distreward.metrics.extractors import load_feature_extractor
 from trl_distreward.rewards import clip_score, hps_score, pick_score
 from trl_distreward.scripts import arguments, merge, train
 

@@ -146,8 +146,8 @@ def collect_features(
     batches = DataLoader(_Batches(source, mine, batch_size, resize), batch_size=None, num_workers=workers)
     columns: dict[int, defaultdict[str, list[Tensor]]] = {i: defaultdict(list) for i in mine}
     messages: dict[int, list[str]] = {i: [] for i in mine}
-    size: tuple[int, ...] = ()
     bar = tqdm(total=len(mine), desc="features", unit="shard", disable=not state.is_main_process)
+    size: tuple[int, ...] = ()
     for shard, images, skipped in batches:
         messages[shard] += skipped
         _check_skipped(skipped, skip_corrupt)
@@ -156,15 +156,8 @@ def collect_features(
             with written_whole(paths[shard]) as file:
                 file.write(save(rows, {"skipped": json.dumps(messages.pop(shard))}))
             bar.update()
-            continue
-        for image in images:
-            size = size or image.content.shape
-            if image.content.shape != size:
-                raise ValueError(
-                    f"{image.name} has the shape {image.content.shape}, others have {size}: pass --resize N to bring "
-                    "all images to N x N."
-                )
-        if images:
+        elif images:
+            size = _check_size(images, size)
             pixels = torch.from_numpy(np.stack([image.content for image in images])).to(state.device)
             prompts = None if images[0].prompt is None else [image.prompt for image in images]
             for name, extractor in extractors.items():
@@ -195,3 +188,14 @@ def _begin(folder: Path, settings: Mapping[str, Any], state: PartialState) -> No
 def _check_skipped(messages: list[str], skip_corrupt: bool) -> None:
     if messages and not skip_corrupt:
         raise UnreadableImage(messages[0])
+
+
+def _check_size(images: list[StoredImage], size: tuple[int, ...]) -> tuple[int, ...]:
+    for image in images:
+        size = size or image.content.shape
+        if image.content.shape != size:
+            raise ValueError(
+                f"{image.name} has the shape {image.content.shape}, others have {size}: pass --resize N to bring all "
+                "images to N x N."
+            )
+    return size

@@ -42,7 +42,6 @@ class GeneratedImages(ImageSource):
         policy: DiffusionPolicy,
         num_images: int,
         schedule: SamplingSchedule,
-        *,
         labels: str = "balanced",
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,

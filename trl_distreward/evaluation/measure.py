@@ -27,7 +27,7 @@ class FeaturesAndLogits(nn.Module):
 
     def __init__(self, inception: Any):
         super().__init__()
-        self.inception, self.resize, self.dimension = inception, inception.resize, inception.dimension
+        self.inception, self.resize = inception, inception.resize
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.inception.outputs(images, (self.inception.output, "logits_unbiased"))
@@ -52,38 +52,13 @@ class RealData:
     def __init__(self, path: str | os.PathLike, extractor: Any, metrics: Sequence[str], **dataset_options: Any):
         self.path, self.extractor, self.metrics = Path(path), extractor, metrics
         self.needs_features = not {*metrics} <= {*FRECHET, "inception_score"}
-        self.statistics = self._read_moments()
+        self.statistics = _read_moments(self.path, extractor)
         self.features: Tensor | None = None
         self.images: ImageSource | None = None
         if self.needs_features and self.path.suffix == ".safetensors":
             self.features = load_real_features(path)
         elif self.needs_features or self.statistics is None:
             self.images = open_images(path, **dataset_options)
-
-    def _read_moments(self) -> FeatureStatistics | None:
-        """Moments from a statistics file or a reference batch; `None` if they must be computed from images."""
-        name, resize = self.extractor.name, self.extractor.resize
-        if self.path.suffix == ".npz" and self.path.is_file():
-            with open_archive(self.path) as archive:
-                held = array_names(archive)
-            moments = "mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE
-            if "arr_0" in held and not moments:
-                return None
-        elif self.path.suffix not in (".safetensors", ".npz", ".pkl"):
-            return None
-        statistics = FeatureStatistics.load(self.path, name)
-        if self.path.suffix == ".pkl":
-            statistics.metadata["resize"] = _EDM2_RESIZE[name]
-        check_extractor(
-            statistics.metadata,
-            statistics.dimension,
-            extractor=name,
-            resize=resize,
-            weights=extractor_digest(self.extractor),
-            extractor_dimension=self.extractor.dimension,
-            path=self.path,
-        )
-        return statistics
 
     def collect(self, folder: Path, **options: Any) -> None:
         """Computes from the images what no file holds. All processes call it; see [`collect_features`]."""
@@ -94,26 +69,43 @@ class RealData:
 
     def compare(self, features: Tensor, seed: int, spread: int) -> dict[str, Any]:
         """
-        Computes the metrics of generated images, after [`RealData.collect`].
+        Computes one of the results in a report, after [`RealData.collect`].
 
         Args:
             features (`torch.Tensor` of shape `(N, d)`): features; for the Inception Score, with logits after them.
             seed (`int`), spread (`int`): see [`feature_metrics`].
-
-        Returns:
-            `dict`: one of the results in a report.
         """
-        assert self.statistics is not None
-        d = self.statistics.dimension
-        logits = features[:, d:] if features.shape[1] > d else None
+        statistics = self.statistics
+        assert statistics is not None
+        generated, logits = features[:, : statistics.dimension], features[:, statistics.dimension :]
+        options: dict[str, Any] = {"logits": logits if logits.shape[1] else None, "seed": seed, "spread": spread}
         metrics: dict[str, float] = {}
-        for real, names in (
-            (self.statistics, [name for name in self.metrics if name in FRECHET]),
-            (self.features, [name for name in self.metrics if name not in FRECHET]),
-        ):
-            if names:
-                real = self.statistics if real is None else real  # which the Inception Score ignores
-                metrics |= feature_metrics(real, features[:, :d], names, logits=logits, seed=seed, spread=spread)
-        mean_norm = self.statistics.mean.norm().item()  # tells whether two reports are against the same data
-        about = {"path": str(self.path), "count": self.statistics.count, "mean_norm": mean_norm}
+        moments = [name for name in self.metrics if name in FRECHET]
+        others = [name for name in self.metrics if name not in FRECHET]
+        if moments:
+            metrics = feature_metrics(statistics, generated, moments, **options)
+        if others:
+            real = statistics if self.features is None else self.features
+            metrics |= feature_metrics(real, generated, others, **options)
+        mean_norm = statistics.mean.norm().item()  # tells whether two reports are against the same data
+        about = {"path": str(self.path), "count": statistics.count, "mean_norm": mean_norm}
         return {"extractor": self.extractor.name, "resize": self.extractor.resize, "real": about, "metrics": metrics}
+
+
+def _read_moments(path: Path, extractor: Any) -> FeatureStatistics | None:
+    """Moments from a statistics file or a reference batch; `None` if they must be computed from images."""
+    name, resize = extractor.name, extractor.resize
+    if path.suffix not in (".safetensors", ".npz", ".pkl"):
+        return None
+    if path.suffix == ".npz" and path.is_file():
+        with open_archive(path) as archive:
+            held = array_names(archive)
+        if "arr_0" in held and not ("mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE):
+            return None
+    statistics = FeatureStatistics.load(path, name)
+    metadata, weights = dict(statistics.metadata), extractor_digest(extractor)
+    if path.suffix == ".pkl":
+        metadata["resize"] = _EDM2_RESIZE[name]
+    about = {"extractor": name, "resize": resize, "weights": weights, "extractor_dimension": extractor.dimension}
+    check_extractor(metadata, statistics.dimension, path=path, **about)
+    return statistics

@@ -2,9 +2,8 @@
 """
 Tables of evaluations, and changes from one evaluation to another.
 
-A report is a dictionary, written as JSON: `model`, `images` (their number), `resize`, `settings` of the generation,
-`library`, and `results`, one for each feature extractor, with `extractor`, `resize`, `real` (`path`, `count`,
-`mean_norm`) and `metrics`: values by name, standard deviations as `<name>_std`.
+A report is a dictionary: `model`, `images` (their number), `resize`, `settings` of the generation, `library`, and
+`results`, one for each feature extractor: `extractor`, `resize`, `real` (`path`, `count`, `mean_norm`) and `metrics`.
 """
 
 import json

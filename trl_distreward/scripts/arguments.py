@@ -19,7 +19,7 @@ from ..rewards.per_image import clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..trainer.base import DiffusionTrainer
 from ..trainer.callbacks import LogSamplesCallback
-from .common import beside_prompts, split_spec
+from .common import find_extractor, split_spec
 from .statistics import write_statistics
 
 # rewards of single images by name
@@ -68,7 +68,7 @@ class RewardArguments:
     heldout_extractor: str | None = option(None, "Feature extractor for evaluation, which the reward does not use.")
     heldout_statistics: str | None = option(None, "Statistics file for heldout_extractor.")
     dataset_name: str | None = option(None, "Folder or Hub id of a dataset with class_labels or prompts.")
-    dataset_split: str | None = option(None, "Split of the dataset, if there are several.")
+    dataset_split: str = option("train", "Split of the dataset, if it has any.")
     prompt_column: str = option("prompt", "Column of prompts, in the dataset and in real_images.")
     log_samples: bool = option(True, "Write grids of samples.")
 
@@ -90,9 +90,7 @@ def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -
     rewards = [find_reward(spec) for spec in arguments.reward_funcs]
     name, encoder = arguments.feature_extractor, arguments.prompt_encoder
     if name is not None or encoder is not None:
-        extractor: Any = None if name is None else load_feature_extractor(name)
-        if encoder is not None:
-            extractor = beside_prompts(extractor, encoder, arguments.prompt_scale)
+        extractor = find_extractor(name, encoder, arguments.prompt_scale)
         real = find_real_statistics(arguments, extractor, output_dir)
         rewards.insert(0, SubsetReplaceReward(extractor, real, arguments.distance, **options))
     return rewards
@@ -120,12 +118,13 @@ def find_real_statistics(arguments: RewardArguments, extractor: Any, output_dir:
     if arguments.real_images is None:
         return str(path)
     prompts = None if arguments.prompt_encoder is None else arguments.prompt_column
-    images = {"split": arguments.real_split, "prompt_column": prompts}
+    made_of = {"split": arguments.real_split, "prompt_column": prompts}
     if not path.is_file():
+        images = {**made_of, "streaming": not Path(arguments.real_images).exists()}  # a dataset on the Hub may be huge
         features, resize = arguments.distance != "frechet", arguments.real_resize
         write_statistics(arguments.real_images, extractor, path, images=images, features=features, resize=resize)
     held = FeatureStatistics.load(path).metadata
-    asked = {"source": Path(arguments.real_images), "image_resize": arguments.real_resize, **images}
+    asked = {"source": Path(arguments.real_images), "image_resize": arguments.real_resize, **made_of}
     for name, value in asked.items():
         if value is not None and held.get(name) != str(value):
             raise ValueError(

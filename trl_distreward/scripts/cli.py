@@ -19,29 +19,30 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from yaml import YAMLError
 
 from .. import __version__
 
 COMMANDS = ("convert", "statistics", "train", "merge", "evaluate", "report")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
         print(__doc__.strip())
-    elif arguments[0] == "--version":
+    elif name == "--version":
         print(f"trl-distreward {__version__}")
-    elif arguments[0] in COMMANDS:
-        command = import_module(f"trl_distreward.scripts.{arguments[0]}")
-        run(f"trl-distreward {arguments[0]}", command.main, arguments[1:])
+    elif name in COMMANDS:
+        run(f"trl-distreward {name}", import_module(f"trl_distreward.scripts.{name}").main, arguments)
     else:
-        sys.exit(f"trl-distreward: no command {arguments[0]!r}; choose one of {', '.join(COMMANDS)}.")
+        sys.exit(f"trl-distreward: no command {name!r}; choose one of {', '.join(COMMANDS)}.")
 
 
 def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
-    """Runs a command and prints the errors that options, files and missing packages cause in one line."""
+    """Runs a command; prints the errors that options, files and missing packages cause in one line."""
     try:
         command(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError, ImportError, YAMLError) as error:
@@ -52,10 +53,8 @@ def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | 
 
 def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """Returns a parser that shows the module's docstring as it is written."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        f"trl-distreward {command}", description=description, formatter_class=formatter, allow_abbrev=False
-    )
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(f"trl-distreward {command}", description=description, **style)
 
 
 if __name__ == "__main__":

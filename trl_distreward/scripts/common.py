@@ -15,10 +15,8 @@ from ..metrics.extractors import load_feature_extractor
 
 EXTRACTOR_HELP = (
     "inception, dinov2, clip, folder or Hub id of a vision backbone, or dotted path of a callable; with options after "
-    "commas, e.g. inception,resize=clean or ./backbone,pooling=mean,size=256,mean=0.5:0.5:0.5,std=0.5:0.5:0.5"
+    "commas, such as inception,resize=clean or ./backbone,pooling=mean,size=256,mean=0.5:0.5:0.5,std=0.5:0.5:0.5"
 )
-_DATASET_OPTIONS = ("split", "config", "revision", "data_files", "streaming", "image_column")
-_IMAGE_OPTIONS = ("batch_size", "resize", "skip_corrupt", "num_workers")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -28,14 +26,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def make_trl_parser(dataclasses: Sequence[type], description: str | None, prog: str | None = None) -> TrlParser:
     """Returns a parser whose options are fields of dataclasses, on the command line or in a YAML file."""
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"  # there are about two hundred options
-    return TrlParser(
-        dataclasses,
-        prog=prog,
-        usage=usage,
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    shown = {"prog": prog, "usage": usage, "description": description, "formatter_class": HelpFormatter}
+    return TrlParser(dataclasses, allow_abbrev=False, **shown)
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -44,16 +36,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     add("--num-workers", type=int, default=4, help="worker processes that decode, for each process (default: 4)")
-    add(
-        "--work-dir", help="folder for unfinished work, which all processes share (default: OUTPUT.work, then removed)"
-    )
-
-
-def image_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in _IMAGE_OPTIONS}
-
-
-def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    add("--work-dir", help="folder for unfinished work, which all processes share (default: OUTPUT.work, removed)")
     add = parser.add_argument_group("datasets").add_argument
     add("--split", help="split, if there are several")
     add("--config", help="configuration of the dataset")
@@ -63,8 +46,12 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     add("--image-column", help="column of images, if there are several")
 
 
-def dataset_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in _DATASET_OPTIONS}
+def image_options(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options of [`~evaluation.open_images`] for a dataset, and those of [`collect_features`]."""
+    dataset = ("split", "config", "revision", "data_files", "streaming", "image_column")
+    images = ("batch_size", "resize", "skip_corrupt", "num_workers")
+    opening, collecting = ({name: getattr(arguments, name) for name in names} for names in (dataset, images))
+    return opening, collecting
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -76,20 +63,19 @@ def split_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def find_extractor(spec: str) -> Any:
-    """Loads the feature extractor that `NAME[,option=value…]` names, see [`load_feature_extractor`]."""
-    name, options = split_spec(spec)
-    return load_feature_extractor(name, **options)
-
-
-def beside_prompts(feature_extractor: Any, prompt_encoder: str, prompt_scale: float) -> JointTextFeatures:
+def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_scale: float = 1.0) -> Any:
     """
-    Joins features of images and a CLIP model's embeddings of their prompts.
+    Loads the feature extractor that `NAME[,option=value…]` names, see [`load_feature_extractor`].
 
-    Without `feature_extractor`, the features of images are that model's own.
+    With `prompt_encoder`, a CLIP model, its embeddings of prompts are joined to the features, which are its own
+    without a name.
     """
+    name, options = split_spec(spec or "inception")
+    if prompt_encoder is None:
+        return load_feature_extractor(name, **options)
     clip = load_clip(prompt_encoder)
-    return JointTextFeatures(clip if feature_extractor is None else feature_extractor, clip.prompts, prompt_scale)
+    images = clip if spec is None else load_feature_extractor(name, **options)
+    return JointTextFeatures(images, clip.prompts, prompt_scale)
 
 
 def start_processes() -> PartialState:

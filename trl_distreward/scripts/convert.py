@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData
 
 from ..conversion.edm2 import build_edm2, read_original_edm2
 from ..conversion.hub import push_with_code
@@ -24,23 +23,26 @@ from . import cli
 
 SIT_VAE = "stabilityai/sd-vae-ft-ema"
 PAPERS = {"sit": "2401.08740", "edm2": "2312.02696"}
-USAGE = """
-```python
-from diffusers import AutoencoderKL
-from trl_distreward import load_pipeline
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
 
-pipeline = load_pipeline("{name}"{vae})
-images = pipeline(class_labels=[0, 1]).images
-```
-"""
-USAGE_WITHOUT_LIBRARY = """
-Without trl-distreward, with the copy of its code in this repository:
+# {name}
+
+Converted by `trl-distreward convert {family}` from `{source}`, whose licence applies. Paper:
+[arXiv {paper}](https://huggingface.co/papers/{paper}).
 
 ```python
 from diffusers import AutoencoderKL, DiffusionPipeline
+from trl_distreward import load_pipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{name}"{vae}, trust_remote_code=True)
+pipeline = load_pipeline("{name}"{vae})
+{without_library}images = pipeline(class_labels=[0, 1]).images
 ```
+"""
+WITHOUT_LIBRARY = """# without trl-distreward, with the copy of its code in this repository:
+# pipeline = DiffusionPipeline.from_pretrained("{name}"{vae}, trust_remote_code=True)
 """
 
 
@@ -49,16 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
     families = parser.add_subparsers(dest="family", required=True)
     sit = families.add_parser("sit", help="SiT's .pt: a state dict or a training checkpoint")
     edm2 = families.add_parser("edm2", help="EDM2's .pkl")
-    for family in (sit, edm2):
-        family.add_argument("checkpoint", type=Path, help="original file")
-        family.add_argument("output", type=Path, help="folder to write; must not exist, or be empty")
-        family.add_argument("--vae", help="folder or Hub id of the VAE; by default the one of the original network")
-        family.add_argument("--no-embed-vae", action="store_true", help="name the VAE in the model card only")
-        family.add_argument(
-            "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the network"
-        )
-        family.add_argument("--push-to-hub", metavar="REPO", help="also push to this Hub id, with the classes' code")
-        family.add_argument("--private", action="store_true", help="create that repository as private")
+    for add in (sit.add_argument, edm2.add_argument):
+        add("checkpoint", type=Path, help="original file")
+        add("output", type=Path, help="folder to write; must not exist, or be empty")
+        add("--vae", help="folder or Hub id of the VAE; by default the one of the original network")
+        add("--no-embed-vae", action="store_true", help="name the VAE in the model card instead of copying it")
+        add("--dtype", choices=cli.DTYPES, default="float32", help="dtype of the network")
+        add("--push-to-hub", metavar="REPO", help="also push to this Hub id, with the code of the classes")
+        add("--private", action="store_true", help="create that repository as private")
     sit.add_argument("--num-attention-heads", type=int, help="number of heads, if the size is not a published one")
     sit.add_argument("--num-classes", type=int, help="default: rows of the label embedding, less one")
     sit.add_argument("--pixels", action="store_true", help="the network makes pixels, without a VAE")
@@ -86,39 +86,26 @@ def load_vae(arguments: argparse.Namespace, name: str | None) -> AutoencoderKL |
     return None if name is None or arguments.no_embed_vae else AutoencoderKL.from_pretrained(name)
 
 
-def build_card(arguments: argparse.Namespace, separate_vae: str | None) -> ModelCard:
-    name, paper = arguments.push_to_hub or str(arguments.output), PAPERS[arguments.family]
-    vae = "" if separate_vae is None else f', vae=AutoencoderKL.from_pretrained("{separate_vae}")'
-    data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation")
-    usage = (USAGE + (USAGE_WITHOUT_LIBRARY if arguments.push_to_hub else "")).format(name=name, vae=vae)
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {name.rstrip("/").split("/")[-1]}
-
-Converted by `trl-distreward convert {arguments.family}` from `{arguments.checkpoint.name}`, whose licence applies.
-Paper: [arXiv {paper}](https://huggingface.co/papers/{paper}).
-{usage}""")
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
-    output = arguments.output
+    output, family, repo = arguments.output, arguments.family, arguments.push_to_hub
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty: name a folder that does not exist yet.")
-    pipeline, vae = {"sit": convert_sit, "edm2": convert_edm2}[arguments.family](arguments)
-    separate_vae = vae if pipeline.vae is None else None
+    pipeline, vae = {"sit": convert_sit, "edm2": convert_edm2}[family](arguments)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
-    build_card(arguments, separate_vae).save(partial / "README.md")
+    name = {"name": repo or output, "vae": ""}
+    if vae is not None and pipeline.vae is None:
+        name["vae"] = f', vae=AutoencoderKL.from_pretrained("{vae}")'
+        print(f"The pipeline has no VAE: load it with vae=AutoencoderKL.from_pretrained({vae!r}).")
+    about = {"family": family, "source": arguments.checkpoint.name, "paper": PAPERS[family], **name}
+    card = CARD.format(without_library=WITHOUT_LIBRARY.format(**name) if repo else "", **about)
+    (partial / "README.md").write_text(card)
     os.replace(partial, output)
     print(f"{output}: {type(pipeline).__name__}")
-    if separate_vae is not None:
-        print(f"It has no VAE: load it with vae=AutoencoderKL.from_pretrained({separate_vae!r}).")
-    if arguments.push_to_hub:
-        print(push_with_code(pipeline, output, arguments.push_to_hub, private=arguments.private or None))
+    if repo:
+        print(push_with_code(pipeline, output, repo, private=arguments.private or None))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ Measure how far generated images are from real ones.
 
     trl-distreward evaluate --model org/pipeline --real imagenet256.npz
     trl-distreward evaluate --model samples.npz --real VIRTUAL_imagenet256_labeled.npz --metrics frechet recall
-    trl-distreward evaluate --model images/ --real inception.safetensors dinov2.safetensors \\
-        --feature-extractor inception dinov2
+    trl-distreward evaluate --model images/ --feature-extractor inception dinov2 --real inception.safetensors \\
+        dinov2.safetensors
     trl-distreward evaluate --compare before.json after.json
     torchrun --standalone --nproc_per_node 8 -m trl_distreward.scripts.evaluate --model org/pipeline --real real.npz
 
-A pipeline generates its images first. Killed at any time, the same command continues. An image depends on the seed and
-its index alone, so any number of processes generates the same images, up to the rounding of the device.
+Killed at any time, the same command continues. An image of a pipeline depends on the seed and its index alone, so any
+number of processes generates the same images, up to the rounding of the device.
 """
 
 import argparse
@@ -33,14 +33,11 @@ from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
 from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS
 from . import cli
-from .common import (
-    EXTRACTOR_HELP,
-    add_dataset_options,
-    add_image_options,
-    dataset_options,
-    find_extractor,
-    image_options,
-    start_processes,
+from .common import EXTRACTOR_HELP, add_image_options, find_extractor, image_options, start_processes
+
+REAL_HELP = (
+    "real data, one for all extractors or one for each: statistics (.safetensors, .npz, or EDM2's .pkl), an ADM "
+    "reference batch (.npz), a folder of images, or a dataset"
 )
 
 
@@ -49,40 +46,29 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="folder or Hub id of a pipeline, or images: a folder or an ADM sample (.npz)")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print the changes from one report to another")
-    real = (
-        "real data, one for all extractors or one for each: a statistics file (.safetensors, .npz, or EDM2's .pkl), "
-    )
-    real += "a folder of images, an ADM reference batch (.npz), or a dataset"
-    parser.add_argument("--real", nargs="+", default=[], help=real)
-    parser.add_argument("--feature-extractor", nargs="+", default=["inception"], metavar="NAME", help=EXTRACTOR_HELP)
     metrics = f"any of {', '.join(METRICS)} (default: frechet)"
-    parser.add_argument("--metrics", nargs="+", default=["frechet"], choices=METRICS, metavar="METRIC", help=metrics)
-    parser.add_argument("--spread", type=int, default=0, help="repeats from which standard deviations are estimated")
-    parser.add_argument("--output", default="evaluation.json", help="report in JSON (default: evaluation.json)")
+    add = parser.add_argument
+    add("--real", nargs="+", default=[], help=REAL_HELP)
+    add("--feature-extractor", nargs="+", default=["inception"], metavar="NAME", help=EXTRACTOR_HELP)
+    add("--metrics", nargs="+", default=["frechet"], choices=METRICS, metavar="METRIC", help=metrics)
+    add("--spread", type=int, default=0, help="number of repeats from which standard deviations are estimated")
+    add("--output", default="evaluation.json", help="report in JSON (default: evaluation.json)")
     add_image_options(parser)
-    add_dataset_options(parser)
-    generation = parser.add_argument_group("images of a pipeline")
-    add = generation.add_argument
-    add("--model-revision", help="branch, tag or commit of a pipeline on the Hub")
+    add = parser.add_argument_group("images of a pipeline").add_argument
     add("--num-images", type=int, default=50_000, help="number of images (default: 50000)")
     add("--save-npz", metavar="FILE", help="also write images and labels as an ADM sample")
     add("--labels", default="balanced", choices=("balanced", "random"), help="equally many of each class, or random")
     add("--seed", type=int, default=0, help="seed of the noise, of random labels and of metrics")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the pipeline")
+    add("--dtype", default="float32", choices=cli.DTYPES, help="dtype of the pipeline (default: float32)")
     add("--sampler", default="sde", choices=("sde", "ode"), help="sampler (default: sde)")
     add("--num-inference-steps", type=int, default=250, help="number of steps (default: 250)")
     add("--guidance-scale", type=float, default=1.0, help="scale of classifier-free guidance (default: 1, none)")
     add("--guidance-channels", type=int, help="guide the first channels only; SiT guides 3")
     add("--noise-schedule", default="sit", choices=list(NOISE_SCHEDULES), help="noise of the SDE (default: sit)")
     add("--noise-level", type=float, default=1.0, help="noise level of the SDE (default: 1)")
-    add(
-        "--last-step-size",
-        type=float,
-        help="noiseless last step of the SDE (default: 0.04 on a uniform grid); 0: none",
-    )
+    add("--last-step-size", type=float, help="noiseless last step of the SDE (default: 0.04 on a uniform grid)")
     add("--solver", default="euler", choices=ODE_SOLVERS, help="solver of the ODE (default: euler)")
     add("--time-grid", default="uniform", choices=TIME_GRIDS, help="times of the steps; auto: the pipeline's own")
-    add("--time-shift", type=float, default=1.0, help="resolution shift of a uniform grid (default: 1)")
     return parser
 
 
@@ -94,49 +80,46 @@ def main(argv: list[str] | None = None) -> None:
         print(markdown_table(before, after))
         return
     state, folder = start_processes(), Path(arguments.work_dir or f"{arguments.output}.work")
-    reals, networks = open_reals(arguments)
-    options = image_options(arguments)
+    opening, options = image_options(arguments)
+    reals, networks = open_reals(arguments, opening)
     for i, real in enumerate(reals):
         real.collect(folder / f"real-{i}", **options)
     images = open_model(arguments, state)
     keep_images = arguments.save_npz is not None
     collected = collect_features(images, networks, folder / "generated", keep_images=keep_images, **options)
     if state.is_main_process:
-        made = {"seed": arguments.seed, "spread": arguments.spread}
-        rows = {name: collected.features(name) for name in networks}
-        results = [real.compare(each, **made) for real, each in zip(reals, rows.values(), strict=True)]
+        rows = [collected.features(name) for name in networks]
+        pairs = zip(reals, rows, strict=True)
         report = {
             "model": arguments.model,
-            "images": len(next(iter(rows.values()))),
+            "images": len(rows[0]),
             "resize": arguments.resize,
             "skipped": collected.skipped,
             "settings": images.description,
-            "results": results,
+            "results": [real.compare(row, seed=arguments.seed, spread=arguments.spread) for real, row in pairs],
             "library": f"trl-distreward {__version__}, torch {torch.__version__}",
         }
         write_json(arguments.output, report)
+        print(markdown_table(report))
         if isinstance(images, GeneratedImages) and keep_images:
             save_as_npz(collected, arguments.save_npz, images.labels)
-        print(markdown_table(report))
         if arguments.work_dir is None:
             shutil.rmtree(folder)
     state.wait_for_everyone()
 
 
-def open_reals(arguments: argparse.Namespace) -> tuple[list[RealData], dict[str, Any]]:
-    """Opens the real data of every feature extractor, and returns it with the networks for generated images."""
-    specs, paths = arguments.feature_extractor, arguments.real
-    if len(paths) not in (1, len(specs)):
-        raise ValueError(
-            f"--real names {len(paths)} sets for {len(specs)} feature extractors: give one, or one for each."
-        )
+def open_reals(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[list[RealData], dict[str, Any]]:
+    """Opens the real data of each feature extractor; also returns the networks for generated images, by name."""
+    names, paths = arguments.feature_extractor, arguments.real
+    if len(paths) not in (1, len(names)):
+        raise ValueError(f"--real names {len(paths)} sets for {len(names)} feature extractors: give one for each.")
     reals, networks = [], {}
-    for spec, path in zip(specs, paths * len(specs) if len(paths) == 1 else paths, strict=True):
-        extractor = find_extractor(spec)
+    for name, path in zip(names, paths * len(names) if len(paths) == 1 else paths, strict=True):
+        extractor = find_extractor(name)
         has_logits = getattr(extractor, "output", None) == "pool3"
-        metrics = [name for name in arguments.metrics if name != "inception_score" or has_logits]
-        reals.append(RealData(path, extractor, metrics, **dataset_options(arguments)))
-        networks[spec] = FeaturesAndLogits(extractor) if "inception_score" in metrics else extractor
+        metrics = [metric for metric in arguments.metrics if metric != "inception_score" or has_logits]
+        reals.append(RealData(path, extractor, metrics, **options))
+        networks[name] = FeaturesAndLogits(extractor) if "inception_score" in metrics else extractor
     if "inception_score" in arguments.metrics and not any("inception_score" in real.metrics for real in reals):
         raise ValueError("inception_score needs Inception's logits: add inception to --feature-extractor.")
     return reals, networks
@@ -156,19 +139,16 @@ def open_model(arguments: argparse.Namespace, state: PartialState) -> ImageSourc
         noise_level=arguments.noise_level,
         last_step_size=last_step_size or None,
         solver=arguments.solver,
-        time_shift=arguments.time_shift,
         time_grid=arguments.time_grid,
     )
-    guidance = {"guidance_scale": arguments.guidance_scale, "guidance_channels": arguments.guidance_channels}
-    guidance = {name: value for name, value in guidance.items() if value is not None}
-    pipeline = load_pipeline(arguments.model, revision=arguments.model_revision, dtype=getattr(torch, arguments.dtype))
-    policy = as_policy(pipeline, **guidance)
+    guidance = {"guidance_scale": arguments.guidance_scale}
+    if arguments.guidance_channels is not None:
+        guidance["guidance_channels"] = arguments.guidance_channels
+    policy = as_policy(load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype)), **guidance)
     policy.model.to(state.device)
     policy.to(state.device)
-    settings = {**guidance, "dtype": arguments.dtype}
-    return GeneratedImages(
-        policy, arguments.num_images, schedule, labels=arguments.labels, seed=arguments.seed, settings=settings
-    )
+    settings = {"dtype": arguments.dtype, **guidance}
+    return GeneratedImages(policy, arguments.num_images, schedule, arguments.labels, arguments.seed, settings)
 
 
 if __name__ == "__main__":

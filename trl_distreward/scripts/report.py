@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
 }
 LARGEST_SIDE = 1280  # of an embedded image, in pixels
 CHART_OF = {"reward": "reward/mean", "reward_std": "reward/std", "reward_best": "reward/best"}
-SHOWN_FIRST = ("reward", "rewards", "reference_distance", "reference_drift", "seconds", "coefficients")
+SHOWN = ("reward", "reference", "seconds", "coefficients")  # charts that are not folded
 NOT_LOGGED = ("eval_", "train_", "total_flos", "step", "epoch", "num_images")
 NOT_SETTINGS = ("output_dir", "run_name", "logging_dir", "use_cpu", "disable_tqdm")
 
@@ -78,9 +78,6 @@ def render_report(run_dir: str | Path) -> str:
 
     Returns:
         `str`: HTML that loads nothing.
-
-    Raises:
-        FileNotFoundError: there is neither a `trainer_state.json` nor a checkpoint with one.
     """
     folder = Path(run_dir)
     state, settings = _read_newest(folder, "trainer_state.json"), _read_newest(folder, "training_args.json")
@@ -100,8 +97,8 @@ def render_report(run_dir: str | Path) -> str:
         record=record,
         summary=summary_rows(evaluations),
         distances={metric: _draw(metric, lines) for metric, lines in evaluations.items()},
-        curves={name: chart for name, chart in charts.items() if name.startswith(SHOWN_FIRST)},
-        others={name: chart for name, chart in charts.items() if not name.startswith(SHOWN_FIRST)},
+        curves={name: chart for name, chart in charts.items() if name.startswith(SHOWN)},
+        others={name: chart for name, chart in charts.items() if not name.startswith(SHOWN)},
         samples={_step(path): _embed(path) for path in grids[:1] + grids[1:][-1:]},
         tables={**record_tables(record), "Settings that differ from the defaults": settings_table(settings or {})},
     )
@@ -126,9 +123,7 @@ def logged_lines(logs: list[dict[str, Any]]) -> dict[str, Lines]:
                 chart, _, line = CHART_OF.get(key, key).rpartition("/")
                 charts[chart or line].setdefault(line, {})[log["step"]] = value
     named = {name if len(lines) > 1 else "/".join({name: 0, **lines}): lines for name, lines in charts.items()}
-    return dict(
-        sorted(named.items(), key=lambda item: [item[0].startswith(name) for name in SHOWN_FIRST], reverse=True)
-    )
+    return dict(sorted(named.items(), key=lambda item: not item[0].startswith("reward")))
 
 
 def evaluation_lines(logs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Lines]:
@@ -169,16 +164,11 @@ def _draw(title: str, lines: Lines) -> Markup:
 
 def _embed(path: Path) -> str:
     """A data URL of an image, made smaller if it is large."""
+    buffer = io.BytesIO()
     with Image.open(path) as image:
-        if max(image.size) <= LARGEST_SIDE:
-            kind, content = "png", path.read_bytes()
-        else:
-            buffer, kind = io.BytesIO(), "jpeg"
-            small = image.convert("RGB")
-            small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            small.save(buffer, "JPEG", quality=88)
-            content = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        image.save(buffer, "WEBP", quality=90, lossless=max(image.size) < LARGEST_SIDE // 2)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def summary_rows(evaluations: Mapping[str, Lines]) -> list[tuple[Any, ...]]:
@@ -186,7 +176,8 @@ def summary_rows(evaluations: Mapping[str, Lines]) -> list[tuple[Any, ...]]:
     rows = []
     for metric, lines in evaluations.items():
         for sampler, points in lines.items():
-            first, *_, last = [*points.values(), *points.values()]
+            values = list(points.values())
+            first, last = values[0], values[-1]
             change = f"{100 * (last - first) / abs(first):+.1f} %" if first else ""
             rows.append((metric, sampler, first, last, change))
     return rows

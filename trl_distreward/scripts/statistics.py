@@ -9,7 +9,7 @@ Compute the statistics of a set of images in the features of a network, which re
     trl-distreward statistics captions/ --prompt-encoder openai/clip-vit-large-patch14 --output joint.safetensors
     torchrun --standalone --nproc_per_node 8 -m trl_distreward.scripts.statistics images/ --output real.safetensors
 
-Killed at any time, the same command continues. The file is the same to the last bit for any number of processes.
+Killed at any time, the same command continues. The result is the same to the last bit for any number of processes.
 """
 
 import argparse
@@ -24,47 +24,34 @@ from ..evaluation.features import collect_features
 from ..evaluation.sources import open_images
 from ..metrics.extractors import extractor_digest
 from . import cli
-from .common import (
-    EXTRACTOR_HELP,
-    add_dataset_options,
-    add_image_options,
-    beside_prompts,
-    dataset_options,
-    find_extractor,
-    image_options,
-    start_processes,
-)
+from .common import EXTRACTOR_HELP, add_image_options, find_extractor, image_options, start_processes
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("statistics", __doc__)
-    parser.add_argument("source", help="folder of images, ADM sample (.npz), or name or folder of a dataset")
-    parser.add_argument("--output", required=True, help=".safetensors file to write")
-    parser.add_argument("--feature-extractor", metavar="NAME", help=f"{EXTRACTOR_HELP} (default: inception)")
-    parser.add_argument("--features", action="store_true", help="keep the features too, which kernel distances need")
-    add_image_options(parser)
-    add_dataset_options(parser)
-    prompts = parser.add_argument_group("datasets of images with prompts")
-    prompts.add_argument(
+    add = parser.add_argument
+    add("source", help="folder of images, ADM sample (.npz), or name or folder of a dataset")
+    add("--output", required=True, help=".safetensors file to write")
+    add("--feature-extractor", metavar="NAME", help=f"{EXTRACTOR_HELP} (default: inception)")
+    add("--features", action="store_true", help="keep the features too, which kernel distances need")
+    add(
         "--prompt-encoder",
         metavar="CLIP",
-        help="folder or Hub id of a CLIP model: join its embeddings of prompts to the features of images, which are "
-        "its own without --feature-extractor",
+        help="folder or Hub id of a CLIP model: join its embeddings of prompts "
+        "to the features of images, which are its own without --feature-extractor",
     )
-    prompts.add_argument("--prompt-scale", type=float, default=1.0, help="factor of the embeddings (default: 1)")
-    prompts.add_argument("--prompt-column", default="prompt", help="column of prompts (default: prompt)")
+    add("--prompt-scale", type=float, default=1.0, help="factor of these embeddings (default: 1)")
+    add("--prompt-column", default="prompt", help="column of prompts (default: prompt)")
+    add_image_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
-    name, encoder, images = arguments.feature_extractor, arguments.prompt_encoder, dataset_options(arguments)
-    if encoder is None:
-        extractor = find_extractor(name or "inception")
-    else:
-        extractor = beside_prompts(None if name is None else find_extractor(name), encoder, arguments.prompt_scale)
-        images["prompt_column"] = arguments.prompt_column
-    options = {"work_dir": arguments.work_dir, "features": arguments.features, **image_options(arguments)}
+    extractor = find_extractor(arguments.feature_extractor, arguments.prompt_encoder, arguments.prompt_scale)
+    images, options = image_options(arguments)
+    images["prompt_column"] = arguments.prompt_column if arguments.prompt_encoder else None
+    options |= {"work_dir": arguments.work_dir, "features": arguments.features}
     write_statistics(arguments.source, extractor, arguments.output, images=images, **options)
 
 
@@ -105,7 +92,8 @@ def write_statistics(
         metadata = {name: str(value) for name, value in about.items() if value is not None}
         statistics = collected.statistics(extractor.name, metadata)
         statistics.save(output, collected.features(extractor.name) if features else None)
-        print("\n".join(["Skipped:", *collected.skipped]) if collected.skipped else "All images could be read.")
+        for message in collected.skipped:
+            print(f"Skipped: {message}")
         print(f"{output}: {statistics.dimension} features of {statistics.count} images with {extractor.name}")
         if work_dir is None:
             shutil.rmtree(folder)
