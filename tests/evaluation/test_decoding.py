@@ -50,8 +50,6 @@ DEEP = {
     "RGB": deep_png(2, 3),
     "LA": deep_png(4, 2),
     "RGBA": deep_png(6, 4),
-    "PPM": b"P6 2 2 65535\n" + bytes(24),
-    "plain PPM": b"P3 1 1 1000\n 1 2 3\n",
 }
 
 
@@ -79,15 +77,13 @@ def test_damaged_files_are_named(kind):
             decode(content)
 
 
-def test_arrays_are_images_if_no_value_is_lost():
+def test_arrays_are_images_if_they_are_uint8():
     image = pixels(1, 4, 4)[0]
-    for same in (image, image.tolist()):
-        assert np.array_equal(decode(same), image)
+    assert np.array_equal(decode(image), image)
     assert np.array_equal(decode(image[..., :1]), image[..., :1].repeat(3, axis=2))
-    for odd in (image / 255, image.astype(int) * 256, pixels(1, 4, 4, 4)[0], [[1, 2], [3]], None):
-        for value in (odd, odd.tolist() if isinstance(odd, np.ndarray) and odd.dtype != np.uint8 else odd):
-            with pytest.raises(UnreadableImage, match=r"a/b.img cannot be decoded"):
-                decode(value)
+    for odd in (image / 255, image.astype(int), pixels(1, 4, 4, 4)[0], image.tolist(), None):
+        with pytest.raises(UnreadableImage, match=r"a/b.img cannot be decoded \(its pixels are not uint8 of shape"):
+            decode(odd)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 25), (16, 16), (17, 80), (9, 30), (33, 32)])

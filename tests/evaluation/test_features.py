@@ -8,7 +8,7 @@ import torch
 from tests.evaluation.images import encoded, pixels, project, project_pixels, write_folder
 from trl_distreward import FeatureStatistics
 from trl_distreward.evaluation.features import collect_features
-from trl_distreward.evaluation.sources import FolderImages, NpzImages
+from trl_distreward.evaluation.sources import open_images
 
 
 def collect(source, folder, extractor=project, **kwargs):
@@ -17,7 +17,7 @@ def collect(source, folder, extractor=project, **kwargs):
 
 def sample(path, images):
     np.savez(path, images)
-    return NpzImages(path)
+    return open_images(path)
 
 
 class Network(torch.nn.Linear):
@@ -31,7 +31,7 @@ class Network(torch.nn.Linear):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_features_are_in_the_order_of_the_images(tmp_path, num_workers):
     images = write_folder(tmp_path / "images", 100)
-    collected = collect(FolderImages(tmp_path / "images"), tmp_path / "work", num_workers=num_workers)
+    collected = collect(open_images(tmp_path / "images"), tmp_path / "work", num_workers=num_workers)
     torch.testing.assert_close(collected.features("f"), project_pixels(images), rtol=1e-5, atol=1e-5)
     statistics, whole = collected.statistics("f"), FeatureStatistics.from_features(collected.features("f"))
     torch.testing.assert_close(statistics.covariance, whole.covariance, rtol=1e-12, atol=1e-14)
@@ -68,24 +68,24 @@ def test_interrupted_work_continues_and_ends_the_same(tmp_path):
 def test_work_of_other_settings_is_not_continued(tmp_path):
     images, work = tmp_path / "images", tmp_path / "work"
     write_folder(images)
-    collect(FolderImages(images), work)
+    collect(open_images(images), work)
     with pytest.raises(ValueError, match="work of other settings: batch_size was 8 and is 4. Name another folder"):
-        collect(FolderImages(images), work, batch_size=4)
+        collect(open_images(images), work, batch_size=4)
     first, second = Network(), Network()
-    collect(FolderImages(images), tmp_path / "network", first)
+    collect(open_images(images), tmp_path / "network", first)
     with pytest.raises(ValueError, match="extractors was"):
-        collect(FolderImages(images), tmp_path / "network", second)
+        collect(open_images(images), tmp_path / "network", second)
     changed = images / "a" / "000.png"
     os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 10**12))
     with pytest.raises(ValueError, match="images was"):
-        collect(FolderImages(images), work)
+        collect(open_images(images), work)
 
 
 def test_unreadable_images_are_named_or_left_out(tmp_path):
     write_folder(tmp_path / "images")
     for name in ("a/000.png", "b/007.png"):
         (tmp_path / "images" / name).write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
-    source = FolderImages(tmp_path / "images")
+    source = open_images(tmp_path / "images")
     for num_workers in (0, 2):
         with pytest.raises(ValueError, match=r"^\S*a/000.png cannot be decoded .*pass --skip-corrupt"):
             collect(source, tmp_path / "work", num_workers=num_workers)
@@ -94,7 +94,7 @@ def test_unreadable_images_are_named_or_left_out(tmp_path):
     assert [message.split(" cannot")[0][-9:] for message in collected.skipped] == ["a/000.png", "b/007.png"]
     with pytest.raises(ValueError, match="000.png cannot be decoded"):  # nothing is left out unasked
         collect(source, tmp_path / "work")
-    for path in source.paths:
+    for path in (tmp_path / "images").rglob("*.png"):
         path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none of the 20 images can be read: .*000.png"):
         collect(source, tmp_path / "none", skip_corrupt=True)
@@ -103,7 +103,7 @@ def test_unreadable_images_are_named_or_left_out(tmp_path):
 def test_images_of_several_sizes_need_a_resize(tmp_path):
     write_folder(tmp_path / "images")
     (tmp_path / "images" / "b" / "odd.png").write_bytes(encoded(pixels(1, 10, 12)[0]))
-    source = FolderImages(tmp_path / "images")
+    source = open_images(tmp_path / "images")
     with pytest.raises(ValueError, match=r"b/odd.png has the shape \(3, 10, 12\), others have \(3, 8, 8\): pass --re"):
         collect(source, tmp_path / "work")
     assert len(collect(source, tmp_path / "resized", resize=6).features("f")) == 21

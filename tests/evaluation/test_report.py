@@ -1,9 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-import json
-
 import pytest
 
-from trl_distreward.evaluation.report import check_comparable, markdown_table, read_report
+from trl_distreward.evaluation.report import check_comparable, markdown_table
 
 
 def report(model="base", images=50_000, norm=10.0, resize="tensorflow", image_resize=None, **metrics):
@@ -16,7 +14,7 @@ def report(model="base", images=50_000, norm=10.0, resize="tensorflow", image_re
 def test_table_shows_every_number_once():
     table = markdown_table(report())
     assert table.splitlines()[0] == "| metric | features | base |"
-    assert "| FID | inception, tensorflow | 8.3 |" in table and "0.00400 ± 0.00050" in table
+    assert "| FID | inception, tensorflow | 8.3 |" in table and "0.004 ± 0.0005" in table
     assert "50,000 images. Real data: imagenet.npz (10000 images)." in table and table.count("0.57") == 1
 
 
@@ -36,19 +34,11 @@ def test_changes_are_in_percent_of_the_first_as_in_table_4():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (report(images=5_000), "their images are 50000 and 5000. Evaluate both with the same --num-images"),
+        (report(images=5_000), "their images are 50000 and 5000"),
         (report(image_resize=256), "their resize are None and 256"),
-        (report(norm=10.1), "real images in features of inception are .*which differ"),
+        (report(norm=10.1), "their real images differ, in the features of inception"),
     ],
 )
 def test_reports_that_differ_in_more_than_the_model_are_not_compared(other, message):
     with pytest.raises(ValueError, match=message):
         check_comparable(report(), other)
-
-
-def test_other_files_are_no_reports(tmp_path):
-    path = tmp_path / "report.json"
-    for content in ("[1, 2]", json.dumps({"model": "x"}), "{", "\x00"):
-        path.write_text(content)
-        with pytest.raises(ValueError, match="is not a report"):
-            read_report(path)

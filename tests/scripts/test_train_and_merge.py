@@ -199,7 +199,7 @@ def test_prompts_may_be_in_any_column_of_a_saved_dataset(tmp_path):
     assert load("one", prompt_column="caption")["prompt"] == ["a cat", "a dog"]
     assert load("split", prompt_column="caption", dataset_split="test")["prompt"] == ["a cat", "a dog"]
     for name, options, message in (
-        ("one", {"prompt_column": "text"}, "has the columns caption, prompt, image: name the one of prompts"),
+        ("one", {"prompt_column": "text"}, "one has no column .text., but caption, prompt, image"),
         ("split", {"dataset_split": "train"}, "split='train' is not in .*split: choose one of test"),
     ):
         with pytest.raises(ValueError, match=message):

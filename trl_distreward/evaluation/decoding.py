@@ -26,11 +26,11 @@ class UnreadableImage(ValueError):
 @dataclass(frozen=True)
 class StoredImage:
     """
-    An image before it is decoded.
+    An image of a set.
 
     Args:
         name (`str`): name for messages.
-        content: path, encoded bytes, pixels `(H, W)` or `(H, W, C)`, or a `{"bytes", "path"}` cell of a dataset.
+        content: path, encoded bytes, uint8 pixels `(H, W)` or `(H, W, C)`, or a `{"bytes", "path"}` cell of a dataset.
         prompt (`str`, *optional*): prompt of the image.
     """
 
@@ -62,9 +62,7 @@ def decode_image(stored: StoredImage, resize: int | None = None) -> np.ndarray:
     if mode not in _EIGHT_BITS:
         raise UnreadableImage(f"{stored.name} has more than 8 bits per channel (mode {mode!r}): convert it to 8 bits.")
     image = image.convert("RGB")
-    if resize is not None:
-        image = center_crop(image, resize)
-    return np.array(image).transpose(2, 0, 1)
+    return np.array(image if resize is None else center_crop(image, resize)).transpose(2, 0, 1)
 
 
 def _open(content: Any) -> Image.Image:
@@ -75,20 +73,15 @@ def _open(content: Any) -> Image.Image:
             content = file.read()
     if isinstance(content, bytes):
         return Image.open(io.BytesIO(content))
-    pixels = np.asarray(content)
-    if isinstance(content, list) and pixels.dtype.kind == "i" and 0 <= pixels.min() <= pixels.max() < 256:
-        pixels = pixels.astype(np.uint8)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,)):
-        raise ValueError(f"{pixels.shape} of {pixels.dtype}, but pixels are uint8 of shape (H, W), (H, W, 1 or 3)")
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+    if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or content.shape[2:] not in ((), (1,), (3,)):
+        raise ValueError("its pixels are not uint8 of shape (H, W), (H, W, 1) or (H, W, 3)")
+    return Image.fromarray(content[:, :, 0] if content.shape[2:] == (1,) else content)
 
 
 def _deep_mode(image: Image.Image) -> str | None:
     """Stored mode of a file whose 16-bit channels Pillow silently truncates to 8 bits."""
-    for codec, _, _, arguments in getattr(image, "tile", []):
-        raw, *rest = arguments if isinstance(arguments, tuple) else (arguments,)
-        if codec.startswith("ppm") and rest and rest[0] > 255:
-            return f"{raw};16"
+    for _, _, _, arguments in getattr(image, "tile", []):
+        raw = arguments[0] if isinstance(arguments, tuple) else arguments
         if isinstance(raw, str) and raw.endswith((";16B", ";16L", ";16N")):
             return raw
     return None

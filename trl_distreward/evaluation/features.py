@@ -121,11 +121,10 @@ def collect_features(
             to features `(B, d)`.
         folder (`str` or `os.PathLike`): folder that all processes share; unfinished work in it is continued.
         batch_size (`int`, *optional*, defaults to 64): images at a time.
-        resize (`int`, *optional*): side to which images are cropped and resized; without it all images must have one
-            size.
+        resize (`int`, *optional*): side to which images are cropped and resized; otherwise all must have one size.
         skip_corrupt (`bool`, *optional*, defaults to `False`): leave out images that cannot be read.
-        keep_images (`bool`, *optional*, defaults to `False`): store the images too, as uint8 `(N, H, W, 3)` features
-            named `"images"`.
+        keep_images (`bool`, *optional*, defaults to `False`): store uint8 images `(N, H, W, 3)` too, as features named
+            `"images"`.
         num_workers (`int`, *optional*, defaults to 4): worker processes that decode images, for each process.
 
     Raises:
@@ -146,8 +145,8 @@ def collect_features(
     batches = DataLoader(_Batches(source, mine, batch_size, resize), batch_size=None, num_workers=workers)
     columns: dict[int, defaultdict[str, list[Tensor]]] = {i: defaultdict(list) for i in mine}
     messages: dict[int, list[str]] = {i: [] for i in mine}
-    bar = tqdm(total=len(mine), desc="features", unit="shard", disable=not state.is_main_process)
     size: tuple[int, ...] = ()
+    bar = tqdm(total=len(mine), desc="features", unit="shard", disable=not state.is_main_process)
     for shard, images, skipped in batches:
         messages[shard] += skipped
         _check_skipped(skipped, skip_corrupt)
@@ -157,7 +156,10 @@ def collect_features(
                 file.write(save(rows, {"skipped": json.dumps(messages.pop(shard))}))
             bar.update()
         elif images:
-            size = _check_size(images, size)
+            size = size or images[0].content.shape
+            odd = next((image for image in images if image.content.shape != size), None)
+            if odd is not None:
+                raise ValueError(f"{odd.name} has the shape {odd.content.shape}, others have {size}: pass --resize N.")
             pixels = torch.from_numpy(np.stack([image.content for image in images])).to(state.device)
             prompts = None if images[0].prompt is None else [image.prompt for image in images]
             for name, extractor in extractors.items():
@@ -188,14 +190,3 @@ def _begin(folder: Path, settings: Mapping[str, Any], state: PartialState) -> No
 def _check_skipped(messages: list[str], skip_corrupt: bool) -> None:
     if messages and not skip_corrupt:
         raise UnreadableImage(messages[0])
-
-
-def _check_size(images: list[StoredImage], size: tuple[int, ...]) -> tuple[int, ...]:
-    for image in images:
-        size = size or image.content.shape
-        if image.content.shape != size:
-            raise ValueError(
-                f"{image.name} has the shape {image.content.shape}, others have {size}: pass --resize N to bring all "
-                "images to N x N."
-            )
-    return size

@@ -46,7 +46,7 @@ class GeneratedImages(ImageSource):
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
     ):
-        self.policy, self.num_images, self.schedule, self.seed = policy, num_images, schedule, seed
+        self.policy, self.count, self.schedule, self.seed = policy, num_images, schedule, seed
         classes = policy.num_conditions
         if classes is None:
             raise ValueError("this pipeline has no classes: generate its images yourself and evaluate their folder.")
@@ -58,10 +58,10 @@ class GeneratedImages(ImageSource):
         self.description |= {"schedule": asdict(schedule), "weights": network_digest(networks)}
 
     def num_shards(self, batch_size: int) -> int:
-        return -(-self.num_images // batch_size)
+        return -(-self.count // batch_size)
 
     def shard(self, index: int, batch_size: int) -> Iterator[StoredImage]:
-        indices = range(index * batch_size, min((index + 1) * batch_size, self.num_images))
+        indices = range(index * batch_size, min((index + 1) * batch_size, self.count))
         options: dict[str, Any] = {"seed": self.seed, "indices": indices, "batch_size": batch_size}
         for images, _ in generate_images(self.policy, take(self.labels, indices), self.schedule, **options):
             for number, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):

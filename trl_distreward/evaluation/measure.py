@@ -23,7 +23,7 @@ _ADM_RESIZE = "tensorflow"
 
 
 class FeaturesAndLogits(nn.Module):
-    """Inception's features followed by its logits without bias, which the Inception Score needs, in one pass."""
+    """Inception's features, followed by its logits without bias for the Inception Score."""
 
     def __init__(self, inception: Any):
         super().__init__()

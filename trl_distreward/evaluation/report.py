@@ -6,9 +6,7 @@ A report is a dictionary: `model`, `images` (their number), `resize`, `settings`
 `results`, one for each feature extractor: `extractor`, `resize`, `real` (`path`, `count`, `mean_norm`) and `metrics`.
 """
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,32 +23,16 @@ _LITERATURE = {
 }
 
 
-def read_report(path: str | os.PathLike) -> Report:
-    """Reads a report; raises `ValueError` if the file is none."""
-    try:
-        report = json.loads(Path(path).read_text())
-        report["results"], report["images"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not a report of trl-distreward evaluate ({error!r}).") from error
-    return report
-
-
 def check_comparable(before: Report, after: Report) -> None:
     """Raises `ValueError` if distances of the two reports cannot be compared."""
-    for key, option in (("images", "--num-images"), ("resize", "--resize")):
-        if before[key] != after[key]:
-            raise ValueError(
-                f"the reports cannot be compared: their {key} are {before[key]} and {after[key]}. Evaluate both with "
-                f"the same {option}."
-            )
-    known = {result["extractor"]: result["real"] for result in before["results"]}
+    for name in ("images", "resize"):
+        if before[name] != after[name]:
+            raise ValueError(f"the reports cannot be compared: their {name} are {before[name]} and {after[name]}.")
+    norms = {result["extractor"]: result["real"]["mean_norm"] for result in before["results"]}
     for result in after["results"]:
-        name, real = result["extractor"], result["real"]
-        if name in known and not math.isclose(real["mean_norm"], known[name]["mean_norm"], rel_tol=1e-4):
-            raise ValueError(
-                f"the reports cannot be compared: the real images in features of {name} are {known[name]['path']} and "
-                f"{real['path']}, which differ. Evaluate both against the same."
-            )
+        name, norm = result["extractor"], result["real"]["mean_norm"]
+        if not math.isclose(norm, norms.get(name, norm), rel_tol=1e-4):
+            raise ValueError(f"the reports cannot be compared: their real images differ, in the features of {name}.")
 
 
 def markdown_table(*reports: Report) -> str:
@@ -62,7 +44,8 @@ def markdown_table(*reports: Report) -> str:
         if all(key in each for each in values):
             extractor, resize, metric = key
             row = [_LITERATURE.get((extractor, metric), metric), ", ".join(dict.fromkeys((extractor, resize)))]
-            row += [_shown(*each[key]) for each in values]
+            for value, std in (each[key] for each in values):
+                row.append(f"{value:.5g}" + (f" ± {std:.2g}" if std else ""))
             if len(reports) > 1:
                 row.append(f"{100 * (values[1][key][0] - first) / abs(first):+.1f} %" if first else "undefined")
             rows.append(row)
@@ -79,11 +62,3 @@ def _values(report: Report) -> dict[tuple[str, str, str], tuple[float, float | N
         for metric, value in result["metrics"].items()
         if not metric.endswith("_std")
     }
-
-
-def _shown(value: float, std: float | None) -> str:
-    """Five digits, or those that the standard deviation leaves."""
-    if not std:
-        return f"{value:.5g}"
-    digits = max(0, 1 - math.floor(math.log10(std)))
-    return f"{value:.{digits}f} ± {std:.{digits}f}"

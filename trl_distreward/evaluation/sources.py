@@ -9,8 +9,8 @@ processes sees the same batches.
 import os
 import struct
 import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,125 +23,43 @@ from .decoding import StoredImage
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
-class ImageSource(ABC):
+class ImageSource:
     """
-    A set of images.
+    A set of images that are read by number. A shard is a range of at most 64 batches.
+
+    Args:
+        description (`dict`): identity of the set; unfinished work is continued only if this is unchanged.
+        count (`int`): number of images.
+        read (`Callable`): returns the [`~evaluation.decoding.StoredImage`] with a number.
 
     Attributes:
-        description (`dict`): identity of the set; unfinished work is continued only if this is unchanged.
-        in_workers (`bool`): whether the worker processes of a DataLoader may read it.
+        in_workers (`bool`): whether the worker processes of a DataLoader may read the images.
     """
 
-    description: dict[str, Any]
     in_workers = True
 
-    @abstractmethod
-    def num_shards(self, batch_size: int) -> int: ...
-
-    @abstractmethod
-    def shard(self, index: int, batch_size: int) -> Iterator[StoredImage]: ...
-
-
-class IndexedImages(ImageSource):
-    """A set whose images are read by number. A shard is a range of at most 64 batches."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def read(self, index: int) -> StoredImage: ...
+    def __init__(self, description: dict[str, Any], count: int, read: Callable[[int], StoredImage]):
+        self.description, self.count, self.read = description, count, read
 
     def _shard_size(self, batch_size: int) -> int:
-        return batch_size * min(64, -(-len(self) // (64 * batch_size)))
+        return batch_size * min(64, -(-self.count // (64 * batch_size)))
 
     def num_shards(self, batch_size: int) -> int:
-        return -(-len(self) // self._shard_size(batch_size))
+        """Number of parts that the set is read in."""
+        return -(-self.count // self._shard_size(batch_size))
 
     def shard(self, index: int, batch_size: int) -> Iterator[StoredImage]:
+        """Images of one part, in order."""
         size = self._shard_size(batch_size)
-        return map(self.read, range(index * size, min((index + 1) * size, len(self))))
-
-
-class FolderImages(IndexedImages):
-    """Images of a folder and its subfolders, in the order of their paths. Hidden files are left out."""
-
-    def __init__(self, folder: Path):
-        paths = [
-            Path(parent, name)
-            for parent, _, names in os.walk(folder, followlinks=True)
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and "/." not in f"/{Path(parent, name).relative_to(folder)}"
-        ]
-        if not paths:
-            raise ValueError(
-                f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)}). Read other files as a dataset: name the "
-                "source 'webdataset' or 'parquet', and the files as its data files."
-            )
-        self.paths = sorted(paths, key=os.fspath)
-        self.description = {"source": str(folder), "images": len(paths), "files": _state_of(self.paths)}
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, index: int) -> StoredImage:
-        return StoredImage(str(self.paths[index]), self.paths[index])
-
-
-def _state_of(paths: Sequence[Path]) -> list[int]:
-    """Total size and time of the last change, by which replaced files are noticed."""
-    states = [path.stat() for path in paths]
-    return [sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)]
-
-
-class NpzImages(IndexedImages):
-    """An ADM sample: `arr_0`, uint8 `(N, H, W, 3)`, in an uncompressed `.npz` file, which is mapped into memory."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with open_archive(path) as archive:
-            names = array_names(archive)
-            if "arr_0" not in names:
-                raise ValueError(f"{path} holds {names}: a sample holds its images as 'arr_0'.")
-            try:
-                array, member = open_array(archive, "arr_0"), archive.getinfo("arr_0.npy")
-            except DAMAGES as error:
-                raise ValueError(f"{path} is damaged: {error}.") from error
-        if array.dtype != np.uint8 or len(array.shape) != 4 or array.fortran_order or 0 in array.shape:
-            raise ValueError(f"{path} holds {array.shape} of {array.dtype}: a sample is uint8 of shape (N, H, W, 3).")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{path} is compressed: save it with numpy.savez.")
-        with open(path, "rb") as file:
-            file.seek(member.header_offset + 26)  # of the local header: 26 bytes, lengths, 4 strings of which 2 exist
-            offset = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + array.offset
-        self._pixels = np.memmap(path, np.uint8, "r", offset, array.shape)
-        self.description = {"source": str(path), "images": len(self), "files": _state_of([path])}
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def read(self, index: int) -> StoredImage:
-        return StoredImage(f"{self.path}, image {index}", np.array(self._pixels[index]))
-
-
-class DatasetImages(IndexedImages):
-    """A dataset whose rows are read by number; its columns are images and, if there are two, prompts."""
-
-    def __init__(self, rows: Dataset, description: dict[str, Any]):
-        self.rows, self.description = rows, {**description, "images": len(rows), "fingerprint": rows._fingerprint}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> StoredImage:
-        row = self.rows[index]
-        return StoredImage(f"row {index} of {self.description['source']}", *map(row.get, self.description["columns"]))
+        return map(self.read, range(index * size, min((index + 1) * size, self.count)))
 
 
 class StreamedImages(ImageSource):
-    """A dataset that is read as a stream; its columns are images and, if there are two, prompts. A shard is a file."""
+    """A dataset that is read as a stream. A shard is one of its files."""
 
-    def __init__(self, rows: IterableDataset, description: dict[str, Any]):
-        self.rows, self.description = rows, {**description, "files": rows.num_shards}
+    def __init__(self, rows: IterableDataset, columns: list[str], description: dict[str, Any]):
+        self.rows, self.columns = rows, columns
+        self.description = {**description, "files": rows.num_shards}
 
     def num_shards(self, batch_size: int) -> int:
         return self.rows.num_shards
@@ -150,29 +68,9 @@ class StreamedImages(ImageSource):
         name, number = f"file {index} of {self.description['source']}", 0
         # iter(rows) would give each worker of a DataLoader only a part
         for rows in self.rows.shard(self.rows.num_shards, index).iter(batch_size):
-            for cells in zip(*map(rows.get, self.description["columns"]), strict=True):
+            for cells in zip(*map(rows.get, self.columns), strict=True):
                 yield StoredImage(f"row {number} of {name}", *cells)
                 number += 1
-
-
-def read_dataset(
-    source: str, split: str | None = None, **options: Any
-) -> tuple[Dataset | IterableDataset, str | None]:
-    """Reads one split of a dataset, from a folder or with `datasets.load_dataset`; also returns the split's name."""
-    try:
-        rows = load_from_disk(source) if _is_saved_dataset(Path(source)) else load_dataset(source, **options)
-    except OSError as error:  # FileNotFoundError and ConnectionError are subclasses
-        raise OSError(f"dataset {source} cannot be loaded ({error}): name a folder, or an id on the Hub.") from error
-    if not isinstance(rows, DatasetDict | IterableDatasetDict):
-        return rows, None
-    split = next(iter(rows)) if split is None and len(rows) == 1 else split
-    if split not in rows:
-        raise ValueError(f"split={split!r} is not in {source}: choose one of {', '.join(rows)}.")
-    return rows[split], split
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def open_images(
@@ -201,17 +99,17 @@ def open_images(
         FileNotFoundError: there is no such file or folder.
         ValueError: it holds no images, or is damaged.
     """
-    path, name = Path(source), str(source)
+    path = Path(source)
     if path.suffix == ".npz":
-        return NpzImages(path)
+        return _open_npz(path)
     if any(path.glob("checkpoint-*")):  # its sample grids are not what is to be measured
         raise ValueError(f"{source} is the output folder of a run: name a pipeline in it, or a folder of images.")
     if path.is_dir() and not _is_saved_dataset(path):
-        return FolderImages(path)
-    if path.is_file() or (not path.exists() and name.startswith((".", "/"))):
+        return _open_folder(path)
+    if path.is_file() or (not path.exists() and str(source).startswith((".", "/"))):
         raise FileNotFoundError(f"no folder {source}: name a folder of images, an .npz file or a dataset.")
     options = {"name": config, "revision": revision, "data_files": data_files, "streaming": streaming}
-    rows, split = read_dataset(name, split, **options)
+    rows, split = read_dataset(str(source), split, **options)
     names = list(rows.features or [])
     found = [name for name in names if isinstance(rows.features[name], Image)]
     columns = ([image_column] if image_column else found) + ([prompt_column] if prompt_column else [])
@@ -222,5 +120,85 @@ def open_images(
         )
     if columns[0] in found:
         rows = rows.cast_column(columns[0], Image(decode=False))  # so that images of all sources are decoded alike
-    kind = StreamedImages if isinstance(rows, IterableDataset) else DatasetImages
-    return kind(rows.select_columns(columns), {"source": str(path), "split": split, **options, "columns": columns})
+    rows = rows.select_columns(columns)
+    description: dict[str, Any] = {"source": str(path), "split": split, **options, "columns": columns}
+    if isinstance(rows, IterableDataset):
+        return StreamedImages(rows, columns, description)
+    description |= {"images": len(rows), "fingerprint": rows._fingerprint}
+    return ImageSource(description, len(rows), partial(_read_row, rows, columns, str(path)))
+
+
+def _read_row(rows: Dataset, columns: list[str], source: str, index: int) -> StoredImage:
+    row = rows[index]
+    return StoredImage(f"row {index} of {source}", *map(row.get, columns))
+
+
+def read_dataset(source: str, split: str | None, **options: Any) -> tuple[Dataset | IterableDataset, str | None]:
+    """Reads one split of a dataset, from a folder or with `datasets.load_dataset`; also returns the split's name."""
+    try:
+        rows = load_from_disk(source) if _is_saved_dataset(Path(source)) else load_dataset(source, **options)
+    except OSError as error:  # FileNotFoundError and ConnectionError are subclasses
+        raise OSError(f"dataset {source} cannot be loaded ({error}): name a folder, or an id on the Hub.") from error
+    if not isinstance(rows, DatasetDict | IterableDatasetDict):
+        return rows, None
+    split = next(iter(rows)) if split is None and len(rows) == 1 else split
+    if split not in rows:
+        raise ValueError(f"split={split!r} is not in {source}: choose one of {', '.join(rows)}.")
+    return rows[split], split
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _open_folder(folder: Path) -> ImageSource:
+    """Images of a folder and its subfolders, in the order of their paths; hidden files are left out."""
+    found = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(
+        str(path)
+        for path in found
+        if path.name.lower().endswith(IMAGE_SUFFIXES) and "/." not in f"/{path.relative_to(folder)}"
+    )
+    if not paths:
+        raise ValueError(
+            f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)}). Read other files as a dataset: name the source "
+            "'webdataset' or 'parquet', and the files as its data files."
+        )
+    description = {"source": str(folder), "images": len(paths), "files": _state_of(paths)}
+    return ImageSource(description, len(paths), partial(_read_file, paths))
+
+
+def _read_file(paths: Sequence[str], index: int) -> StoredImage:
+    return StoredImage(paths[index], paths[index])
+
+
+def _state_of(paths: Sequence[str | Path]) -> list[int]:
+    """Total size and time of the last change, by which replaced files are noticed."""
+    states = [os.stat(path) for path in paths]
+    return [sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)]
+
+
+def _open_npz(path: Path) -> ImageSource:
+    """An ADM sample: `arr_0`, uint8 `(N, H, W, 3)`, in an uncompressed `.npz` file, which is mapped into memory."""
+    with open_archive(path) as archive:
+        names = array_names(archive)
+        if "arr_0" not in names:
+            raise ValueError(f"{path} holds {names}: a sample holds its images as 'arr_0'.")
+        try:
+            array, member = open_array(archive, "arr_0"), archive.getinfo("arr_0.npy")
+        except DAMAGES as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+    if array.dtype != np.uint8 or len(array.shape) != 4 or array.fortran_order or 0 in array.shape:
+        raise ValueError(f"{path} holds {array.shape} of {array.dtype}: a sample is uint8 of shape (N, H, W, 3).")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{path} is compressed: save it with numpy.savez.")
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)  # where the local header has the lengths of the two fields at its end
+        offset = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + array.offset
+    pixels = np.memmap(path, np.uint8, "r", offset, array.shape)
+    description = {"source": str(path), "images": len(pixels), "files": _state_of([path])}
+    return ImageSource(description, len(pixels), partial(_read_pixels, path, pixels))
+
+
+def _read_pixels(path: Path, pixels: np.ndarray, index: int) -> StoredImage:
+    return StoredImage(f"{path}, image {index}", np.array(pixels[index]))

@@ -125,12 +125,12 @@ def find_real_statistics(arguments: RewardArguments, extractor: Any, output_dir:
         write_statistics(arguments.real_images, extractor, path, images=images, features=features, resize=resize)
     held = FeatureStatistics.load(path).metadata
     asked = {"source": Path(arguments.real_images), "image_resize": arguments.real_resize, **made_of}
-    for name, value in asked.items():
-        if value is not None and held.get(name) != str(value):
-            raise ValueError(
-                f"{path} was made with {name}={held.get(name)}, not {value}: remove it, or name another file as "
-                "real_statistics."
-            )
+    changed = [name for name, value in asked.items() if value is not None and held.get(name) != str(value)]
+    if changed:
+        raise ValueError(
+            f"{path} was made with {changed[0]}={held.get(changed[0])}, not {asked[changed[0]]}: remove it, or name "
+            "another file as real_statistics."
+        )
     return str(path)
 
 
@@ -149,15 +149,12 @@ def load_conditions(arguments: RewardArguments) -> Dataset | None:
     if arguments.dataset_name is None:
         return None
     dataset, _ = read_dataset(arguments.dataset_name, arguments.dataset_split)
-    names, column = dataset.column_names, arguments.prompt_column
+    column, names = arguments.prompt_column, dataset.column_names
     if column not in names and "class_labels" not in names:
-        raise ValueError(
-            f"dataset {arguments.dataset_name} has the columns {', '.join(names)}: name the one of prompts as "
-            "prompt_column, or have class labels in a column class_labels."
-        )
-    if column == "prompt" or column not in names:
-        return dataset
-    return dataset.remove_columns([name for name in ("prompt",) if name in names]).rename_column(column, "prompt")
+        raise ValueError(f"dataset {arguments.dataset_name} has no column {column!r}, but {', '.join(names)}.")
+    if column != "prompt" and column in names:
+        dataset = dataset.remove_columns([name for name in names if name == "prompt"]).rename_column(column, "prompt")
+    return dataset
 
 
 def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[], None] | None = None) -> None:
@@ -170,11 +167,6 @@ def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[
         trainer.add_callback(LogSamplesCallback(trainer, sampler=sampler))
     resume = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
-    if trainer.interrupted and trainer.is_world_process_zero():
-        print(
-            f"Stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}: to continue, "
-            "run the same command with --resume_from_checkpoint true."
-        )
     if not trainer.interrupted:
         if at_end is not None:
             at_end()
@@ -183,5 +175,10 @@ def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[
         else:
             trainer.save_model()
             trainer.create_model_card()
+    elif trainer.is_world_process_zero():
+        print(
+            f"Stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}: to continue, "
+            "run the same command with --resume_from_checkpoint true."
+        )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

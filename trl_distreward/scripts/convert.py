@@ -38,11 +38,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from trl_distreward import load_pipeline
 
 pipeline = load_pipeline("{name}"{vae})
-{without_library}images = pipeline(class_labels=[0, 1]).images
-```
-"""
-WITHOUT_LIBRARY = """# without trl-distreward, with the copy of its code in this repository:
+# on the Hub, with a copy of the code and without trl-distreward:
 # pipeline = DiffusionPipeline.from_pretrained("{name}"{vae}, trust_remote_code=True)
+images = pipeline(class_labels=[0, 1]).images
+```
 """
 
 
@@ -95,13 +94,12 @@ def main(argv: list[str] | None = None) -> None:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
-    name = {"name": repo or output, "vae": ""}
+    about = {"name": repo or output, "family": family, "source": arguments.checkpoint.name, "paper": PAPERS[family]}
+    about["vae"] = ""
     if vae is not None and pipeline.vae is None:
-        name["vae"] = f', vae=AutoencoderKL.from_pretrained("{vae}")'
+        about["vae"] = f', vae=AutoencoderKL.from_pretrained("{vae}")'
         print(f"The pipeline has no VAE: load it with vae=AutoencoderKL.from_pretrained({vae!r}).")
-    about = {"family": family, "source": arguments.checkpoint.name, "paper": PAPERS[family], **name}
-    card = CARD.format(without_library=WITHOUT_LIBRARY.format(**name) if repo else "", **about)
-    (partial / "README.md").write_text(card)
+    (partial / "README.md").write_text(CARD.format(**about))
     os.replace(partial, output)
     print(f"{output}: {type(pipeline).__name__}")
     if repo:

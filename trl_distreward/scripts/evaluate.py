@@ -14,6 +14,7 @@ number of processes generates the same images, up to the rounding of the device.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .. import __version__
 from ..evaluation.features import collect_features
 from ..evaluation.generated import GeneratedImages, save_as_npz
 from ..evaluation.measure import FeaturesAndLogits, RealData
-from ..evaluation.report import check_comparable, markdown_table, read_report
+from ..evaluation.report import check_comparable, markdown_table
 from ..evaluation.sources import ImageSource, open_images
 from ..files import write_json
 from ..generation import TIME_GRIDS, SamplingSchedule
@@ -35,20 +36,15 @@ from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS
 from . import cli
 from .common import EXTRACTOR_HELP, add_image_options, find_extractor, image_options, start_processes
 
-REAL_HELP = (
-    "real data, one for all extractors or one for each: statistics (.safetensors, .npz, or EDM2's .pkl), an ADM "
-    "reference batch (.npz), a folder of images, or a dataset"
-)
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("evaluate", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="folder or Hub id of a pipeline, or images: a folder or an ADM sample (.npz)")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print the changes from one report to another")
-    metrics = f"any of {', '.join(METRICS)} (default: frechet)"
-    add = parser.add_argument
-    add("--real", nargs="+", default=[], help=REAL_HELP)
+    add, metrics = parser.add_argument, f"any of {', '.join(METRICS)} (default: frechet)"
+    real = "statistics (.safetensors, .npz, EDM2's .pkl) or images (folder, .npz, dataset), for all extractors or each"
+    add("--real", nargs="+", default=[], help=real)
     add("--feature-extractor", nargs="+", default=["inception"], metavar="NAME", help=EXTRACTOR_HELP)
     add("--metrics", nargs="+", default=["frechet"], choices=METRICS, metavar="METRIC", help=metrics)
     add("--spread", type=int, default=0, help="number of repeats from which standard deviations are estimated")
@@ -75,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     if arguments.compare:
-        before, after = map(read_report, arguments.compare)
+        before, after = (json.loads(Path(path).read_text()) for path in arguments.compare)
         check_comparable(before, after)
         print(markdown_table(before, after))
         return
@@ -88,15 +84,14 @@ def main(argv: list[str] | None = None) -> None:
     keep_images = arguments.save_npz is not None
     collected = collect_features(images, networks, folder / "generated", keep_images=keep_images, **options)
     if state.is_main_process:
-        rows = [collected.features(name) for name in networks]
-        pairs = zip(reals, rows, strict=True)
+        rows, repeats = [collected.features(name) for name in networks], (arguments.seed, arguments.spread)
         report = {
             "model": arguments.model,
             "images": len(rows[0]),
             "resize": arguments.resize,
             "skipped": collected.skipped,
             "settings": images.description,
-            "results": [real.compare(row, seed=arguments.seed, spread=arguments.spread) for real, row in pairs],
+            "results": [real.compare(row, *repeats) for real, row in zip(reals, rows, strict=True)],
             "library": f"trl-distreward {__version__}, torch {torch.__version__}",
         }
         write_json(arguments.output, report)

@@ -30,7 +30,7 @@ from .. import __version__
 from ..files import written_whole
 from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.merge_coefficient_config import MergeCoefficientConfig
-from ..trainer.run_record import RUN_RECORD, is_evaluation
+from ..trainer.run_record import RUN_RECORD
 from . import cli
 
 Lines = dict[str, dict[int, float]]  # values by update, for each line of a chart
@@ -40,8 +40,6 @@ INK = "#010203"  # stands for the colour of the page's text, which follows the r
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trl-distreward",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -49,7 +47,7 @@ STYLE: dict[Any, Any] = {
 LARGEST_SIDE = 1280  # of an embedded image, in pixels
 CHART_OF = {"reward": "reward/mean", "reward_std": "reward/std", "reward_best": "reward/best"}
 SHOWN = ("reward", "reference", "seconds", "coefficients")  # charts that are not folded
-NOT_LOGGED = ("eval_", "train_", "total_flos", "step", "epoch", "num_images")
+NOT_SHOWN = ("eval_", "train_", "total_flos", "step", "epoch", "num_images")
 NOT_SETTINGS = ("output_dir", "run_name", "logging_dir", "use_cpu", "disable_tqdm")
 
 
@@ -84,8 +82,8 @@ def render_report(run_dir: str | Path) -> str:
     if state is None:
         raise FileNotFoundError(f"{folder} has no trainer_state.json and no checkpoint: name the output_dir of a run.")
     record = json.loads((folder / RUN_RECORD).read_text()) if (folder / RUN_RECORD).is_file() else {}
-    evaluations = evaluation_lines(state["log_history"], record.get("evaluations", []))
-    charts = {name: _draw(name, lines) for name, lines in logged_lines(state["log_history"]).items()}
+    lines = chart_lines(state["log_history"], record.get("evaluations", []))
+    charts = {name: _draw(name, each) for name, each in sorted(lines.items())}
     grids = sorted(folder.glob("samples/step-*.png"), key=_step)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _format
@@ -95,10 +93,10 @@ def render_report(run_dir: str | Path) -> str:
         version=__version__,
         state=state,
         record=record,
-        summary=summary_rows(evaluations),
-        distances={metric: _draw(metric, lines) for metric, lines in evaluations.items()},
+        summary=summary_rows(lines),
+        distances={name: chart for name, chart in charts.items() if name.startswith("eval_")},
         curves={name: chart for name, chart in charts.items() if name.startswith(SHOWN)},
-        others={name: chart for name, chart in charts.items() if not name.startswith(SHOWN)},
+        others={name: chart for name, chart in charts.items() if not name.startswith(("eval_", *SHOWN))},
         samples={_step(path): _embed(path) for path in grids[:1] + grids[1:][-1:]},
         tables={**record_tables(record), "Settings that differ from the defaults": settings_table(settings or {})},
     )
@@ -114,29 +112,24 @@ def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def logged_lines(logs: list[dict[str, Any]]) -> dict[str, Lines]:
-    """Returns the lines of what was logged, by chart: `ratio/max` is the line `max` of the chart `ratio`."""
-    charts: defaultdict[str, Lines] = defaultdict(dict)
-    for log in logs:
-        for key, value in log.items():
-            if not key.startswith(NOT_LOGGED):
-                chart, _, line = CHART_OF.get(key, key).rpartition("/")
-                charts[chart or line].setdefault(line, {})[log["step"]] = value
-    named = {name if len(lines) > 1 else "/".join({name: 0, **lines}): lines for name, lines in charts.items()}
-    return dict(sorted(named.items(), key=lambda item: not item[0].startswith("reward")))
+def chart_lines(logs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Lines]:
+    """
+    Returns the lines of every chart.
 
-
-def evaluation_lines(logs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Lines]:
-    """Returns the lines of the samplers, by metric; `evaluations` of the run's record also have those at its start."""
-    if not evaluations:
-        evaluations = [{"step": log["step"], "values": log} for log in logs if is_evaluation(log)]
+    `eval_ode_distance` is the line `ODE` of the chart `eval_distance`, and `ratio/max` the line `max` of the chart
+    `ratio`. The `evaluations` of the run's record, if there are any, also have those before its start.
+    """
     charts: defaultdict[str, Lines] = defaultdict(dict)
-    for evaluation in evaluations:
-        for key, value in evaluation["values"].items():
-            found = re.fullmatch(r"(?:eval_)?((?:sde|ode)(?:_\d+)?)_(.+)", key)
-            if found is not None:
-                charts[found[2]].setdefault(found[1].upper(), {})[evaluation["step"]] = value
-    return charts
+    entries = [(log["step"], key, value) for log in logs for key, value in log.items()]
+    entries += [(each["step"], f"eval_{key}", value) for each in evaluations for key, value in each["values"].items()]
+    for step, key, value in sorted(entries, key=lambda entry: entry[0]):
+        sampled = re.fullmatch(r"eval_((?:sde|ode)(?:_\d+)?)_(.+)", key)
+        if sampled is not None:
+            charts[f"eval_{sampled[2]}"].setdefault(sampled[1].upper(), {})[step] = value
+        elif not key.startswith(NOT_SHOWN):
+            chart, _, line = CHART_OF.get(key, key).rpartition("/")
+            charts[chart or line].setdefault(line, {})[step] = value
+    return {name if len(lines) > 1 else "/".join({name: 0, **lines}): lines for name, lines in charts.items()}
 
 
 def _draw(title: str, lines: Lines) -> Markup:
@@ -171,15 +164,14 @@ def _embed(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def summary_rows(evaluations: Mapping[str, Lines]) -> list[tuple[Any, ...]]:
-    """Returns metric, sampler, first and last value, and the change in percent."""
+def summary_rows(charts: Mapping[str, Lines]) -> list[tuple[Any, ...]]:
+    """Returns metric, sampler, first and last value of each evaluation, and the change in percent."""
     rows = []
-    for metric, lines in evaluations.items():
-        for sampler, points in lines.items():
-            values = list(points.values())
-            first, last = values[0], values[-1]
+    for name, lines in charts.items():
+        for sampler, points in lines.items() if name.startswith("eval_") else ():
+            first, last = points[min(points)], points[max(points)]
             change = f"{100 * (last - first) / abs(first):+.1f} %" if first else ""
-            rows.append((metric, sampler, first, last, change))
+            rows.append((name.split("/")[0].removeprefix("eval_"), sampler, first, last, change))
     return rows
 
 

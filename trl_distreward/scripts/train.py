@@ -105,10 +105,13 @@ def build_trainer(
 def load_policy(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any) -> DiffusionPolicy:
     """Returns the policy of a pipeline, or of its folder or Hub id."""
     dtype = getattr(torch, arguments.dtype)
-    pipeline = load_pipeline(model, dtype=dtype) if isinstance(model, str) else model.to(dtype)
+    if isinstance(model, str):
+        model = load_pipeline(model, dtype=dtype)
+    elif dtype != torch.float32:
+        model.to(dtype)
     options = {name: getattr(arguments, name) for name in ("height", "width", "offload_text_encoders")}
     options["guidance_channels"] = config.guidance_channels
-    return as_policy(pipeline, config.guidance_scale, **{k: v for k, v in options.items() if v is not None})
+    return as_policy(model, config.guidance_scale, **{k: v for k, v in options.items() if v is not None})
 
 
 if __name__ == "__main__":
