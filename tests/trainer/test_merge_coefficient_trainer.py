@@ -8,7 +8,16 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from tests.helpers import features, logged, real_images, tiny_merge_trainer, tiny_pool, tiny_reward, tiny_sit
+from tests.helpers import (
+    assert_same_weights,
+    features,
+    logged,
+    real_images,
+    tiny_merge_trainer,
+    tiny_pool,
+    tiny_reward,
+    tiny_sit,
+)
 from trl_distreward import EMANet, FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
 from trl_distreward.conditions import balanced_labels, rows_of_slots, strata_of_slots
 from trl_distreward.generation import SamplingSchedule, image_generators, sample
@@ -29,7 +38,7 @@ def test_checkpoints_that_do_not_differ_are_refused(tmp_path, pool):
 
 
 def changed(path):
-    """A checkpoint with other weights, beside the one it was made from."""
+    """The path of a checkpoint with other weights, made beside the given one."""
     weights = {n: v + 1 if v.is_floating_point() else v for n, v in load_file(path).items()}
     save_file(weights, path.replace(".safetensors", "-changed.safetensors"))
     return path.replace(".safetensors", "-changed.safetensors")
@@ -50,21 +59,21 @@ def two_spaces():
 # ---- what is learnt ----
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "grid"])  # which only knows averages
-def test_every_method_finds_a_better_merge_at_equal_images(tmp_path, pool, method):
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "grid"])  # a grid has averages alone
+def test_every_method_finds_a_better_merge_with_equally_many_images(tmp_path, pool, method):
     settings = {"max_steps": 5, "sampling_std": 0.3, "reference_set_size": 40, "num_eval_images": 40, "seed": 0}
     trainer = tiny_merge_trainer(tmp_path, pool, method=method, initial_coefficients="last", **settings)
     last = [0.0, 0.0, 0.0, 1.0]
     before = trainer.evaluate(coefficients=last)["eval_ode_distance_features"]
-    assert trainer.coefficients.tolist() == [last]  # exactly
+    assert trainer.coefficients.tolist() == [last]
     trainer.train()
     assert trainer.evaluate()["eval_ode_distance_features"] < before
     assert trainer.num_images == 40 * (1 + 5 * 5) == logged(trainer, "num_images")[-1]
     assert len(logged(trainer, "reward")) == 5 and logged(trainer, "coefficients/3")[-1] == trainer.coefficients[0, 3]
 
 
-def test_policy_gradient_with_a_mean_and_plain_steps_is_natural_evolution(tmp_path, pool):
-    """Without a network, at rate 1 of SGD, the mean moves by the mean of advantages times deviations."""
+def test_a_policy_gradient_without_a_network_is_natural_evolution(tmp_path, pool):
+    """With SGD at rate 1, the mean moves by the mean of advantages times deviations."""
     settings = {"policy_num_layers": 0, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 100.0}
     trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", sampling_std=0.2, max_steps=1, **settings)
     seen, judge, start = {}, trainer.judge.judge, trainer.mean
@@ -82,7 +91,7 @@ def test_policy_gradient_with_a_mean_and_plain_steps_is_natural_evolution(tmp_pa
     torch.testing.assert_close(found, step - step.mean(), atol=1e-6, rtol=1e-5)  # the sum stays one
 
 
-def test_draws_come_closer_together_over_the_run(tmp_path):
+def test_samples_come_closer_together_over_the_run(tmp_path):
     config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=5, sampling_std=0.1)
     assert [config.sampling_std_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.1, 0.065, 0.03, 0.03])
 
@@ -90,7 +99,7 @@ def test_draws_come_closer_together_over_the_run(tmp_path):
 # ---- the reward of a candidate ----
 
 
-def test_candidates_of_a_step_see_the_same_noise_and_steps_differ(tmp_path, pool):
+def test_candidates_of_a_step_share_noise_and_steps_differ(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool)
     twice = trainer.initial_coefficients.expand(2, 1, -1)
     first, second = trainer.judge.judge(twice, step=1).flatten().tolist()
@@ -100,10 +109,10 @@ def test_candidates_of_a_step_see_the_same_noise_and_steps_differ(tmp_path, pool
     assert torch.equal(fixed.judge.judge(twice, step=1), fixed.judge.judge(twice, step=2))
 
 
-def test_reward_without_replacements_is_minus_the_distance_of_the_candidates_own_set(tmp_path, pool):
+def test_without_replacements_the_reward_is_minus_the_distance_of_the_candidates_set(tmp_path, pool):
     coefficients = torch.tensor([0.5, -0.25, 0.0, 0.75])
     trainer = tiny_merge_trainer(tmp_path, pool)
-    (value,) = trainer.judge.judge_one(coefficients[None], step=3).tolist()
+    value = trainer.judge.judge(coefficients[None, None], step=3).item()
     network = tiny_sit()
     network.load_state_dict(weighted(pool, coefficients.tolist()))
     generators = image_generators(trainer.args.seed, "candidate", 3, range(20))
@@ -115,26 +124,26 @@ def test_reward_without_replacements_is_minus_the_distance_of_the_candidates_own
 
 
 def test_replacements_average_over_subsets_and_draws(tmp_path, pool):
-    """Eq. 10: with everything but the new images known, the mean of Eq. 4 over N_s x N_r subsets."""
+    """Compares with Eq. 10: the mean of Eq. 4 over N_s x N_r subsets."""
     settings = {"num_subsets": 3, "num_replacements": 2, "replace_size": 4}
     trainer = tiny_merge_trainer(tmp_path, pool, **settings)
-    (reward,) = trainer.rewards.distributional
+    (reward,) = trainer.rewards.of_sets
     calls = []
     original = reward.subset_rewards
     reward.subset_rewards = lambda slots, new: calls.append((slots, new, original(slots, new))) or calls[-1][2]
     coefficients = trainer.initial_coefficients
-    (value,) = trainer.judge.judge_one(coefficients, step=0).tolist()
+    value = trainer.judge.judge(coefficients[None], step=0).item()
     ((slots, new, rewards),) = calls
     assert slots.shape == (6, 4) and torch.equal(slots[0], slots[1]) and not torch.equal(slots[0], slots[2])
     assert len(set(slots[0].tolist())) == 4
     assert value == rewards.mean().item() and len(rewards.unique()) == 6
     assert trainer.args.images_per_candidate == 20 + 3 * 2 * 4
-    again = tiny_merge_trainer(tmp_path, pool, **settings).judge.judge_one(coefficients, step=0)
+    again = tiny_merge_trainer(tmp_path, pool, **settings).judge.judge(coefficients[None], step=0)
     assert again.item() == value
 
 
 def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
-    labels = [0] * 24 + [1] * 12 + [2] * 12  # the strata are others than the classes
+    labels = [0] * 24 + [1] * 12 + [2] * 12  # strata that are not the classes
     dataset = [{"class_labels": i % 3, "kind": kind} for i, kind in enumerate(labels)]
     settings = {"num_subsets": 3, "num_replacements": 2, "replace_size": 4, "scale_set_size": 36}
     trainer = tiny_merge_trainer(tmp_path, pool, stratify_by="kind", train_dataset=dataset, **settings)
@@ -143,22 +152,23 @@ def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
     rows = rows_of_slots(48, 20, trainer.args.seed, labels)
     assert torch.equal(trainer.conditions, rows % 3)
     asked = []
-    (reward,) = trainer.rewards.distributional
-    subset_rewards, judge_start = reward.subset_rewards, trainer.judge.judge_start
+    (reward,) = trainer.rewards.of_sets
+    subset_rewards, judge_set = reward.subset_rewards, trainer.judge.judge_set
     reward.subset_rewards = lambda slots, new: asked.append(slots) or subset_rewards(slots, new)
-    trainer.judge.judge_start = lambda *args: asked.append(args[1]) or judge_start(*args)
+    trainer.judge.judge_set = lambda *args: asked.append(args[1]) or judge_set(*args)
     trainer._judge_start()
     scale = rows_of_slots(48, 36, trainer.args.seed, labels)
     assert torch.equal(asked.pop(), scale % 3)
+    trainer.judge.judge_set = judge_set
     for step in (0, 0, 1):  # two candidates of one step, and another step
-        trainer.judge.judge_one(trainer.initial_coefficients, step)
+        trainer.judge.judge(trainer.initial_coefficients[None], step)
     assert all(strata[subset].bincount(minlength=3).tolist() == [2, 1, 1] for slots in asked for subset in slots)
     assert torch.equal(asked[0], asked[1]) and not torch.equal(asked[0], asked[2])
     with pytest.raises(ValueError, match="no column 'topic'"):
         tiny_merge_trainer(tmp_path, pool, stratify_by="topic", train_dataset=dataset)
 
 
-def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts(tmp_path, pool):
+def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts_distances(tmp_path, pool):
     def brightness(images, conditions, slots, **kwargs):
         return images.float().mean((1, 2, 3)).tolist()
 
@@ -175,11 +185,11 @@ def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts(tmp_path,
     start = trainer.judge.judge_set(trainer.initial_coefficients, balanced_labels(30, 3), "start", step=0)
     assert start[0].item() == pytest.approx(-2)  # each space's distance, divided by itself
     assert 0 < start[1] < 255
-    distributional, bright = (logged(trainer, f"rewards/{name}/mean")[0] for name in trainer.rewards.names)
-    assert logged(trainer, "reward")[0] == pytest.approx(distributional + 0.01 * bright)
+    of_sets, bright = (logged(trainer, f"rewards/{name}/mean")[0] for name in ("subset_replace", "brightness"))
+    assert logged(trainer, "reward")[0] == pytest.approx(of_sets + 0.01 * bright)
 
 
-def test_a_reward_that_served_another_run_starts_afresh(tmp_path, pool):
+def test_a_reward_forgets_the_units_of_an_earlier_run(tmp_path, pool):
     def run(folder, reward, **settings):
         trainer = tiny_merge_trainer(tmp_path / folder, pool, reward_funcs=reward, max_steps=1, **settings)
         trainer.train()
@@ -192,7 +202,7 @@ def test_a_reward_that_served_another_run_starts_afresh(tmp_path, pool):
     scales, images = dict(reward.first_distances), trainer.num_images
     other.train()
     assert reward.first_distances != scales
-    trainer.train()  # goes on with what it has learnt, in its own units
+    trainer.train()  # goes on from what it has learnt, in its own units
     assert reward.first_distances == scales and trainer.num_images == images
 
 
@@ -224,7 +234,7 @@ def test_training_stops_where_no_candidate_makes_images(tmp_path, pool):
 # ---- results ----
 
 
-def test_saved_pipeline_is_the_merge_and_says_how_it_was_made(tmp_path, pool):
+def test_the_saved_pipeline_is_the_merge_and_records_how_it_was_made(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, max_steps=2, granularity="per_block")
     trainer.train()
     coefficients, groups = trainer.coefficients, trainer.groups
@@ -235,33 +245,32 @@ def test_saved_pipeline_is_the_merge_and_says_how_it_was_made(tmp_path, pool):
     trainer.create_model_card()
     loaded = load_pipeline(tmp_path).transformer
     assert trainer.merge().transformer is trainer.merged_network
+    assert_same_weights(loaded, trainer.merged_network)
     files = [load_file(path) for path in pool]
     for name, parameter in loaded.named_parameters():
         row = coefficients[groups[name]].tolist()
         expected = sum(w * f[name] for w, f in zip(row, files, strict=True))
         torch.testing.assert_close(parameter.data, expected)
-        assert torch.equal(parameter, dict(trainer.merged_network.named_parameters())[name])
     about = json.loads((tmp_path / "coefficients.json").read_text())
     assert about["coefficients"] == dict(zip(trainer.group_names, coefficients.tolist(), strict=True))
     assert about["pool"] == trainer.pool.describe()
     assert about["recipe"]["sampling_std"] == 0.15 and about["num_images"] == trainer.num_images
     card = (tmp_path / "README.md").read_text()
-    assert "![Coefficients](coefficients.png)" in card and (tmp_path / "coefficients.png").is_file()
     assert f"{coefficients[0, 3]:.4f}" in card and "step-3.safetensors" in card
 
 
 def test_grid_of_stored_averages(tmp_path, pool):
-    """Two widths at each of two times; one of the points is a stored average itself."""
+    """The pool has two widths at each of two times. One point of the grid is a stored average."""
     stds = [LARGEST_SIGMA_REL / 4, LARGEST_SIGMA_REL / 2] * 2
     settings = {"method": "grid", "checkpoint_times": [1.0, 1.0, 2.0, 2.0], "checkpoint_stds": stds}
     trainer = tiny_merge_trainer(tmp_path, pool, num_generations=4, **settings)
     expected = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(trainer.search.points[1], expected, atol=1e-9, rtol=0)
-    with pytest.raises(ValueError, match="coefficient_map='softmax' makes positive coefficients only"):
+    with pytest.raises(ValueError, match="coefficient_map='softmax' makes positive coefficients, but a grid"):
         tiny_merge_trainer(tmp_path, pool, coefficient_map="softmax", **settings)
 
 
-def test_network_of_the_mean_is_exact_under_bf16(tmp_path, pool):
+def test_the_network_of_the_mean_is_exact_under_bf16(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", bf16=True, max_steps=2, learning_rate=0.1)
     trainer.train()
     fresh = EMANet(trainer.network.initial, scale=trainer.network.scale)
@@ -270,7 +279,7 @@ def test_network_of_the_mean_is_exact_under_bf16(tmp_path, pool):
     assert not torch.equal(trainer.mean, trainer.network.initial)
 
 
-def test_logs_over_several_steps_have_the_best_of_them_and_the_number_of_images(tmp_path, pool):
+def test_a_log_of_several_steps_has_the_best_reward_of_them(tmp_path, pool):
     every, few = (
         tiny_merge_trainer(tmp_path, pool, method="cma", max_steps=4, logging_steps=steps) for steps in (1, 2)
     )
@@ -279,6 +288,14 @@ def test_logs_over_several_steps_have_the_best_of_them_and_the_number_of_images(
     first, second, third, fourth = logged(every, "reward_best")
     assert logged(few, "reward_best") == [max(first, second), max(third, fourth)]
     assert logged(few, "num_images")[:2] == [20 * (1 + 5 * 2), 20 * (1 + 5 * 4)]
+
+
+def test_equal_rewards_are_a_skipped_update(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", max_steps=2)
+    trainer.judge.judge = lambda candidates, step: torch.zeros(len(candidates), 1, dtype=torch.float64)
+    trainer.train()
+    assert logged(trainer, "skipped_updates") == [1.0, 1.0]
+    assert torch.equal(trainer.coefficients, trainer.initial_coefficients)
 
 
 def test_reward_functions_get_the_trainers_state(tmp_path, pool):
@@ -291,12 +308,12 @@ def test_reward_functions_get_the_trainers_state(tmp_path, pool):
     assert seen == {0, 1}
 
 
-def test_reward_function_that_is_not_finite_at_the_start_is_named(tmp_path, pool):
+def test_rewards_of_the_start_must_be_finite(tmp_path, pool):
     def silent(images, **kwargs):
         return [0.0] * (len(images) - 1) + [float("nan")]
 
     trainer = tiny_merge_trainer(tmp_path, pool, reward_funcs=[tiny_reward(), silent])
-    with pytest.raises(ValueError, match="reward function 'silent' gives nan for the images of the initial"):
+    with pytest.raises(ValueError, match=r"rewards of the initial coefficients are \[-.*, nan\]"):
         trainer.train()
 
 
@@ -315,11 +332,9 @@ def test_comparison_is_in_the_card(tmp_path, pool):
     assert f"| learnt | {rows['learnt']['sde_distance_features']:.4g}" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         trainer.evaluate(coefficients=[1.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match="others has learnt, which is in the table anyway"):
-        trainer.compare({"learnt": [1.0, 0.0, 0.0, 0.0]})
 
 
-def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
+def test_adapters_are_merged_and_saved_in_both_forms(tmp_path):
     folders = []
     for index in range(3):
         torch.manual_seed(index)
@@ -344,8 +359,8 @@ def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
     pipeline = trainer.merge()
     pipeline.save_pretrained(tmp_path / "merged")
     again = load_pipeline(tmp_path / "merged").transformer
-    assert all(torch.equal(p, dict(saved.named_parameters())[n]) for n, p in again.named_parameters())
-    assert pipeline is not trainer.policy.pipeline  # whose network still has the adapter's layers
+    assert_same_weights(again, saved)
+    assert pipeline is not trainer.policy.pipeline  # its network still has the adapter's layers
     trainer.merge([0.0, 0.0, 1.0])
     assert torch.equal(dict(pipeline.transformer.named_parameters())[name], dict(again.named_parameters())[name])
 
@@ -364,7 +379,7 @@ def test_adapters_are_merged_and_saved_with_and_without_the_model(tmp_path):
     ids=lambda settings: settings["method"],
 )
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
-    """Although its second step is skipped."""
+    """Also if a step is skipped."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, **settings}
     whole = tiny_merge_trainer(tmp_path / "whole", pool, reward_funcs=two_spaces(), **settings)
     judge = whole.judge.judge
@@ -372,7 +387,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
     whole.train()
     assert len(logged(whole, "reward")) == 3
     resumed = tiny_merge_trainer(tmp_path / "resumed", pool, reward_funcs=two_spaces(), **settings)
-    torch.manual_seed(1000)  # nothing may ride on the global generator
+    torch.manual_seed(1000)  # nothing may depend on the global generator
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(resumed.coefficients, whole.coefficients)
     assert logged(resumed, "reward") == logged(whole, "reward")
@@ -423,21 +438,21 @@ def stopped(tmp_path_factory, pool):
 @pytest.mark.parametrize(
     ("settings", "change", "message"),
     [
-        ({"method": "emanet"}, None, "method='grid', but this run has method='emanet'"),
-        ({"coefficient_map": "none"}, None, "coefficient_map='affine', but this run has coefficient_map='none'"),
-        ({"granularity": "per_block"}, None, "1 groups of tensors, but this run has"),
-        ({}, lambda pool: pool[:3], "4 checkpoints to merge, but this run has 3"),
-        ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "in another order: the 2. had SHA-256"),
-        ({}, lambda pool: [*pool[:3], changed(pool[0])], "other checkpoints to merge: the 4. had SHA-256"),
+        ({"method": "emanet"}, None, "method: grid, not emanet"),
+        ({"coefficient_map": "none"}, None, "coefficient_map: affine, not none"),
+        ({"granularity": "per_block"}, None, r"groups: \['all'\], not"),
+        ({}, lambda pool: pool[:3], "checkpoints: "),
+        ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "checkpoints: "),
+        ({}, lambda pool: [*pool[:3], changed(pool[0])], "checkpoints: "),
     ],
 )
-def test_checkpoint_of_another_run_is_refused(tmp_path, pool, stopped, settings, change, message):
+def test_a_checkpoint_of_another_search_is_refused(tmp_path, pool, stopped, settings, change, message):
     other = tiny_merge_trainer(tmp_path, change(pool) if change else pool, **{"method": "grid", **settings})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"written by a run with other {message}"):
         other.train(resume_from_checkpoint=stopped)
 
 
-def test_resumed_network_means_what_it_meant_though_draws_are_narrower(tmp_path, pool):
+def test_a_resumed_network_has_the_same_mean_with_narrower_samples(tmp_path, pool):
     settings = {"method": "emanet", "policy_num_layers": 0, "learning_rate": 0.5, "max_steps": 1}
     first = tiny_merge_trainer(tmp_path, pool, save_strategy="steps", save_steps=1, **settings)
     first.train()
@@ -445,13 +460,9 @@ def test_resumed_network_means_what_it_meant_though_draws_are_narrower(tmp_path,
     narrower = tiny_merge_trainer(tmp_path, pool, sampling_std=first.args.sampling_std / 10, **settings)
     narrower.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert torch.equal(narrower.coefficients, first.coefficients)
-    for name, value in (("policy_num_layers", 2), ("policy_hidden_size", 8)):
-        other = tiny_merge_trainer(tmp_path, pool, **settings | {name: value})
-        with pytest.raises(ValueError, match=f"{name}=.*, but this run has {name}={value}"):
-            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
+def test_a_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
     saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
     tiny_merge_trainer(tmp_path, pool, **saving).train()
     with pytest.raises(FileNotFoundError, match="has no diffusion_state.pt.*save_only_model=True"):
@@ -466,13 +477,7 @@ def test_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
     [
         ({"method": "adam"}, "method='adam' is unknown: choose one of"),
         ({"initial_coefficients": "first"}, "initial_coefficients='first' is unknown"),
-        ({"method": "cma", "sampling_std_decay": 0.1}, "sampling_std_decay=0.1 does nothing under method='cma'"),
-        ({"method": "cma", "learning_rate": 0.1}, "learning_rate=0.1 does nothing under method='cma'"),
-        ({"method": "grid", "sampling_std": 0.1}, "sampling_std=0.1 does nothing under method='grid'"),
-        ({"num_subsets": 3}, "num_subsets=3 does nothing under num_replacements=0"),
-        ({"replace_size": 3}, "replace_size=3 does nothing under num_replacements=0"),
-        ({"initial_coefficients": "last", "initial_std": 0.2}, "initial_std=0.2 does nothing under initial_coeff"),
-        ({"fp16": True}, "fp16=True is not supported.*Set bf16=True"),
+        ({"fp16": True}, "fp16=True scales gradients.*set bf16=True"),
         (
             {"save_only_model": True, "load_best_model_at_end": True, "save_steps": 1, "eval_steps": 1},
             "needs the search's state",
@@ -480,41 +485,24 @@ def test_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
         ({"num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"sampling_std": 0.0}, "sampling_std=0.0 must be positive"),
         ({"method": "emanet", "sampling_std_decay": 0.0}, r"must lie in \(0, 1\]"),
-        ({"num_replacements": 1, "reference_set_size": 40}, "replace_size=50 is not smaller"),
+        ({"num_replacements": 1, "reference_set_size": 40}, "replace_size=50 must be smaller"),
         ({"max_steps": 0}, "max_steps=0 must be at least 1"),
-        ({"gradient_accumulation_steps": 2}, "set num_generations"),
     ],
 )
-def test_configurations_that_cannot_be_meant_are_refused(tmp_path, settings, message):
+def test_contradicting_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
-
-
-def test_another_method_keeps_what_both_use_and_is_checked(tmp_path):
-    shared = {"output_dir": str(tmp_path), "use_cpu": True, "num_generations": 6, "checkpoint_stds": [0.1, 0.2]}
-    config = MergeCoefficientConfig(**shared, method="emanet", learning_rate=0.5, sampling_std=0.3)
-    for method in METHODS:
-        other = config.with_method(method, output_dir=str(tmp_path / method))
-        assert (other.method, other.num_generations, other.output_dir) == (method, 6, str(tmp_path / method))
-        assert other.learning_rate == (0.5 if method == "emanet" else 0.01)
-        assert other.sampling_std == (0.15 if method == "grid" else 0.3)
-    assert (config.method, config.learning_rate, config.output_dir) == ("emanet", 0.5, str(tmp_path))
-    softmax = MergeCoefficientConfig(**shared, coefficient_map="softmax")
-    with pytest.raises(ValueError, match="set coefficient_map='affine'"):
-        softmax.with_method("grid")
 
 
 def test_candidates_are_decoded_in_slices_and_guided_as_sit_guides(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, decode_batch_size=3, guidance_scale=1.5, guidance_channels=1)
     sizes, decode = [], trainer.policy.decode
     trainer.policy.decode = lambda x: sizes.append(len(x)) or decode(x)
-    trainer.judge.judge_one(trainer.initial_coefficients, step=1)
+    trainer.judge.judge(trainer.initial_coefficients[None], step=1)
     assert sum(sizes) == 20 and max(sizes) == 3 and trainer.policy.guidance_channels == 1
-    with pytest.raises(ValueError, match="guidance_channels=5 must lie in 1 to 1"):
-        tiny_merge_trainer(tmp_path, pool, guidance_channels=5)
 
 
-def test_start_is_a_word_or_numbers(tmp_path):
+def test_the_start_is_a_word_or_numbers(tmp_path):
     for given in ("0.5, -0.5,1", [0.5, -0.5, 1]):
         config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=given)
         assert config.initial_coefficients == [0.5, -0.5, 1.0]
@@ -522,14 +510,12 @@ def test_start_is_a_word_or_numbers(tmp_path):
         MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=1.0)
 
 
-def test_what_does_not_fit_a_set_is_refused(tmp_path, pool):
-    with pytest.raises(ValueError, match="leave credit='shared'"):
-        tiny_merge_trainer(tmp_path, pool, reward_funcs=tiny_reward(credit="leave_one_in"))
-    with pytest.raises(ValueError, match="be positive with"):
-        tiny_merge_trainer(tmp_path, pool, coefficient_map="softmax", initial_coefficients="last")
-    with pytest.raises(ValueError, match="3 entries for 4 checkpoints"):
-        tiny_merge_trainer(tmp_path, pool, initial_coefficients=[0.5, 0.25, 0.25])
-    trainer = tiny_merge_trainer(tmp_path, pool)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="each process merges and runs candidates"):
-        trainer._check_launch(0.0)
+def test_misfits_are_refused_before_training(tmp_path, pool):
+    for settings, message in (
+        ({"reward_funcs": tiny_reward(credit="leave_one_in")}, "set credit='shared'"),
+        ({"coefficient_map": "softmax", "initial_coefficients": "last"}, "positive"),
+        ({"initial_coefficients": [0.5, 0.25, 0.25]}, "3 .*4 checkpoints"),
+        ({"guidance_scale": 1.5, "guidance_channels": 5}, "guidance_channels=5 must lie in 1 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_merge_trainer(tmp_path, pool, **settings)

@@ -409,6 +409,13 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
+        super().load_training_state(state)
+        for reward, saved in zip(self.rewards.of_sets, state["rewards"], strict=True):
+            reward.load_state_dict(saved)
+        self.comparison = state["comparison"]
+
+    def load_trained(self, folder: str) -> None:
+        state = checkpointing.read_training_state(self, folder)
         for name, value in self._identity.items():
             if state["identity"][name] != value:
                 raise ValueError(
@@ -416,22 +423,12 @@ class MergeCoefficientTrainer(DiffusionTrainer):
                     "Resume with the pool and the configuration that the run was started with, or start a new run "
                     "with initial_coefficients from its coefficients.json."
                 )
-        super().load_training_state(state)
-        self._load_learnt(state)
-        for reward, saved in zip(self.rewards.of_sets, state["rewards"], strict=True):
-            reward.load_state_dict(saved)
-        self.comparison = state["comparison"]
-
-    def _load_learnt(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
 
-    def load_trained(self, folder: str) -> None:
-        self._load_learnt(checkpointing.read_training_state(self, folder))
-
     def load_best(self, folder: str) -> None:
-        self._load_learnt(checkpointing.read_training_state(self, folder))
+        self.load_trained(folder)
 
     # ---- records ----
 
