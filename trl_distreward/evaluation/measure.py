@@ -34,7 +34,7 @@ class FeaturesAndLogits(nn.Module):
         return torch.cat([outputs[self.inception.output], outputs["logits_unbiased"]], dim=1)
 
 
-class RealData:
+class RealSet:
     """
     Real images in the features of one extractor.
 
@@ -44,9 +44,6 @@ class RealData:
         extractor (`torch.nn.Module`): feature extractor, see [`load_feature_extractor`].
         metrics (`Sequence[str]`): metrics to compute, see [`feature_metrics`].
         dataset_options: passed to [`~evaluation.open_images`].
-
-    Raises:
-        ValueError: the file is of another extractor, or holds moments only and a metric needs features.
     """
 
     def __init__(self, path: str | os.PathLike, extractor: Any, metrics: Sequence[str], **dataset_options: Any):
@@ -69,7 +66,7 @@ class RealData:
 
     def compare(self, features: Tensor, seed: int, spread: int) -> dict[str, Any]:
         """
-        Computes one of the results in a report, after [`RealData.collect`].
+        Computes one of the results in a report, after [`RealSet.collect`].
 
         Args:
             features (`torch.Tensor` of shape `(N, d)`): features; for the Inception Score, with logits after them.

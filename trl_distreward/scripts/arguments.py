@@ -108,12 +108,7 @@ def find_reward(spec: str) -> Any:
 
 
 def find_real_statistics(arguments: RewardArguments, extractor: Any, output_dir: str) -> str:
-    """
-    Returns the file of real statistics, computed from `real_images` if it does not exist.
-
-    Raises:
-        ValueError: the file is of other images than `real_images`.
-    """
+    """Returns the file of real statistics, computed from `real_images` if it does not exist."""
     path = Path(arguments.real_statistics or Path(output_dir) / "real_statistics.safetensors")
     if arguments.real_images is None:
         return str(path)

@@ -65,10 +65,8 @@ def split_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_scale: float = 1.0) -> Any:
     """
-    Loads the feature extractor that `NAME[,option=value…]` names, see [`load_feature_extractor`].
-
-    With `prompt_encoder`, a CLIP model, its embeddings of prompts are joined to the features, which are its own
-    without a name.
+    Loads the feature extractor that `NAME[,option=value…]` names, see [`load_feature_extractor`]; with a CLIP model as
+    `prompt_encoder`, joined to its embeddings of prompts, and by default its own.
     """
     name, options = split_spec(spec or "inception")
     if prompt_encoder is None:

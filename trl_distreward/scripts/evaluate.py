@@ -25,7 +25,7 @@ from accelerate import PartialState
 from .. import __version__
 from ..evaluation.features import collect_features
 from ..evaluation.generated import GeneratedImages, save_as_npz
-from ..evaluation.measure import FeaturesAndLogits, RealData
+from ..evaluation.measure import FeaturesAndLogits, RealSet
 from ..evaluation.report import check_comparable, markdown_table
 from ..evaluation.sources import ImageSource, open_images
 from ..files import write_json
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
 
 
-def open_reals(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[list[RealData], dict[str, Any]]:
+def open_reals(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[list[RealSet], dict[str, Any]]:
     """Opens the real data of each feature extractor; also returns the networks for generated images, by name."""
     names, paths = arguments.feature_extractor, arguments.real
     if len(paths) not in (1, len(names)):
@@ -113,7 +113,7 @@ def open_reals(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[
         extractor = find_extractor(name)
         has_logits = getattr(extractor, "output", None) == "pool3"
         metrics = [metric for metric in arguments.metrics if metric != "inception_score" or has_logits]
-        reals.append(RealData(path, extractor, metrics, **options))
+        reals.append(RealSet(path, extractor, metrics, **options))
         networks[name] = FeaturesAndLogits(extractor) if "inception_score" in metrics else extractor
     if "inception_score" in arguments.metrics and not any("inception_score" in real.metrics for real in reals):
         raise ValueError("inception_score needs Inception's logits: add inception to --feature-extractor.")

@@ -43,14 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, checkpoints: list[str]) -> None:
-    """
-    Learns the coefficients, and writes the merged pipeline.
-
-    Args:
-        arguments ([`MergeArguments`]), config ([`MergeCoefficientConfig`]): options.
-        model: pipeline that is merged into, or its folder or Hub id.
-        checkpoints (`list[str]`): checkpoints, in the order of training.
-    """
+    """Learns the coefficients of `checkpoints`, in the order of training, and writes the merged `model`."""
     rewards = build_rewards(arguments, config.output_dir)
     trainer = MergeCoefficientTrainer(
         model=model,

@@ -68,15 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def render_report(run_dir: str | Path) -> str:
-    """
-    Renders the page of a run.
-
-    Args:
-        run_dir (`str` or `Path`): `output_dir` of a [`DistributionRewardTrainer`] or [`MergeCoefficientTrainer`].
-
-    Returns:
-        `str`: HTML that loads nothing.
-    """
+    """Renders the page of a run from its `output_dir`, as HTML that loads nothing."""
     folder = Path(run_dir)
     state, settings = _read_newest(folder, "trainer_state.json"), _read_newest(folder, "training_args.json")
     if state is None:
@@ -114,10 +106,8 @@ def _step(path: Path) -> int:
 
 def chart_lines(logs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Lines]:
     """
-    Returns the lines of every chart.
-
-    `eval_ode_distance` is the line `ODE` of the chart `eval_distance`, and `ratio/max` the line `max` of the chart
-    `ratio`. The `evaluations` of the run's record, if there are any, also have those before its start.
+    Returns the lines of every chart: `ratio/max` is the line `max` of `ratio`, `eval_ode_kid` the line `ODE` of
+    `eval_kid`. The `evaluations` of the run's record also have those before its start.
     """
     charts: defaultdict[str, Lines] = defaultdict(dict)
     entries = [(log["step"], key, value) for log in logs for key, value in log.items()]

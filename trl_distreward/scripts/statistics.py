@@ -66,15 +66,9 @@ def write_statistics(
     **options: Any,
 ) -> None:
     """
-    Writes the statistics of a set of images. All processes call it.
+    Writes the statistics of a set of images, and the features too if asked for. All processes call it.
 
-    Args:
-        source (`str`), images (`dict`): the set, and options to open it; see [`~evaluation.open_images`].
-        extractor (`torch.nn.Module`): feature extractor, see [`load_feature_extractor`].
-        output (`str` or `os.PathLike`): `.safetensors` file to write.
-        features (`bool`, *optional*, defaults to `False`): write the features too.
-        work_dir (`str`, *optional*): folder for unfinished work; by default `OUTPUT.work`, removed at the end.
-        options: see [`~evaluation.collect_features`].
+    `images` are options of [`~evaluation.open_images`], `options` those of [`~evaluation.collect_features`].
     """
     state, folder = start_processes(), Path(work_dir or f"{output}.work")
     opened = open_images(source, **images)

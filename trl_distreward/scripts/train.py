@@ -61,13 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any) -> None:
-    """
-    Trains a model, or predicts what training would take.
-
-    Args:
-        arguments ([`TrainArguments`]), config ([`DiffusionDistributionConfig`]): options.
-        model: pipeline, or its folder or Hub id.
-    """
+    """Trains a pipeline, given as itself, its folder or its Hub id; or predicts what that would take."""
     if arguments.dry_run:  # reports and pushes nothing
         config.report_to, config.push_to_hub, config.disable_tqdm = [], False, True
     trainer = build_trainer(arguments, config, model)
