@@ -47,7 +47,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 
 def image_options(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the options of [`~evaluation.open_images`] for a dataset, and those of [`collect_features`]."""
+    """Returns options of [`~evaluation.open_images`] for datasets, and of [`~evaluation.collect_features`]."""
     dataset = ("split", "config", "revision", "data_files", "streaming", "image_column")
     images = ("batch_size", "resize", "skip_corrupt", "num_workers")
     opening, collecting = ({name: getattr(arguments, name) for name in names} for names in (dataset, images))

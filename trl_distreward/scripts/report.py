@@ -87,7 +87,7 @@ def render_report(run_dir: str | Path) -> str:
         record=record,
         summary=summary_rows(lines),
         distances={name: chart for name, chart in charts.items() if name.startswith("eval_")},
-        curves={name: chart for name, chart in charts.items() if name.startswith(SHOWN)},
+        curves={name: chart for part in SHOWN for name, chart in charts.items() if name.startswith(part)},
         others={name: chart for name, chart in charts.items() if not name.startswith(("eval_", *SHOWN))},
         samples={_step(path): _embed(path) for path in grids[:1] + grids[1:][-1:]},
         tables={**record_tables(record), "Settings that differ from the defaults": settings_table(settings or {})},
