@@ -65,7 +65,7 @@ def decode_image(stored: StoredImage, resize: int | None = None) -> np.ndarray:
     return np.array(image if resize is None else center_crop(image, resize)).transpose(2, 0, 1)
 
 
-def _open(content: Any) -> Image.Image:
+def _open(content: object) -> Image.Image:
     if isinstance(content, Mapping):
         content = content["path"] if content.get("bytes") is None else content["bytes"]
     if isinstance(content, str | os.PathLike):

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +174,7 @@ def collect_features(
     return collected
 
 
-def _begin(folder: Path, settings: Mapping[str, Any], state: PartialState) -> None:
+def _begin(folder: Path, settings: Mapping[str, object], state: PartialState) -> None:
     """Writes the settings of new work into its folder; compares them with those of unfinished work."""
     path = folder / _SETTINGS
     if state.is_main_process and not any(folder.glob(_PATTERN)):

@@ -44,7 +44,7 @@ class GeneratedImages(ImageSource):
         schedule: SamplingSchedule,
         labels: str = "balanced",
         seed: int = 0,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ):
         self.policy, self.count, self.schedule, self.seed = policy, num_images, schedule, seed
         classes = policy.num_conditions

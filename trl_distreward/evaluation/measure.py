@@ -4,11 +4,12 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..conditions import Conditions
 from ..metrics.checks import load_real_features
 from ..metrics.extractors import extractor_digest
 from ..metrics.npz import array_names, open_archive
@@ -20,6 +21,15 @@ from .sources import ImageSource, open_images
 # resizes of EDM2's statistics and of ADM's reference batches, which the files do not name
 _EDM2_RESIZE = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
 _ADM_RESIZE = "tensorflow"
+
+
+class NamedExtractor(Protocol):
+    """A feature extractor that says what its features are, see [`load_feature_extractor`]."""
+
+    name: str
+    resize: str
+
+    def __call__(self, images: Tensor, conditions: Conditions | None = None) -> Tensor: ...
 
 
 class FeaturesAndLogits(nn.Module):
@@ -41,12 +51,12 @@ class RealSet:
     Args:
         path (`str` or `os.PathLike`): statistics file (`.safetensors`, `.npz`, or EDM2's `.pkl`), ADM reference batch
             (`.npz`), or images for [`~evaluation.open_images`].
-        extractor (`torch.nn.Module`): feature extractor, see [`load_feature_extractor`].
+        extractor ([`~evaluation.measure.NamedExtractor`]): feature extractor.
         metrics (`Sequence[str]`): metrics to compute, see [`feature_metrics`].
-        dataset_options: passed to [`~evaluation.open_images`].
+        options: passed to [`~evaluation.open_images`].
     """
 
-    def __init__(self, path: str | os.PathLike, extractor: Any, metrics: Sequence[str], **dataset_options: Any):
+    def __init__(self, path: str | os.PathLike, extractor: NamedExtractor, metrics: Sequence[str], **options: Any):
         self.path, self.extractor, self.metrics = Path(path), extractor, metrics
         self.needs_features = not {*metrics} <= {*FRECHET, "inception_score"}
         self.statistics = _read_moments(self.path, extractor)
@@ -55,7 +65,7 @@ class RealSet:
         if self.needs_features and self.path.suffix == ".safetensors":
             self.features = load_real_features(path)
         elif self.needs_features or self.statistics is None:
-            self.images = open_images(path, **dataset_options)
+            self.images = open_images(path, **options)
 
     def collect(self, folder: Path, **options: Any) -> None:
         """Computes from the images what no file holds. All processes call it; see [`collect_features`]."""
@@ -89,7 +99,7 @@ class RealSet:
         return {"extractor": self.extractor.name, "resize": self.extractor.resize, "real": about, "metrics": metrics}
 
 
-def _read_moments(path: Path, extractor: Any) -> FeatureStatistics | None:
+def _read_moments(path: Path, extractor: NamedExtractor) -> FeatureStatistics | None:
     """Moments from a statistics file or a reference batch; `None` if they must be computed from images."""
     name, resize = extractor.name, extractor.resize
     if path.suffix not in (".safetensors", ".npz", ".pkl"):
@@ -100,9 +110,10 @@ def _read_moments(path: Path, extractor: Any) -> FeatureStatistics | None:
         if "arr_0" in held and not ("mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE):
             return None
     statistics = FeatureStatistics.load(path, name)
-    metadata, weights = dict(statistics.metadata), extractor_digest(extractor)
+    metadata = dict(statistics.metadata)
     if path.suffix == ".pkl":
         metadata["resize"] = _EDM2_RESIZE[name]
-    about = {"extractor": name, "resize": resize, "weights": weights, "extractor_dimension": extractor.dimension}
+    about: dict[str, Any] = {"extractor": name, "resize": resize, "weights": extractor_digest(extractor)}
+    about["extractor_dimension"] = getattr(extractor, "dimension", None)
     check_extractor(metadata, statistics.dimension, path=path, **about)
     return statistics

@@ -38,7 +38,7 @@ class ImageSource:
 
     in_workers = True
 
-    def __init__(self, description: dict[str, Any], count: int, read: Callable[[int], StoredImage]):
+    def __init__(self, description: dict[str, object], count: int, read: Callable[[int], StoredImage]):
         self.description, self.count, self.read = description, count, read
 
     def _shard_size(self, batch_size: int) -> int:
@@ -57,7 +57,7 @@ class ImageSource:
 class StreamedImages(ImageSource):
     """A dataset that is read as a stream. A shard is one of its files."""
 
-    def __init__(self, rows: IterableDataset, columns: list[str], description: dict[str, Any]):
+    def __init__(self, rows: IterableDataset, columns: list[str], description: dict[str, object]):
         self.rows, self.columns = rows, columns
         self.description = {**description, "files": rows.num_shards}
 
@@ -121,7 +121,7 @@ def open_images(
     if columns[0] in found:
         rows = rows.cast_column(columns[0], Image(decode=False))  # so that images of all sources are decoded alike
     rows = rows.select_columns(columns)
-    description: dict[str, Any] = {"source": str(path), "split": split, **options, "columns": columns}
+    description: dict[str, object] = {"source": str(path), "split": split, **options, "columns": columns}
     if isinstance(rows, IterableDataset):
         return StreamedImages(rows, columns, description)
     description |= {"images": len(rows), "fingerprint": rows._fingerprint}

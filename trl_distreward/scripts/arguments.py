@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 
+from ..evaluation.measure import NamedExtractor
 from ..evaluation.sources import read_dataset
 from ..importing import resolve
 from ..metrics.distance import DISTANCES
@@ -22,6 +24,8 @@ from ..trainer.callbacks import LogSamplesCallback
 from .common import find_extractor, split_spec
 from .statistics import write_statistics
 
+Model = str | DiffusionPipeline
+Reward = SubsetReplaceReward | Callable[..., Any]
 # rewards of single images by name
 REWARDS: dict[str, Callable[..., Any]] = {"clip_score": clip_score, "pick_score": pick_score, "hps_score": hps_score}
 
@@ -85,7 +89,7 @@ class RewardArguments:
             raise ValueError("heldout_extractor and heldout_statistics belong together: give both or none.")
 
 
-def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -> list[Any]:
+def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -> list[Reward]:
     """Returns the reward functions; `options` go to the [`SubsetReplaceReward`]."""
     rewards = [find_reward(spec) for spec in arguments.reward_funcs]
     name, encoder = arguments.feature_extractor, arguments.prompt_encoder
@@ -96,7 +100,7 @@ def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -
     return rewards
 
 
-def find_reward(spec: str) -> Any:
+def find_reward(spec: str) -> Reward:
     """Returns a reward of single images by its name, `NAME[,option=value…]`, or the object at a dotted path."""
     name, options = split_spec(spec)
     if name not in REWARDS and "." not in name:
@@ -107,7 +111,7 @@ def find_reward(spec: str) -> Any:
         raise ValueError(f"reward {spec!r} has wrong options: {error}.") from error
 
 
-def find_real_statistics(arguments: RewardArguments, extractor: Any, output_dir: str) -> str:
+def find_real_statistics(arguments: RewardArguments, extractor: NamedExtractor, output_dir: str) -> str:
     """Returns the file of real statistics, computed from `real_images` if it does not exist."""
     path = Path(arguments.real_statistics or Path(output_dir) / "real_statistics.safetensors")
     if arguments.real_images is None:
@@ -129,7 +133,7 @@ def find_real_statistics(arguments: RewardArguments, extractor: Any, output_dir:
     return str(path)
 
 
-def build_metrics(arguments: RewardArguments, rewards: list[Any]) -> dict[str, ImageMetric]:
+def build_metrics(arguments: RewardArguments, rewards: list[Reward]) -> dict[str, ImageMetric]:
     """Returns metrics for evaluation: means of the rewards known by name, and the held-out distance."""
     named = [reward for reward in rewards if getattr(reward, "__name__", None) in REWARDS]
     metrics: dict[str, ImageMetric] = {reward.__name__: MeanScore(reward) for reward in named}

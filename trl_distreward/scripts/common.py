@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from trl import TrlParser
 
+from ..evaluation.measure import NamedExtractor
 from ..metrics.clip import JointTextFeatures, load_clip
 from ..metrics.extractors import load_feature_extractor
 
@@ -63,17 +64,17 @@ def split_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_scale: float = 1.0) -> Any:
+def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_scale: float = 1.0) -> NamedExtractor:
     """
     Loads the feature extractor that `NAME[,option=value…]` names, see [`load_feature_extractor`]; with a CLIP model as
     `prompt_encoder`, joined to its embeddings of prompts, and by default its own.
     """
     name, options = split_spec(spec or "inception")
-    if prompt_encoder is None:
-        return load_feature_extractor(name, **options)
-    clip = load_clip(prompt_encoder)
-    images = clip if spec is None else load_feature_extractor(name, **options)
-    return JointTextFeatures(images, clip.prompts, prompt_scale)
+    extractor: Any = None if spec is None and prompt_encoder else load_feature_extractor(name, **options)
+    if prompt_encoder is not None:
+        clip = load_clip(prompt_encoder)
+        extractor = JointTextFeatures(extractor or clip, clip.prompts, prompt_scale)
+    return extractor
 
 
 def start_processes() -> PartialState:

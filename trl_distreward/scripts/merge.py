@@ -11,7 +11,6 @@ The command line overrides the file.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from trl import TrlParser
 
@@ -19,7 +18,7 @@ from ..trainer.merge_card import comparison_table
 from ..trainer.merge_coefficient_config import MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 from . import cli
-from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
+from .arguments import Model, RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
 from .common import make_trl_parser
 
 
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     run(arguments, config, arguments.model, arguments.checkpoints)
 
 
-def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Any, checkpoints: list[str]) -> None:
+def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Model, checkpoints: list[str]) -> None:
     """Learns the coefficients of `checkpoints`, in the order of training, and writes the merged `model`."""
     rewards = build_rewards(arguments, config.output_dir)
     trainer = MergeCoefficientTrainer(

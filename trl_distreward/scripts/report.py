@@ -154,7 +154,7 @@ def _embed(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def summary_rows(charts: Mapping[str, Lines]) -> list[tuple[Any, ...]]:
+def summary_rows(charts: Mapping[str, Lines]) -> list[tuple[str, str, float, float, str]]:
     """Returns metric, sampler, first and last value of each evaluation, and the change in percent."""
     rows = []
     for name, lines in charts.items():
@@ -182,7 +182,7 @@ def record_tables(record: Mapping[str, Any]) -> dict[str, Table]:
     return {**tables, "Cost": (["phase", "seconds", "share", "images"], costs)}
 
 
-def settings_table(settings: Mapping[str, Any]) -> Table:
+def settings_table(settings: Mapping[str, object]) -> Table:
     """Returns the table of the settings that differ from the defaults."""
     config = MergeCoefficientConfig if "coefficient_map" in settings else DiffusionDistributionConfig
     defaults = json.loads(config(output_dir="run", use_cpu=True).to_json_string())

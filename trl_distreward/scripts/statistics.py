@@ -21,6 +21,7 @@ from typing import Any
 
 from .. import __version__
 from ..evaluation.features import collect_features
+from ..evaluation.measure import NamedExtractor
 from ..evaluation.sources import open_images
 from ..metrics.extractors import extractor_digest
 from . import cli
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_statistics(
     source: str,
-    extractor: Any,
+    extractor: NamedExtractor,
     output: str | os.PathLike,
     *,
     images: dict[str, Any],

@@ -18,7 +18,6 @@ file. The command line overrides the file.
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -30,7 +29,7 @@ from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_resources, dry_run, format_prediction
 from . import cli
-from .arguments import RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
+from .arguments import Model, RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
 from .common import make_trl_parser
 
 
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     run(arguments, config, arguments.model)
 
 
-def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any) -> None:
+def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Model) -> None:
     """Trains a pipeline, given as itself, its folder or its Hub id; or predicts what that would take."""
     if arguments.dry_run:  # reports and pushes nothing
         config.report_to, config.push_to_hub, config.disable_tqdm = [], False, True
@@ -78,7 +77,7 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: A
 
 
 def build_trainer(
-    arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any
+    arguments: TrainArguments, config: DiffusionDistributionConfig, model: Model
 ) -> DistributionRewardTrainer:
     if isinstance(model, str) and os.path.realpath(model) == os.path.realpath(config.output_dir):
         raise ValueError(f"output_dir={config.output_dir!r} is the folder of the model: name another one.")
@@ -96,7 +95,7 @@ def build_trainer(
     )
 
 
-def load_policy(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Any) -> DiffusionPolicy:
+def load_policy(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Model) -> DiffusionPolicy:
     """Returns the policy of a pipeline, or of its folder or Hub id."""
     dtype = getattr(torch, arguments.dtype)
     if isinstance(model, str):
