@@ -148,13 +148,13 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch
     check_resources(trainer)
     monkeypatch.setattr(module, "memory_capacity", lambda _: 1000.0)
     with pytest.raises(
-        RuntimeError, match="networks, gradients and optimizer take .* train an adapter, set ema_decay=0"
+        ValueError, match="networks, gradients and optimizer take .* train an adapter, set ema_decay=0"
     ):
         check_resources(trainer)
     monkeypatch.undo()
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(RuntimeError, match="checkpoints take up to .* set save_total_limit, save_only_model=True"):
+    with pytest.raises(ValueError, match="checkpoints take up to .* set save_total_limit, save_only_model=True"):
         check_resources(trainer)
     old = tmp_path / "not" / "there" / "checkpoint-5"
     old.mkdir(parents=True)

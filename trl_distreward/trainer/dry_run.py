@@ -255,7 +255,7 @@ def check_resources(trainer: "DistributionRewardTrainer") -> None:
     Refuses a run whose weights and optimizer do not fit the device, or whose checkpoints do not fit the disk.
 
     Raises:
-        RuntimeError: with the numbers, and the settings to change.
+        ValueError: with the numbers, and the settings to change.
     """
     problems = disk_problems(*disk_bytes(trainer, Plan.of(trainer)))
     need, capacity = device_bytes(trainer), HEADROOM * memory_capacity(trainer.accelerator.device)
@@ -265,7 +265,7 @@ def check_resources(trainer: "DistributionRewardTrainer") -> None:
             "activation: train an adapter, set ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml."
         )
     if problems:
-        raise RuntimeError("this run cannot fit:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ValueError("this run cannot fit:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
 def format_prediction(prediction: Prediction) -> str:
