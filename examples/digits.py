@@ -1,18 +1,17 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-The main job in minutes on a CPU: a small SiT on scikit-learn's 1,797 real 8x8 digits, made better by a
-distribution-wise reward.
+The main job in minutes on a CPU: a small SiT on scikit-learn's 1,797 real 8x8 digits, improved by a distribution-wise
+reward.
 
     python examples/digits.py
     python examples/digits.py --seed 10 --output-dir outputs/digits-10
     trl-distreward report outputs/digits/policy_gradient
 
-Two recipes are compared: policy gradients, one image a subset, and the recommended one, the distance back-propagated
-through the last three steps of the ODE. Two different networks judge the images: the reward sees the first one's
-features, pixels, and the first one's class probabilities beside the labels that were asked for; the second is held
-out.
-Written to the output folder: report.json and report.md, before.png, and for each recipe its pipeline, after_*.png
-and curve_*.png.
+Two estimators are compared: policy gradients, and back-propagation of the distance through the last three steps of the
+ODE. The reward sees one network's features and class probabilities, and pixels. Another network is held out and judges
+the images.
+
+Output folder: report.json and report.md, before.png, and for each estimator its pipeline and after_*.png.
 """
 
 import argparse
@@ -57,7 +56,7 @@ METRICS = {
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """uint8 images (1797, 1, 8, 8) and labels (1797,), shuffled once and for all; the first 1,200 are for training."""
+    """Loads uint8 images (1797, 1, 8, 8) and labels (1797,) in a fixed random order; 1,200 are for training."""
     digits = load_sklearn_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(1))
     images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None]
@@ -98,7 +97,7 @@ def pixel_features(images: Tensor) -> Tensor:
 
 
 class Accuracy:
-    """Share of generated images that a classifier recognizes as the class that was asked for."""
+    """Share of generated images in which a classifier recognizes the requested class."""
 
     higher_is_better = True
 
@@ -119,7 +118,7 @@ class Accuracy:
 
 
 def train_classifier(model: DigitClassifier, images: Tensor, labels: Tensor, seed: int, name: str) -> None:
-    """600 Adam steps on noisy digits."""
+    """Trains for 600 Adam steps on noisy digits."""
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in trange(600, desc=name, leave=False):
@@ -133,7 +132,7 @@ def train_classifier(model: DigitClassifier, images: Tensor, labels: Tensor, see
 
 
 def new_sit() -> SiTTransformer2DModel:
-    """The generator, untrained."""
+    """Builds the generator."""
     return SiTTransformer2DModel(
         sample_size=8,
         in_channels=1,
@@ -154,9 +153,9 @@ def train_sit(
     on_step: Callable[[int, SiTTransformer2DModel], None] | None = None,
 ) -> SiTTransformer2DModel:
     """
-    Flow matching in SiT's own convention: time runs from noise (0) to data (1), velocity is data minus noise.
+    Trains by flow matching in SiT's convention: time runs from noise (0) to data (1), velocity is data minus noise.
 
-    `on_step` is called with the number of steps done and the model.
+    `on_step` is called with the number of finished steps and the model.
     """
     torch.manual_seed(seed)
     model = new_model()
@@ -179,7 +178,7 @@ def train_sit(
 
 
 def cached(path: Path, model: nn.Module, train: Callable[[], None]) -> None:
-    """Loads a network's weights from `path`, or trains it and writes them."""
+    """Loads a network's weights from `path`, or trains the network and writes them."""
     if path.is_file():
         model.load_state_dict(load_file(path))
         model.eval()
@@ -190,7 +189,7 @@ def cached(path: Path, model: nn.Module, train: Callable[[], None]) -> None:
 
 
 def save_grid(images: Tensor, path: Path, scale: int = 6) -> None:
-    """(100, 1, 8, 8) uint8 as ten rows of ten, one column per class."""
+    """Writes uint8 images (100, 1, 8, 8) as ten rows of ten, one column per class."""
     padded = F.pad(images.view(10, 10, 8, 8), (1, 1, 1, 1), value=64)
     grid = padded.permute(0, 2, 1, 3).reshape(100, 100).numpy()
     Image.fromarray(np.kron(grid, np.ones((scale, scale), np.uint8))).save(path)
@@ -203,27 +202,9 @@ def sample_grid(pipeline: SiTPipeline, path: Path) -> None:
     save_grid((images.images * 255).round().to(torch.uint8), path)
 
 
-def save_curve(base: dict, history: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    by_step = {entry["step"]: entry for entry in reversed(history) if "eval_ode_heldout" in entry} | {0: base}
-    entries = [by_step[step] for step in sorted(by_step)]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    for axis, (title, key) in zip(axes, list(METRICS.items())[:3], strict=True):
-        for sampler in ("sde", "ode"):
-            values = [entry[f"eval_{sampler}_{key}"] for entry in entries]
-            axis.plot(sorted(by_step), values, marker="o", label=sampler.upper())
-        axis.set(title=title, xlabel="update", ylim=(0, None))
-        axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def summarize(runs: list[dict]) -> dict:
-    """Mean and standard deviation over evaluations of every metric, for SDE and ODE."""
+def evaluated(trainer: DistributionRewardTrainer, num_seeds: int) -> dict[str, Any]:
+    """Computes mean and standard deviation of every metric over evaluations, for SDE and ODE."""
+    runs = [trainer.evaluate(), *(trainer.evaluate(seed=seed) for seed in range(1, num_seeds))]  # the first has seed 0
 
     def spread(key: str) -> dict[str, float]:
         values = [run[key] for run in runs]
@@ -242,7 +223,7 @@ def report_table(report: dict) -> str:
     for sampler in ("sde", "ode"):
         base = report["base"][sampler]
         lines.append(f"| base, {sampler.upper()} | {cells(base)} |")
-        for stage in RECIPES:
+        for stage in ESTIMATORS:
             values = report[stage][sampler]
             lines.append(f"| {stage}, {sampler.upper()} | {cells(values)} |")
             change = [f"{values[name]['mean'] / base[name]['mean'] - 1:+.1%}" for name in METRICS]
@@ -253,18 +234,27 @@ def report_table(report: dict) -> str:
 
 @dataclass
 class Digits:
-    """A pretrained generator, what judges it, and the real images' statistics."""
+    """
+    A pretrained generator and what judges it.
+
+    Attributes:
+        base_path: folder of the generator.
+        images: real training images.
+        spaces, real: feature spaces of the reward, and statistics of the real images in them.
+        heldout, real_heldout: network that no reward sees, and statistics of the real images in its last layer.
+        floor: metrics of real test images.
+    """
 
     base_path: Path
-    images: Tensor  # real, the training images
+    images: Tensor
     spaces: dict[str, Callable[..., Tensor]]
     real: dict[str, FeatureStatistics]
-    heldout: nn.Module  # with `last_features`
+    heldout: nn.Module
     real_heldout: FeatureStatistics
     floor: dict[str, dict[str, float]]
 
-    def reward(self, label_weight: float) -> SubsetReplaceReward:
-        return SubsetReplaceReward(self.spaces, self.real, space_weights={"asked": label_weight})
+    def reward(self, **options: Any) -> SubsetReplaceReward:
+        return SubsetReplaceReward(self.spaces, self.real, **{"space_weights": {"asked": 1.5}, **options})
 
     def eval_metrics(self) -> dict[str, Any]:
         return {
@@ -275,9 +265,9 @@ class Digits:
 
 def prepare_pool(cache: Path, seed: int, pretraining_steps: int) -> tuple[list[Path], list[float]]:
     """
-    Eight checkpoints of the generator's training, evenly spaced over its last seven twelfths, and their times.
+    Returns eight checkpoints of the generator's training, evenly spaced over its last seven twelfths, and their steps.
 
-    Trains it, and leaves the last one where `prepare` looks for it, or reads them from `cache`.
+    Reads them from `cache`, or trains the generator; the last checkpoint is then where `prepare` looks for it.
     """
     times = [pretraining_steps * k // 12 for k in range(5, 13)]
     paths = {time: cache / f"pool-{seed}-{pretraining_steps}" / f"step-{time:04d}.safetensors" for time in times}
@@ -295,7 +285,7 @@ def prepare_pool(cache: Path, seed: int, pretraining_steps: int) -> tuple[list[P
 
 
 def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
-    """Trains the two classifiers and the generator, or reads them from `cache`."""
+    """Reads the two classifiers and the generator from `cache`, or trains them."""
     images, labels = load_digits()
     train_images, train_labels = images[:NUM_TRAIN], labels[:NUM_TRAIN]
     test_images, test_labels = images[NUM_TRAIN:], labels[NUM_TRAIN:]
@@ -313,7 +303,7 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
         SiTPipeline(train_sit(new_sit, train_images, train_labels, 3 + seed, pretraining_steps)).save_pretrained(
             base_path
         )
-    # images alone do not tell whether they are the digits that were asked for: class probabilities beside labels do
+    # class probabilities joined with labels tell whether images show the requested digits; features alone do not
     asked = JointFeatures(judge.probabilities, num_classes=10)
     spaces = {"last": judge.last_features, "middle": judge.middle_features, "pixels": pixel_features, "asked": asked}
     with torch.no_grad():
@@ -336,90 +326,77 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
     return Digits(base_path, train_images, spaces, real, heldout, real_heldout, floor)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="where everything is written")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all training")
-    parser.add_argument("--num-updates", type=int, default=60, help="updates by each recipe")
-    parser.add_argument("--pretraining-steps", type=int, default=600, help="steps of the base model's training")
-    parser.add_argument("--noise-schedule", default="sit", help="of the SDE: sit, flow_grpo, dance or cps")
-    parser.add_argument("--noise-level", type=float, default=0.7, help="of the SDE")
-    parser.add_argument("--last-step-size", type=float, default=None, help="of the SDE")
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of the updates, decaying to 0")
-    parser.add_argument("--num-subsets", type=int, help="subsets per update; the recipe's by default")
-    parser.add_argument("--replace-size", type=int, help="images of a subset; likewise")
-    parser.add_argument("--reference-set-size", type=int, default=1000)
-    parser.add_argument("--ema-decay", type=float, help="of the average of the weights; likewise")
-    parser.add_argument("--label-weight", type=float, default=1.5, help="weight of answering the label in the reward")
-    parser.add_argument("--eval-seeds", type=int, default=2, help="evaluations with different noise")
-    return parser.parse_args()
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "policy_gradient": {},
+    "backprop": {"loss_type": "backprop", "sampler": "ode", "backprop_steps": 3},
+}
 
 
-RECIPES = ("policy_gradient", "recommended")  # see docs/source/training.md
-
-
-def build_trainer(digits: Digits, args: argparse.Namespace, recipe: str) -> DistributionRewardTrainer:
+def build_trainer(digits: Digits, args: argparse.Namespace, name: str) -> DistributionRewardTrainer:
     return DistributionRewardTrainer(
         model=str(digits.base_path),
-        reward_funcs=digits.reward(args.label_weight),
+        reward_funcs=digits.reward(space_weights={"asked": args.label_weight}),
         args=DiffusionDistributionConfig(
-            output_dir=str(args.output_dir / recipe),
-            recipe=recipe,
+            output_dir=str(args.output_dir / name),
             seed=args.seed,
             max_steps=args.num_updates,
             learning_rate=args.learning_rate,
-            reference_set_size=args.reference_set_size,
-            num_subsets=args.num_subsets,
-            replace_size=args.replace_size,
-            ema_decay=args.ema_decay,
+            reference_set_size=1000,
             num_inference_steps=10,
-            noise_schedule=args.noise_schedule,
-            noise_level=args.noise_level,
-            last_step_size=args.last_step_size,
-            num_inference_steps_eval=20,
+            noise_level=0.7,
+            last_step_size=0,
+            num_inference_steps_eval=[20],
             num_eval_images=2000,
             per_device_train_batch_size=256,
             per_device_eval_batch_size=500,
             eval_strategy="steps",
-            eval_steps=args.num_updates // 2 + 1,  # once in between; the end is evaluated apart
+            eval_steps=args.num_updates // 2 + 1,  # once; the end is evaluated below
             save_strategy="no",
             report_to="none",
             use_cpu=True,
             logging_steps=5,
+            **ESTIMATORS[name],
         ),
         eval_metrics=digits.eval_metrics(),
     )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="folder for all output")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all training")
+    parser.add_argument("--num-updates", type=int, default=60, help="updates with each estimator")
+    parser.add_argument("--pretraining-steps", type=int, default=600, help="training steps of the base model")
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="initial learning rate; falls to 0")
+    parser.add_argument(
+        "--label-weight", type=float, default=1.5, help="weight in the reward of showing the right digit"
+    )
+    parser.add_argument("--eval-seeds", type=int, default=2, help="evaluations with different noise")
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     logging.getLogger("trl_distreward").setLevel(logging.INFO)
     logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
-    started = time.perf_counter()
-    out, cache = args.output_dir, args.output_dir / "cache"
-    out.mkdir(parents=True, exist_ok=True)
-    digits = prepare(cache, args.seed, args.pretraining_steps)
-    pretrained = time.perf_counter()
-
+    started, out = time.perf_counter(), args.output_dir
+    digits = prepare(out / "cache", args.seed, args.pretraining_steps)
     report: dict[str, Any] = {}
-    seconds = {"pretraining": pretrained - started}
-    base_run: dict[str, float] = {}
-    for name in RECIPES:
+    seconds = {"pretraining": time.perf_counter() - started}
+    for name in ESTIMATORS:
         trainer = build_trainer(digits, args, name)
         if not report:
-            base_runs = [trainer.evaluate(seed=seed) for seed in range(args.eval_seeds)]
-            base_run, report["base"] = base_runs[0], summarize(base_runs)
+            report["base"] = evaluated(trainer, args.eval_seeds)
             sample_grid(trainer.policy.pipeline, out / "before.png")
         else:
-            trainer.evaluate()  # the same once more, for this run's own report
+            trainer.evaluate()  # for the report of this run
         trainer.add_callback(LogSamplesCallback(trainer))
         training = time.perf_counter()
         trainer.train()
         seconds[name] = time.perf_counter() - training
-        report[name] = summarize([trainer.evaluate(seed=seed) for seed in range(args.eval_seeds)])
+        report[name] = evaluated(trainer, args.eval_seeds)
         trainer.save_model(str(out / name / "pipeline"))
         sample_grid(SiTPipeline.from_pretrained(out / name / "pipeline"), out / f"after_{name}.png")
-        save_curve(base_run, trainer.state.log_history, out / f"curve_{name}.png")
     report["floor"] = digits.floor
     report["seconds"] = seconds | {"total": time.perf_counter() - started}
     report["settings"] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -427,7 +404,7 @@ def main() -> None:
     table = report_table(report)
     (out / "report.md").write_text(f"# Digits\n\n{table}\n")
     print(f"\n{table}\n\nWritten to {out} in {report['seconds']['total']:.0f} s. A run as a page:")
-    for name in RECIPES:
+    for name in ESTIMATORS:
         print(f"  trl-distreward report {out / name}")
 
 

@@ -5,9 +5,10 @@ Merging in minutes on a CPU: eight checkpoints of the digits example's pretraini
     python examples/digits_merge.py
     python examples/digits_merge.py --methods emanet cma --seed 10
 
-Every method judges as many candidates by as many images; the reward is that of examples/digits.py. What comes out is
-judged by 2,000 images each from noise that no method has seen, and by a classifier that the reward has not seen.
-Written to the output folder: merge.json and merge.md, and for each method its pipeline.
+All methods judge equally many candidates by equally many images, with the reward of examples/digits.py. Their results
+are judged by 2,000 images from new noise and by a classifier that the reward does not use.
+
+Output folder: merge.json and merge.md, and the pipeline of each method.
 """
 
 import argparse
@@ -24,17 +25,13 @@ from digits import METRICS, Digits, prepare, prepare_pool  # noqa: E402
 from trl_distreward import MergeCoefficientConfig, MergeCoefficientTrainer  # noqa: E402
 
 COLUMNS = ["reward", *METRICS]
-METHODS: dict[str, dict[str, Any]] = {
-    "grid": {"method": "grid"},
-    "cma": {"method": "cma"},
-    "emanet": {"method": "emanet"},
-}
+METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in ("grid", "cma", "emanet")}
 
 
 def build_trainer(
     digits: Digits, pool: list[Path], times: list[float], folder: Path, **settings: Any
 ) -> MergeCoefficientTrainer:
-    """A trainer of the pool's coefficients; `settings` override the configuration."""
+    """Builds a trainer of the pool's coefficients; `settings` override the configuration."""
     defaults = {
         "output_dir": str(folder),
         "num_generations": 10,
@@ -53,15 +50,15 @@ def build_trainer(
     return MergeCoefficientTrainer(
         model=str(digits.base_path),
         checkpoints=[str(path) for path in pool],
-        reward_funcs=digits.reward(1.5),
+        reward_funcs=digits.reward(),
         args=MergeCoefficientConfig(**{**defaults, **settings}),
         eval_metrics=digits.eval_metrics(),
     )
 
 
 def row_of(trainer: MergeCoefficientTrainer, values: dict[str, float]) -> dict[str, float]:
-    """Of an evaluation: the reward, as in training with distances divided by the first set's, and the metrics."""
-    (reward,) = trainer.rewards.distributional
+    """Computes the reward of an evaluation, with distances divided by those of the first set, and the metrics."""
+    (reward,) = trainer.rewards.of_sets
     parts = [
         reward.space_weights[space] * values[f"ode_distance_{space}"] / first
         for space, first in reward.first_distances.items()
@@ -72,7 +69,7 @@ def row_of(trainer: MergeCoefficientTrainer, values: dict[str, float]) -> dict[s
 def run_methods(
     digits: Digits, pool: list[Path], times: list[float], folder: Path, methods: dict[str, dict], **settings: Any
 ) -> dict[str, dict[str, Any]]:
-    """Metrics, coefficients and seconds of the cheap merges and of what each method finds."""
+    """Computes metrics, coefficients and seconds of simple merges and of the merge that each method finds."""
     rows: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
         trainer = build_trainer(digits, pool, times, folder / name, **{**settings, **method})
@@ -80,7 +77,7 @@ def run_methods(
         trainer.train()
         seconds = time.process_time() - started
         found = {name: trainer.coefficients}
-        if not rows:  # the cheap ones are the same whatever the method
+        if not rows:  # simple merges do not depend on the method
             size = len(pool)
             found = {
                 "last": [0.0] * (size - 1) + [1.0],
@@ -89,9 +86,9 @@ def run_methods(
                 **found,
             }
         for merge, coefficients in found.items():
-            # noise of its own: training's has another stream and seed
+            # evaluation noise differs from training noise
             values = {k.removeprefix("eval_"): v for k, v in trainer.evaluate(coefficients=coefficients).items()}
-            weights = trainer._whole(coefficients)[0].tolist()
+            weights = trainer._expanded(coefficients)[0].tolist()
             rows[merge] = row_of(trainer, values) | {"coefficients": weights}
         rows[name] |= {"images": trainer.num_images, "seconds": seconds}
         trainer.save_model(str(folder / name / "pipeline"))
@@ -106,10 +103,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits-merge"))
-    parser.add_argument("--cache", type=Path, default=Path("outputs/digits/cache"), help="where pretraining is kept")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits-merge"), help="folder for all output")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/digits/cache"), help="pretrained networks")
     parser.add_argument("--seed", type=int, default=0, help="seed of all training")
-    parser.add_argument("--pretraining-steps", type=int, default=600, help="steps of the base model's training")
+    parser.add_argument("--pretraining-steps", type=int, default=600, help="training steps of the base model")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--num-updates", type=int, default=12, help="steps of each method")
     args = parser.parse_args()
