@@ -1,11 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-MNIST at 16x16 for benchmarks, judged by networks that others trained: LeNet-5 for the reward, MobileNet held out.
+MNIST at 16x16 for benchmarks, judged by pretrained networks: LeNet-5 for the reward, MobileNet held out.
 
-At 28x28 a generator that a CPU trains in minutes draws broken strokes, and the held-out network sees little else.
-
-Files are read from a folder that is no part of this project: `mnist_70k.npz`, `lenet_mnist.pth` and
-`mobilenet_v1_1.0_224_trunc_pw12.npz`. Distances are FD-LeNet and FD-MobileNet, never FID.
+A generator that a CPU trains in minutes draws broken strokes at 28x28. The folder of data has `mnist_70k.npz`,
+`lenet_mnist.pth` and `mobilenet_v1_1.0_224_trunc_pw12.npz`. Distances are FD-LeNet and FD-MobileNet, not FID.
 """
 
 import sys
@@ -19,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_distreward import FeatureStatistics, JointFeatures, SiTPipeline, SiTTransformer2DModel, frechet_distance
+from trl_distreward import FeatureStatistics, JointFeatures, SiTPipeline, SiTTransformer2DModel
 from trl_distreward.metrics import extract_features
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from digits import Digits, train_sit  # noqa: E402
+from digits import Digits, pixel_features, train_sit  # noqa: E402
 
 PRETRAINING_STEPS = 2000
 SIZE = 16  # pixels, of 28
-NUM_HELDOUT = 10_000  # real images that the held-out network sees: it is the slowest part
+NUM_HELDOUT = 10_000  # real images of the held-out network, which is slow
 MOBILENET_SIZE = 64
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2)
 
@@ -59,11 +57,7 @@ class LeNet(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """
-    MobileNet-v1 with ImageNet weights, up to `conv_pw_12`, on uint8 images, and a linear classifier on top.
-
-    Batch normalizations are folded into the convolutions before them.
-    """
+    """MobileNet-v1 up to `conv_pw_12`, with normalizations folded into convolutions, and a linear probe."""
 
     def __init__(self, weights: dict[str, np.ndarray]):
         super().__init__()
@@ -99,17 +93,13 @@ class MobileNet(nn.Module):
         return x.mean((2, 3))  # (B, 1024)
 
     def fit_probe(self, features: Tensor, labels: Tensor) -> None:
-        """Ridge regression of one-hot labels on features."""
+        """Fits a ridge regression of one-hot labels on features."""
         design = F.pad(features.double(), (0, 1), value=1.0)
         normal = design.T @ design + 1e-2 * len(design) * torch.eye(design.shape[1], dtype=torch.float64)
         self.probe = torch.linalg.solve(normal, design.T @ F.one_hot(labels, 10).double()).float()
 
     def forward(self, images: Tensor) -> Tensor:
         return F.pad(self.last_features(images), (0, 1), value=1.0) @ self.probe
-
-
-def pixel_features(images: Tensor) -> Tensor:
-    return images.flatten(1).float() / 127.5 - 1
 
 
 def new_sit() -> SiTTransformer2DModel:
@@ -126,40 +116,21 @@ def new_sit() -> SiTTransformer2DModel:
 
 
 def resized(images: Tensor) -> Tensor:
-    """uint8 (B, 28, 28) to (B, 1, 16, 16), antialiased."""
+    """Resizes uint8 images (B, 28, 28) to (B, 1, 16, 16), antialiased."""
     parts = (
         F.interpolate(part[:, None].float(), size=SIZE, mode="bilinear", antialias=True) for part in images.split(5000)
     )
     return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], LeNet, MobileNet]:
-    """
-    Raises:
-        FileNotFoundError: a file is missing.
-    """
-    missing = [
-        name
-        for name in ("mnist_70k.npz", "lenet_mnist.pth", "mobilenet_v1_1.0_224_trunc_pw12.npz")
-        if not (folder / name).is_file()
-    ]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: name the folder that has them with --mnist.")
-    data = {name: torch.from_numpy(values) for name, values in np.load(folder / "mnist_70k.npz").items()}
-    for name, values in data.items():
-        data[name] = resized(values) if name.endswith("images") else values.long()
-    lenet = LeNet(torch.load(folder / "lenet_mnist.pth", weights_only=True))
-    mobilenet = MobileNet(dict(np.load(folder / "mobilenet_v1_1.0_224_trunc_pw12.npz")))
-    return data, lenet, mobilenet
-
-
 @cache
 @torch.no_grad()
-def judge(folder: Path) -> tuple[dict[str, Tensor], Digits]:
-    """MNIST and, without a generator yet, what judges it: the same for all seeds."""
-    data, lenet, mobilenet = load(folder)
-    images, labels = data["train_images"], data["train_labels"]
-    test_images, test_labels = data["test_images"][:2000], data["test_labels"][:2000]
+def judge(folder: Path) -> tuple[Tensor, Tensor, Digits]:
+    """Images, labels and what judges generators, without a generator yet: the same for all seeds."""
+    data = np.load(folder / "mnist_70k.npz")
+    images, labels = resized(torch.from_numpy(data["train_images"])), torch.from_numpy(data["train_labels"]).long()
+    lenet = LeNet(torch.load(folder / "lenet_mnist.pth", weights_only=True))
+    mobilenet = MobileNet(dict(np.load(folder / "mobilenet_v1_1.0_224_trunc_pw12.npz")))
     spaces: dict[str, Callable[..., Tensor]] = {
         "last": lenet.last_features,
         "middle": lenet.middle_features,
@@ -171,28 +142,16 @@ def judge(folder: Path) -> tuple[dict[str, Tensor], Digits]:
         for name, extract in spaces.items()
     }
     features = extract_features(mobilenet.last_features, images[:NUM_HELDOUT])
-    real_heldout = FeatureStatistics.from_features(features)
     mobilenet.fit_probe(features, labels[:NUM_HELDOUT])
-    judged = {
-        "fd_reward": (lenet.last_features, real["last"]),
-        "fd_heldout": (mobilenet.last_features, real_heldout),
-        "fd_pixel": (pixel_features, real["pixels"]),
-    }
-    floor = {
-        name: frechet_distance(FeatureStatistics.from_features(extract_features(f, test_images)), statistics)
-        for name, (f, statistics) in judged.items()
-    }
-    answers = torch.cat([mobilenet(part).argmax(1) for part in test_images.split(256)])
-    floor["accuracy"] = (answers == test_labels).double().mean().item()
-    floors = {name: {"mean": value, "std": 0.0} for name, value in floor.items()}
-    return data, Digits(Path(), images, spaces, real, mobilenet, real_heldout, floors)
+    digits = Digits(Path(), images, spaces, real, mobilenet, FeatureStatistics.from_features(features), {})
+    return images, labels, digits
 
 
 def prepare(cache_folder: Path, folder: Path, seed: int) -> Digits:
-    """Trains a seed's generator, or finds it in `cache_folder`, and has it judged."""
-    data, digits = judge(folder)
+    """Reads a seed's generator from `cache_folder`, or trains it."""
+    images, labels, digits = judge(folder)
     base_path = cache_folder / f"mnist{SIZE}-{seed}-{PRETRAINING_STEPS}"
     if not base_path.is_dir():
-        model = train_sit(new_sit, data["train_images"], data["train_labels"], seed, PRETRAINING_STEPS)
+        model = train_sit(new_sit, images, labels, seed, PRETRAINING_STEPS)
         SiTPipeline(model).save_pretrained(base_path)
     return replace(digits, base_path=base_path)

@@ -1,57 +1,42 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Where a step of the digits setup spends its time, and how the update's memory depends on the number of time steps.
+Where a training step of the digits setup spends its time, and whether memory depends on the number of sampling steps.
 
     OMP_NUM_THREADS=1 python benchmarks/step_overhead.py
 
-Time: network evaluations (forward, and backward in the update) and feature extraction are counted; what is left of a
-step is overhead. Memory: bytes that autograd holds for the backward pass, at their peak over an update.
+Overhead is the time of a step outside feature extraction and network evaluations (forward, and backward in the
+update). Memory is what autograd holds for the backward pass at its peak in one update.
 """
 
 import argparse
-import json
-import platform
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from held import held_for_backward
-from runs import new_sit
+import torch.nn.functional as F
+from results import write_table
+from runs import build_trainer, held_for_backward
 from torch import nn
 
-from trl_distreward import (
-    DiffusionDistributionConfig,
-    DistributionRewardTrainer,
-    FeatureStatistics,
-    SiTPipeline,
-    SubsetReplaceReward,
-)
+from trl_distreward import DistributionRewardTrainer, FeatureStatistics, SiTPipeline
+from trl_distreward.metrics import extract_features
 
-
-class Extractor(nn.Module):
-    """A convolutional network of the digits example's size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(256, 64), nn.ReLU(),
-        )  # fmt: skip
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.layers(images.float() / 127.5 - 1)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from digits import DigitClassifier, Digits, new_sit  # noqa: E402
 
 
 class Clock:
-    """Seconds spent inside wrapped functions; nested calls count once."""
+    """Seconds inside wrapped functions; nested calls count once."""
 
     def __init__(self) -> None:
         self.seconds, self.depth = 0.0, 0
 
-    def wrap(self, function):
-        def timed(*args, **kwargs):
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             self.depth += 1
             started = time.perf_counter()
             try:
@@ -64,92 +49,61 @@ class Clock:
         return timed
 
 
-def build(num_inference_steps: int, updates: int, output_dir: str, **kwargs) -> DistributionRewardTrainer:
+def build(folder: str, updates: int, **settings: Any) -> DistributionRewardTrainer:
+    """A trainer of the digits setup with random weights."""
     torch.manual_seed(0)
-    model = new_sit()
+    model, judge = new_sit(), DigitClassifier(32, F.relu)
     nn.init.normal_(model.final_layer.linear.weight, std=0.02)
-    extractor = Extractor()
-    real = torch.randint(0, 256, (1200, 1, 8, 8)).to(torch.uint8)
-    with torch.no_grad():
-        statistics = FeatureStatistics.from_features(extractor(real))
-    settings = {
-        "output_dir": output_dir,
-        "max_steps": updates,
-        "reference_set_size": 1000,
-        "num_subsets": 256,
-        "replace_size": 1,
-        "reference_update": "rolling",
-        "top_advantage_quantile": 1.0,
-        "num_inference_steps": num_inference_steps,
-        "last_step_size": None,
-        "noise_level": 0.7,
-        "ema_decay": 0.9,
-        "per_device_train_batch_size": 256,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1000,
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return DistributionRewardTrainer(
-        SiTPipeline(model),
-        SubsetReplaceReward(extractor, statistics),
-        DiffusionDistributionConfig(**{**settings, **kwargs}),
-    )
+    SiTPipeline(model).save_pretrained(folder)
+    images = torch.randint(0, 256, (1200, 1, 8, 8)).to(torch.uint8)
+    real = FeatureStatistics.from_features(extract_features(judge.last_features, images))
+    digits = Digits(Path(folder), images, {"last": judge.last_features}, {"last": real}, judge, real, {})
+    return build_trainer(digits, folder, {"space_weights": {}}, max_steps=updates, logging_steps=1000, **settings)
 
 
-def measure_overhead(updates: int) -> dict[str, float]:
+def measure_seconds(updates: int) -> tuple[float, float]:
+    """Seconds of a step, and of its network evaluations and feature extraction, without the reference set."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(10, updates, folder)
-        clock, steps = Clock(), Clock()
-        trainer.policy.velocity = clock.wrap(trainer.policy.velocity)
-        reward = trainer.reward_funcs[0]
-        reward.extract = clock.wrap(reward.extract)
-        backward = trainer.accelerator.backward
-        trainer.accelerator.backward = clock.wrap(backward)
-        refresh = trainer._refresh_reference
+        trainer = build(folder, updates)
+        inside, steps = Clock(), Clock()
+        trainer.policy.velocity = inside.wrap(trainer.policy.velocity)
+        (reward,) = trainer.rewards.of_sets
+        reward.extract = inside.wrap(reward.extract)
+        trainer.accelerator.backward = inside.wrap(trainer.accelerator.backward)
+        refresh = trainer.reference_set.refresh
 
-        def uncounted(model):  # once, before the first step
-            before = clock.seconds, time.perf_counter()
-            refresh(model)
-            clock.seconds = before[0]
-            steps.seconds -= time.perf_counter() - before[1]
+        def uncounted(*args: Any) -> None:  # once, in the first step
+            before, started = inside.seconds, time.perf_counter()
+            refresh(*args)
+            inside.seconds = before
+            steps.seconds -= time.perf_counter() - started
 
-        trainer._refresh_reference = uncounted
+        trainer.reference_set.refresh = uncounted
         trainer.training_step = steps.wrap(trainer.training_step)
         trainer.train()
-    return {"step": steps.seconds / updates, "network and features": clock.seconds / updates}
+    return steps.seconds / updates, inside.seconds / updates
 
 
-def measure_memory(num_inference_steps: int) -> int:
+def measure_memory(num_inference_steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(num_inference_steps, 1, folder, num_subsets=32)
+        trainer = build(folder, 1, num_inference_steps=num_inference_steps, num_subsets=32)
         with held_for_backward() as held:
             trainer.train()
-    return held.most
+    return held.most / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/step_overhead.json"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    seconds = measure_overhead(args.updates)
-    overhead = 1 - seconds["network and features"] / seconds["step"]
-    memory = {steps: measure_memory(steps) for steps in (10, 50)}
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "seconds": seconds,
-        "overhead": overhead,
-        "bytes_held_for_backward": memory,
-    }
-    print(f"step {seconds['step']:.3f} s, network and features {seconds['network and features']:.3f} s")
-    print(f"overhead {overhead:.1%}")
-    for steps, size in memory.items():
-        print(f"T = {steps}: {size / 2**20:.1f} MiB held for the backward pass")
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    step, inside = measure_seconds(args.updates)
+    values = {"seconds": step, "seconds inside": inside, "overhead": 1 - inside / step}
+    values |= {f"MiB held, {steps} sampling steps": measure_memory(steps) for steps in (10, 50)}
+    rows = [{"metric": metric, "value": value} for metric, value in values.items()]
+    for metric, value in values.items():
+        print(f"{metric:28} {value:.3f}")
+    write_table(args.output, rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

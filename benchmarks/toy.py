@@ -1,29 +1,27 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-The pictures of docs/source/concepts.md, measured on points of a plane: what a reward of single images and what a
-distance do to a distribution, and the paths of the ODE and the SDE.
+Pictures for docs/source/concepts.md, on points of a plane: what a reward of single images and a distance do to a
+distribution, and paths of the ODE and the SDE.
 
     OMP_NUM_THREADS=1 python benchmarks/toy.py
 
-Real points lie about eight places of a ring, each as likely as the others. The generator, an MLP trained by flow
-matching on a skewed set of them, makes some places too often. It is then trained twice by the same policy gradient,
-with as many points: once on a score of single points, which prefers one place, and once on the MMD of the whole set.
-A point is an "image" of two pixels, rounded to 8 bits like any other.
+Real points lie around eight places of a ring, all equally likely. The generator, an MLP trained by flow matching on a
+skewed set, makes some places too often. The same policy gradient then trains it twice with equally many points: on a
+score of single points that prefers one place, and on the MMD of the whole set. A point is an "image" of two pixels,
+rounded to 8 bits like any other.
 """
 
 import argparse
-import json
-import platform
+import copy
+import sys
 import tempfile
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib import pyplot
-from safetensors.torch import load_file, save_file
+from matplotlib.figure import Figure
+from results import markdown, rounded, write_table
 from torch import Tensor, nn
 
 from trl_distreward import (
@@ -35,31 +33,24 @@ from trl_distreward import (
 )
 from trl_distreward.generation import SamplingSchedule, sample
 from trl_distreward.policies import to_uint8
-from trl_distreward.sampling import gaussian_noise, solve_ode, time_grid, transition
+from trl_distreward.sampling import gaussian_noise, rollout, time_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from custom_policy import DigitsPolicy  # noqa: E402
 
 MODES, RADIUS, SPREAD, EDGE = 8, 1.2, 0.09, 2.0  # pixels cover -EDGE to EDGE
 ANGLES = torch.arange(MODES) * 2 * torch.pi / MODES
 PLACES = RADIUS * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # (8, 2)
-SKEW = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5, 1.0, 2.0, 3.0])  # of the generator's training set
-LIKED = PLACES[0]
-COLUMNS = {
-    "score": "mean score",
-    "mmd": "MMD² × 1000",
-    "rarest": "share of the rarest place",
-    "commonest": "of the commonest",
-    "coverage": "coverage",
-    "precision": "precision",
-}
+SKEW = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5, 1.0, 2.0, 3.0])  # weights in the generator's training set
 
 
 def points_about_places(count: int, weights: Tensor, generator: torch.Generator) -> Tensor:
-    """`(count, 2)`."""
     places = PLACES[torch.multinomial(weights, count, replacement=True, generator=generator)]
     return places + SPREAD * torch.randn(count, 2, generator=generator)
 
 
 class PlaneMLP(nn.Module):
-    """Velocity of a point, given the time."""
+    """Velocity of points at given times."""
 
     def __init__(self, width: int = 128):
         super().__init__()
@@ -72,20 +63,10 @@ class PlaneMLP(nn.Module):
         return self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)).view_as(x)
 
 
-class PlanePolicy:
-    """The members of trl_distreward.DiffusionPolicy, for points as samples `(B, 2, 1, 1)`."""
+class PlanePolicy(DigitsPolicy):
+    """A policy whose samples `(B, 2, 1, 1)` are points."""
 
     num_conditions = 1
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def to(self, device: torch.device) -> None:
-        """The trainer moves the network, and there is nothing else."""
-
-    def check_conditions(self, conditions: Any) -> None:
-        if any(int(label) for label in conditions):
-            raise ValueError("there is one class, 0.")
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
         return {"labels": torch.as_tensor(conditions)}
@@ -99,22 +80,15 @@ class PlanePolicy:
     def decode(self, x: Tensor) -> Tensor:
         return (x / (2 * EDGE) + 0.5).clamp(0, 1)
 
-    def save_pretrained(self, path: Any, model: nn.Module | None = None) -> None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        save_file((self.model if model is None else model).state_dict(), str(Path(path) / "model.safetensors"))
-
-    def read_weights(self, path: Any) -> dict[str, Tensor]:
-        return load_file(str(Path(path) / "model.safetensors"))
-
 
 def coordinates(images: Tensor) -> Tensor:
-    """Points `(B, 2)` of uint8 images `(B, 2, 1, 1)`."""
+    """Turns uint8 images `(B, 2, 1, 1)` into points `(B, 2)`."""
     return (images.float().flatten(1) / 255 - 0.5) * (2 * EDGE)
 
 
 def score(images: Tensor, **kwargs: Any) -> Tensor:
-    """A taste: minus the distance from one of the eight places."""
-    return -(coordinates(images) - LIKED).norm(dim=1)
+    """Scores points by closeness to one of the eight places."""
+    return -(coordinates(images) - PLACES[0]).norm(dim=1)
 
 
 def pretrain(policy: PlanePolicy, steps: int, generator: torch.Generator) -> None:
@@ -131,26 +105,20 @@ def pretrain(policy: PlanePolicy, steps: int, generator: torch.Generator) -> Non
         schedule.step()
 
 
-def train(base: Path, reward: Any, args: argparse.Namespace) -> PlanePolicy:
-    """The base generator after `args.updates` policy gradients of 256 points each."""
-    policy = PlanePolicy(PlaneMLP())
-    policy.model.load_state_dict(policy.read_weights(base))
+def train(base: PlanePolicy, reward: Any, updates: int) -> PlanePolicy:
+    """Trains a copy of the base generator for `updates` policy gradients with 256 points each."""
+    policy = copy.deepcopy(base)
     with tempfile.TemporaryDirectory() as folder:
         trainer = DistributionRewardTrainer(
             model=policy,
             reward_funcs=reward,
             args=DiffusionDistributionConfig(
                 output_dir=folder,
-                max_steps=args.updates,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="linear",
-                reference_update="rolling",
+                max_steps=updates,
+                learning_rate=3e-4,
                 reference_set_size=1000,
-                num_subsets=256,
-                replace_size=1,
-                top_advantage_quantile=1.0,
                 num_inference_steps=12,
-                last_step_size=None,
+                last_step_size=0,
                 per_device_train_batch_size=4096,
                 per_device_eval_batch_size=1000,
                 save_strategy="no",
@@ -158,7 +126,7 @@ def train(base: Path, reward: Any, args: argparse.Namespace) -> PlanePolicy:
                 logging_steps=50,
                 use_cpu=True,
                 disable_tqdm=True,
-                seed=args.seed,
+                seed=0,
             ),
         )
         trainer.train()
@@ -166,10 +134,9 @@ def train(base: Path, reward: Any, args: argparse.Namespace) -> PlanePolicy:
 
 
 def generate(policy: PlanePolicy, count: int, seed: int) -> Tensor:
-    """Points `(count, 2)` of the ODE, as they come out of 8-bit images."""
+    """Generates points `(count, 2)` by the ODE, rounded as 8-bit images."""
     generator, schedule = torch.Generator().manual_seed(seed), SamplingSchedule(50, "ode")
-    with torch.no_grad():
-        x = sample(policy, policy.model, torch.zeros(count), schedule, generator).sample
+    x = sample(policy, policy.model, torch.zeros(count), schedule, generator).sample
     return coordinates(to_uint8(policy.decode(x)))
 
 
@@ -180,7 +147,7 @@ def judge(points: Tensor, real: Tensor, distance: KernelDistance) -> dict[str, f
     shares = torch.bincount(nearest.indices[nearest.values < 4 * SPREAD], minlength=MODES) / len(points)
     manifold = precision_recall_density_coverage(real, points)
     return {
-        "score": -(points - LIKED).norm(dim=1).mean().item(),
+        "score": -(points - PLACES[0]).norm(dim=1).mean().item(),
         "mmd": 1000 * distance.value,
         "rarest": shares.min().item(),
         "commonest": shares.max().item(),
@@ -198,16 +165,15 @@ def plane(axes: Any, title: str) -> None:
 
 
 def draw_sets(sets: dict[str, Tensor], path: Path) -> None:
-    figure, panels = pyplot.subplots(1, len(sets), figsize=(2.25 * len(sets), 2.55), layout="constrained")
-    for axes, (name, points) in zip(panels, sets.items(), strict=True):
+    figure = Figure(figsize=(2.25 * len(sets), 2.55), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(sets)), sets.items(), strict=True):
         plane(axes, name)
         axes.scatter(*points[:1000].T, s=3, alpha=0.4, linewidths=0, color="C0")
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
 
 
 def draw_paths(policy: PlanePolicy, path: Path, steps: int = 50) -> None:
-    """From the same four points of noise: the ODE's one path each, and five of the SDE."""
+    """Draws the ODE's path and five of the SDE's from each of the same four points of noise."""
     times = time_grid(steps)
     starts = policy.noise(torch.zeros(4), torch.Generator().manual_seed(3))
     cond = policy.encode(torch.zeros(1))
@@ -215,20 +181,15 @@ def draw_paths(policy: PlanePolicy, path: Path, steps: int = 50) -> None:
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return policy.velocity(policy.model, x, t, cond)
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
     levels = {"ODE: one path each": (0.0, 1), "SDE, η = 0.3: five paths each": (0.3, 5), "SDE, η = 1": (1.0, 5)}
-    for axes, (title, (level, repeats)) in zip(panels, levels.items(), strict=True):
-        x = starts.repeat_interleave(repeats, dim=0)
-        generator, walked = torch.Generator().manual_seed(0), [x]
-        with torch.no_grad():
-            for t, t_next in pairwise(times):
-                v = velocity(x, torch.full((len(x),), t))
-                step = transition(x, v, t, t_next, noise_schedule="sit", noise_level=level, generator=generator)
-                x = step.prev_sample
-                walked.append(x)
-            if level == 0:  # the same as the solver's
-                torch.testing.assert_close(x, solve_ode(velocity, starts, times), rtol=0, atol=1e-5)
-        lines = torch.stack(walked).flatten(2)  # (steps + 1, paths, 2)
+    for axes, (title, (level, repeats)) in zip(figure.subplots(1, 3), levels.items(), strict=True):
+        x, generator = starts.repeat_interleave(repeats, dim=0), torch.Generator().manual_seed(0)
+        every = range(steps + 1)
+        path_of = rollout(
+            velocity, x, times, noise_schedule="sit", noise_level=level, keep_states=every, generator=generator
+        )
+        lines = torch.stack([path_of.states[i] for i in every]).flatten(2)  # (steps + 1, paths, 2)
         plane(axes, title)
         for i in range(lines.shape[1]):
             colour = f"C{i // repeats}"
@@ -236,46 +197,33 @@ def draw_paths(policy: PlanePolicy, path: Path, steps: int = 50) -> None:
             axes.scatter(*lines[-1, i], s=14, color=colour, zorder=3)
         axes.scatter(*starts.flatten(1).T, s=22, marker="x", color="black", zorder=4, linewidths=1)
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretraining-steps", type=int, default=4000, help="steps of flow matching")
-    parser.add_argument("--updates", type=int, default=150, help="updates of 256 points, by each reward")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the updates, decaying to 0")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=Path, default=Path("docs/source/images"), help="where the pictures go")
+    parser.add_argument("--updates", type=int, default=150, help="updates of 256 points with each reward")
+    parser.add_argument("--images", type=Path, default=Path("docs/source/images"), help="folder for the pictures")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    matplotlib.use("Agg")
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     real, real_again = (points_about_places(count, torch.ones(MODES), generator) for count in (2000, 2000))
     base = PlanePolicy(PlaneMLP())
     pretrain(base, args.pretraining_steps, generator)
     gaussian = partial(KernelDistance, kernel="gaussian", bandwidths=(0.2, 0.5))
-    with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)
-        policies = {
-            "base": base,
-            "a score of single points": train(Path(folder), score, args),
-            "a distance of the set": train(Path(folder), SubsetReplaceReward(coordinates, real, gaussian), args),
-        }
-    sets = {name: generate(policy, 2000, seed=1) for name, policy in policies.items()}
-    sets["real"] = real_again
-    results = {name: judge(points, real, gaussian(real)) for name, points in sets.items()}
-    print(f"| | {' | '.join(COLUMNS.values())} |\n|---|{'---|' * len(COLUMNS)}")
-    for name, row in results.items():
-        print(f"| {name} | {' | '.join(f'{row[column]:.3f}' for column in COLUMNS)} |")
+    policies = {
+        "base": base,
+        "a score of single points": train(base, score, args.updates),
+        "a distance of the set": train(base, SubsetReplaceReward(coordinates, real, gaussian), args.updates),
+    }
+    sets = {name: generate(policy, 2000, seed=1) for name, policy in policies.items()} | {"real": real_again}
+    rows = [{"points": name, **rounded(judge(points, real, gaussian(real)))} for name, points in sets.items()]
+    print(markdown([*rows[0]], [[str(value) for value in row.values()] for row in rows]))
     args.images.mkdir(parents=True, exist_ok=True)
     draw_sets(sets, args.images / "collapse.png")
     draw_paths(base, args.images / "paths.png")
-    settings = {key: value for key, value in vars(args).items() if key not in ("images", "output")}
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    args.output.write_text(
-        json.dumps({"settings": settings, "versions": versions, "results": results}, indent=2) + "\n"
-    )
+    write_table(args.output, rows, seeds=[0])
 
 
 if __name__ == "__main__":

@@ -248,6 +248,6 @@ def test_a_shell_is_understood():
 def test_every_script_is_named_on_a_page():
     """A benchmark that no page tells of is not found."""
     told = "\n".join(page.read_text() for page in PAGES)
-    helpers = {"runs.py", "held.py", "mnist.py"}
+    helpers = {"runs.py", "results.py", "mnist.py"}
     for path in sorted([*Path(ROOT / "examples").glob("*.py"), *Path(ROOT / "benchmarks").glob("*.py")]):
         assert path.name in helpers or path.name in told, path

@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""The arithmetic of `benchmarks/step.py`; its timing is the machine's."""
+"""Arithmetic of `benchmarks/step.py`."""
 
 import importlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +13,7 @@ def step(monkeypatch):
     return importlib.import_module("step")
 
 
-def test_operations_are_those_of_the_networks_products(step):
+def test_counted_operations_match_the_matrix_products_of_the_network(step):
     depth, d, tokens, patch = 12, 384, 16, 8  # SiT-S/8: latents 4x32x32
     block = tokens * 12 * d**2 + 2 * tokens**2 * d + 6 * d**2  # qkv, projection and MLP; attention; modulation
     ends = tokens * 4 * patch**2 * d + tokens * d * 8 * patch**2 + 2 * d**2
@@ -28,8 +27,7 @@ def test_operations_are_those_of_the_networks_products(step):
 def test_the_step_is_cut_to_the_budget(step, budget, expected):
     args = step.make_parser().parse_args(["--budget", str(budget)])
     per_image = {"rollout": 4.0, "reward": 0.5, "update": 0.5}
-    prediction = SimpleNamespace(seconds={phase: 6400 * seconds for phase, seconds in per_image.items()})
-    cut = step.within_budget(args, prediction)
+    cut = step.within_budget(args, per_image)
     assert (cut.subsets, cut.replace_size, cut.steps) == expected and args.subsets == 128
     images = cut.subsets * cut.replace_size
     cost = args.updates * images * sum(per_image.values()) + cut.reference_set * per_image["rollout"]

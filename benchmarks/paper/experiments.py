@@ -1,78 +1,59 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-The paper's tables and figures as training runs of a small generator: which arms, on how many images, seen by what.
+The paper's tables and figures, and some of this library's, as training runs of a small generator.
 
-Sizes follow the paper's by ratio: 1,000 reference images for 5,000, subsets of 8 for 50, 256 new images an update, 10
-steps in training and 50 at evaluation for its 50 and 250.
+Sizes keep the paper's ratios: 1,000 reference images for 5,000, subsets of 8 for 50, 10 steps in training and 50 at
+evaluation for its 50 and 250; 256 new images an update.
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trl_distreward import RECIPES
+import trl_distreward
 
-PAPER: dict[str, Any] = {**RECIPES["paper"], "replace_size": 8}
-ROLLING: dict[str, Any] = RECIPES["policy_gradient"]
-BACKPROP: dict[str, Any] = RECIPES["recommended"]
-# Chosen on seed 100, which no other figure uses: python benchmarks/paper rates
+_SHARED = ("reference_update", "top_advantage_quantile", "lr_scheduler_type", "ema_decay")
+PAPER: dict[str, Any] = {**{name: trl_distreward.PAPER[name] for name in _SHARED}, "replace_size": 8}
+POLICY_GRADIENT: dict[str, Any] = {"reference_update": "rolling", "lr_scheduler_type": "linear", "replace_size": 1}
+BACKPROP: dict[str, Any] = {**POLICY_GRADIENT, "loss_type": "backprop", "sampler": "ode", "backprop_steps": 3}
+# Chosen on a seed that nothing else uses: python benchmarks/paper rates --seeds 100
 RATES: dict[str, dict[str, float]] = {
-    "digits": {"RL": 5e-5, "RS": 3e-6, "GRPO": 1e-4, "backprop": 1e-4},
-    "mnist": {"RL": 2e-5, "RS": 3e-6, "GRPO": 2e-4, "backprop": 1e-4},
+    "digits": {"paper": 5e-5, "rejection": 3e-6, "gradient": 1e-4, "backprop": 1e-4},
+    "mnist": {"paper": 2e-5, "rejection": 3e-6, "gradient": 2e-4, "backprop": 1e-4},
 }
 
 
 @dataclass(frozen=True)
 class Arm:
-    """
-    One run: settings of the trainer, or several one after the other, each from where the last one ended.
+    """One run."""
 
-    Args:
-        kind (`str`): whose learning rate it takes, a key of `RATES`.
-        settings (`dict`): fields of the configuration.
-        reward (`dict`, *optional*): arguments of the reward.
-        after (`Arm`, *optional*): an arm that trains first, on half of the images.
-        sample_wise (`bool`, *optional*, defaults to `False`): whether there is a reward of single images beside.
-        rate_factor (`float`, *optional*, defaults to 1.0): on that rate.
-        rate (`float`, *optional*): another rate.
-        noise_levels (`tuple[float, float]`, *optional*): levels of noise, the first and the last update's.
-    """
-
-    kind: str
-    settings: dict[str, Any]
-    reward: dict[str, Any] = field(default_factory=dict)
-    after: "Arm | None" = None
-    sample_wise: bool = False
-    rate_factor: float = 1.0
-    rate: float | None = None
-    noise_levels: tuple[float, float] | None = None
+    kind: str  # key of its learning rate in RATES
+    settings: dict[str, Any]  # fields of the configuration
+    reward: dict[str, Any] = field(default_factory=dict)  # arguments of the reward
+    after: "Arm | None" = None  # trains first, on half of the images
+    sample_wise: bool = False  # adds a reward of single images
+    rate_factor: float = 1.0  # of the learning rate
+    rate: float | None = None  # instead of the learning rate of its kind
+    noise_levels: tuple[float, float] | None = None  # at the first and the last update
+    budget: int | None = None  # images, instead of the experiment's
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """
-    Arms that are compared at equal images generated.
-
-    Args:
-        about (`str`): what is asked.
-        arms (`dict[str, Arm]`): the arms by name.
-        budget (`int`): images of a run, reference sets counted.
-        evaluations (`tuple[int, ...]`, *optional*): evaluations after so many images.
-        heldout (`bool`, *optional*, defaults to `False`): whether Table 4's metrics are computed.
-        eval_steps (`tuple[int, ...]`, *optional*, defaults to `(20,)`): numbers of sampling steps at evaluation.
-        eval_images (`int`, *optional*, defaults to 2000): images of an evaluation.
-    """
+    """Arms that are compared."""
 
     about: str
     arms: dict[str, Arm]
-    budget: int
-    evaluations: tuple[int, ...] = ()
-    heldout: bool = False
+    budget: int  # generated images of a run, reference sets included
+    evaluations: tuple[int, ...] = ()  # after these numbers of images
+    heldout: bool = False  # computes the metrics of Table 4
+    memory: bool = False  # measures what autograd holds for the backward pass
     eval_steps: tuple[int, ...] = (20,)
+    eval_samplers: tuple[str, ...] = ("sde", "ode")
     eval_images: int = 2000
 
 
 def affordable_updates(settings: dict[str, Any], budget: int, images_per_update: int) -> int:
-    """Updates, at least one, that `budget` images pay for, those of reference sets among them."""
+    """Number of updates, at least one, that `budget` images pay for, reference sets included."""
     size, every = settings.get("reference_set_size", 1000), settings.get("reference_refresh_steps", 10)
     refreshed = settings["reference_update"] == "refresh"
     updates = images = 0
@@ -85,30 +66,46 @@ def affordable_updates(settings: dict[str, Any], budget: int, images_per_update:
 
 
 def paper(**settings: Any) -> Arm:
-    return Arm("RL", {**PAPER, **settings})
+    return Arm("paper", {**PAPER, **settings})
 
 
 def kept(**settings: Any) -> Arm:
-    """The paper's recipe on all subsets, not the best quarter, which learns too little here to compare anything."""
+    """The paper's settings with all subsets: its best quarter learns too little here to compare anything."""
     return paper(top_advantage_quantile=1.0, **settings)
 
 
 def rolling(reward: dict[str, Any] | None = None, **settings: Any) -> Arm:
-    return Arm("GRPO", {**ROLLING, **settings}, reward or {})
+    return Arm("gradient", {**POLICY_GRADIENT, **settings}, reward or {})
 
 
-RL = paper()
-RS = Arm("RS", {**PAPER, "loss_type": "rft"})
-SAMPLE_WISE = {**ROLLING, "multi_objective_aggregation": "normalize_then_sum"}
+def backprop(**settings: Any) -> Arm:
+    return Arm("backprop", {**BACKPROP, **settings})
+
+
+RS = Arm("rejection", {**PAPER, "loss_type": "rft"})
+SAMPLE_WISE = {**POLICY_GRADIENT, "multi_objective_aggregation": "normalize_then_sum"}
+ONE_STEP = {"num_inference_steps": 1, "backprop_steps": 1}
+
+TRIED = {
+    "paper": (PAPER, [2e-5, 5e-5, 1e-4]),
+    "rejection": (RS.settings, [1e-6, 3e-6, 1e-5]),
+    "gradient": (POLICY_GRADIENT, [5e-5, 1e-4, 2e-4]),
+    "backprop": (BACKPROP, [1e-4, 2e-4, 4e-4]),
+}
 
 EXPERIMENTS: dict[str, Experiment] = {
+    "rates": Experiment(
+        "Learning rates",
+        {f"{kind}, {r:g}": Arm(kind, settings, rate=r) for kind, (settings, rates) in TRIED.items() for r in rates},
+        budget=8_000,
+    ),
     "training": Experiment(
-        "Tables 1, 3, 4 and 6, Fig. 4b: rejection sampling, the paper's recipe and ours, over training",
+        "Tables 1, 3, 4 and 6, Fig. 4b: rejection sampling, the paper's settings and this library's, over training",
         {
             "rejection sampling": RS,
-            "paper": RL,
+            "paper": paper(),
             "policy gradient": rolling(),
-            "recommended": Arm("backprop", BACKPROP),
+            "back-propagation": backprop(),
         },
         budget=16_000,
         evaluations=(2_000, 4_000, 8_000, 12_000),
@@ -122,22 +119,22 @@ EXPERIMENTS: dict[str, Experiment] = {
         budget=12_000,
     ),
     "reference_updates": Experiment(
-        "Fig. 3a, at equal updates in the place of equal images",
+        "Fig. 3a at equal updates instead of equal images",
         {
-            f"N = {size}": kept(reference_set_size=size, max_steps=31)  # those of N = 1000 above
+            f"N = {size}": kept(reference_set_size=size, max_steps=31)  # as N = 1000 has above
             for size in (500, 1000, 1500, 2000)
         },
         budget=16_000,
     ),
     "subset_size": Experiment(
-        "Fig. 3b: images of a subset, 256 in all",
+        "Fig. 3b: images of a subset, 256 in an update",
         {f"n = {size}": kept(replace_size=size) for size in (1, 2, 4, 8, 16, 32)},
         budget=12_000,
     ),
     "selection": Experiment(
         "Fig. 3c: which subsets are trained on",
         {
-            "top 25%": RL,
+            "top 25%": paper(),
             "top 50%": paper(top_advantage_quantile=0.5),
             "top and bottom 25%": paper(selection="top_bottom"),
             "all": kept(),
@@ -166,15 +163,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Why rejection sampling harms here: its selection, or the samples it learns from",
         {
             "rejection sampling": RS,
-            "all kept": Arm("RS", {**RS.settings, "top_advantage_quantile": 1.0}),
-            "50 steps": Arm("RS", {**RS.settings, "num_inference_steps": 50}),
-            "50 steps, all kept": Arm("RS", {**RS.settings, "num_inference_steps": 50, "top_advantage_quantile": 1.0}),
+            "all kept": Arm("rejection", {**RS.settings, "top_advantage_quantile": 1.0}),
+            "50 steps": Arm("rejection", {**RS.settings, "num_inference_steps": 50}),
+            "50 steps, all kept": Arm(
+                "rejection", {**RS.settings, "num_inference_steps": 50, "top_advantage_quantile": 1.0}
+            ),
         },
         budget=8_000,
         eval_steps=(50,),
     ),
     "refresh": Experiment(
-        "Fig. 5: updates between two generations of the reference set",
+        "Fig. 5: updates between two refreshes of the reference set",
         {
             **{f"every {steps}": kept(reference_refresh_steps=steps) for steps in (5, 10, 20)},
             **{f"auto, drift {d:g}": kept(reference_refresh_steps="auto", refresh_drift=d) for d in (0.5, 1, 2)},
@@ -183,10 +182,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         budget=12_000,
     ),
     "sample_wise": Experiment(
-        "Fig. 1: a reward of single images, alone and beside the distance",
+        "Fig. 1: a reward of single images, alone and with the distance",
         {
             f"{name}{'' if factor == 1 else f', rate × {factor:g}'}": Arm(
-                "GRPO", {**SAMPLE_WISE, "reward_weights": weights}, sample_wise=True, rate_factor=factor
+                "gradient", {**SAMPLE_WISE, "reward_weights": weights}, sample_wise=True, rate_factor=factor
             )
             for factor in (1.0, 3.0)
             for name, weights in (("sample-wise", [0.0, 1.0]), ("distribution", [1.0, 0.0]), ("both", [1.0, 0.5]))
@@ -195,7 +194,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         heldout=True,
     ),
     "noise": Experiment(
-        "The SDE-ODE gap: noise in training by what the ODE gains",
+        "The gap between SDE and ODE: gain of the ODE by the noise in training",
         {
             "sit": rolling(),
             "sit, level 0.35": rolling(noise_level=0.35),
@@ -207,19 +206,19 @@ EXPERIMENTS: dict[str, Experiment] = {
             "sit, sliding window of 4": rolling(sde_window_size=4, sde_window_interval=3),
             "sit, random window of 2": rolling(sde_window_size=2, sde_window="random"),
             "sit, 5 steps": rolling(num_inference_steps=5),
-            "back-propagation, SDE": Arm("backprop", {**BACKPROP, "sampler": "sde"}),
-            "back-propagation, ODE": Arm("backprop", BACKPROP),
+            "back-propagation, SDE": backprop(sampler="sde"),
+            "back-propagation, ODE": backprop(),
         },
         budget=7_000,
     ),
-    "recipe": Experiment(
-        "A better recipe: each part alone on the paper's, and the recommended without it",
+    "parts": Experiment(
+        "Each part of this library's settings added to the paper's alone, or left out",
         {
-            "paper": RL,
+            "paper": paper(),
             "+ all subsets": paper(top_advantage_quantile=1.0),
             "+ one image a subset": paper(replace_size=1),
-            "+ leave-one-in credit": Arm("RL", PAPER, {"credit": "leave_one_in"}),
-            "+ control variate": Arm("RL", PAPER, {"control_variate": True}),
+            "+ leave-one-in credit": Arm("paper", PAPER, {"credit": "leave_one_in"}),
+            "+ control variate": Arm("paper", PAPER, {"control_variate": True}),
             "+ rolling set": paper(reference_update="rolling"),
             "+ automatic refresh": paper(reference_refresh_steps="auto"),
             "+ averaged weights": paper(ema_decay=0.9),
@@ -233,11 +232,39 @@ EXPERIMENTS: dict[str, Experiment] = {
             "policy gradient, constant rate": rolling(lr_scheduler_type="constant"),
             "policy gradient, control variate": rolling({"control_variate": True}),
             "policy gradient, one space": rolling({"space_weights": {"middle": 0, "pixels": 0, "asked": 0}}),
-            "recommended": Arm("backprop", BACKPROP),
-            "recommended, last step": Arm("backprop", {**BACKPROP, "backprop_steps": 1}),
-            "recommended, all steps": Arm("backprop", {**BACKPROP, "backprop_steps": 10}),
-            "recommended, not averaged": Arm("backprop", {**BACKPROP, "ema_decay": 0.0}),
+            "back-propagation": backprop(),
+            "back-propagation, last step": backprop(backprop_steps=1),
+            "back-propagation, all steps": backprop(backprop_steps=10),
+            "back-propagation, not averaged": backprop(ema_decay=0.0),
         },
         budget=7_000,
+    ),
+    "estimators": Experiment(
+        "Policy gradients, rejection sampling and back-propagation through some or all steps",
+        {
+            "paper": paper(),
+            "policy gradient": rolling(),
+            "rejection sampling": replace(rolling(loss_type="rft", top_advantage_quantile=0.25), rate=1e-4),
+            **{
+                f"back-propagation, {name}, {sampler.upper()}": backprop(sampler=sampler, backprop_steps=steps)
+                for sampler in ("sde", "ode")
+                for name, steps in (("last step", 1), ("last 3", 3), ("all 10", 10))
+            },
+        },
+        budget=7_140,
+        memory=True,
+    ),
+    "one_step": Experiment(
+        "Many steps or one: training the generator as it is sampled, or as a generator of one step",
+        {
+            "policy gradient, 10 steps": rolling(),
+            "back-propagation, last 3 of 10 steps": backprop(),
+            "back-propagation, 1 step, as many images": backprop(**ONE_STEP),
+            # as many network evaluations as the policy gradient
+            "back-propagation, 1 step, ten times the images": replace(backprop(**ONE_STEP), budget=60_000),
+        },
+        budget=7_000,
+        eval_steps=(20, 1),
+        eval_samplers=("ode",),
     ),
 }

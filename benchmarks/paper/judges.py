@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What no reward sees: the metrics of the paper's Table 4 in held-out features, and a second held-out network."""
+"""Metrics that no reward uses: those of the paper's Table 4 in held-out features, and a second held-out network."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from trl_distreward import FeatureDistance, FeatureStatistics, feature_metrics
 from trl_distreward.metrics import extract_features
 
-NUM_REAL = 2000  # real images that generated ones are compared with one by one
+NUM_REAL = 2000  # real images of the metrics that compare pairs
 METRICS = ("kernel", "mmd", "precision", "recall", "density", "coverage")
 
 
 class Autoencoder(nn.Module):
-    """Two layers to a code of 32 numbers and two back, on uint8 images: features that no label has shaped."""
+    """Codes of 32 numbers for uint8 images: features that labels did not shape."""
 
     def __init__(self, num_pixels: int):
         super().__init__()
@@ -46,15 +46,14 @@ class HeldOutFeatures:
 
     def __init__(self, extractor: Any, real: Tensor):
         self.extractor, self.real = extractor, extract_features(extractor, real)
-        self.collected: list[Tensor] = []
-        self.values: dict[str, float] = {}
+        self.collected, self.values = list[Tensor](), dict[str, float]()
 
     def metrics(self) -> dict[str, "OneOf"]:
         return {name: OneOf(self, name, feeds=name == METRICS[0]) for name in METRICS}
 
 
 class OneOf:
-    """One metric of the collected features; the first of them collects."""
+    """One metric of the collected features; the first metric collects them."""
 
     def __init__(self, features: HeldOutFeatures, name: str, feeds: bool):
         self.features, self.name, self.feeds = features, name, feeds
@@ -76,7 +75,7 @@ class OneOf:
 
 
 def heldout_metrics(prepared: Digits) -> dict[str, Any]:
-    """Table 4's metrics beside the held-out Fréchet distance, which is evaluated anyway."""
+    """Metrics of Table 4, except the held-out Fréchet distance, which is always evaluated."""
     autoencoder = Autoencoder.trained(prepared.images)
     statistics = FeatureStatistics.from_features(extract_features(autoencoder.features, prepared.images))
     heldout = HeldOutFeatures(prepared.heldout.last_features, prepared.images[:NUM_REAL])
@@ -84,7 +83,7 @@ def heldout_metrics(prepared: Digits) -> dict[str, Any]:
 
 
 class LogOdds:
-    """Log-odds that a classifier gives the digit that was asked for, of each image."""
+    """Log-odds that a classifier gives to the requested digit, for each image."""
 
     __name__ = "log_odds"
 
@@ -95,20 +94,3 @@ class LogOdds:
     def __call__(self, images: Tensor, conditions: Tensor, **kwargs: Any) -> Tensor:
         logits, asked = self.classifier(images), conditions[:, None].to(images.device)
         return logits.gather(1, asked)[:, 0] - logits.scatter(1, asked, -torch.inf).logsumexp(dim=1)
-
-
-class MeanOf:
-    """Mean of a sample-wise reward, as a metric."""
-
-    def __init__(self, reward: LogOdds):
-        self.reward = reward
-        self.reset()
-
-    def reset(self) -> None:
-        self.values: list[Tensor] = []
-
-    def update(self, images: Tensor, conditions: Tensor) -> None:
-        self.values.append(self.reward(images=images, conditions=conditions))
-
-    def compute(self) -> float:
-        return torch.cat(self.values).mean().item()

@@ -1,35 +1,52 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Tables and plots of what was measured, into the docs: a comment `<!-- table NAME DATA -->` is followed by that table,
-up to `<!-- end -->`. `<!-- table table_3 DATA ARM -->` names an arm.
+Tables and plots of the documentation, from the result files.
+
+A table goes between the comments `<!-- table NAME DATA -->` and `<!-- end -->` of a page.
 """
 
 import json
 import math
 import re
+import sys
 import textwrap
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-Runs = dict[str, list[dict[str, Any]]]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from results import Row, markdown  # noqa: E402
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "source"
-MARK = re.compile(r"<!-- table (\w+) (\w+)(?: ([\w ]+))? -->\n.*?<!-- end -->", re.DOTALL)
-REFERENCE_SET = 1000  # images
-TARGET = 0.7  # of the base's held-out distance: the paper's margin, 8.30 to 5.77
-ABLATIONS = {  # drawn beside each other, as in the paper
+MARK = re.compile(r"<!-- table (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+TARGET = 0.7  # of the base's held-out distance
+ABLATIONS = {  # drawn side by side, as in the paper
     "Fig. 3a: reference set": "reference_size",
     "Fig. 3b: images of a subset": "subset_size",
     "Fig. 3c: trained on": "selection",
     "Fig. 4a: normalized over": "normalization",
     "Fig. 4c: stages": "stages",
-    "Fig. 5: set made anew": "refresh",
+    "Fig. 5: refreshed": "refresh",
 }
-TABLE_4 = {  # of the paper, in percent
+# Metric and format of each column; "%" shows the change from the base with its interval
+COLUMNS = {
+    "rate": ("learning_rate", "g"),
+    "images": ("images", ",.0f"),
+    "network evaluations": ("evaluations", ",.0f"),
+    "seconds": ("seconds", ".0f"),
+    "MiB held": ("held_mib", ".0f"),
+    "held-out, ODE": ("fd_heldout ode", "%"),
+    "held-out, SDE": ("fd_heldout sde", "%"),
+    "pixel, ODE": ("fd_pixel ode", "%"),
+    "accuracy, ODE": ("accuracy ode", ".3f"),
+    "recall": ("recall ode", ".3f"),
+    "coverage": ("coverage ode", ".3f"),
+    "precision": ("precision ode", ".3f"),
+    "log-odds": ("log_odds ode", ".2f"),
+}
+ARMS = ("rate", "images", "held-out, ODE", "held-out, SDE", "pixel, ODE", "accuracy, ODE")
+TABLE_4 = {  # with the paper's changes
     "fd_heldout": ("Fréchet distance", "FID -30.5%"),
     "kernel": ("kernel distance", "KID -53.5%"),
     "mmd": ("MMD", "-48.3%"),
@@ -41,261 +58,140 @@ TABLE_4 = {  # of the paper, in percent
 }
 
 
-def load(folder: Path, name: str, data: str) -> Runs:
-    runs: Runs = json.loads((folder / f"{name}_{data}.json").read_text())["runs"]
-    seeds = [{run["seed"] for run in results} for results in runs.values()]
-    common = set.intersection(*seeds)  # an experiment under way
-    return {
-        arm: sorted((run for run in results if run["seed"] in common), key=lambda run: run["seed"])
-        for arm, results in runs.items()
-    }
+class Results:
+    """A result file, by arm and metric."""
+
+    def __init__(self, folder: Path, name: str, data: str):
+        content = json.loads((folder / f"{name}_{data}.json").read_text())
+        self.seeds: list[int] = content["seeds"]
+        self.rows: dict[tuple[str, str], Row] = {(row["arm"], row["metric"]): row for row in content["rows"]}
+        self.arms = list(dict.fromkeys(arm for arm, _ in self.rows))
+        self.trained = [arm for arm in self.arms if arm != "base"]
+        steps = [metric.split()[2] for _, metric in self.rows if metric.count(" ") == 2]
+        self.end = f" {max(steps, key=int)}" if steps else ""  # of metrics at the most steps
+
+    def mean(self, arm: str, metric: str, form: str = ".2f") -> str:
+        return format(self.rows[arm, metric]["mean"], form)
+
+    def change(self, arm: str, metric: str) -> str:
+        mean, low, high = self.rows[arm, metric]["change"]
+        return f"{mean:+.0f}% [{low:+.0f}, {high:+.0f}]"
+
+    def cell(self, arm: str, column: str) -> str:
+        metric, form = COLUMNS[column]
+        metric += self.end if " " in metric else ""
+        if arm == "base" and metric in ("learning_rate", "seconds", "held_mib"):
+            return ""
+        if form == "%":
+            return self.mean(arm, metric) if arm == "base" else self.change(arm, metric)
+        return self.mean(arm, metric, form)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95% bootstrap interval of the mean: all resamples of up to six values, 10,000 of more."""
-    sample = np.array(values)
-    if len(sample) <= 6:
-        means = np.array(list(product(sample, repeat=len(sample)))).mean(axis=1)
-    else:
-        means = np.random.default_rng(0).choice(sample, (10_000, len(sample))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def arms_table(results: Results, columns: Sequence[str] = ARMS) -> str:
+    """A row for each arm: changes from the base, and means."""
+    rows = [[arm, *(results.cell(arm, column) for column in columns)] for arm in results.arms]
+    return markdown(["", *columns], rows)
 
 
-def changes(runs: Runs, arm: str, key: str) -> list[float]:
-    return [100 * (run[key] / base[key] - 1) for run, base in zip(runs[arm], runs["base"], strict=True)]
-
-
-def change(runs: Runs, arm: str, key: str) -> str:
-    values = changes(runs, arm, key)
-    low, high = interval(values)
-    return f"{np.mean(values):+.0f}% [{low:+.0f}, {high:+.0f}]"
-
-
-def mean(runs: Runs, arm: str, key: str, form: str = ".2f") -> str:
-    return format(float(np.mean([run[key] for run in runs[arm]])), form)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def arms_table(runs: Runs) -> str:
-    """Held-out and pixel distances of every arm against the base."""
-    steps = max((key.split()[2] for key in runs["base"][0] if key.startswith("fd_heldout ode ")), default="")
-    end = f" {steps}" if steps else ""
-    rows = []
-    for arm in runs:
-        keys = [f"fd_heldout ode{end}", f"fd_heldout sde{end}", f"fd_pixel ode{end}"]
-        if arm == "base":
-            cells = ["", "0", *(mean(runs, arm, key) for key in keys)]
-        else:
-            cells = [mean(runs, arm, "learning_rate", "g"), mean(runs, arm, "images", ",.0f")]
-            cells += [change(runs, arm, key) for key in keys]
-        rows.append([arm, *cells, mean(runs, arm, f"accuracy ode{end}", ".3f")])
-    header = ["", "rate", "images", "held-out, ODE", "held-out, SDE", "pixel, ODE", "accuracy, ODE"]
-    return markdown(header, rows)
-
-
-def metrics_table(runs: Runs) -> str:
-    """Table 4: every metric that no reward sees, as a change from the base."""
-    arms = [arm for arm in runs if arm != "base"]
+def metrics_table(results: Results) -> str:
+    """Table 4: changes of metrics that no reward uses, under the SDE."""
     rows = []
     for key, (title, published) in TABLE_4.items():
-        for sampler in ("sde", "ode"):
-            cells = [change(runs, arm, f"{key} {sampler} 50") for arm in arms]
-            base = mean(runs, "base", f"{key} {sampler} 50", ".3g")
-            rows.append([f"{title}, {sampler.upper()}", base, *cells, published if sampler == "sde" else ""])
-    return markdown(["", "base", *arms, "the paper's"], rows)
+        cells = [results.change(arm, f"{key} sde 50") for arm in results.trained]
+        rows.append([title, results.mean("base", f"{key} sde 50", ".3g"), *cells, published])
+    return markdown(["", "base", *results.trained, "paper's"], rows)
 
 
-def curve_of(runs: Runs, arm: str, index: int) -> tuple[list[float], list[dict[str, float]]]:
-    """Images and evaluations of one run from the base on."""
-    run, base = runs[arm][index], runs["base"][index]
-    points = [{**base, "images": 0}, *run["curve"], run]
-    return [point["images"] for point in points], points
-
-
-def schedule_table(runs: Runs, arm: str) -> str:
-    """Table 3: the training schedule beside the evaluation schedule, over training."""
-    curves = [curve_of(runs, arm, i) for i in range(len(runs[arm]))]
+def target_table(results: Results) -> str:
+    """Images until the held-out distance under the ODE is 30% lower, for each seed."""
     rows = []
-    for sampler in ("sde", "ode"):
-        for steps in (10, 50):
-            values = [[point[f"fd_heldout {sampler} {steps}"] for point in points] for _, points in curves]
-            means = np.mean(values, axis=0)
-            rows.append([f"{sampler.upper()}, {steps} steps", *(f"{value:.2f}" for value in means)])
-    images = np.mean([images for images, _ in curves], axis=0)
-    return markdown(["images", *(f"{count:,.0f}" for count in images)], rows)
+    for arm in results.trained:
+        reached = results.rows[arm, "fd_heldout ode 50"]["to_target"]
+        rows.append([arm, *("never" if count is None else f"{count:,.0f}" for count in reached)])
+    return markdown(["", *(f"seed {seed}" for seed in results.seeds)], rows)
 
 
-def images_to_target(runs: Runs, arm: str, key: str) -> list[float]:
-    """
-    Images after which each run's distance is 30% below its base's, interpolated; infinite if it never is. The first
-    reference set is made before anything is trained.
-    """
-    found = []
-    for i in range(len(runs[arm])):
-        images, points = curve_of(runs, arm, i)
-        images = [REFERENCE_SET, *images[1:]]
-        values = [point[key] / points[0][key] for point in points]
-        reached = float("inf")
-        for k in range(1, len(values)):
-            if values[k] <= TARGET:
-                share = (values[k - 1] - TARGET) / (values[k - 1] - values[k])
-                reached = images[k - 1] + share * (images[k] - images[k - 1])
-                break
-        found.append(reached)
-    return found
-
-
-def target_table(runs: Runs) -> str:
-    """Images until the held-out distance is 30% down, per seed."""
-    rows = []
-    for arm in runs:
-        if arm == "base":
-            continue
-        for sampler in ("ode", "sde"):
-            reached = images_to_target(runs, arm, f"fd_heldout {sampler} 50")
-            cells = [f"{count:,.0f}" if np.isfinite(count) else "never" for count in reached]
-            rows.append([f"{arm}, {sampler.upper()}", *cells])
-    return markdown(["", *(f"seed {run['seed']}" for run in runs["base"])], rows)
-
-
-def gap_table(runs: Runs) -> str:
-    """Fig. 4b: of the SDE's relative gain, what the ODE keeps; per image generated, and what the training took."""
-    end = " 50" if "fd_heldout ode 50" in runs["base"][0] else ""
-    rows = []
-    for arm in runs:
-        if arm == "base":
-            continue
-        keys = {sampler: f"fd_heldout {sampler}{end}" for sampler in ("sde", "ode")}
-        gains = {sampler: -np.mean(changes(runs, arm, key)) for sampler, key in keys.items()}
-        per_image = gains["ode"] / float(mean(runs, arm, "images", "f")) * 1000
-        certain = interval(changes(runs, arm, keys["sde"]))[1] < 0
-        kept = f"{gains['ode'] / gains['sde']:.0%}" if certain else ""
-        seconds = mean(runs, arm, "seconds", ".0f")
-        rows.append([arm, *(change(runs, arm, key) for key in keys.values()), kept, f"{per_image:.1f}", seconds])
-    return markdown(["", "SDE", "ODE", "kept", "ODE, points per 1,000 images", "seconds"], rows)
-
-
-def ode_table(runs: Runs) -> str:
-    """Arms that differ in the SDE they sample with, by what they do under the ODE, which is the same for all."""
-    rows = []
-    for arm in runs:
-        keys = ["fd_heldout ode", "fd_pixel ode"]
-        cells = [change(runs, arm, key) if arm != "base" else mean(runs, arm, key) for key in keys]
-        seconds = mean(runs, arm, "seconds", ".0f") if arm != "base" else ""
-        rows.append([arm, *cells, mean(runs, arm, "accuracy ode", ".3f"), seconds])
-    return markdown(["", "held-out, ODE", "pixel, ODE", "accuracy, ODE", "seconds"], rows)
-
-
-def cost_table(runs: Runs) -> str:
+def cost_table(results: Results) -> str:
     """Table 6: shares of a training step by phase."""
-    arms = [arm for arm in runs if arm != "base"]
-    names = sorted({key for arm in arms for run in runs[arm] for key in run["phases"]})
-    rows = []
-    for name in names:
-        cells = []
-        for arm in arms:
-            shares = [run["phases"].get(name, 0.0) / sum(run["phases"].values()) for run in runs[arm]]
-            cells.append(f"{np.mean(shares):.1%}")
-        rows.append([name.removeprefix("seconds/"), *cells])
-    return markdown(["", *arms], rows)
+    phases = ("refresh", "reward", "rollout", "training")
+    rows = [[phase, *(results.mean(arm, f"share/{phase}", ".1%") for arm in results.trained)] for phase in phases]
+    return markdown(["", *results.trained], rows)
 
 
-def spread_table(runs: Runs) -> str:
+def spread_table(results: Results) -> str:
     """Table 5: coefficients of variation of rewards."""
-    results = runs["spread"]
-    sizes = sorted(int(key.split("_")[-1]) for key in results[0] if key.startswith("cv_percent/"))
-    cells = []
-    for size in sizes:
-        values = [run[f"cv_percent/n_{size}"] for run in results]
-        low, high = interval(values)
-        cells.append(f"{np.mean(values):.2f} [{low:.2f}, {high:.2f}]")
-    return markdown(["n", *map(str, sizes)], [["CV of the reward, %", *cells]])
+    sizes = [metric for _, metric in results.rows]
+    found = [results.rows["spread", size] for size in sizes]
+    cells = [f"{row['mean']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]" for row in found]
+    return markdown(["n", *sizes], [["CV, %", *cells]])
 
 
-def sample_wise_table(runs: Runs) -> str:
-    """Fig. 1: what is paid for beside what is lost."""
-    keys = {
-        "fd_heldout": "held-out distance",
-        "recall": "recall",
-        "coverage": "coverage",
-        "precision": "precision",
-        "log_odds": "log-odds",
-        "accuracy": "accuracy",
-    }
-    rows = []
-    for arm in runs:
-        cells = [mean(runs, arm, f"{key} ode", ".3g") for key in keys]
-        if arm != "base":
-            cells[0] = f"{cells[0]} ({change(runs, arm, 'fd_heldout ode')})"
-        rows.append([arm, "" if arm == "base" else mean(runs, arm, "learning_rate", "g"), *cells])
-    return markdown(["", "rate", *keys.values()], rows)
+def steps_table(results: Results) -> str:
+    """Generators of many steps and of one, each sampled with many steps and with one."""
+    keys = [f"{metric} ode {steps}" for steps in (20, 1) for metric in ("fd_heldout", "fd_pixel", "accuracy")]
+    costs = ("images", "network evaluations", "seconds")
+    rows = [
+        [arm, *(results.cell(arm, cost) for cost in costs), *(results.mean(arm, key) for key in keys)]
+        for arm in results.arms
+    ]
+    columns = [f"{name}, {steps}" for steps in ("20 steps", "1 step") for name in ("held-out", "pixel", "accuracy")]
+    return markdown(["", *costs, *columns], rows)
+
+
+def of_columns(*columns: str) -> Callable[[Results], str]:
+    return partial(arms_table, columns=columns)
 
 
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "table_1": ("training", arms_table),
-    "table_3": ("training", schedule_table),
     "table_4": ("training", metrics_table),
     "table_5": ("reward_spread", spread_table),
     "table_6": ("training", cost_table),
     "target": ("training", target_table),
-    "figure_1": ("sample_wise", sample_wise_table),
-    "figure_3a": ("reference_size", arms_table),
-    "figure_3a_updates": ("reference_updates", arms_table),
+    "figure_1": (
+        "sample_wise",
+        of_columns("rate", "held-out, ODE", "recall", "coverage", "precision", "log-odds", "accuracy, ODE"),
+    ),
     "figure_3b": ("subset_size", arms_table),
-    "figure_3c": ("selection", arms_table),
-    "figure_4a": ("normalization", arms_table),
-    "figure_4b": ("training", gap_table),
-    "figure_4c": ("stages", arms_table),
-    "figure_5": ("refresh", arms_table),
-    "rejection": ("rejection", arms_table),
-    "noise": ("noise", ode_table),
-    "recipe": ("recipe", arms_table),
+    "rejection": ("rejection", of_columns("held-out, ODE", "held-out, SDE")),
+    "noise": ("noise", of_columns("held-out, ODE", "seconds")),
+    "parts": ("parts", of_columns("held-out, ODE", "accuracy, ODE")),
+    "estimators": (
+        "estimators",
+        of_columns("images", "network evaluations", "seconds", "MiB held", *ARMS[2:]),
+    ),
+    "one_step": ("one_step", steps_table),
 }
 
 
 def pages() -> list[Path]:
-    """Those with tables to fill."""
+    """Pages with tables to fill."""
     return [path for path in sorted(DOCS.glob("*.md")) if MARK.search(path.read_text())]
 
 
-def asked(text: str) -> list[tuple[str, str]]:
-    """Tables of a page and the data they are of."""
-    return [(match[1], match[2]) for match in MARK.finditer(text)]
-
-
 def filled(text: str, folder: Path) -> str:
-    """The page with every table as the results have it."""
+    """The page with all tables from the results."""
 
     def fill(match: re.Match) -> str:
-        name, data, arm = match.groups()
+        name, data = match.groups()
         source, build = TABLES[name]
-        made = build(load(folder, source, data), *([arm] if arm else []))
-        return f"<!-- table {' '.join(filter(None, match.groups()))} -->\n\n{made}\n\n<!-- end -->"
+        return f"<!-- table {name} {data} -->\n\n{build(Results(folder, source, data))}\n\n<!-- end -->"
 
     return MARK.sub(fill, text)
 
 
-def draw_training(runs: Runs, path: Path) -> None:
-    """Held-out distance over images, as a share of the base's: mean and range over seeds."""
+def draw_training(results: Results, path: Path) -> None:
+    """Held-out distance over images, as a share of the base's: mean and interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, sampler in zip(axes, ("sde", "ode"), strict=True):
-        for arm in runs:
-            if arm == "base":
-                continue
-            curves = [curve_of(runs, arm, i) for i in range(len(runs[arm]))]
-            key = f"fd_heldout {sampler} 50"
-            shares = np.array([[point[key] / points[0][key] for point in points] for _, points in curves])
-            images = np.mean([images for images, _ in curves], axis=0)
-            (line,) = axis.plot(images, shares.mean(axis=0), marker="o", markersize=3, label=arm)
-            axis.fill_between(images, shares.min(axis=0), shares.max(axis=0), color=line.get_color(), alpha=0.15)
+        for arm in results.trained:
+            row = results.rows[arm, f"fd_heldout {sampler} 50"]
+            means, low, high = zip(*row["shares"], strict=True)
+            (line,) = axis.plot(row["images"], means, marker="o", markersize=3, label=arm)
+            axis.fill_between(row["images"], low, high, color=line.get_color(), alpha=0.15)
         axis.axhline(TARGET, color="gray", linewidth=1, linestyle="--")
         axis.set(title=f"{sampler.upper()}, 50 steps", xlabel="images generated", ylim=(0, 2))
     axes[0].set_ylabel("held-out distance, share of the base's")
@@ -303,49 +199,38 @@ def draw_training(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_arms(panels: dict[str, Runs], path: Path) -> None:
-    """Change of the held-out distance by arm, a panel an experiment: every seed, the mean and its interval."""
+def draw_arms(panels: dict[str, Results], path: Path) -> None:
+    """Change of the held-out distance by arm, a panel for each experiment: mean and interval."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(panels) / 2)
-    arms = [max(len(runs) for runs in list(panels.values())[2 * i : 2 * i + 2]) for i in range(rows)]
+    arms = [max(len(results.arms) for results in list(panels.values())[2 * i : 2 * i + 2]) for i in range(rows)]
     figure = Figure(figsize=(10, sum(0.3 * count + 0.6 for count in arms)), layout="constrained")
-    axes = figure.subplots(rows, 2, sharex=True, squeeze=False, height_ratios=arms).flatten()
-    for axis, (title, runs) in zip(axes, panels.items(), strict=False):
-        names = [arm for arm in runs if arm != "base"]
+    axes: Any = figure.subplots(rows, 2, sharex=True, squeeze=False, height_ratios=arms).flatten()
+    for axis, (title, results) in zip(axes, panels.items(), strict=False):
+        names = results.trained
         for row, arm in enumerate(names):
             for sampler, shift, color in (("ode", -0.14, "C3"), ("sde", 0.14, "C0")):
-                values = changes(runs, arm, f"fd_heldout {sampler}")
-                low, high = interval(values)
-                axis.plot(values, [row + shift] * len(values), ".", color=color, alpha=0.35, markersize=4)
+                mean, low, high = results.rows[arm, f"fd_heldout {sampler}"]["change"]
                 label = sampler.upper() if row == 0 else None
                 axis.hlines(row + shift, low, high, color=color, linewidth=1.5)
-                axis.plot(np.mean(values), row + shift, "o", color=color, markersize=4, label=label)
+                axis.plot(mean, row + shift, "o", color=color, markersize=4, label=label)
         axis.axvline(0, color="gray", linewidth=1)
         axis.set_yticks(range(len(names)), [textwrap.fill(name, 24) for name in names])
         axis.set_title(title, loc="left")
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.tick_params(labelbottom=True)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+    for axis in axes[len(panels) - 2 :]:
         axis.set_xlabel("held-out distance, change from the base in %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=100)
 
 
 def write_page(folder: Path) -> None:
-    """Fills every page's tables, and draws the plots beside them."""
+    """Fills the tables of all pages and draws the plots."""
     for path in pages():
         path.write_text(filled(path.read_text(), folder))
-    (DOCS / "images").mkdir(exist_ok=True)
     for data in ("digits", "mnist"):
-        if (folder / f"training_{data}.json").is_file():
-            draw_training(load(folder, "training", data), DOCS / "images" / f"training_{data}.png")
-    panels = {
-        title: load(folder, name, "digits")
-        for title, name in ABLATIONS.items()
-        if (folder / f"{name}_digits.json").is_file()
-    }
-    if panels:
-        draw_arms(panels, DOCS / "images" / "ablations_digits.png")
+        draw_training(Results(folder, "training", data), DOCS / "images" / f"training_{data}.png")
+    panels = {title: Results(folder, name, "digits") for title, name in ABLATIONS.items()}
+    draw_arms(panels, DOCS / "images" / "ablations_digits.png")
