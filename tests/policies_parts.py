@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Tiny random parts that pipelines of several families share: tokenizer, text encoders, VAE, schedulers."""
+"""Tiny random parts of pipelines: tokenizer, text encoders, VAE, schedulers."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ PROMPTS = ["a red cat", "the blue dog runs", "a cat"]
 
 
 def randomized(module: nn.Module, std: float = 0.15) -> nn.Module:
-    """Weights that zero initializations would leave without effect, and no dropout."""
+    """Fills weights that would start at zero without effect, and switches dropout off."""
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 or "token" in name or "table" in name:
             nn.init.normal_(parameter, std=std)
@@ -22,7 +22,7 @@ def randomized(module: nn.Module, std: float = 0.15) -> nn.Module:
 
 
 def tokenizer(length: int = 8) -> transformers.PreTrainedTokenizerFast:
-    """Whole words, between `<s>` and `</s>`; unknown ones alike."""
+    """Makes a tokenizer of whole words, between `<s>` and `</s>`."""
     words = ["<pad>", "<unk>", "<s>", "</s>", *sorted({word for prompt in PROMPTS for word in prompt.split()})]
     vocabulary = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -43,19 +43,16 @@ def tokenizer(length: int = 8) -> transformers.PreTrainedTokenizerFast:
     return made
 
 
-def clip(projection: bool = False, hidden: int = 16) -> nn.Module:
-    config = transformers.CLIPTextConfig(
-        vocab_size=16,
-        hidden_size=hidden,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=hidden,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+def language(hidden: int, **kwargs: Any) -> dict[str, Any]:
+    """The config of a small language model."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return {"vocab_size": 16, "hidden_size": hidden, "intermediate_size": hidden, **heads, **kwargs}
+
+
+def clip(projection: bool = False) -> nn.Module:
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "projection_dim": 16}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 8}
+    config = transformers.CLIPTextConfig(**sizes, **layers, pad_token_id=0, bos_token_id=2, eos_token_id=3)
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     return randomized(kind(config))
 
@@ -67,34 +64,20 @@ def t5(hidden: int = 16) -> nn.Module:
     return randomized(transformers.T5EncoderModel(config))
 
 
-def gemma(hidden: int = 8) -> nn.Module:
-    config = transformers.Gemma2Config(
-        vocab_size=16,
-        hidden_size=hidden,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=4,
-        pad_token_id=0,
-    )
+def gemma() -> nn.Module:
+    config = transformers.Gemma2Config(**language(8, num_hidden_layers=2, head_dim=4, pad_token_id=0))
     return randomized(transformers.Gemma2Model(config))
 
 
-def vae(channels: int = 4, **kwargs: Any) -> diffusers.AutoencoderKL:
-    """Halves each side."""
-    config = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": (4, 4),
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "layers_per_block": 1,
-        "latent_channels": channels,
-        "norm_num_groups": 1,
-        "scaling_factor": 0.5,
-    }
-    return randomized(diffusers.AutoencoderKL(**{**config, **kwargs}))
+def coder_blocks(count: int) -> dict[str, list[str]]:
+    """Blocks of a VAE that halves each side `count - 1` times."""
+    return {"down_block_types": ["DownEncoderBlock2D"] * count, "up_block_types": ["UpDecoderBlock2D"] * count}
+
+
+def vae(**kwargs: Any) -> diffusers.AutoencoderKL:
+    """Makes a VAE of 4 channels that halves each side."""
+    sizes = {"block_out_channels": (4, 4), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 1}
+    return randomized(diffusers.AutoencoderKL(**{**coder_blocks(2), **sizes, "scaling_factor": 0.5, **kwargs}))
 
 
 def ddim(**kwargs: Any) -> diffusers.DDIMScheduler:

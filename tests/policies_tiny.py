@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""A tiny random pipeline of every family, built without network, and how each is called."""
+"""A tiny random pipeline of every family, and how each is called."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,60 +9,59 @@ import diffusers
 import torch
 import transformers
 
-from tests.policies_parts import PROMPTS, clip, ddim, flow, gemma, randomized, t5, tokenizer, vae
+from tests.policies_parts import (
+    PROMPTS,
+    clip,
+    coder_blocks,
+    ddim,
+    flow,
+    gemma,
+    language,
+    randomized,
+    t5,
+    tokenizer,
+    vae,
+)
 
 LABELS = [0, 2, 1]
+SIDE = 8  # pixels, of a latent of 4 by 4
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 4}
+WIDE_HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 
 
 @dataclass(frozen=True)
 class Family:
-    """
-    `build()` makes the pipeline and `call(pipeline, conditions, guidance_scale, **kwargs)` its images `(B, C, H, W)`.
-    """
+    """`build()` makes a pipeline, `call(pipeline, conditions, guidance_scale, **kwargs)` its images `(B, C, H, W)`."""
 
     name: str
     build: Callable[[], Any]
     call: Callable[..., torch.Tensor]
     conditions: list = field(default_factory=lambda: PROMPTS)
     guidance_scales: tuple[float, ...] = (1.0, 3.0)
-    options: dict[str, Any] = field(default_factory=dict)  # of the policy
+    options: dict[str, Any] = field(default_factory=dict)  # for the policy
 
 
 # ---- class labels ----
 
 
 def dit(num_classes: int = 1000) -> diffusers.DiTPipeline:
-    network = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=4,
-        num_embeds_ada_norm=num_classes,  # DiTPipeline knows no other null class than 1000
-        norm_elementwise_affine=False,
-    )
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    return diffusers.DiTPipeline(randomized(network), vae(), scheduler)
+    config = {"in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 4, "norm_elementwise_affine": False}
+    # DiTPipeline knows no other null class than 1000
+    network = diffusers.DiTTransformer2DModel(**HEADS, **config, num_embeds_ada_norm=num_classes)
+    return diffusers.DiTPipeline(randomized(network), vae(), diffusers.DDIMScheduler(clip_sample=False))
 
 
 def call_dit(pipeline, conditions, guidance_scale, **kwargs):
     return pipeline(conditions, guidance_scale=guidance_scale, output_type="pt", **kwargs).images
 
 
+UNET_SIZES = {"block_out_channels": (4, 8), "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 2}
+
+
 def unet2d(channels: int = 3, **kwargs: Any) -> diffusers.UNet2DModel:
-    config = {
-        "sample_size": 4,
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": 4,
-        "norm_num_groups": 2,
-    }
-    return randomized(diffusers.UNet2DModel(**{**config, **kwargs}))
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 4, "in_channels": channels, "out_channels": channels, **UNET_SIZES}
+    return randomized(diffusers.UNet2DModel(**blocks, **sizes, **kwargs))
 
 
 def ddim_pixels() -> diffusers.DDIMPipeline:
@@ -75,14 +74,12 @@ def call_ddim(pipeline, conditions, guidance_scale, **kwargs):
 
 
 def ddpm_classes() -> diffusers.DDPMPipeline:
-    # DDIM's scheduler, as DDPM's own draws noise
-    return diffusers.DDPMPipeline(
-        unet2d(num_class_embeds=4), diffusers.DDIMScheduler(clip_sample=False, prediction_type="sample")
-    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="sample")  # DDPM's own would draw noise
+    return diffusers.DDPMPipeline(unet2d(num_class_embeds=4), scheduler)
 
 
 def call_ddpm(pipeline, conditions, guidance_scale, generator, num_inference_steps):
-    """DDPMPipeline with labels, which its own call does not take."""
+    """Runs DDPMPipeline with labels, which its own call does not take."""
     x = torch.cat([torch.randn(1, 3, 4, 4, generator=g) for g in generator])
     labels, null = torch.tensor(conditions), torch.full((len(conditions),), 3)
     pipeline.scheduler.set_timesteps(num_inference_steps)
@@ -95,15 +92,8 @@ def call_ddpm(pipeline, conditions, guidance_scale, generator, num_inference_ste
 
 
 def ldm() -> diffusers.LDMPipeline:
-    codes = diffusers.VQModel(
-        block_out_channels=(4, 4),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=3,
-        num_vq_embeddings=8,
-        norm_num_groups=1,
-        scaling_factor=0.5,
-    )
+    sizes = {"block_out_channels": (4, 4), "latent_channels": 3, "num_vq_embeddings": 8, "norm_num_groups": 1}
+    codes = diffusers.VQModel(**coder_blocks(2), **sizes, scaling_factor=0.5)
     return diffusers.LDMPipeline(randomized(codes), unet2d(), ddim(set_alpha_to_one=True))
 
 
@@ -118,28 +108,23 @@ def call_ldm(pipeline, conditions, guidance_scale, **kwargs):
 def unet_condition(**kwargs: Any) -> diffusers.UNet2DConditionModel:
     config = {
         "sample_size": 4,
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 16,
-        "attention_head_dim": 4,
-        "norm_num_groups": 2,
+        **UNET_SIZES,
     }
     return randomized(diffusers.UNet2DConditionModel(**{**config, **kwargs}))
 
 
 def stable_diffusion(scheduler: Any) -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
-        vae=vae(),
-        text_encoder=clip(),
-        tokenizer=tokenizer(),
-        unet=unet_condition(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        vae(), clip(), tokenizer(), unet_condition(), scheduler, None, None, requires_safety_checker=False
     )
+
+
+def v_prediction() -> diffusers.StableDiffusionPipeline:
+    config = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_spacing": "leading"}
+    return stable_diffusion(diffusers.EulerDiscreteScheduler(**config))
 
 
 def call_text(pipeline, conditions, guidance_scale, **kwargs):
@@ -147,56 +132,26 @@ def call_text(pipeline, conditions, guidance_scale, **kwargs):
 
 
 def sdxl() -> diffusers.StableDiffusionXLPipeline:
-    network = unet_condition(
-        cross_attention_dim=32,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
-    )
-    return diffusers.StableDiffusionXLPipeline(
-        vae=vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.2, 0.8]),
-        text_encoder=clip(),
-        text_encoder_2=clip(projection=True),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        unet=network,
-        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing"),
-        add_watermarker=False,
-    )
+    times = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    network = unet_condition(cross_attention_dim=32, projection_class_embeddings_input_dim=6 * 4 + 16, **times)
+    codes = vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.2, 0.8])
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
+    parts = [codes, clip(), clip(projection=True), tokenizer(), tokenizer(), network, scheduler]
+    return diffusers.StableDiffusionXLPipeline(*parts, add_watermarker=False)
 
 
 def pixart() -> diffusers.PixArtSigmaPipeline:
-    network = diffusers.PixArtTransformer2DModel(
-        sample_size=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=4,
-        out_channels=8,
-        patch_size=2,
-        cross_attention_dim=8,
-        caption_channels=16,
-        use_additional_conditions=False,
-    )
-    return diffusers.PixArtSigmaPipeline(
-        tokenizer(), t5(), vae(), randomized(network), diffusers.DDIMScheduler(clip_sample=False)
-    )
+    sizes = {"sample_size": 4, "num_layers": 2, "in_channels": 4, "out_channels": 8, "patch_size": 2, **HEADS}
+    captions = {"cross_attention_dim": 8, "caption_channels": 16}
+    network = diffusers.PixArtTransformer2DModel(**sizes, **captions, use_additional_conditions=False)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return diffusers.PixArtSigmaPipeline(tokenizer(), t5(), vae(), randomized(network), scheduler)
 
 
 def sd3() -> diffusers.StableDiffusion3Pipeline:
-    network = diffusers.SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=8,
-        pooled_projection_dim=32,
-        pos_embed_max_size=4,
-    )
+    sizes = {"sample_size": 4, "num_layers": 2, "in_channels": 4, "out_channels": 4, "patch_size": 2, **HEADS}
+    captions = {"joint_attention_dim": 32, "caption_projection_dim": 8, "pooled_projection_dim": 32}
+    network = diffusers.SD3Transformer2DModel(**sizes, **captions, pos_embed_max_size=4)
     return diffusers.StableDiffusion3Pipeline(
         transformer=randomized(network),
         scheduler=flow(use_dynamic_shifting=True),
@@ -211,31 +166,20 @@ def sd3() -> diffusers.StableDiffusion3Pipeline:
 
 
 def sana() -> diffusers.SanaPipeline:
-    network = diffusers.SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        sample_size=16,
-    )
+    sizes = {"sample_size": 16, "num_layers": 2, "in_channels": 4, "out_channels": 4, "patch_size": 1, **HEADS}
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8}
+    network = diffusers.SanaTransformer2DModel(**sizes, **cross, caption_channels=8)
+    blocks = {
+        "block_types": ("ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8),
+        "qkv_multiscales": ((), (5,)),
+        "layers_per_block": (1, 1),
+    }
     codes = diffusers.AutoencoderDC(
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()},
         in_channels=3,
         latent_channels=4,
         attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
         downsample_block_type="conv",
         upsample_block_type="interpolate",
         decoder_norm_types="rms_norm",
@@ -246,33 +190,20 @@ def sana() -> diffusers.SanaPipeline:
 
 
 def call_binned(pipeline, conditions, guidance_scale, **kwargs):
-    """At the size asked for, not at the nearest of a table."""
+    """Calls a pipeline at the size asked for, not at the nearest of a table."""
     side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     size = {"height": side, "width": side, "use_resolution_binning": False}
     return call_text(pipeline, conditions, guidance_scale, **size, **kwargs)
 
 
 def flux(guidance_embeds: bool) -> diffusers.FluxPipeline:
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 16, **WIDE_HEADS}
     network = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=guidance_embeds,
+        **sizes, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance_embeds
     )
-    pipeline = diffusers.FluxPipeline(
-        scheduler=flow(use_dynamic_shifting=True),
-        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(),
-        tokenizer=tokenizer(),
-        text_encoder_2=t5(),
-        tokenizer_2=tokenizer(),
-        transformer=randomized(network),
-    )
+    codes = vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    parts = [flow(use_dynamic_shifting=True), codes, clip(), tokenizer(), t5(), tokenizer(), randomized(network)]
+    pipeline = diffusers.FluxPipeline(*parts)
     pipeline.default_sample_size = 4
     return pipeline
 
@@ -288,76 +219,32 @@ def call_true_guidance(negative):
 
 
 def qwen_image() -> diffusers.QwenImagePipeline:
-    network = diffusers.QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 2, 2),
-    )
+    sizes = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, **WIDE_HEADS}
+    network = diffusers.QwenImageTransformer2DModel(**sizes, joint_attention_dim=16, axes_dims_rope=(4, 2, 2))
+    latents = {"latents_mean": [0.1, 0.0, -0.1, 0.2], "latents_std": [1.0, 1.2, 0.8, 1.1]}
     codes = diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, 0.0, -0.1, 0.2],
-        latents_std=[1.0, 1.2, 0.8, 1.1],
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], **latents
     )
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    tokens = {"image_token_id": 14, "video_token_id": 15, "vision_start_token_id": 12, "vision_end_token_id": 13}
     config = transformers.Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 16,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-        },
-        vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16},
-        image_token_id=14,
-        video_token_id=15,
-        vision_start_token_id=12,
-        vision_end_token_id=13,
+        text_config=language(16, num_hidden_layers=1, rope_scaling=rope), vision_config=vision, **tokens
     )
     encoder = randomized(transformers.Qwen2_5_VLForConditionalGeneration(config))
     scheduler = flow(use_dynamic_shifting=True, shift_terminal=0.02)
-    return diffusers.QwenImagePipeline(
-        scheduler, randomized(codes, 0.3), encoder, tokenizer(256), randomized(network, 0.4)
-    )
+    parts = [scheduler, randomized(codes, 0.3), encoder, tokenizer(256), randomized(network, 0.4)]
+    return diffusers.QwenImagePipeline(*parts)
 
 
 def z_image() -> diffusers.ZImagePipeline:
+    sizes = {"in_channels": 4, "dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
     network = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=16,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[4, 2, 2],
-        axes_lens=[256, 16, 16],
+        **sizes, cap_feat_dim=16, axes_dims=[4, 2, 2], axes_lens=[256, 16, 16]
     )
-    config = transformers.Qwen3Config(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    return diffusers.ZImagePipeline(
-        flow(shift=3.0),
-        vae(shift_factor=0.1),
-        randomized(transformers.Qwen3Model(config)),
-        tokenizer(),
-        randomized(network),
-    )
+    config = transformers.Qwen3Config(**language(16, num_hidden_layers=2), head_dim=8)
+    codes, encoder = vae(shift_factor=0.1), randomized(transformers.Qwen3Model(config))
+    return diffusers.ZImagePipeline(flow(shift=3.0), codes, encoder, tokenizer(), randomized(network))
 
 
 def call_z_image(pipeline, conditions, guidance_scale, **kwargs):
@@ -366,30 +253,13 @@ def call_z_image(pipeline, conditions, guidance_scale, **kwargs):
 
 
 def lumina2() -> diffusers.Lumina2Pipeline:
-    network = diffusers.Lumina2Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=16,
-        num_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=8,
-        axes_dim_rope=(4, 2, 2),
-        axes_lens=(300, 16, 16),
-        cap_feat_dim=8,
-    )
-    codes = vae(  # the pipeline takes for granted that sides are divided by 8
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        shift_factor=0.1,
-    )
+    sizes = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "num_layers": 1, "multiple_of": 8}
+    heads = {"num_attention_heads": 2, "num_kv_heads": 1, "axes_dim_rope": (4, 2, 2), "axes_lens": (300, 16, 16)}
+    network = diffusers.Lumina2Transformer2DModel(**sizes, **heads, num_refiner_layers=1, cap_feat_dim=8)
+    # the pipeline takes for granted that sides are divided by 8
+    codes = vae(block_out_channels=(4, 4, 4, 4), **coder_blocks(4), shift_factor=0.1)
     return diffusers.Lumina2Pipeline(randomized(network), flow(use_dynamic_shifting=True), codes, gemma(), tokenizer())
 
-
-SIDE = 8  # pixels, of a latent of 4 by 4
 
 CLASS_FAMILIES = [
     Family("dit", dit, call_dit, LABELS),
@@ -399,15 +269,7 @@ CLASS_FAMILIES = [
 ]
 TEXT_FAMILIES = [
     Family("sd1", lambda: stable_diffusion(ddim(set_alpha_to_one=True)), call_text),
-    Family(
-        "sd2-v",
-        lambda: stable_diffusion(
-            diffusers.EulerDiscreteScheduler(
-                beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="leading"
-            )
-        ),
-        call_text,
-    ),
+    Family("sd2-v", v_prediction, call_text),
     Family("sdxl", sdxl, call_text),
     Family("pixart-sigma", pixart, call_binned),
     Family("sd3", sd3, call_text),

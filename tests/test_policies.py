@@ -269,6 +269,13 @@ def test_sizes_are_checked():
         as_policy(stable_diffusion(ddim()), height=13)
 
 
+def test_prompts_of_another_batch_are_read_anew():
+    policy = as_policy(stable_diffusion(ddim()))
+    one, other = policy.encode(["a", "b c"]), policy.encode(["d"])
+    assert policy.prompts(one["prompt"]) == ["a", "b c"] and policy.prompts(other["prompt"]) == ["d"]
+    assert policy.prompts(one["prompt"][1:]) == ["b c"]
+
+
 def test_slots_keep_their_prompts():
     policy = as_policy(stable_diffusion(ddim()))
     prompts = [f"cat {i}" for i in range(5)]
