@@ -72,6 +72,9 @@ def tiny_reward(**kwargs):
     return SubsetReplaceReward(features, FeatureStatistics.from_features(features(real_images())), **kwargs)
 
 
+QUIET = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+
+
 def tiny_config(output_dir, **kwargs):
     defaults = {
         "max_steps": 2,
@@ -87,10 +90,7 @@ def tiny_config(output_dir, **kwargs):
         "per_device_train_batch_size": 7,
         "per_device_eval_batch_size": 5,
         "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUIET,
     }
     return DiffusionDistributionConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
 
@@ -152,28 +152,13 @@ def tiny_pool(folder, count=4):
 
 
 def tiny_merge_trainer(
-    output_dir,
-    checkpoints=None,
-    reward_funcs=None,
-    eval_metrics=None,
-    callbacks=None,
-    train_dataset=None,
-    **kwargs,
+    output_dir, checkpoints=None, reward_funcs=None, callbacks=None, eval_metrics=None, train_dataset=None, **kwargs
 ):
     if checkpoints is None:
         (output_dir / "pool").mkdir(parents=True, exist_ok=True)
         checkpoints = tiny_pool(output_dir / "pool")
-    defaults = {
-        "max_steps": 3,
-        "num_generations": 5,
-        "reference_set_size": 20,
-        "num_inference_steps": 3,
-        "per_device_eval_batch_size": 16,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    sizes = {"max_steps": 3, "num_generations": 5, "reference_set_size": 20, "num_inference_steps": 3}
+    defaults = {**sizes, "per_device_eval_batch_size": 16, **QUIET}
     return MergeCoefficientTrainer(
         model=tiny_pipeline(),
         checkpoints=checkpoints,
@@ -183,6 +168,45 @@ def tiny_merge_trainer(
         eval_metrics=eval_metrics,
         callbacks=callbacks,
     )
+
+
+SAVE_EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+EVALUATE_EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
+
+
+class Rising:
+    """A metric that is worse at every evaluation."""
+
+    count = 0
+
+    def reset(self):
+        pass
+
+    def update(self, images, conditions):
+        pass
+
+    def compute(self):
+        self.count += 1
+        return float(self.count)
+
+
+def two_spaces():
+    """A reward in two feature spaces, whose units are their first distances."""
+    extractors = {"features": features, "squares": lambda x: features(x) ** 2}
+    real = {name: FeatureStatistics.from_features(extract(real_images())) for name, extract in extractors.items()}
+    return SubsetReplaceReward(extractors, real)
+
+
+def calls_of(owner, name):
+    """A list to which every further call of a method adds its arguments and result."""
+    calls, method = [], getattr(owner, name)
+
+    def noted(*args, **kwargs):
+        calls.append((args, method(*args, **kwargs)))
+        return calls[-1][1]
+
+    setattr(owner, name, noted)
+    return calls
 
 
 def weights(model):

@@ -16,14 +16,16 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.helpers import (
+    EVALUATE_EVERY_STEP,
+    SAVE_EVERY_STEP,
     assert_same_weights,
-    features,
     logged,
     real_images,
     tiny_pipeline,
     tiny_sit,
     tiny_trainer,
     trained,
+    two_spaces,
     weights,
 )
 from trl_distreward import FeatureStatistics, SiTPipeline, SubsetReplaceReward, load_pipeline
@@ -48,8 +50,7 @@ CASES = {
 
 def trainer_for(output_dir, lora=False, **settings):
     peft_config = LoraConfig(r=2, target_modules=["qkv", "fc1"]) if lora else None
-    defaults = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
-    return tiny_trainer(output_dir, peft_config=peft_config, **{**defaults, **settings})
+    return tiny_trainer(output_dir, peft_config=peft_config, **{"max_steps": 6, **SAVE_EVERY_STEP, **settings})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,12 +70,6 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
             assert all(torch.equal(resumed.ema.averages[n], v) for n, v in whole.ema.averages.items())
 
 
-def two_spaces():
-    extractors = {"features": features, "squares": lambda x: features(x) ** 2}
-    real = {name: FeatureStatistics.from_features(extract(real_images())) for name, extract in extractors.items()}
-    return SubsetReplaceReward(extractors, real)
-
-
 def test_every_run_has_its_own_scales_of_distances(tmp_path):
     def rewards(folder, reward, seed=0, resume=None):
         trainer = trainer_for(tmp_path / folder, reward_funcs=reward, seed=seed, max_steps=3, save_steps=2)
@@ -89,7 +84,7 @@ def test_every_run_has_its_own_scales_of_distances(tmp_path):
 
 @pytest.mark.parametrize("max_steps", [2, 3])  # at the end of an epoch, and within one
 def test_resuming_a_finished_run_changes_nothing(tmp_path, max_steps):
-    settings = {"max_steps": max_steps, "eval_strategy": "steps", "eval_steps": 1, "ema_decay": 0.5}
+    settings = {"max_steps": max_steps, "ema_decay": 0.5, **EVALUATE_EVERY_STEP}
     whole = trainer_for(tmp_path, **settings)
     assert whole.steps_per_epoch == 2
     whole.train()
@@ -122,17 +117,15 @@ def test_resuming_with_another_size_of_the_reference_set_is_refused(tmp_path, si
 
 
 def test_resuming_with_another_extractor_is_refused(tmp_path):
-    class Extractor(torch.nn.Module):
-        def __init__(self, seed):
-            super().__init__()
-            self.name, self.resize = "mine", None
-            self.weight = torch.nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)))
+    class Extractor(torch.nn.Linear):
+        name, resize = "mine", None
 
         def forward(self, images):
-            return images.flatten(1).float() @ self.weight / 255
+            return super().forward(images.flatten(1).float() / 255)
 
     def trainer(seed, **settings):
-        extractor = Extractor(seed)
+        torch.manual_seed(seed)
+        extractor = Extractor(16, 8)
         real = FeatureStatistics.from_features(extractor(real_images()).detach())
         return trainer_for(tmp_path, reward_funcs=SubsetReplaceReward(extractor, real), **settings)
 
@@ -209,8 +202,8 @@ def test_a_checkpoint_between_updates_of_a_rollout_is_for_as_many_processes(tmp_
 )
 def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path, settings):
     if settings["save_strategy"] == "best":  # a single checkpoint is kept, and evaluations are due at every step
-        settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, **settings}
-        settings |= {"save_total_limit": 1, "greater_is_better": False, "learning_rate": 1e-7}
+        settings = {"load_best_model_at_end": True, "save_total_limit": 1, **EVALUATE_EVERY_STEP, **settings}
+        settings["learning_rate"] = 1e-7
     trainer = trainer_for(tmp_path, max_steps=50, **settings)
 
     class Terminate(TrainerCallback):
@@ -230,7 +223,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from tests.helpers import tiny_trainer
-trainer = tiny_trainer(Path(sys.argv[1]), max_steps=100000, save_strategy="steps", save_steps=1, save_total_limit=2,
+trainer = tiny_trainer(Path(sys.argv[1]), max_steps=10**9, save_strategy="steps", save_steps=1, save_total_limit=2,
                        ema_decay=0.5)
 print("ready", flush=True)
 trainer.train()

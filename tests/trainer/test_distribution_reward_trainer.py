@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from tests.helpers import (
     assert_same_weights,
+    calls_of,
     features,
     logged,
     real_images,
@@ -43,26 +44,19 @@ def test_only_the_first_update_of_a_rollout_generates_scores_and_prepares(tmp_pa
 
 
 def test_rewards_and_kept_advantages_equal_a_recomputation(tmp_path):
-    trainer, seen = tiny_trainer(tmp_path, max_steps=1), {}
+    trainer = tiny_trainer(tmp_path, max_steps=1)
     (reward,) = trainer.rewards.of_sets
-    score = reward.score
-
-    def spy(slots, new):
-        seen["reference"] = {k: v.clone() for k, v in reward.features.items()}
-        seen["slots"], seen["new"], seen["rewards"] = slots, new, score(slots, new)
-        return seen["rewards"]
-
-    reward.score = spy
+    calls = calls_of(reward, "score")
     trainer.train()
-    assert sorted(map(len, map(set, seen["slots"].tolist()))) == [2] * 6
+    (((subsets, new), rewards),) = calls
+    assert sorted(map(len, map(set, subsets.tolist()))) == [2] * 6
     real = FeatureStatistics.from_features(features(real_images()))
-    for b, slots in enumerate(seen["slots"]):
-        updated = seen["reference"]["features"].clone()
-        updated[slots] = seen["new"]["features"][2 * b : 2 * b + 2]
+    for b, slots in enumerate(subsets):
+        updated = reward.features["features"].clone()
+        updated[slots] = new["features"][2 * b : 2 * b + 2]
         distance = FeatureDistance(lambda x: x, real)
         distance.update(updated)
-        assert seen["rewards"][b].item() == pytest.approx(-distance.compute(), rel=1e-9)
-    rewards = seen["rewards"]
+        assert rewards[b].item() == pytest.approx(-distance.compute(), rel=1e-9)
     advantages = (rewards - rewards.mean()) / rewards.std()
     top = advantages.topk(3).values.repeat_interleave(2).sort().values
     torch.testing.assert_close(trainer.batch.advantages.double().sort().values, top, atol=1e-6, rtol=1e-6)
@@ -90,11 +84,10 @@ def test_new_images_have_the_conditions_of_their_slots(tmp_path):
     ("options", "columns"), [({}, 1), ({"credit": "leave_one_in"}, 2), ({"control_variate": True}, 1)]
 )
 def test_images_of_a_subset_share_a_reward_unless_each_has_its_credit(tmp_path, options, columns):
-    trainer, shapes = tiny_trainer(tmp_path, reward_funcs=tiny_reward(**options), max_steps=2), []
-    prepare, before = trainer.estimator.prepare, weights(trainer.network)
-    trainer.estimator.prepare = lambda rollout, rewards: shapes.append(rewards[0].shape) or prepare(rollout, rewards)
+    trainer = tiny_trainer(tmp_path, reward_funcs=tiny_reward(**options), max_steps=2)
+    scored, before = calls_of(trainer, "score"), weights(trainer.network)
     trainer.train()
-    assert shapes == [(6, columns)] * 2
+    assert [rewards[0].shape for _, rewards in scored] == [(6, columns)] * 2
     assert any(not torch.equal(before[name], value) for name, value in weights(trainer.network).items())
 
 

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.helpers import tiny_config, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import SAVE_EVERY_STEP, calls_of, tiny_config, tiny_pipeline, tiny_reward, tiny_trainer
 from tests.policies_parts import PROMPTS
 from tests.policies_tiny import flux
 from trl_distreward import DistributionRewardTrainer
@@ -15,7 +15,6 @@ from trl_distreward.trainer import dry_run as module
 from trl_distreward.trainer.dry_run import Plan, check_resources, dry_run, format_prediction
 
 BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 1.0}
-SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
 def counted_pipeline():
@@ -100,7 +99,9 @@ def test_predicted_checkpoint_has_the_size_of_a_real_one(tmp_path, settings):
     def trainer(folder):
         options = {**settings, "peft_config": LoraConfig(r=16)} if "peft_config" in settings else settings
         pipeline = tiny_pipeline(hidden_size=128, num_layers=3)
-        return tiny_trainer(tmp_path / folder, pipeline, max_steps=1, num_inference_steps=2, **SAVING, **options)
+        return tiny_trainer(
+            tmp_path / folder, pipeline, max_steps=1, num_inference_steps=2, **SAVE_EVERY_STEP, **options
+        )
 
     prediction = dry_run(trainer("dry"))
     trainer("real").train()
@@ -110,13 +111,12 @@ def test_predicted_checkpoint_has_the_size_of_a_real_one(tmp_path, settings):
 
 
 def test_a_dry_run_predicts_every_phase_and_leaves_no_files(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, **SAVING}
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, **SAVE_EVERY_STEP}
     trainer = tiny_trainer(tmp_path, max_steps=4, **settings)
     trainer.evaluate = None  # not called
-    made, decode = [], trainer.policy.decode
-    trainer.policy.decode = lambda x: made.append(len(x)) or decode(x)
+    decoded = calls_of(trainer.policy, "decode")
     prediction = dry_run(trainer)
-    assert sum(made) == 5 + 12  # a batch of the reference set, and a rollout
+    assert sum(len(x) for (x,), _ in decoded) == 5 + 12  # a batch of the reference set, and a rollout
     assert len(trainer.rewards.of_sets[0].features["features"]) == 24
     assert prediction.fits and prediction.plan.steps == 4 and not list(tmp_path.iterdir())
     assert all(prediction.seconds[phase] > 0 for phase in ("rollout", "reward", "update", "refresh", "evaluation"))
@@ -144,7 +144,7 @@ def test_a_phase_that_does_not_fit_in_memory_is_named_with_what_to_lower(tmp_pat
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
-    trainer = tiny_trainer(tmp_path / "not" / "there", ema_decay=0.9, **SAVING)
+    trainer = tiny_trainer(tmp_path / "not" / "there", ema_decay=0.9, **SAVE_EVERY_STEP)
     check_resources(trainer)
     monkeypatch.setattr(module, "memory_capacity", lambda _: 1000.0)
     with pytest.raises(

@@ -11,6 +11,9 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
 from tests.helpers import (
+    EVALUATE_EVERY_STEP,
+    SAVE_EVERY_STEP,
+    Rising,
     assert_same_weights,
     features,
     logged,
@@ -24,24 +27,6 @@ from tests.helpers import (
 from trl_distreward import FeatureDistance, FeatureStatistics, load_pipeline
 from trl_distreward.generation import generate_images
 from trl_distreward.trainer import base
-
-EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-
-
-class Rising:
-    """A metric that is worse at every evaluation."""
-
-    count = 0
-
-    def reset(self):
-        pass
-
-    def update(self, images, conditions):
-        pass
-
-    def compute(self):
-        self.count += 1
-        return float(self.count)
 
 
 def test_evaluation_reports_every_sampler_and_repeats(tmp_path):
@@ -62,7 +47,7 @@ def test_evaluation_reports_every_sampler_and_repeats(tmp_path):
 
 def test_the_best_checkpoint_is_loaded_at_the_end_and_the_card_describes_it(tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_ode_distance_features"}
-    trainer = trained(tmp_path, max_steps=4, learning_rate=5e-2, **EVERY_STEP, **best)
+    trainer = trained(tmp_path, max_steps=4, learning_rate=5e-2, **EVALUATE_EVERY_STEP, **SAVE_EVERY_STEP, **best)
     distances = logged(trainer, "eval_ode_distance_features")
     assert trainer.state.best_metric == min(distances)
     step = trainer.state.best_global_step
@@ -81,7 +66,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_the_card_describes_it(tmp_
 @pytest.mark.parametrize("kind", [tiny_trainer, tiny_merge_trainer])
 def test_an_evaluation_of_the_best_model_is_recorded_at_its_step(tmp_path, kind):
     best = {"metric_for_best_model": "ode_rising", "load_best_model_at_end": True, "eval_samplers": ["ode"]}
-    trainer = kind(tmp_path, eval_metrics={"rising": Rising()}, max_steps=2, **EVERY_STEP, **best)
+    trainer = kind(
+        tmp_path, eval_metrics={"rising": Rising()}, max_steps=2, **EVALUATE_EVERY_STEP, **SAVE_EVERY_STEP, **best
+    )
     trainer.train()
     trainer.evaluate()
     trainer.evaluate(seed=7)  # another seed's is not comparable
@@ -139,7 +126,7 @@ def test_the_model_card_has_the_settings_and_the_change(tmp_path):
 def test_a_model_may_be_a_folder_and_the_card_names_no_path(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "base")
     model = str(tmp_path / "base")
-    trained(tmp_path / "run", model=model, max_steps=2, save_strategy="steps", save_steps=1)
+    trained(tmp_path / "run", model=model, max_steps=2, **SAVE_EVERY_STEP)
     assert (tmp_path / "run" / "checkpoint-2" / "model_index.json").is_file()
     assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()
 

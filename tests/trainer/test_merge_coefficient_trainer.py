@@ -9,7 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from tests.helpers import (
+    EVALUATE_EVERY_STEP,
+    SAVE_EVERY_STEP,
+    Rising,
     assert_same_weights,
+    calls_of,
     features,
     logged,
     real_images,
@@ -17,8 +21,9 @@ from tests.helpers import (
     tiny_pool,
     tiny_reward,
     tiny_sit,
+    two_spaces,
 )
-from trl_distreward import EMANet, FeatureStatistics, SubsetReplaceReward, frechet_distance, load_pipeline
+from trl_distreward import EMANet, FeatureStatistics, frechet_distance, load_pipeline
 from trl_distreward.conditions import balanced_labels, rows_of_slots, strata_of_slots
 from trl_distreward.generation import SamplingSchedule, image_generators, sample
 from trl_distreward.merging.posthoc import LARGEST_SIGMA_REL
@@ -37,23 +42,16 @@ def test_checkpoints_that_do_not_differ_are_refused(tmp_path, pool):
             tiny_merge_trainer(tmp_path, given)
 
 
-def changed(path):
-    """The path of a checkpoint with other weights, made beside the given one."""
-    weights = {n: v + 1 if v.is_floating_point() else v for n, v in load_file(path).items()}
-    save_file(weights, path.replace(".safetensors", "-changed.safetensors"))
-    return path.replace(".safetensors", "-changed.safetensors")
+def merged(folder, pool, **kwargs):
+    """A trainer of merging coefficients after `train()`."""
+    trainer = tiny_merge_trainer(folder, pool, **kwargs)
+    trainer.train()
+    return trainer
 
 
 def weighted(pool, coefficients):
     files = [load_file(path) for path in pool]
     return {name: sum(w * f[name] for w, f in zip(coefficients, files, strict=True)) for name in files[0]}
-
-
-def two_spaces():
-    images = real_images()
-    extractors = {"features": features, "squares": lambda x: features(x) ** 2}
-    real = {name: FeatureStatistics.from_features(extract(images)) for name, extract in extractors.items()}
-    return SubsetReplaceReward(extractors, real)
 
 
 # ---- what is learnt ----
@@ -76,17 +74,11 @@ def test_a_policy_gradient_without_a_network_is_natural_evolution(tmp_path, pool
     """With SGD at rate 1, the mean moves by the mean of advantages times deviations."""
     settings = {"policy_num_layers": 0, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 100.0}
     trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", sampling_std=0.2, max_steps=1, **settings)
-    seen, judge, start = {}, trainer.judge.judge, trainer.mean
-
-    def watch(candidates, step):
-        seen["candidates"], seen["rewards"] = candidates, judge(candidates, step)
-        return seen["rewards"]
-
-    trainer.judge.judge = watch
+    calls, start = calls_of(trainer.judge, "judge"), trainer.mean
     trainer.train()
-    rewards = seen["rewards"][:, 0]
-    advantages = (rewards - rewards.mean()) / rewards.std()
-    step = (advantages[:, None, None] * (seen["candidates"] - start)).mean(dim=0)
+    (((candidates, _), values),) = calls
+    advantages = (values[:, 0] - values.mean()) / values.std()
+    step = (advantages[:, None, None] * (candidates - start)).mean(dim=0)
     found = trainer.coefficients - start
     torch.testing.assert_close(found, step - step.mean(), atol=1e-6, rtol=1e-5)  # the sum stays one
 
@@ -128,12 +120,9 @@ def test_replacements_average_over_subsets_and_draws(tmp_path, pool):
     settings = {"num_subsets": 3, "num_replacements": 2, "replace_size": 4}
     trainer = tiny_merge_trainer(tmp_path, pool, **settings)
     (reward,) = trainer.rewards.of_sets
-    calls = []
-    original = reward.subset_rewards
-    reward.subset_rewards = lambda slots, new: calls.append((slots, new, original(slots, new))) or calls[-1][2]
-    coefficients = trainer.initial_coefficients
+    calls, coefficients = calls_of(reward, "subset_rewards"), trainer.initial_coefficients
     value = trainer.judge.judge(coefficients[None], step=0).item()
-    ((slots, new, rewards),) = calls
+    (((slots, _), rewards),) = calls
     assert slots.shape == (6, 4) and torch.equal(slots[0], slots[1]) and not torch.equal(slots[0], slots[2])
     assert len(set(slots[0].tolist())) == 4
     assert value == rewards.mean().item() and len(rewards.unique()) == 6
@@ -151,17 +140,12 @@ def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
     assert strata.bincount().tolist() == [10, 5, 5]
     rows = rows_of_slots(48, 20, trainer.args.seed, labels)
     assert torch.equal(trainer.conditions, rows % 3)
-    asked = []
-    (reward,) = trainer.rewards.of_sets
-    subset_rewards, judge_set = reward.subset_rewards, trainer.judge.judge_set
-    reward.subset_rewards = lambda slots, new: asked.append(slots) or subset_rewards(slots, new)
-    trainer.judge.judge_set = lambda *args: asked.append(args[1]) or judge_set(*args)
+    sets, replaced = calls_of(trainer.judge, "judge_set"), calls_of(trainer.rewards.of_sets[0], "subset_rewards")
     trainer._judge_start()
-    scale = rows_of_slots(48, 36, trainer.args.seed, labels)
-    assert torch.equal(asked.pop(), scale % 3)
-    trainer.judge.judge_set = judge_set
+    assert torch.equal(sets[0][0][1], rows_of_slots(48, 36, trainer.args.seed, labels) % 3)
     for step in (0, 0, 1):  # two candidates of one step, and another step
         trainer.judge.judge(trainer.initial_coefficients[None], step)
+    asked = [slots for (slots, _), _ in replaced]
     assert all(strata[subset].bincount(minlength=3).tolist() == [2, 1, 1] for slots in asked for subset in slots)
     assert torch.equal(asked[0], asked[1]) and not torch.equal(asked[0], asked[2])
     with pytest.raises(ValueError, match="no column 'topic'"):
@@ -172,15 +156,8 @@ def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts_distances
     def brightness(images, conditions, slots, **kwargs):
         return images.float().mean((1, 2, 3)).tolist()
 
-    trainer = tiny_merge_trainer(
-        tmp_path,
-        pool,
-        reward_funcs=[two_spaces(), brightness],
-        reward_weights=[1.0, 0.01],
-        max_steps=1,
-        scale_set_size=30,
-    )
-    trainer.train()
+    settings = {"reward_funcs": [two_spaces(), brightness], "reward_weights": [1.0, 0.01], "scale_set_size": 30}
+    trainer = merged(tmp_path, pool, max_steps=1, **settings)
     assert trainer.num_images == 30 + 5 * 20
     start = trainer.judge.judge_set(trainer.initial_coefficients, balanced_labels(30, 3), "start", step=0)
     assert start[0].item() == pytest.approx(-2)  # each space's distance, divided by itself
@@ -190,15 +167,11 @@ def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts_distances
 
 
 def test_a_reward_forgets_the_units_of_an_earlier_run(tmp_path, pool):
-    def run(folder, reward, **settings):
-        trainer = tiny_merge_trainer(tmp_path / folder, pool, reward_funcs=reward, max_steps=1, **settings)
-        trainer.train()
-        return trainer, logged(trainer, "reward")
-
-    reward = two_spaces()
-    other, _ = run("other", reward, seed=1, initial_coefficients="last")
-    trainer, again = run("again", reward)
-    assert again == run("alone", two_spaces())[1]
+    reward, settings = two_spaces(), {"max_steps": 1}
+    other = merged(tmp_path, pool, reward_funcs=reward, seed=1, initial_coefficients="last", **settings)
+    trainer = merged(tmp_path, pool, reward_funcs=reward, **settings)
+    alone = merged(tmp_path, pool, reward_funcs=two_spaces(), **settings)
+    assert logged(trainer, "reward") == logged(alone, "reward")
     scales, images = dict(reward.first_distances), trainer.num_images
     other.train()
     assert reward.first_distances != scales
@@ -208,19 +181,12 @@ def test_a_reward_forgets_the_units_of_an_earlier_run(tmp_path, pool):
 
 def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, method="cma", max_steps=1)
-    judge = trainer.judge.judge
-
-    def broken(candidates, step):
-        values = judge(candidates, step)
-        values[0] = torch.nan
-        return values
-
-    trainer.judge.judge = broken
+    judge, first = trainer.judge.judge, torch.tensor([[torch.nan], [1.0], [1.0], [1.0], [1.0]])
+    trainer.judge.judge = lambda candidates, step: judge(candidates, step) * first
     trainer.train()
     assert logged(trainer, "finite_candidates") == [0.8]
-    assert trainer.coefficients.isfinite().all() and not torch.equal(
-        trainer.coefficients, trainer.initial_coefficients
-    )
+    assert trainer.coefficients.isfinite().all()
+    assert not torch.equal(trainer.coefficients, trainer.initial_coefficients)
 
 
 def test_training_stops_where_no_candidate_makes_images(tmp_path, pool):
@@ -235,8 +201,7 @@ def test_training_stops_where_no_candidate_makes_images(tmp_path, pool):
 
 
 def test_the_saved_pipeline_is_the_merge_and_records_how_it_was_made(tmp_path, pool):
-    trainer = tiny_merge_trainer(tmp_path, pool, max_steps=2, granularity="per_block")
-    trainer.train()
+    trainer = merged(tmp_path, pool, max_steps=2, granularity="per_block")
     coefficients, groups = trainer.coefficients, trainer.groups
     assert coefficients.shape == (len(trainer.group_names), 4) and len(coefficients) > 3
     assert not torch.equal(coefficients[0], coefficients[1])
@@ -246,11 +211,9 @@ def test_the_saved_pipeline_is_the_merge_and_records_how_it_was_made(tmp_path, p
     loaded = load_pipeline(tmp_path).transformer
     assert trainer.merge().transformer is trainer.merged_network
     assert_same_weights(loaded, trainer.merged_network)
-    files = [load_file(path) for path in pool]
+    rows = [weighted(pool, row) for row in coefficients.tolist()]
     for name, parameter in loaded.named_parameters():
-        row = coefficients[groups[name]].tolist()
-        expected = sum(w * f[name] for w, f in zip(row, files, strict=True))
-        torch.testing.assert_close(parameter.data, expected)
+        torch.testing.assert_close(parameter.data, rows[groups[name]][name])
     about = json.loads((tmp_path / "coefficients.json").read_text())
     assert about["coefficients"] == dict(zip(trainer.group_names, coefficients.tolist(), strict=True))
     assert about["pool"] == trainer.pool.describe()
@@ -271,8 +234,7 @@ def test_grid_of_stored_averages(tmp_path, pool):
 
 
 def test_the_network_of_the_mean_is_exact_under_bf16(tmp_path, pool):
-    trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", bf16=True, max_steps=2, learning_rate=0.1)
-    trainer.train()
+    trainer = merged(tmp_path, pool, method="emanet", bf16=True, max_steps=2, learning_rate=0.1)
     fresh = EMANet(trainer.network.initial, scale=trainer.network.scale)
     fresh.load_state_dict(trainer.network.state_dict())
     assert torch.equal(trainer.mean, fresh().detach())
@@ -280,11 +242,7 @@ def test_the_network_of_the_mean_is_exact_under_bf16(tmp_path, pool):
 
 
 def test_a_log_of_several_steps_has_the_best_reward_of_them(tmp_path, pool):
-    every, few = (
-        tiny_merge_trainer(tmp_path, pool, method="cma", max_steps=4, logging_steps=steps) for steps in (1, 2)
-    )
-    for trainer in (every, few):
-        trainer.train()
+    every, few = (merged(tmp_path, pool, method="cma", max_steps=4, logging_steps=steps) for steps in (1, 2))
     first, second, third, fourth = logged(every, "reward_best")
     assert logged(few, "reward_best") == [max(first, second), max(third, fourth)]
     assert logged(few, "num_images")[:2] == [20 * (1 + 5 * 2), 20 * (1 + 5 * 4)]
@@ -318,8 +276,7 @@ def test_rewards_of_the_start_must_be_finite(tmp_path, pool):
 
 
 def test_comparison_is_in_the_card(tmp_path, pool):
-    trainer = tiny_merge_trainer(tmp_path, pool, max_steps=1, eval_samplers=["sde", "ode"])
-    trainer.train()
+    trainer = merged(tmp_path, pool, max_steps=1, eval_samplers=["sde", "ode"])
     rows = trainer.compare({"first": [1.0, 0.0, 0.0, 0.0]})
     assert list(rows) == ["last", "uniform", "start", "first", "learnt"]
     assert set(rows["learnt"]) == {"sde_distance_features", "ode_distance_features"}
@@ -343,8 +300,7 @@ def test_adapters_are_merged_and_saved_in_both_forms(tmp_path):
         network.load_state_dict({n.replace(".weight", ".default.weight"): v for n, v in state.items()}, strict=False)
         network.save_pretrained(tmp_path / f"adapter-{index}")
         folders.append(str(tmp_path / f"adapter-{index}"))
-    trainer = tiny_merge_trainer(tmp_path / "run", folders, max_steps=1)
-    trainer.train()
+    trainer = merged(tmp_path / "run", folders, max_steps=1)
     trainer.save_model()
     saved = load_pipeline(tmp_path / "run").transformer
     base, coefficients = tiny_sit(), trainer.coefficients[0].tolist()
@@ -380,7 +336,7 @@ def test_adapters_are_merged_and_saved_in_both_forms(tmp_path):
 )
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
     """Also if a step is skipped."""
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, **settings}
+    settings = {"max_steps": 4, **SAVE_EVERY_STEP, **settings}
     whole = tiny_merge_trainer(tmp_path / "whole", pool, reward_funcs=two_spaces(), **settings)
     judge = whole.judge.judge
     whole.judge.judge = lambda candidates, step: judge(candidates, step) * (torch.nan if step == 1 else 1.0)
@@ -396,42 +352,31 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
     assert saved["coefficients"][whole.group_names[0]] == whole.coefficients[0].tolist()
 
 
-class Age:
-    """A metric that is lowest the first time."""
-
-    evaluations = 0
-
-    def reset(self):
-        pass
-
-    def update(self, images, conditions):
-        pass
-
-    def compute(self):
-        self.evaluations += 1
-        return float(self.evaluations)
-
-
 @pytest.mark.parametrize("method", ["emanet", "cma"])
 def test_best_coefficients_come_back(tmp_path, pool, method):
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             kept.append(trainer.coefficients)
 
-    kept, every = [], {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
-    best = {"eval_steps": 1, "metric_for_best_model": "ode_age", "load_best_model_at_end": True}
-    trainer = tiny_merge_trainer(
-        tmp_path, pool, eval_metrics={"age": Age()}, callbacks=[Keep()], method=method, **every, **best
-    )
+    kept, best = [], {"metric_for_best_model": "ode_rising", "load_best_model_at_end": True, "max_steps": 2}
+    settings = {"eval_metrics": {"rising": Rising()}, "callbacks": [Keep()], **SAVE_EVERY_STEP, **EVALUATE_EVERY_STEP}
+    trainer = tiny_merge_trainer(tmp_path, pool, method=method, **best, **settings)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     assert torch.equal(trainer.coefficients, kept[0]) and not torch.equal(kept[0], kept[1])
 
 
+def with_other_weights(path):
+    """The path of a checkpoint with other weights, made beside the given one."""
+    changed = path.replace(".safetensors", "-changed.safetensors")
+    save_file({n: v + 1 if v.is_floating_point() else v for n, v in load_file(path).items()}, changed)
+    return changed
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, pool):
     folder = tmp_path_factory.mktemp("stopped")
-    tiny_merge_trainer(folder, pool, method="grid", max_steps=1, save_strategy="steps", save_steps=1).train()
+    tiny_merge_trainer(folder, pool, method="grid", max_steps=1, **SAVE_EVERY_STEP).train()
     return str(folder / "checkpoint-1")
 
 
@@ -443,7 +388,7 @@ def stopped(tmp_path_factory, pool):
         ({"granularity": "per_block"}, None, r"groups: \['all'\], not"),
         ({}, lambda pool: pool[:3], "checkpoints: "),
         ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "checkpoints: "),
-        ({}, lambda pool: [*pool[:3], changed(pool[0])], "checkpoints: "),
+        ({}, lambda pool: [*pool[:3], with_other_weights(pool[0])], "checkpoints: "),
     ],
 )
 def test_a_checkpoint_of_another_search_is_refused(tmp_path, pool, stopped, settings, change, message):
@@ -454,7 +399,7 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path, pool, stopped, sett
 
 def test_a_resumed_network_has_the_same_mean_with_narrower_samples(tmp_path, pool):
     settings = {"method": "emanet", "policy_num_layers": 0, "learning_rate": 0.5, "max_steps": 1}
-    first = tiny_merge_trainer(tmp_path, pool, save_strategy="steps", save_steps=1, **settings)
+    first = tiny_merge_trainer(tmp_path, pool, **SAVE_EVERY_STEP, **settings)
     first.train()
     assert not torch.equal(first.coefficients, first.initial_coefficients)
     narrower = tiny_merge_trainer(tmp_path, pool, sampling_std=first.args.sampling_std / 10, **settings)
@@ -463,7 +408,7 @@ def test_a_resumed_network_has_the_same_mean_with_narrower_samples(tmp_path, poo
 
 
 def test_a_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
-    saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    saving = {"max_steps": 1, **SAVE_EVERY_STEP, "save_only_model": True}
     tiny_merge_trainer(tmp_path, pool, **saving).train()
     with pytest.raises(FileNotFoundError, match="has no diffusion_state.pt.*save_only_model=True"):
         tiny_merge_trainer(tmp_path, pool).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
@@ -478,10 +423,7 @@ def test_a_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
         ({"method": "adam"}, "method='adam' is unknown: choose one of"),
         ({"initial_coefficients": "first"}, "initial_coefficients='first' is unknown"),
         ({"fp16": True}, "fp16=True scales gradients.*set bf16=True"),
-        (
-            {"save_only_model": True, "load_best_model_at_end": True, "save_steps": 1, "eval_steps": 1},
-            "needs the search's state",
-        ),
+        ({"save_only_model": True, "load_best_model_at_end": True}, "needs the search's state"),
         ({"num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"sampling_std": 0.0}, "sampling_std=0.0 must be positive"),
         ({"method": "emanet", "sampling_std_decay": 0.0}, r"must lie in \(0, 1\]"),
@@ -496,9 +438,9 @@ def test_contradicting_settings_are_refused(tmp_path, settings, message):
 
 def test_candidates_are_decoded_in_slices_and_guided_as_sit_guides(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, decode_batch_size=3, guidance_scale=1.5, guidance_channels=1)
-    sizes, decode = [], trainer.policy.decode
-    trainer.policy.decode = lambda x: sizes.append(len(x)) or decode(x)
+    calls = calls_of(trainer.policy, "decode")
     trainer.judge.judge(trainer.initial_coefficients[None], step=1)
+    sizes = [len(x) for (x,), _ in calls]
     assert sum(sizes) == 20 and max(sizes) == 3 and trainer.policy.guidance_channels == 1
 
 

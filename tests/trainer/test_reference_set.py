@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tests.helpers import features, logged, tiny_pipeline, tiny_trainer, trained
+from tests.helpers import calls_of, features, logged, tiny_pipeline, tiny_trainer, trained
 from trl_distreward.generation import generate_images
 from trl_distreward.policies import as_policy
 
@@ -32,14 +32,10 @@ def test_drift_is_small_while_the_policy_stands_still_and_grows_when_it_moves(tm
 
 def test_a_rolling_set_holds_the_newest_image_of_every_place(tmp_path):
     trainer, newest = tiny_trainer(tmp_path, max_steps=2, reference_update="rolling"), {}
-    roll = trainer.reference_set.roll
-
-    def spy(slots, spaces, generator):
-        newest.update(zip(slots.flatten().tolist(), spaces[0]["features"], strict=True))
-        roll(slots, spaces, generator)
-
-    trainer.reference_set.roll = spy
+    rolled = calls_of(trainer.reference_set, "roll")
     trainer.train()  # 2 x 12 distinct slots of 24: every place is taken anew
+    for (slots, spaces, _), _ in rolled:
+        newest.update(zip(slots.flatten().tolist(), spaces[0]["features"], strict=True))
     held = trainer.rewards.of_sets[0].features["features"]
     assert torch.equal(held, torch.stack([newest[slot] for slot in range(24)]))
     policy, schedule = as_policy(tiny_pipeline()), trainer.args.rollout_schedule

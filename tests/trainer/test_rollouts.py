@@ -2,17 +2,10 @@
 import pytest
 import torch
 
-from tests.helpers import assert_same_weights, logged, tiny_reward, tiny_trainer, trained
+from tests.helpers import assert_same_weights, calls_of, logged, tiny_reward, tiny_trainer, trained
 from trl_distreward.conditions import take
 from trl_distreward.generation import image_generators, sample
 from trl_distreward.policies import to_uint8
-
-
-def kept_rollouts(trainer):
-    """Rollouts that the trainer makes from now on."""
-    found, score = [], trainer.score
-    trainer.score = lambda rollout: found.append(rollout) or score(rollout)
-    return found
 
 
 def bright(images, **kwargs):
@@ -31,27 +24,19 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path):
 
 
 def test_best_of_n_keeps_the_candidate_that_is_best_by_itself(tmp_path):
-    trainer, calls = tiny_trainer(tmp_path, max_steps=1, best_of_n=3), []
-    (reward,) = trainer.rewards.of_sets
-    score = reward.subset_rewards
-
-    def spy(slots, new):
-        calls.append((slots.clone(), new["features"].clone()))
-        return score(slots, new)
-
-    reward.subset_rewards = spy
+    trainer = tiny_trainer(tmp_path, max_steps=1, best_of_n=3)
+    calls = calls_of(trainer.rewards.of_sets[0], "subset_rewards")
     trainer.train()
-    *candidates, (slots, final) = calls
-    assert len(candidates) == 3
-    alone = torch.stack([score(s, {"features": f}) for s, f in candidates])  # (3, images)
-    best = torch.stack([f for _, f in candidates])[alone.argmax(0), torch.arange(12)]
-    assert torch.equal(final, best)
-    assert not torch.equal(candidates[0][1], candidates[1][1])
+    *candidates, ((_, final), _) = calls
+    features = torch.stack([new["features"] for (_, new), _ in candidates])  # (3, 12, d)
+    assert len(features) == 3 and not torch.equal(features[0], features[1])
+    best = torch.stack([alone for _, alone in candidates]).argmax(0)
+    assert torch.equal(final["features"], features[best, torch.arange(12)])
 
 
 def test_a_candidate_that_is_not_finite_is_not_the_best(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1, best_of_n=2)
-    once, rollouts = trainer.sampler._once, kept_rollouts(trainer)
+    once, scored = trainer.sampler._once, calls_of(trainer, "score")
 
     def first_is_broken(*args, first):
         rollout = once(*args, first=first)
@@ -62,7 +47,7 @@ def test_a_candidate_that_is_not_finite_is_not_the_best(tmp_path):
 
     trainer.sampler._once = first_is_broken
     trainer.train()
-    (rollout,) = rollouts
+    (((rollout,), _),) = scored
     assert (
         rollout.finite.all() and rollout.sample.isfinite().all() and rollout.gathered[0]["features"].isfinite().all()
     )
@@ -79,8 +64,9 @@ def test_a_candidate_that_is_not_finite_is_not_the_best(tmp_path):
 def test_noise_is_in_the_window_alone_and_only_its_steps_are_trained(tmp_path, settings, windows):
     settings = {"sde_window_size": 2, "num_inference_steps": 6, "learning_rate": 0.0, **settings}
     trainer = tiny_trainer(tmp_path, max_steps=4, **settings)
-    rollouts = kept_rollouts(trainer)
+    scored = calls_of(trainer, "score")
     trainer.train()
+    rollouts = [rollout for (rollout,), _ in scored]
     found = [rollout.schedule.sde_steps for rollout in rollouts]
     assert all(len(window) == 2 and rollout.steps == window for window, rollout in zip(found, rollouts, strict=True))
     assert found == windows or windows is None

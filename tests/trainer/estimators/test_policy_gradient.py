@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.helpers import first_gradients, logged, tiny_pipeline, tiny_trainer, trained
+from tests.helpers import calls_of, first_gradients, logged, tiny_pipeline, tiny_trainer, trained
 from trl_distreward.sampling import transition
 from trl_distreward.trainer.estimators.policy_gradient import clipped_policy_loss, gaussian_kl, normalize_ratio
 
@@ -153,10 +153,10 @@ def test_kl_is_zero_at_first_and_grows(tmp_path):
 
 
 def test_part_of_the_steps_is_drawn_anew_for_each_rollout(tmp_path):
-    trainer, steps = tiny_trainer(tmp_path, max_steps=6, timestep_fraction=0.5, num_inference_steps=9), []
-    prepare = trainer.estimator.prepare
-    trainer.estimator.prepare = lambda rollout, rewards: steps.append(rollout.steps) or prepare(rollout, rewards)
+    trainer = tiny_trainer(tmp_path, max_steps=6, timestep_fraction=0.5, num_inference_steps=9)
+    calls = calls_of(trainer, "score")
     trainer.train()
+    steps = [rollout.steps for (rollout,), _ in calls]
     assert all(len(chosen) == 4 and max(chosen) < 8 for chosen in steps)
     assert len(set(steps)) > 1
 
