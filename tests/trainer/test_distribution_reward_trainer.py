@@ -9,6 +9,7 @@ from tests.helpers import (
     assert_same_weights,
     calls_of,
     features,
+    first_gradients,
     logged,
     real_images,
     tiny_config,
@@ -21,6 +22,7 @@ from tests.helpers import (
 from trl_distreward import DistributionRewardTrainer, FeatureDistance, FeatureStatistics, SubsetReplaceReward
 from trl_distreward.metrics.image_metrics import MeanScore
 from trl_distreward.policies import as_policy
+from trl_distreward.trainer.estimators import ESTIMATORS
 
 # ---- one step ----
 
@@ -78,6 +80,16 @@ def test_new_images_have_the_conditions_of_their_slots(tmp_path):
     assert torch.equal(conditions, trainer.conditions[slots.flatten()])
     assert torch.bincount(trainer.conditions, minlength=3)[0] == 0
     assert torch.bincount(trainer.conditions, minlength=3)[2] in (14, 15)  # three fifths of 24
+
+
+@pytest.mark.parametrize("loss_type", ESTIMATORS)
+def test_micro_batch_size_does_not_change_the_gradient(tmp_path, loss_type):
+    settings = {"max_steps": 1, "max_grad_norm": 0, "rollout_batch_size": 4, "loss_type": loss_type}
+    whole, pieces = (
+        first_gradients(tiny_trainer(tmp_path, per_device_train_batch_size=size, **settings)) for size in (1000, 5)
+    )
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, atol=1e-6 * max(1, gradient.abs().max()), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

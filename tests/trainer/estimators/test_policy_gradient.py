@@ -116,15 +116,6 @@ def test_gradient_is_that_of_the_objective(tmp_path, kwargs):
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-3)
 
 
-def test_micro_batch_size_does_not_change_the_gradient(tmp_path):
-    settings = {"max_steps": 1, "max_grad_norm": 0, "rollout_batch_size": 4}
-    whole, pieces = (
-        first_gradients(tiny_trainer(tmp_path, per_device_train_batch_size=size, **settings)) for size in (1000, 5)
-    )
-    for name, gradient in whole.items():
-        torch.testing.assert_close(pieces[name], gradient, atol=1e-6, rtol=1e-4)
-
-
 def test_update_raises_the_density_of_rewarded_trajectories(tmp_path):
     trainer = trained(tmp_path, top_advantage_quantile=1.0)
     velocity = partial(trainer.velocity, trainer.network)
