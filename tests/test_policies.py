@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, PNDMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from tests.edm2 import tiny_edm2_pipeline
 from tests.helpers import tiny_pipeline
@@ -20,25 +20,23 @@ from trl_distreward.generation import SamplingSchedule, generate_images, image_g
 from trl_distreward.policies import ClassConditionalPolicy, DiscreteTimePolicy, as_policy, to_uint8
 from trl_distreward.sampling import time_grid
 
-ONE_BLOCK = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 
-
-def seeded(build, *args):
-    torch.manual_seed(0)
-    return build(*args)
+def pixels(scheduler):
+    """A pipeline of images, whose network plays no part in these tests."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return DDIMPipeline(UNet2DModel(4, block_out_channels=(32,), **blocks), scheduler)
 
 
 def test_an_image_depends_on_seed_and_index_alone():
     policy, labels = ClassConditionalPolicy(tiny_pipeline()), torch.arange(9) % 3
     for schedule in (SamplingSchedule(4, "sde"), SamplingSchedule(4, "ode")):
-        sizes = [
-            torch.cat([images for images, _ in generate_images(policy, labels, schedule, batch_size=size)])
-            for size in (9, 4, 1)
-        ]
-        for images in sizes[1:]:
-            assert (images.int() - sizes[0].int()).abs().max() <= 1  # kernels may differ in the last bit
-    other = torch.cat([images for images, _ in generate_images(policy, labels, schedule, seed=1)])
-    assert not torch.equal(other, sizes[0])
+        whole, parts, single, other = (
+            torch.cat([images for images, _ in generate_images(policy, labels, schedule, batch_size=size, seed=seed)])
+            for size, seed in ((9, 0), (4, 0), (1, 0), (9, 1))
+        )
+        for images in (parts, single):
+            assert (images.int() - whole.int()).abs().max() <= 1  # kernels may differ in the last bit
+        assert not torch.equal(other, whole)
 
 
 @pytest.mark.parametrize("broken", ["velocity", "decode"])
@@ -50,7 +48,7 @@ def test_images_that_are_not_finite_are_not_black_images(monkeypatch, broken):
         values = whole(*args)
         if broken == "velocity" and len(values) > 2:
             values[2] = torch.nan
-        elif broken == "decode" and len(values) == 1:  # the last batch's: image 8
+        elif broken == "decode" and len(values) == 1:  # image 8, in the last batch
             values = values * torch.nan
         return values
 
@@ -60,7 +58,7 @@ def test_images_that_are_not_finite_are_not_black_images(monkeypatch, broken):
         list(images)
 
 
-def test_images_are_those_of_the_network_without_dropout():
+def test_images_are_generated_without_dropout():
     policy = ClassConditionalPolicy(tiny_pipeline(class_dropout_prob=0.5))
     labels, schedule = torch.arange(9) % 3, SamplingSchedule(2, "ode")
     (expected,) = (images for images, _ in generate_images(policy, labels, schedule))
@@ -71,12 +69,11 @@ def test_images_are_those_of_the_network_without_dropout():
 
 
 def test_labels_that_the_model_does_not_know_make_no_images():
-    policy = ClassConditionalPolicy(tiny_pipeline())
     with pytest.raises(ValueError, match="labels must lie in 0 to 2"):
-        list(generate_images(policy, [0, 3], SamplingSchedule(2, "ode")))
+        list(generate_images(ClassConditionalPolicy(tiny_pipeline()), [0, 3], SamplingSchedule(2, "ode")))
 
 
-def test_dopri5_is_refused_where_the_model_has_no_velocity_at_data():
+def test_dopri5_is_refused_for_models_without_a_velocity_at_data():
     schedule = SamplingSchedule(2, "ode", solver="dopri5")
     for pipeline in (stable_diffusion(ddim()), tiny_edm2_pipeline()):
         with pytest.raises(ValueError, match=r"solver='dopri5' needs the velocity at t = 0, where .*Policy has none"):
@@ -99,7 +96,7 @@ def test_streams_of_noise_do_not_meet():
     assert len(seeds) == 4 * 6400
 
 
-def test_protocol_is_met_and_passes_through():
+def test_a_policy_meets_the_protocol_and_passes_through():
     policy = as_policy(tiny_pipeline(), guidance_scale=1.5)
     assert isinstance(policy, DiffusionPolicy) and policy.guidance_scale == 1.5
     assert as_policy(policy) is policy
@@ -114,7 +111,7 @@ def test_quantization_rounds_as_image_files_do():
 
 
 class PointData(DiscreteTimePolicy):
-    """The exact network of data in one point, `μ = 0.3`, whatever its prediction type."""
+    """The exact network of data in one point, `μ = 0.3`, for every prediction type."""
 
     component = "unet"
 
@@ -134,7 +131,7 @@ class PointData(DiscreteTimePolicy):
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
 def test_every_prediction_type_is_the_same_velocity(prediction_type, beta_schedule):
     scheduler = DDIMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, clip_sample=False)
-    policy = PointData(DDIMPipeline(UNet2DModel(4, block_out_channels=(32,), **ONE_BLOCK), scheduler))
+    policy = PointData(pixels(scheduler))
     first = (policy.sigmas[0] / (1 + policy.sigmas[0])).item()
     t = torch.cat([torch.linspace(first, 0.98, 7), torch.rand(20) * 0.9 + 0.05, torch.tensor([1.0])])
     x = torch.randn(len(t), 3, 4, 4)
@@ -142,17 +139,15 @@ def test_every_prediction_type_is_the_same_velocity(prediction_type, beta_schedu
     torch.testing.assert_close(velocity, (x - 0.3) / t.view(-1, 1, 1, 1), rtol=2e-3, atol=2e-3)
 
 
-def test_clipped_data_is_where_the_velocity_leads():
-    scheduler = DDIMScheduler(clip_sample=True, clip_sample_range=0.2)
-    policy = PointData(DDIMPipeline(UNet2DModel(4, block_out_channels=(32,), **ONE_BLOCK), scheduler))
+def test_the_velocity_leads_to_clipped_data():
+    policy = PointData(pixels(DDIMScheduler(clip_sample=True, clip_sample_range=0.2)))
     x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.5, 0.8])
     data = x - t.view(-1, 1, 1, 1) * policy.velocity(policy.model, x, t, {})
     torch.testing.assert_close(data, torch.full_like(data, 0.2))
 
 
-def test_schedulers_made_from_others_use_what_is_theirs_alone():
-    unet = UNet2DModel(4, block_out_channels=(32,), **ONE_BLOCK)
-    pipeline = DDPMPipeline(unet, DDIMScheduler(clip_sample=True))
+def test_a_scheduler_ignores_settings_of_the_one_it_was_made_from():
+    pipeline = pixels(DDIMScheduler(clip_sample=True))
     assert as_policy(pipeline).clip == 1.0
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     assert pipeline.scheduler.config.clip_sample and as_policy(pipeline).clip is None
@@ -161,27 +156,20 @@ def test_schedulers_made_from_others_use_what_is_theirs_alone():
     assert as_policy(pipeline).prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("DDPMScheduler", {}),
-        ("PNDMScheduler", {"skip_prk_steps": True}),
-        ("HeunDiscreteScheduler", {}),
-        ("DPMSolverMultistepScheduler", {}),
-        ("KDPM2DiscreteScheduler", {}),
-    ],
-)
-def test_every_scheduler_has_a_grid(name, settings):
-    pipeline = DDIMPipeline(UNet2DModel(4, block_out_channels=(32,), **ONE_BLOCK), DDIMScheduler())
-    pipeline.scheduler = getattr(diffusers, name)(**settings)
+@pytest.mark.parametrize("name", ["DDPM", "PNDM", "HeunDiscrete", "DPMSolverMultistep", "KDPM2Discrete"])
+def test_every_scheduler_has_a_grid(name):
+    pipeline = pixels(DDIMScheduler())
+    settings = {"skip_prk_steps": True} if name == "PNDM" else {}
+    pipeline.scheduler = getattr(diffusers, f"{name}Scheduler")(**settings)
     schedule = SamplingSchedule(20, "ode", time_grid="auto").on(as_policy(pipeline))
     assert len(schedule.times) == 21 and schedule.times[-1] == 0
     assert all(a > b for a, b in pairwise(schedule.times))
     assert 0.9 < schedule.times[0] < 1 and 0.9 < schedule.noise_scale < 1.01
 
 
-def test_a_scheduler_of_another_number_of_steps_is_refused():
-    pipeline = DDPMPipeline(UNet2DModel(4, block_out_channels=(32,), **ONE_BLOCK), PNDMScheduler())
+def test_a_scheduler_that_takes_another_number_of_steps_is_refused():
+    pipeline = pixels(DDIMScheduler())
+    pipeline.scheduler = diffusers.PNDMScheduler()
     with pytest.raises(ValueError, match="the scheduler takes 23 steps for num_inference_steps=20"):
         SamplingSchedule(20, "ode", time_grid="auto").on(as_policy(pipeline))
 
@@ -193,12 +181,11 @@ def test_a_grid_of_the_scheduler_takes_no_other_settings():
     assert SamplingSchedule(4, time_grid="auto").on(ClassConditionalPolicy(tiny_pipeline())).times == time_grid(4)
 
 
-def test_what_is_no_velocity_is_refused():
-    unet = UNet2DModel(4, block_out_channels=(32,), **ONE_BLOCK)
+def test_pipelines_without_the_asked_velocity_are_refused():
     with pytest.raises(ValueError, match="thresholding"):
-        as_policy(DDIMPipeline(unet, DDIMScheduler(thresholding=True)))
+        as_policy(pixels(DDIMScheduler(thresholding=True)))
     with pytest.raises(ValueError, match="needs a null class"):
-        as_policy(DDIMPipeline(unet, DDIMScheduler()), guidance_scale=2.0)
+        as_policy(pixels(DDIMScheduler()), guidance_scale=2.0)
     distilled = stable_diffusion(ddim())
     distilled.unet.register_to_config(time_cond_proj_dim=8)
     with pytest.raises(ValueError, match="guidance as an embedding .time_cond_proj_dim=8"):
@@ -207,9 +194,8 @@ def test_what_is_no_velocity_is_refused():
         as_policy(stable_diffusion(ddim())).check_conditions("a cat")
 
 
-def test_the_null_class_is_of_the_networks_config():
-    pipeline = dit(num_classes=5)
-    policy = as_policy(pipeline, guidance_scale=2.0)
+def test_the_null_class_comes_from_the_networks_config():
+    policy = as_policy(dit(num_classes=5), guidance_scale=2.0)
     labels = policy.inputs(policy.encode([0, 4]), guided=True)["class_labels"]
     assert labels.tolist() == [5, 5, 0, 4] and policy.num_conditions == 5
     with pytest.raises(ValueError, match="labels must lie in 0 to 4"):
@@ -219,24 +205,15 @@ def test_the_null_class_is_of_the_networks_config():
 # ---- prompts ----
 
 
-def counting(encoder):
-    """Counts the prompts that a text encoder sees."""
-    seen = []
-    encoder.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
-    )
-    return seen
-
-
 def test_prompts_are_encoded_once_and_forgotten_beyond_the_cache():
-    policy = as_policy(stable_diffusion(ddim()), cache_size=2)
-    seen = counting(policy.pipeline.text_encoder)
+    policy, seen = as_policy(stable_diffusion(ddim()), cache_size=2), []
+    policy.pipeline.text_encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     for _ in range(3):
         policy.inputs(policy.encode(["a cat", "the dog", "a cat"]), guided=False)
     assert sum(seen) == 2
     embeds = policy.inputs(policy.encode(["a red dog", "a cat", "the dog"]), guided=False)["prompt_embeds"]
     assert sum(seen) == 3 and len(embeds) == 3
-    policy.inputs(policy.encode(["a cat", "the dog"]), guided=False)  # the last two asked for
+    policy.inputs(policy.encode(["a cat", "the dog"]), guided=False)  # the last two
     assert sum(seen) == 3
     policy.inputs(policy.encode(["a red dog"]), guided=False)
     assert sum(seen) == 4
@@ -253,11 +230,12 @@ def test_encoded_prompts_are_their_texts():
 
 
 def test_offloaded_text_encoders_give_the_same_embeddings():
+    pipeline, copied = stable_diffusion(ddim()), stable_diffusion(ddim())
+    copied.text_encoder = pipeline.text_encoder
     kept, offloaded = (
-        as_policy(seeded(stable_diffusion, ddim()), guidance_scale=2.0, offload_text_encoders=offload)
-        for offload in (False, True)
+        as_policy(part, guidance_scale=2.0, offload_text_encoders=part is copied) for part in (pipeline, copied)
     )
-    offloaded.to(torch.device("meta"))  # where an encoder would lose its weights
+    offloaded.to(torch.device("meta"))  # an encoder would lose its weights there
     for name, value in kept.inputs(kept.encode(["a cat"]), guided=True).items():
         assert torch.equal(value, offloaded.inputs(offloaded.encode(["a cat"]), guided=True)[name])
 
@@ -289,10 +267,10 @@ def test_slots_keep_their_prompts():
         conditions_of_slots(policy, None, 12, seed=0)
 
 
-# ---- a user's own ----
+# ---- a policy of one's own ----
 
 
-def test_the_example_of_a_custom_policy_trains_and_saves(tmp_path):
+def test_the_example_of_a_policy_trains_and_saves(tmp_path):
     path = Path(__file__).parents[1] / "examples" / "custom_policy.py"
     spec = importlib.util.spec_from_file_location("custom_policy", path)
     example = importlib.util.module_from_spec(spec)
