@@ -1,5 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -27,23 +28,20 @@ def dealt(deal, rank, size, num_images):
 
 def deal_over(processes, size, kept):
     """Deals on every process, in threads that meet where processes would."""
-    barrier, slots, results = threading.Barrier(processes), [None] * processes, [None] * processes
+    barrier, sent = threading.Barrier(processes), [None] * processes
 
     def work(rank):
         def gather(values):
-            slots[rank] = values
-            barrier.wait()
-            everything = torch.cat(slots)
-            barrier.wait()
+            sent[rank] = values
+            barrier.wait(10)
+            everything = torch.cat(sent)
+            barrier.wait(10)
             return everything
 
-        deal = Deal(torch.tensor(kept), size, gather, rank, processes)
-        results[rank] = dealt(deal, rank, size, len(kept))
+        return dealt(Deal(torch.tensor(kept), size, gather, rank, processes), rank, size, len(kept))
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(processes)]
-    [thread.start() for thread in threads]
-    [thread.join(10) for thread in threads]
-    return results
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(work, range(processes)))
 
 
 @pytest.mark.parametrize(
