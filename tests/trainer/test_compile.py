@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.utils import counters
 
-from tests.helpers import tiny_config, tiny_trainer
+from tests.helpers import SAVE_EVERY_STEP, calls_of, tiny_config, tiny_trainer, weights
 from tests.trainer.test_distributed import run, values
 from trl_distreward import load_pipeline
 
@@ -21,52 +21,41 @@ def trained(folder, **kwargs):
     counters.clear()
     torch.manual_seed(0)
     trainer = tiny_trainer(folder, **ONE_SIZE, **kwargs)
-    seen, velocity = [], trainer.policy.velocity
-
-    def spy(model, *args):
-        seen.append((type(model), torch.is_grad_enabled()))
-        return velocity(model, *args)
-
-    trainer.policy.velocity = spy
+    calls = calls_of(trainer.policy, "velocity")
     trainer.train()
-    return trainer, seen
+    return trainer, {(type(model), velocity.requires_grad) for (model, *_), velocity in calls}
 
 
 def assert_same_training(trainer, expected, atol):
-    weights = dict(expected.network.named_parameters())
-    for name, value in trainer.network.named_parameters():
-        torch.testing.assert_close(value, weights[name], atol=atol, rtol=0)
+    for name, value in weights(expected.network).items():
+        torch.testing.assert_close(weights(trainer.network)[name], value, atol=atol, rtol=0)
     log = trainer.state.log_history[0]
     assert trainer.args.loss_type == "rft" or log["ratio/min"] == log["ratio/max"] == 1.0
 
 
 def test_rollouts_and_updates_go_through_one_compiled_network(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 1, "ema_decay": 0.5}
+    settings = {**SAVE_EVERY_STEP, "ema_decay": 0.5}
     expected, _ = trained(tmp_path / "plain", **settings)
     trainer, seen = trained(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **settings)
-    assert set(seen) == {(OptimizedModule, False), (OptimizedModule, True)}
+    assert seen == {(OptimizedModule, False), (OptimizedModule, True)}
     assert counters["stats"]["unique_graphs"] == 2  # without and with gradients, each in one piece
     assert_same_training(trainer, expected, atol=0)
-    files = [
-        {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
-        for folder in (tmp_path / "plain" / "checkpoint-1", tmp_path / "compiled" / "checkpoint-1")
-    ]
-    assert files[0].keys() == files[1].keys() and len(files[0]) == 2
-    for path, weights in files[0].items():
-        assert weights.keys() == files[1][path].keys()
-        assert all(torch.equal(value, files[1][path][name]) for name, value in weights.items())
-    load_pipeline(tmp_path / "compiled" / "checkpoint-1")
+    folders = [tmp_path / name / "checkpoint-1" for name in ("plain", "compiled")]
+    files = [{path.relative_to(folder) for path in folder.rglob("*.safetensors")} for folder in folders]
+    assert files[0] == files[1] and len(files[0]) == 2
+    for path in files[0]:
+        plain, compiled = (load_file(folder / path) for folder in folders)
+        assert plain.keys() == compiled.keys()
+        assert all(torch.equal(value, compiled[name]) for name, value in plain.items())
+    load_pipeline(folders[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"peft_config": True, "beta": 0.1}, {"loss_type": "rft"}])
+@pytest.mark.parametrize("settings", [{}, {"peft_config": LoraConfig(r=2), "beta": 0.1}, {"loss_type": "rft"}])
 @pytest.mark.parametrize(("backend", "atol"), [("aot_eager", 0), ("inductor", 1e-4)])
 def test_backends_train_alike(tmp_path, settings, backend, atol):
-    def options():
-        return {**settings, "peft_config": LoraConfig(r=2)} if "peft_config" in settings else settings
-
-    expected, _ = trained(tmp_path / "plain", **options())
-    trainer, _ = trained(tmp_path / backend, torch_compile=True, torch_compile_backend=backend, **options())
+    expected, _ = trained(tmp_path / "plain", **settings)
+    trainer, _ = trained(tmp_path / backend, torch_compile=True, torch_compile_backend=backend, **settings)
     assert_same_training(trainer, expected, atol)
 
 
@@ -76,10 +65,10 @@ def test_gradients_of_a_compiled_network_are_still_shared(tmp_path):
     settings = {"max_steps": 2, "per_device_train_batch_size": 6}
     expected, log = run(tmp_path / "plain", 2, settings)
     settings |= {"torch_compile": True, "torch_compile_backend": "eager"}
-    weights, other = run(tmp_path / "compiled", 2, settings)
+    found, other = run(tmp_path / "compiled", 2, settings)
     assert values(other, "grad_norm") == pytest.approx(values(log, "grad_norm"), rel=1e-6)
     for name, value in expected.items():
-        torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
 
 
 def test_reading_the_network_keeps_its_wrappers(tmp_path):
