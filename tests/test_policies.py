@@ -13,7 +13,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from tests.edm2 import tiny_edm2_pipeline
 from tests.helpers import tiny_pipeline
 from tests.policies_parts import ddim
-from tests.policies_tiny import dit, stable_diffusion
+from tests.policies_tiny import dit, flux, stable_diffusion
 from trl_distreward import DiffusionPolicy
 from trl_distreward.conditions import conditions_of_slots
 from trl_distreward.generation import SamplingSchedule, generate_images, image_generators, sample
@@ -245,6 +245,10 @@ def test_sizes_are_checked():
     assert policy.sample_shape == (4, 6, 8)
     with pytest.raises(ValueError, match="must be multiples of 2"):
         as_policy(stable_diffusion(ddim()), height=13)
+
+
+def test_distilled_guidance_needs_no_second_sample():
+    assert [as_policy(flux(distilled), guidance_scale=2.0).guided for distilled in (True, False)] == [False, True]
 
 
 def test_prompts_of_another_batch_are_read_anew():

@@ -16,9 +16,10 @@ from trl_distreward.sampling import (
     transition,
 )
 
+CPU = torch.device("cpu")
 schedules = pytest.mark.parametrize("noise_schedule", NOISE_SCHEDULES)
 
-# 2-D Gaussian data, one direction narrower and one wider than the noise: its velocity is known in closed form.
+# 2-D Gaussian data, narrower than the noise in one direction and wider in the other. Its velocity is known exactly.
 MEAN = torch.tensor([1.0, -0.5], dtype=torch.float64)
 STD = torch.tensor([0.5, 1.5], dtype=torch.float64)
 
@@ -35,23 +36,19 @@ def exact_moments(t, mean=MEAN, std=STD):
 
 
 def propagated_moments(times, noise_schedule, noise_level, mean=MEAN, std=STD):
-    """Mean and variance after each step: every step is affine in x, so two probes give it exactly."""
+    """Mean and variance after each step. Steps are affine in x, so two probes give them exactly."""
     moment = exact_moments(torch.tensor(times[0], dtype=torch.float64), mean, std)
     probes = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    noise = {"noise_schedule": noise_schedule, "noise_level": noise_level}
     for t, t_next in pairwise(times):
-        velocity = gaussian_velocity(probes, t, mean, std)
-        step = transition(
-            probes, velocity, t, t_next, noise_schedule=noise_schedule, noise_level=noise_level, prev_sample=probes
-        )
+        step = transition(probes, gaussian_velocity(probes, t, mean, std), t, t_next, prev_sample=probes, **noise)
         offset, slope = step.mean[0], step.mean[1] - step.mean[0]
         moment = (slope * moment[0] + offset, slope**2 * moment[1] + step.std[0] ** 2)
         yield moment
 
 
-def variance_errors(num_steps, noise_schedule, noise_level, start=1.0, **data):
-    times = time_grid(num_steps)
-    times[0] = start
-    errors = []
+def variance_errors(num_steps, noise_schedule, noise_level, **data):
+    times, errors = time_grid(num_steps), []
     moments = propagated_moments(times, noise_schedule, noise_level, **data)
     for (mean, variance), t in zip(moments, times[1:], strict=True):
         exact_mean, exact_variance = exact_moments(t, **data)
@@ -62,7 +59,7 @@ def variance_errors(num_steps, noise_schedule, noise_level, start=1.0, **data):
 
 @schedules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_replayed_log_prob_is_the_drawn_one_bit_for_bit(noise_schedule, dtype):
+def test_replayed_log_prob_equals_the_drawn_one_to_the_last_bit(noise_schedule, dtype):
     x, v = torch.randn(5, 3, 4, 4).to(dtype), torch.randn(5, 3, 4, 4).to(dtype)
     kwargs = {"noise_schedule": noise_schedule, "noise_level": 0.7}
     for t, t_next in pairwise(time_grid(10)):
@@ -99,7 +96,7 @@ def test_mean_and_std_are_those_of_the_sde():
 
 
 @schedules
-def test_without_noise_it_is_the_euler_step_exactly(noise_schedule):
+def test_without_noise_a_step_is_eulers(noise_schedule):
     x, times = torch.randn(3, 1, 4, 4), time_grid(7)
     trajectory = rollout(gaussian_like, x, times, noise_schedule=noise_schedule, noise_level=0.0)
     assert torch.equal(trajectory.sample, solve_ode(gaussian_like, x, times))
@@ -118,7 +115,7 @@ def test_marginals_are_kept_and_their_error_vanishes_as_one_over_steps(noise_sch
 
 
 def test_flow_grpo_marginals_recover_from_the_singular_first_steps():
-    # Its noise per step does not shrink near t = 1, however fine the grid: the error there stays, and fades below.
+    # Near t = 1 its noise per step does not shrink with the grid: the error stays there and fades below.
     coarse, fine = variance_errors(50, "flow_grpo", 0.7), variance_errors(400, "flow_grpo", 0.7)
     assert max(coarse) < 0.12
     assert fine[199] < 0.5 * coarse[24]  # both at t = 0.5
@@ -134,19 +131,15 @@ def test_cps_marginals_are_exact_for_concentrated_data_at_any_step_count():
 @schedules
 @pytest.mark.parametrize("start", [1.0, 0.9999, 0.999])
 def test_drawn_samples_have_the_propagated_moments_at_every_time(noise_schedule, start):
-    times, count = time_grid(50), 20_000
-    times[0] = start
-    generator = torch.Generator().manual_seed(1)
+    times, count, generator = [start, *time_grid(50)[1:]], 20_000, torch.Generator().manual_seed(1)
     mean, variance = exact_moments(start)
     x = mean + variance.sqrt() * torch.randn(count, 2, generator=generator, dtype=torch.float64)
-    moments = propagated_moments(times, noise_schedule, 0.7)
+    moments, noise = propagated_moments(times, noise_schedule, 0.7), {"noise_schedule": noise_schedule}
     for (t, t_next), (mean, variance) in zip(pairwise(times), moments, strict=True):
-        step = transition(
-            x, gaussian_velocity(x, t), t, t_next, noise_schedule=noise_schedule, noise_level=0.7, generator=generator
-        )
+        step = transition(x, gaussian_velocity(x, t), t, t_next, noise_level=0.7, generator=generator, **noise)
         x = step.prev_sample
         assert x.isfinite().all()
-        assert step.std.max() <= 1.0  # no amplification at the singular end
+        assert step.std.max() <= 1.0  # also at the singular end
         bound = 5 / math.sqrt(count)  # five Monte-Carlo standard errors
         assert ((x.mean(0) - mean).abs() / variance.sqrt()).max() < bound
         assert (x.var(0) / variance - 1).abs().max() < bound * math.sqrt(2)
@@ -175,18 +168,15 @@ def test_only_the_first_step_is_bounded_whatever_the_grid(num_steps, shift):
 @schedules
 def test_rollout_keeps_the_asked_steps_and_they_replay(noise_schedule):
     x, times = torch.randn(6, 1, 4, 4), time_grid(8, last_step_size=0.04)
-    steps = stochastic_steps(times, noise_schedule=noise_schedule, noise_level=0.5, final_step="mean")
-    assert steps == tuple(range(7))  # all but the noiseless last one
-    kept = (2, 3, 6)
-    kwargs = {"noise_schedule": noise_schedule, "noise_level": 0.5}
-    trajectory = rollout(gaussian_like, x, times, keep_steps=kept, final_step="mean", **kwargs)
+    kept, noise = (2, 3, 6), {"noise_schedule": noise_schedule, "noise_level": 0.5}
+    assert stochastic_steps(times, final_step="mean", **noise) == tuple(range(7))  # all but the last
+    trajectory = rollout(gaussian_like, x, times, keep_steps=kept, final_step="mean", **noise)
     assert set(trajectory.states) == {2, 3, 4, 6, 7}
     assert trajectory.log_probs.shape == (6, 3)
     for column, i in enumerate(kept):
-        state, t = trajectory.states[i], torch.full((6,), times[i])
-        replay = transition(
-            state, gaussian_like(state, t), times[i], times[i + 1], prev_sample=trajectory.states[i + 1], **kwargs
-        )
+        state, taken = trajectory.states[i], trajectory.states[i + 1]
+        velocity = gaussian_like(state, torch.full((6,), times[i]))
+        replay = transition(state, velocity, times[i], times[i + 1], prev_sample=taken, **noise)
         assert torch.equal(replay.log_prob, trajectory.log_probs[:, column])
 
 
@@ -212,12 +202,11 @@ def test_heun_converges_at_second_order_and_euler_at_first():
     assert 3.5 < errors["heun", 40] / errors["heun", 80] < 4.5
 
 
-def test_one_generator_per_row_makes_rows_independent_of_their_batch():
-    def generators(rows):
-        return [torch.Generator().manual_seed(row) for row in rows]
-
-    whole = gaussian_noise((4, 2, 3), generators(range(4)), torch.device("cpu"), torch.float32)
-    part = gaussian_noise((2, 2, 3), generators([2, 3]), torch.device("cpu"), torch.float32)
+def test_rows_with_generators_of_their_own_do_not_depend_on_the_batch():
+    whole, part = (
+        gaussian_noise((len(rows), 2, 3), [torch.Generator().manual_seed(row) for row in rows], CPU, torch.float32)
+        for rows in (range(4), range(2, 4))
+    )
     assert torch.equal(whole[2:], part)
 
 
@@ -244,7 +233,7 @@ def test_errors_name_value_and_rule(call, message):
         call(torch.randn(2, 3))
 
 
-def test_dopri5_solves_to_its_tolerance():
+def test_dopri5_solves_within_its_tolerance():
     pytest.importorskip("torchdiffeq")
     x = torch.linspace(-2, 2, 12, dtype=torch.float64).view(4, 3)
     # dx/dt = -3 t² x from t = 1 to 0 multiplies x by e
@@ -253,7 +242,7 @@ def test_dopri5_solves_to_its_tolerance():
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("heun", 9)])
-def test_schedules_know_their_evaluations(solver, evaluations):
+def test_schedules_count_their_network_evaluations(solver, evaluations):
     calls = []
     solve_ode(lambda x, t: calls.append(1) or x, torch.ones(2, 1), time_grid(5), solver=solver)
     assert len(calls) == evaluations == SamplingSchedule(5, "ode", solver=solver).num_evaluations
