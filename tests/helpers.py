@@ -27,8 +27,8 @@ from trl_distreward import (
 def tiny_sit(seed=0, **kwargs):
     """A SiT with random weights, in the output layer as well: its velocity is not zero."""
     torch.manual_seed(seed)
-    config = {"sample_size": 4, "in_channels": 1, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
-    model = SiTTransformer2DModel(**{**config, "num_classes": 3, "learn_sigma": False, **kwargs})
+    sizes = {"sample_size": 4, "in_channels": 1, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
+    model = SiTTransformer2DModel(**{**sizes, "num_classes": 3, "learn_sigma": False, **kwargs})
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -44,16 +44,9 @@ def tiny_pipeline(seed=0, **kwargs):
 def tiny_vae():
     """A VAE that decodes 4 channels to images with sides twice as long."""
     torch.manual_seed(3)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=8,
-    )
-    vae.register_to_config(scaling_factor=0.18215)
-    return vae
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 8}
+    return AutoencoderKL(**blocks, **sizes, scaling_factor=0.18215)
 
 
 def features(images):
@@ -76,23 +69,12 @@ QUIET = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_t
 
 
 def tiny_config(output_dir, **kwargs):
-    defaults = {
-        "max_steps": 2,
-        "reference_update": "refresh",
-        "lr_scheduler_type": "constant",
-        "ema_decay": 0.0,
-        "reference_set_size": 24,
-        "num_subsets": 6,
-        "replace_size": 2,
-        "num_inference_steps": 4,
-        "num_inference_steps_eval": 5,
-        "top_advantage_quantile": 0.5,
-        "per_device_train_batch_size": 7,
-        "per_device_eval_batch_size": 5,
-        "learning_rate": 1e-3,
-        **QUIET,
-    }
-    return DiffusionDistributionConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+    rewards = {"reference_set_size": 24, "reference_update": "refresh", "num_subsets": 6, "replace_size": 2}
+    images = {"num_inference_steps": 4, "num_inference_steps_eval": 5, "per_device_eval_batch_size": 5}
+    updates = {"max_steps": 2, "top_advantage_quantile": 0.5, "per_device_train_batch_size": 7, "ema_decay": 0.0}
+    rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    settings = {**rewards, **images, **updates, **rate, **QUIET, **kwargs}
+    return DiffusionDistributionConfig(output_dir=str(output_dir), **settings)
 
 
 def tiny_trainer(output_dir, model=None, reward_funcs=None, peft_config=None, eval_metrics=None, **kwargs):
@@ -226,21 +208,17 @@ def assert_same_weights(first, second):
         assert torch.equal(value, expected[name]), name
 
 
-class _Gradients(TrainerCallback):
-    def __init__(self):
-        self.first = None
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.first is None:
-            self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def first_gradients(trainer):
     """Trains, and returns the gradients of the first update."""
-    gradients = _Gradients()
-    trainer.add_callback(gradients)
+    found = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Keep())
     trainer.train()
-    return gradients.first
+    return found[0]
 
 
 def launch(*command, processes=2, **environment):
@@ -249,8 +227,6 @@ def launch(*command, processes=2, **environment):
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         launcher += [str(Path(__file__).with_name("launched.py"))]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment}
-    return subprocess.run(
-        [*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    command = [*launcher, *map(str, command)]
+    return subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, timeout=120)
