@@ -106,12 +106,12 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch
     trainer = tiny_trainer(tmp_path / "not" / "there", ema_decay=0.9, **SAVE_EVERY_STEP)
     check_resources(trainer)
     monkeypatch.setattr(module, "memory_capacity", lambda _: 1000.0)
-    with pytest.raises(RuntimeError, match="networks, gradients and optimizer take .* set ema_decay=0"):
+    with pytest.raises(ValueError, match="networks, gradients and optimizer take .* set ema_decay=0"):
         check_resources(trainer)
     monkeypatch.undo()
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(RuntimeError, match="checkpoints take up to .* set save_total_limit, save_only_model=True"):
+    with pytest.raises(ValueError, match="checkpoints take up to .* set save_total_limit, save_only_model=True"):
         check_resources(trainer)
     old = tmp_path / "not" / "there" / "checkpoint-5"
     old.mkdir(parents=True)
