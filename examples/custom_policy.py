@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-A network of one's own, no diffusers pipeline: a small MLP on scikit-learn's 8x8 digits, first trained by flow
-matching, then on a distribution-wise reward. What the trainer needs is the class DigitsPolicy.
+A network that is not a diffusers pipeline: a small MLP on scikit-learn's 8x8 digits, first trained by flow matching,
+then on a distribution-wise reward. The class DigitsPolicy is all that the trainer needs.
 
     python examples/custom_policy.py
     python examples/custom_policy.py --pretraining-steps 200 --steps 2
@@ -26,7 +26,7 @@ from trl_distreward.sampling import gaussian_noise
 
 
 class VelocityMLP(nn.Module):
-    """Velocity of 64 pixels, given their values, the time and the class."""
+    """Velocity of 64 pixels, from their values, the time and the class."""
 
     def __init__(self, width: int = 256):
         super().__init__()
@@ -49,7 +49,7 @@ class DigitsPolicy:
         self.model = model
 
     def to(self, device):
-        """The trainer moves the network, and there is nothing else."""
+        """Moves nothing: the trainer moves the network."""
 
     def check_conditions(self, conditions):
         if not all(0 <= int(label) < 10 for label in conditions):
@@ -76,7 +76,7 @@ class DigitsPolicy:
 
 
 def pretrain(policy: DigitsPolicy, images: Tensor, labels: Tensor, steps: int) -> None:
-    """Flow matching: `v = x_1 - x_0` at `x_t = (1-t) x_0 + t x_1`."""
+    """Trains by flow matching: `v = x_1 - x_0` at `x_t = (1-t) x_0 + t x_1`."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=2e-3)
     for _ in range(steps):
         rows = torch.randint(len(images), (128,))
@@ -96,9 +96,9 @@ def pixels(images: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretraining-steps", type=int, default=2000, help="steps of flow matching")
-    parser.add_argument("--steps", type=int, default=50, help="updates on the reward")
+    parser.add_argument("--steps", type=int, default=50, help="updates with the reward")
     parser.add_argument("--reference-set-size", type=int, default=1000, help="images of the reference set")
-    parser.add_argument("--output-dir", default="outputs/custom-policy", help="where the weights go")
+    parser.add_argument("--output-dir", default="outputs/custom-policy", help="folder for the weights")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     digits = load_digits()
@@ -112,19 +112,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             output_dir=arguments.output_dir,
             max_steps=arguments.steps,
             reference_set_size=arguments.reference_set_size,
-            reference_update="rolling",
             num_subsets=arguments.reference_set_size // 10,
-            replace_size=1,
             loss_type="backprop",
-            backprop_steps=3,
             sampler="ode",
             num_inference_steps=10,
-            num_inference_steps_eval=10,
+            num_inference_steps_eval=[10],
             eval_samplers=["ode"],
             per_device_train_batch_size=512,
             per_device_eval_batch_size=512,
             learning_rate=1e-4,
-            lr_scheduler_type="linear",
             logging_steps=10,
             save_strategy="no",
             report_to="none",

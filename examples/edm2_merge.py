@@ -4,46 +4,45 @@ Learns how to merge EDM2's published snapshots, as in Table 2 of arXiv 2607.0229
 
     accelerate launch --multi_gpu examples/edm2_merge.py --config examples/configs/edm2_merge_xs.yaml
 
-Every snapshot is converted once, without executing anything it carries, to a pipeline folder under `pool_dir`. Needed
-besides: statistics of ImageNet 512x512, NVIDIA's `img512.pkl` or those of `trl-distreward statistics`, and Inception.
-All options of `trl-distreward merge` are options here.
+Snapshots are converted once to pipeline folders in `pool_dir`; nothing in them is executed. The reward also needs
+statistics of ImageNet 512x512: NVIDIA's `img512.pkl`, or a file of `trl-distreward statistics`. Options are those of
+`trl-distreward merge` and these:
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 
 from trl_distreward import MergeCoefficientConfig, load_pipeline
 from trl_distreward.scripts import cli, convert
+from trl_distreward.scripts.arguments import option
 from trl_distreward.scripts.common import make_trl_parser
 from trl_distreward.scripts.merge import MergeArguments, run
 
-# As published: size, thousands of training images, and the relative width of the average that the snapshot is
+# Published names: thousands of training images, and the relative width of the average that the snapshot is
 SNAPSHOT = re.compile(r"-(?P<kimg>\d{7})-(?P<std>\d\.\d{3})\.pkl$")
 
 
 @dataclass
 class EDM2MergeArguments(MergeArguments):
-    """EDM2's snapshots in place of a model and its checkpoints."""
+    """EDM2's snapshots instead of a model and its checkpoints."""
 
-    model: str = field(default="", metadata={"help": "Not needed: the last snapshot is the model."})
-    snapshots: list[str] = field(
-        default_factory=list, metadata={"help": "EDM2's .pkl files, e.g. edm2-img512-xs-2147483-0.100.pkl."}
-    )
-    pool_dir: str = field(default="edm2-pool", metadata={"help": "Where they are converted to."})
-    vae: str | None = field(default=None, metadata={"help": "Hub id or folder of the VAE; by default the snapshots'."})
+    model: str = option("", "Not needed: the last snapshot is the model.")
+    snapshots: list[str] = option([], "EDM2's .pkl files, e.g. edm2-img512-xs-2147483-0.100.pkl.")
+    pool_dir: str = option("edm2-pool", "Folder of the converted snapshots.")
+    vae: str | None = option(None, "Hub id or folder of the VAE; by default the snapshots'.")
 
 
 def convert_snapshots(arguments: EDM2MergeArguments) -> tuple[list[str], list[float], list[float]]:
-    """Pipeline folders, training times and widths of the snapshots, in the order of training."""
+    """Converts snapshots; returns their folders, training times and widths in the order of training."""
     found = []
     for snapshot in arguments.snapshots:
         name = SNAPSHOT.search(snapshot)
         if name is None:
             raise ValueError(
-                f"{snapshot} does not tell its training time and width: name it as it was published, e.g. "
+                f"{snapshot} does not tell its training time and width: keep the published name, e.g. "
                 "edm2-img512-xs-2147483-0.100.pkl."
             )
         found.append((float(name["kimg"]), float(name["std"]), Path(snapshot)))
@@ -53,7 +52,7 @@ def convert_snapshots(arguments: EDM2MergeArguments) -> tuple[list[str], list[fl
     folders = [Path(arguments.pool_dir) / snapshot.stem for _, _, snapshot in found]
     with PartialState().main_process_first():
         for (_, _, snapshot), folder in zip(found, folders, strict=True):
-            # the last one is the pipeline that is merged into, and alone needs a VAE
+            # only the last one, which the others are merged into, needs a VAE
             extra = ["--vae", arguments.vae] if arguments.vae else []
             extra += [] if folder == folders[-1] else ["--no-embed-vae"]
             if not folder.exists():

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What the smoke test of sd3_lora.py runs on: a Stable Diffusion 3, a CLIP and captioned images, made on the spot."""
+"""Tiny random parts for the smoke test of sd3_lora.py: a Stable Diffusion 3, a CLIP and captioned images."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ WIDTH = 16
 
 
 def make_parts(folder: Path) -> None:
-    """Writes `pipeline`, `clip` and `dataset` into a folder, once; all processes call it."""
+    """Writes `pipeline`, `clip` and `dataset` to a folder, once. All processes call it."""
     state = PartialState()
     if state.is_main_process and not folder.is_dir():
         unfinished = folder.with_name(f"_{folder.name}")
@@ -38,7 +38,7 @@ def make_parts(folder: Path) -> None:
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A token for every word of the prompts."""
+    """Makes a tokenizer with one token for each word of the prompts."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOKENS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
@@ -112,7 +112,7 @@ def random_pipeline() -> diffusers.StableDiffusion3Pipeline:
 
 
 def louder(module: nn.Module) -> nn.Module:
-    """Weights large enough for inputs to matter, output layers that start at zero included."""
+    """Draws weights large enough for inputs to matter, also in output layers that start at zero."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)
@@ -120,7 +120,7 @@ def louder(module: nn.Module) -> nn.Module:
 
 
 def captioned_images(count: int) -> Dataset:
-    """Noisy images of one colour, and prompts that say it."""
+    """Makes noisy images of one colour, with prompts that name the colour."""
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, list] = {"image": [], "prompt": []}
     pairs = [(colour, noun) for colour in COLOURS for noun in NOUNS]

@@ -12,7 +12,6 @@ from tests.conversion.snapshots import snapshot
 from tests.edm2 import tiny_edm2
 from tests.helpers import tiny_vae
 from trl_distreward import CheckpointPool, EDM2Pipeline, FeatureStatistics, MergeCoefficientConfig
-from trl_distreward.merging import posthoc_ema_coefficients
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "configs").glob("edm2_merge_*.yaml"))
@@ -30,7 +29,7 @@ def mean_features(images):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_the_papers_pools(example, recipe):
+def test_recipes_have_the_papers_pools(example, recipe):
     parser = TrlParser((example.EDM2MergeArguments, MergeCoefficientConfig))
     arguments, config = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True", "--bf16", "False"])
     kimg = [int(example.SNAPSHOT.search(name)["kimg"]) for name in arguments.snapshots]
@@ -84,16 +83,10 @@ def test_snapshots_become_one_merged_pipeline(example, tmp_path, monkeypatch):
         torch.testing.assert_close(written[name], value, atol=1e-6, rtol=1e-6)
 
 
-def test_the_start_is_the_post_hoc_average_of_the_snapshots_own_widths(example, tmp_path):
-    kimg = [738197.0 + 201326.6 * i for i in range(8)]
-    coefficients = posthoc_ema_coefficients(kimg, [0.1] * 8, kimg[-1], 0.135)
-    assert coefficients.sum() == pytest.approx(1) and coefficients.argmax() >= 4
-
-
-def test_names_that_do_not_tell_time_and_width_are_refused(example, tmp_path):
+def test_names_without_time_and_width_are_refused(example, tmp_path):
     given = {"pool_dir": str(tmp_path), "feature_extractor": "inception", "real_statistics": "img512.pkl"}
     arguments = example.EDM2MergeArguments(snapshots=["edm2.pkl", "b.pkl"], **given)
-    with pytest.raises(ValueError, match="does not tell its training time and width"):
+    with pytest.raises(ValueError, match="keep the published name"):
         example.convert_snapshots(arguments)
     arguments = example.EDM2MergeArguments(snapshots=["a-2147483-0.100.pkl"], **given)
     with pytest.raises(ValueError, match="give at least 2"):

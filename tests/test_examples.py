@@ -12,28 +12,24 @@ import torch
 from diffusers import DiTPipeline, StableDiffusion3Pipeline
 from trl import TrlParser
 
-from trl_distreward import DiffusionDistributionConfig, FeatureStatistics, load_pipeline
+from trl_distreward import PAPER, DiffusionDistributionConfig, FeatureStatistics, load_pipeline
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "configs"
-ARGUMENTS = {
-    "sit_imagenet": "SiTImageNetArguments",
-    "dit_imagenet": "DiTImageNetArguments",
-    "sd3_lora": "SD3Arguments",
-}
-RECIPES = sorted(path for script in ARGUMENTS for path in CONFIGS.glob(f"{script.partition('_')[0]}_*.yaml"))
+RECIPES = sorted(path for family in ("sit", "dit", "sd3") for path in CONFIGS.glob(f"{family}_*.yaml"))
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """Examples as modules, importable by the names that recipes know."""
+    """Imports examples by the names that recipes use."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module
 
 
 def parsed(example, recipe, *options):
-    name = next(name for name in ARGUMENTS if name.partition("_")[0] == recipe.stem.partition("_")[0])
-    parser = TrlParser((getattr(example(name), ARGUMENTS[name]), DiffusionDistributionConfig))
+    sd3 = recipe.stem.startswith("sd3")
+    arguments = example("sd3_lora").SD3Arguments if sd3 else example("imagenet").ImageNetArguments
+    parser = TrlParser((arguments, DiffusionDistributionConfig))
     return parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True", *options])
 
 
@@ -62,45 +58,36 @@ def changed(first, second):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_say_nothing_that_the_options_do_not_know(example, recipe):
-    given = (
-        [] if "real_images" in recipe.read_text() and "smoke" in recipe.stem else ["--real_statistics", "given.npz"]
-    )
+def test_recipes_parse_and_evaluate_the_schedule_of_training(example, recipe):
+    given = [] if "smoke" in recipe.stem else ["--real_statistics", "given.npz"]
     if recipe.stem == "sd3_medium_lora":
         given += ["--dataset_name", "given"]
         parsed(example, recipe, "--dataset_name", "given", "--real_images", "given", "--real_resize", "512")
     arguments, config = parsed(example, recipe, *given)
     assert arguments.feature_extractor or arguments.prompt_encoder
-    assert config.metric_for_best_model.removeprefix("eval_").removesuffix("_distance_features") in (
-        config.eval_schedules
-    )
-    counts = {schedule.num_steps for schedule in config.eval_schedules.values()}
-    assert {schedule.sampler for schedule in config.eval_schedules.values()} == {"sde", "ode"}
-    assert config.num_inference_steps in counts
+    schedules = config.eval_schedules
+    assert config.metric_for_best_model.removeprefix("eval_").removesuffix("_distance_features") in schedules
+    assert {schedule.sampler for schedule in schedules.values()} == {"sde", "ode"}
+    assert config.num_inference_steps in {schedule.num_steps for schedule in schedules.values()}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "own"),
-    [("sit_xl_imagenet256", ()), ("dit_xl_imagenet256", ("rollout_schedule",))],
-)
-def test_the_recipe_is_the_papers(example, recipe, own):
+@pytest.mark.parametrize("recipe", ["sit_xl_imagenet256", "dit_xl_imagenet256"])
+def test_imagenet_recipes_have_the_papers_settings(example, recipe):
     _, config = parsed(example, CONFIGS / f"{recipe}.yaml", "--real_statistics", "given.npz")
-    paper = DiffusionDistributionConfig(output_dir="x", use_cpu=True)
-    for name in ("reference_set_size", "num_subsets", "replace_size", "reference_refresh_steps", "learning_rate"):
+    paper = DiffusionDistributionConfig(output_dir="x", use_cpu=True, **PAPER)
+    for name in PAPER.keys() - {"num_inference_steps_eval"}:  # the recipes also evaluate the steps of training
         assert getattr(config, name) == getattr(paper, name), name
-    for name in ("rollout_schedule", "epsilon", "beta", "top_advantage_quantile", "max_steps", "adam_beta2"):
-        if name not in own:
-            assert getattr(config, name) == getattr(paper, name), name
+    assert recipe.startswith("dit") or config.rollout_schedule == paper.rollout_schedule
 
 
-def test_sit_is_found_by_what_it_is_called(example, tmp_path):
-    load_sit = example("sit_imagenet").load_sit
-    pipeline = load_sit("random:S/8", "random")
+def test_sit_loads_from_a_folder_and_from_an_original_checkpoint(example, tmp_path):
+    load_model = example("imagenet").load_model
+    pipeline = load_model("random:S/8", "random")
     assert pipeline.decode(torch.zeros(1, 4, 32, 32)).shape == (1, 3, 256, 256)
     pipeline.save_pretrained(tmp_path / "sit")
-    loaded = load_sit(str(tmp_path / "sit"), "random")
+    loaded = load_model(str(tmp_path / "sit"), "random")
     torch.save(pipeline.transformer.state_dict(), tmp_path / "original.pt")
-    converted = load_sit(str(tmp_path / "original.pt"), "random")
+    converted = load_model(str(tmp_path / "original.pt"), "random")
     x, t, label = torch.randn(1, 4, 32, 32), torch.tensor([0.3]), torch.tensor([7])
     with torch.no_grad():
         velocities = [p.transformer.eval()(x, t, label).sample for p in (pipeline, loaded, converted)]
@@ -108,8 +95,8 @@ def test_sit_is_found_by_what_it_is_called(example, tmp_path):
 
 
 @pytest.mark.slow
-def test_sit_smoke_recipe_runs_through_accelerate_and_resumes(tmp_path):
-    options = ["sit_imagenet", "--config", "examples/configs/sit_s_smoke.yaml", "--output_dir", tmp_path]
+def test_sit_smoke_recipe_runs_with_accelerate_and_resumes(tmp_path):
+    options = ["imagenet", "--config", "examples/configs/sit_s_smoke.yaml", "--output_dir", tmp_path]
     assert "device-hours" in launch(*options, "--dry-run") and not list(tmp_path.glob("checkpoint-*"))
     launch(*options)
     assert load_pipeline(tmp_path).transformer.config.patch_size == 8
@@ -124,28 +111,28 @@ def test_sit_smoke_recipe_runs_through_accelerate_and_resumes(tmp_path):
     assert (tmp_path / "checkpoint-3" / "model_index.json").is_file()
 
 
-def test_dit_smoke_recipe_gives_a_pipeline_of_diffusers_and_resumes(example, tmp_path, capsys):
+def test_dit_smoke_recipe_writes_a_diffusers_pipeline_and_resumes(example, tmp_path, capsys):
     options = ["--config", str(CONFIGS / "dit_smoke.yaml"), "--output_dir", str(tmp_path)]
-    launch("dit_imagenet", *options)
+    launch("imagenet", *options)
     values = [value for entry in logs(tmp_path, 2) for key, value in entry.items() if key.startswith("eval_")]
     assert len(values) == 2 * (4 + 2) and all(math.isfinite(value) for value in values)
     assert FeatureStatistics.load(tmp_path / "real_statistics.safetensors").count == 32
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{i}.png" for i in range(3)}
 
-    dit = example("dit_imagenet")
-    saved, start = DiTPipeline.from_pretrained(tmp_path), dit.load_dit("random")
+    imagenet = example("imagenet")
+    saved, start = DiTPipeline.from_pretrained(tmp_path), imagenet.load_model("random:dit", "random")
     assert saved.get_label_ids(["class 7", "class 999"]) == [7, 999]
     images = saved([7, 999], num_inference_steps=2, guidance_scale=1.0, output_type="np").images
     assert images.shape == (2, 64, 64, 3) and images.std() > 0.01
     assert not changed(saved.vae, start.vae) and len(changed(saved.transformer, start.transformer)) > 20
 
-    dit.main([*options, "--resume_from_checkpoint", "true", "--max_steps", "3"])
+    imagenet.main([*options, "--resume_from_checkpoint", "true", "--max_steps", "3"])
     assert [entry["step"] for entry in logs(tmp_path, 3) if "loss" in entry] == [1, 2, 3]
-    dit.main([*options, "--dry-run"])
+    imagenet.main([*options, "--dry-run"])
     assert "device-hours" in capsys.readouterr().out
 
 
-def test_sd3_smoke_recipe_gives_an_adapter_that_diffusers_loads_and_resumes(example, tmp_path):
+def test_sd3_smoke_recipe_writes_an_adapter_that_diffusers_loads_and_resumes(example, tmp_path):
     options = ["--config", str(CONFIGS / "sd3_smoke.yaml"), "--output_dir", str(tmp_path)]
     launch("sd3_lora", *options)
     evaluations = [entry for entry in logs(tmp_path, 2) if "eval_runtime" in entry]
