@@ -92,6 +92,7 @@ def held_for_backward(weights: bool = True) -> Iterator[Held]:
 def build_trainer(
     digits: Digits,
     folder: str,
+    *,
     reward: dict[str, Any] | None = None,
     callbacks: list[TrainerCallback] | None = None,
     others: Sequence[Callable[..., Any]] = (),
@@ -128,16 +129,15 @@ def run(
     prepared: Digits,
     seed: int,
     budget: int,
-    reward: dict[str, Any] | None = None,
-    others: Sequence[Callable[..., Any]] = (),
-    eval_metrics: dict[str, Any] | None = None,
+    *,
     evaluations: Sequence[int] = (),
     callbacks: Sequence[TrainerCallback] = (),
     save_to: Path | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """
-    Trains a generator on `budget` images, reference sets included, and evaluates it.
+    Trains a generator on `budget` images, reference sets included, and evaluates it; `options` are those of
+    [`build_trainer`].
 
     Returns:
         `dict`: `"images"`, network `"evaluations"` of one image each, processor `"seconds"` and clock seconds by phase
@@ -146,8 +146,8 @@ def run(
     """
     stop = StopAtBudget(budget, evaluations)
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"max_steps": 10_000, **settings, "seed": seed}
-        trainer = build_trainer(prepared, folder, reward, [stop, *callbacks], others, eval_metrics, **settings)
+        options = {"max_steps": 10_000, **options, "callbacks": [stop, *callbacks], "seed": seed}
+        trainer = build_trainer(prepared, folder, **options)
         stop.trainer = trainer
         forwards, started = [0], time.process_time()
         hook = trainer.network.register_forward_hook(lambda _, inputs, output: forwards.append(len(output[0])))
@@ -162,8 +162,7 @@ def run(
         }
         curve = [_named(trainer, entry) for entry in trainer.state.log_history if "eval_runtime" in entry]
         if evaluations:
-            images = stop.evaluated
-            result["curve"] = [{"images": n, **values} for n, values in zip(images, curve, strict=True)]
+            result["curve"] = [{"images": n, **values} for n, values in zip(stop.evaluated, curve, strict=True)]
         result |= _named(trainer, trainer.evaluate())
         if save_to is not None:
             trainer.save_model(str(save_to))
@@ -181,7 +180,7 @@ def _named(trainer: DistributionRewardTrainer, metrics: dict[str, float]) -> dic
 
 
 def parse_args(parser: argparse.ArgumentParser, data: Sequence[str] = ("digits", "mnist")) -> argparse.Namespace:
-    """Adds arguments that training benchmarks share. `args.prepare` makes the generator of a seed."""
+    """Parses arguments that training benchmarks share. `args.prepare` makes the generator of a seed."""
     parser.add_argument("--data", default="digits", choices=data, help="images to generate")
     parser.add_argument("--mnist", type=Path, default=Path("../shared/data"), help="folder of MNIST and its judges")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 10, 20, 30, 40], help="training seeds")

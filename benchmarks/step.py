@@ -6,9 +6,9 @@ Speed of a training step of SiT on this machine, next to the machine's rate of m
     python benchmarks/step.py --bf16 --micro-batch 64 --budget 120 --compile --output step.json
     OMP_NUM_THREADS=1 python benchmarks/step.py --sizes S --micro-batch 2 --budget 60          # on a CPU
 
-The step is the paper's, 128 subsets of 50 images and 50 sampling steps, or with --budget as much of it as should take
-so many seconds for each size, reference set and all updates included. The whole step is predicted: rollout and update
-in proportion, the distances measured at full size.
+The step is the paper's: 128 subsets of 50 images, 50 sampling steps. --budget cuts it so that reference set and all
+updates of a size take about that many seconds. The whole step is then predicted: rollout and update in proportion,
+distances measured at full size.
 
 Weights are random, but times are those of a real step, the last of --updates. The rollout includes decoding and
 features. Utilisation is the network's counted operations over time, as a share of the rate of a large matrix product;

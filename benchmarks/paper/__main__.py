@@ -6,7 +6,7 @@ The paper's tables and figures in miniature, and comparisons of this library's e
     OMP_NUM_THREADS=1 python benchmarks/paper training --data mnist --mnist FOLDER
     python benchmarks/paper page
 
-An experiment keeps its runs in a log in `outputs/paper`, continues where it stopped, and writes a table of means and
+An experiment keeps its runs in a log in `outputs/paper`, continues where the log ends, and writes a table of means and
 intervals next to this file. `page` draws the plots and fills the tables of the documentation.
 """
 
@@ -45,7 +45,7 @@ def train_arm(
         if arm.after is not None:
             budget //= 2
             first = {**arm.after.settings, "learning_rate": rates[arm.after.kind], "num_eval_images": 100}
-            spent = run(prepared, seed, budget, arm.after.reward, save_to=Path(folder), **first)["images"]
+            spent = run(prepared, seed, budget, reward=arm.after.reward, save_to=Path(folder), **first)["images"]
             start = replace(prepared, base_path=Path(folder))
         settings = {
             "num_inference_steps_eval": list(experiment.eval_steps),
@@ -64,11 +64,11 @@ def train_arm(
             start,
             seed,
             budget,
-            arm.reward,
-            [score] if arm.sample_wise else [],
-            metrics,
-            experiment.evaluations,
-            [FallingNoise(*arm.noise_levels)] if arm.noise_levels else [],
+            reward=arm.reward,
+            others=[score] if arm.sample_wise else [],
+            eval_metrics=metrics,
+            evaluations=experiment.evaluations,
+            callbacks=[FallingNoise(*arm.noise_levels)] if arm.noise_levels else [],
             **settings,
         )
         if experiment.memory:
@@ -77,7 +77,7 @@ def train_arm(
 
 
 def held_mib(prepared: Digits, settings: dict[str, Any]) -> float:
-    """The most that autograd holds in one update, in micro-batches of 64."""
+    """Measures the most that autograd holds in one update, in micro-batches of 64."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(prepared, folder, **{**settings, "max_steps": 1, "per_device_train_batch_size": 64})
         with held_for_backward(weights=False) as held:
@@ -86,7 +86,7 @@ def held_mib(prepared: Digits, settings: dict[str, Any]) -> float:
 
 
 def spread_of_rewards(prepared: Digits, seed: int) -> dict[str, float]:
-    """Table 5: coefficients of variation of one update's rewards by the number of replaced images."""
+    """Measures coefficients of variation of one update's rewards by the number of replaced images."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {**PAPER, "replace_size": 64, "num_subsets": 32, "learning_rate": 0.0}
         trainer = build_trainer(prepared, folder, max_steps=1, seed=seed, **settings)
@@ -106,7 +106,7 @@ def spread_of_rewards(prepared: Digits, seed: int) -> dict[str, float]:
 
 
 def runs_of(name: str, rates: dict[str, float], wanted: list[str] | None) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Functions of a prepared generator and a seed, by the name of their arm."""
+    """Returns functions of a prepared generator and a seed, by arm."""
     if name == "reward_spread":
         return {"spread": spread_of_rewards}
     experiment = EXPERIMENTS[name]

@@ -74,6 +74,10 @@ def kept(**settings: Any) -> Arm:
     return paper(top_advantage_quantile=1.0, **settings)
 
 
+def rejection(**settings: Any) -> Arm:
+    return Arm("rejection", {**PAPER, "loss_type": "rft", **settings})
+
+
 def rolling(reward: dict[str, Any] | None = None, **settings: Any) -> Arm:
     return Arm("gradient", {**POLICY_GRADIENT, **settings}, reward or {})
 
@@ -82,13 +86,12 @@ def backprop(**settings: Any) -> Arm:
     return Arm("backprop", {**BACKPROP, **settings})
 
 
-RS = Arm("rejection", {**PAPER, "loss_type": "rft"})
 SAMPLE_WISE = {**POLICY_GRADIENT, "multi_objective_aggregation": "normalize_then_sum"}
 ONE_STEP = {"num_inference_steps": 1, "backprop_steps": 1}
 
 TRIED = {
     "paper": (PAPER, [2e-5, 5e-5, 1e-4]),
-    "rejection": (RS.settings, [1e-6, 3e-6, 1e-5]),
+    "rejection": (rejection().settings, [1e-6, 3e-6, 1e-5]),
     "gradient": (POLICY_GRADIENT, [5e-5, 1e-4, 2e-4]),
     "backprop": (BACKPROP, [1e-4, 2e-4, 4e-4]),
 }
@@ -102,7 +105,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "training": Experiment(
         "Tables 1, 3, 4 and 6, Fig. 4b: rejection sampling, the paper's settings and this library's, over training",
         {
-            "rejection sampling": RS,
+            "rejection sampling": rejection(),
             "paper": paper(),
             "policy gradient": rolling(),
             "back-propagation": backprop(),
@@ -120,10 +123,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "reference_updates": Experiment(
         "Fig. 3a at equal updates instead of equal images",
-        {
-            f"N = {size}": kept(reference_set_size=size, max_steps=31)  # as N = 1000 has above
-            for size in (500, 1000, 1500, 2000)
-        },
+        {f"N = {size}": kept(reference_set_size=size, max_steps=31) for size in (500, 1000, 1500, 2000)},
         budget=16_000,
     ),
     "subset_size": Experiment(
@@ -153,21 +153,19 @@ EXPERIMENTS: dict[str, Experiment] = {
     "stages": Experiment(
         "Fig. 4c: policy gradients after rejection sampling",
         {
-            "rejection sampling": RS,
+            "rejection sampling": rejection(),
             "policy gradient": kept(),
-            "policy gradient after rejection sampling": replace(kept(), after=RS),
+            "policy gradient after rejection sampling": replace(kept(), after=rejection()),
         },
         budget=12_000,
     ),
     "rejection": Experiment(
         "Why rejection sampling harms here: its selection, or the samples it learns from",
         {
-            "rejection sampling": RS,
-            "all kept": Arm("rejection", {**RS.settings, "top_advantage_quantile": 1.0}),
-            "50 steps": Arm("rejection", {**RS.settings, "num_inference_steps": 50}),
-            "50 steps, all kept": Arm(
-                "rejection", {**RS.settings, "num_inference_steps": 50, "top_advantage_quantile": 1.0}
-            ),
+            "rejection sampling": rejection(),
+            "all kept": rejection(top_advantage_quantile=1.0),
+            "50 steps": rejection(num_inference_steps=50),
+            "50 steps, all kept": rejection(num_inference_steps=50, top_advantage_quantile=1.0),
         },
         budget=8_000,
         eval_steps=(50,),

@@ -18,8 +18,7 @@ def rows_of(runs: Runs) -> list[Row]:
     A held-out distance that was evaluated during training has more columns: mean `images` and mean distances (`curve`)
     by evaluation, `shares` of the base's distance with intervals, and [`images_to_target`] by seed (`to_target`).
     """
-    flat = {arm: [_flat(run) for run in results] for arm, results in runs.items()}
-    rows = summarize(flat)
+    rows = summarize({arm: [_flat(run) for run in results] for arm, results in runs.items()})
     for row in rows:
         if row["metric"].startswith("fd_heldout") and runs[row["arm"]][0].get("curve"):
             row |= _curve_columns(runs, row["arm"], row["metric"])
