@@ -29,7 +29,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     method: str = option(
         "cma",
         "'cma': CMA-ES. 'emanet': a policy gradient on the mean of a Gaussian (Section 3.3 of arXiv "
-        "2607.02291(https://huggingface.co/papers/2607.02291)). 'grid': power-function averages of all widths. "
+        "2607.02291). 'grid': power-function averages of all widths. "
         "All judge equally many candidates.",
         METHODS,
     )
@@ -53,8 +53,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     )
     initial_std: float = option(
         0.1,
-        "Relative width (σ_rel of arXiv 2312.02696(https://huggingface.co/papers/2312.02696)) of the average "
-        "under 'post_hoc'.",
+        "Relative width (σ_rel of arXiv 2312.02696) of the average under 'post_hoc'.",
     )
     checkpoint_times: list[float] | None = option(
         None, "Training times of the checkpoints, in any unit; evenly spaced from 0 by default."
