@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo smoke test quality style clean
+.PHONY: demo smoke test quality style docs clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,5 +33,9 @@ style: $(INSTALLED)  ## mends what the linter and formatter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)  ## the documentation's site, written to site
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Pictures for docs/source/concepts.md, on points of a plane: what a reward of single images and a distance do to a
+Pictures for docs/concepts.md, on points of a plane: what a reward of single images and a distance do to a
 distribution, and paths of the ODE and the SDE.
 
     OMP_NUM_THREADS=1 python benchmarks/toy.py
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretraining-steps", type=int, default=4000, help="steps of flow matching")
     parser.add_argument("--updates", type=int, default=150, help="updates of 256 points with each reward")
-    parser.add_argument("--images", type=Path, default=Path("docs/source/images"), help="folder for the pictures")
+    parser.add_argument("--images", type=Path, default=Path("docs/images"), help="folder for the pictures")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from results import Row, markdown  # noqa: E402
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "source"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 MARK = re.compile(r"<!-- table (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 TARGET = 0.7  # of the base's held-out distance
 ABLATIONS = {  # drawn side by side, as in the paper
@@ -166,7 +166,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
 
 def pages() -> list[Path]:
     """Pages with tables to fill."""
-    return [path for path in sorted(DOCS.glob("*.md")) if MARK.search(path.read_text())]
+    return [path for path in sorted(DOCS.rglob("*.md")) if MARK.search(path.read_text())]
 
 
 def filled(text: str, folder: Path) -> str:
@@ -231,6 +231,6 @@ def write_page(folder: Path) -> None:
     for path in pages():
         path.write_text(filled(path.read_text(), folder))
     for data in ("digits", "mnist"):
-        draw_training(Results(folder, "training", data), DOCS / "images" / f"training_{data}.png")
+        draw_training(Results(folder, "training", data), DOCS / "source" / "images" / f"training_{data}.png")
     panels = {title: Results(folder, name, "digits") for title, name in ABLATIONS.items()}
-    draw_arms(panels, DOCS / "images" / "ablations_digits.png")
+    draw_arms(panels, DOCS / "source" / "images" / "ablations_digits.png")

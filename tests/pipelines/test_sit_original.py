@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Compare with recorded samples of the original SiT code (github.com/willisma/SiT), with the same weights and noise.
 
-The numbers are `latents[:, :, 1, 2]` of two samples; docs/source/sit.md tells how they were recorded.
+The numbers are `latents[:, :, 1, 2]` of two samples; docs/howto/imagenet.md tells how they were recorded.
 """
 
 import pytest
