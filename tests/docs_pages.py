@@ -1,53 +1,37 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""The pages that a person reads, taken apart for the tests."""
+"""The pages of the documentation, taken apart for tests."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "docs" / "source"
-PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(SOURCE.glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page."""
-
-    page: Path
-    number: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}, {self.language} block {self.number}"
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
-def blocks(language: str | None = None) -> list[Block]:
-    """Of one language, or all, each numbered among those of its language on its page."""
-    found = []
-    for page in PAGES:
-        numbers: dict[str, int] = {}
-        for name, text in FENCE.findall(page.read_text()):
-            number = numbers[name] = numbers.get(name, -1) + 1
-            if language in (None, name):
-                found.append(Block(page, number, name, text))
-    return found
+def blocks(page, language):
+    """Texts of a page's fenced blocks of one language."""
+    return [text for name, text in FENCE.findall(page.read_text()) if name == language]
 
 
-def prose(page: Path) -> str:
+def all_blocks(language):
+    """Parameters of a test: the text of each block."""
+    found = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, language))]
+    return [pytest.param(text, id=f"{name_of(page)}, block {number}") for page, number, text in found]
+
+
+def prose(page):
     """The page without its fenced blocks."""
     return FENCE.sub("", page.read_text())
 
 
-def code_spans(page: Path) -> list[str]:
+def code_spans(page):
     """Code within sentences, each on one line."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
-
-
-def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as both GitHub and the built pages name them."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
-    plain = [re.sub(r"[^\w\- ]", "", heading.replace("`", "")) for heading in headings]
-    return {heading.strip().lower().replace(" ", "-") for heading in plain}

@@ -1,80 +1,116 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""
+Code of the documentation runs as it is written, page by page. Models, networks and files that it names are small
+stand-ins, and configurations are made small after they were checked.
+"""
+
 import re
+import runpy
+from functools import partial
 
 import pytest
+import torch
+from diffusers import DDIMPipeline
 
-from tests.docs_pages import PAGES, SOURCE, blocks, code_spans, prose
+import trl_distreward
+from tests.clip import tiny_clip
+from tests.docs_pages import DOCS, PAGES, ROOT, blocks, name_of
 from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
+from tests.policies_parts import ddim, tokenizer
+from tests.policies_tiny import ddim_pixels, sd3, unet2d
+from trl_distreward import DiffusionDistributionConfig, FeatureStatistics, MergeCoefficientConfig, load_pipeline
+from trl_distreward.metrics import CLIPEmbeddings
+from trl_distreward.metrics.extractors import CallableFeatures
+
+PIPELINES = {
+    "google/ddpm-cifar10-32": ddim_pixels,
+    "my-org/sit": lambda: tiny_pipeline(in_channels=3),
+    "my-org/unet-cifar10": lambda: DDIMPipeline(unet2d(num_class_embeds=11), ddim()),
+    "stabilityai/stable-diffusion-3.5-medium": sd3,
+}
+SMALL = {
+    "reference_set_size": 24,
+    "num_subsets": 4,
+    "replace_size": 2,
+    "num_generations": 3,
+    "num_inference_steps": 4,
+    "max_steps": 2,
+    "per_device_eval_batch_size": 16,
+}
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: f"{block.page.name}-{block.number}")
-def test_code_of_the_docs_runs(block, tmp_path, monkeypatch):
+def thumbnails(images):
+    """Stands for a feature network."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)  # (B, 12)
+
+
+def load_stand_in(name, **options):
+    return PIPELINES[name]() if name in PIPELINES else load_pipeline(name, **options)
+
+
+def made_small(check):
+    def post_init(config):
+        config.use_cpu, config.report_to, config.disable_tqdm = True, "none", True
+        check(config)  # the settings as they are written
+        for name, most in SMALL.items():
+            if hasattr(config, name):
+                setattr(config, name, min(getattr(config, name), most))
+        config.num_inference_steps_eval, config.num_eval_images = 4, 24
+        check(config)
+
+    return post_init
+
+
+@pytest.fixture
+def stand_ins(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block.text, str(block), "exec"), {"__name__": "docs"})
+    for place in ("trl_distreward", "trl_distreward.policies.loading"):
+        monkeypatch.setattr(f"{place}.load_pipeline", load_stand_in)
+    for place in ("trl_distreward", "trl_distreward.rewards.per_image"):
+        monkeypatch.setattr(f"{place}.load_clip", lambda *_, **__: CLIPEmbeddings(tiny_clip(), tokenizer()))
+    monkeypatch.setattr(trl_distreward, "load_feature_extractor", partial(CallableFeatures, thumbnails))
+    for config in (DiffusionDistributionConfig, MergeCoefficientConfig):
+        monkeypatch.setattr(config, "__post_init__", made_small(config.__post_init__))
+    for name in ("cifar10", "real", "dinov2", "joint"):
+        FeatureStatistics.from_features(torch.rand(50, 12)).save(f"{name}.safetensors")
+    for step in (350, 400, 450):
+        tiny_pipeline(seed=step, in_channels=3).save_pretrained(f"run/checkpoint-{step}")
 
 
-def test_every_page_is_in_the_table_of_contents():
-    listed = re.findall(r"local: (\w+)", (SOURCE / "_toctree.yml").read_text())
-    assert sorted(listed) == sorted(path.stem for path in SOURCE.glob("*.md"))
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_code_of_a_page_runs(page, stand_ins):
+    for text in blocks(page, "python"):
+        exec(compile(text, name_of(page), "exec"), {"__name__": "docs"})
 
 
-def test_every_block_says_its_language():
-    """Python is run, bash and YAML are parsed; text is what is printed, or cannot run here."""
-    assert {block.language for block in blocks()} <= {"python", "bash", "yaml", "text"}
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text().split("nav:")[1])
+    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
-def test_nothing_is_code_by_its_indentation():
-    """The built pages would show it as a paragraph."""
-    for page in PAGES:
-        if page.name != "api.md":  # where members of a class are indented
-            assert not re.findall(r"^ {4}.*", prose(page), flags=re.MULTILINE), page
+def test_public_names_are_on_the_api_page():
+    names = re.findall(r"^::: trl_distreward\.(\w+)", (DOCS / "reference" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(names) == trl_distreward.__all__
 
 
-def test_documented_names_exist():
-    import trl_distreward
-
-    text = (SOURCE / "api.md").read_text()
-    names = re.findall(r"\[\[autodoc\]\] ([\w.]+)", text)
-    assert len(names) == len(set(names))
-    for name in set(trl_distreward.__all__) - set(names):
-        assert not callable(getattr(trl_distreward, name)) and f"`{name}`" in text, name
-    for name in names:
-        value = trl_distreward
-        for part in name.split("."):
-            value = getattr(value, part)
-        assert value.__doc__, name
-
-
-def test_no_page_has_a_place_left_to_fill():
-    for page in PAGES:
-        assert not re.findall(r"^[A-Z]+_(?:TABLE|TEXT)$|TODO|TBD", page.read_text(), flags=re.MULTILINE), page
-
-
-def preferred(images, **kwargs):
-    return images.float().flatten(1).mean(1)
+def test_options_are_those_of_the_configurations():
+    page = runpy.run_path(str(DOCS / "configuration.py"))["page"]()
+    assert (DOCS / "reference" / "configuration.md").read_text() == page, "run python docs/configuration.py"
 
 
 def test_logged_names_are_logged(tmp_path):
-    """What the pages call a log's values is what a run logs."""
-    settings = {"log_reward_diagnostics": True, "log_steps": True, "beta": 0.1, "reference_refresh_steps": 1}
-    trainer = tiny_trainer(tmp_path / "a", reward_funcs=[tiny_reward(), preferred], **settings)
+    def preferred(images, **kwargs):
+        return images.float().flatten(1).mean(1)
+
+    trainer = tiny_trainer(tmp_path / "a", reward_funcs=[tiny_reward(), preferred], beta=0.1)
     trainer.train()
     trainer.evaluate()
-    logged = {name for entry in trainer.state.log_history for name in entry} | {"skipped_updates"}
-    selected = tiny_trainer(tmp_path / "b", model=tiny_pipeline(), loss_type="rft", log_reward_diagnostics=True)
+    selected = tiny_trainer(tmp_path / "b", loss_type="rft")
     selected.train()
-    logged |= {name for entry in selected.state.log_history for name in entry}
-    kinds = r"(?:ratio|reward_diagnostics|reward_placebo|rewards|reference_distance|seconds|delta_log_prob)/.*"
-    kinds += r"|(?:eval_(?:sde|ode)_.*)|reward_std|clip_ratio|reference_drift|advantage_kept|delta_log_prob|kl"
-    kinds += r"|grad_norm|skipped_updates|flow_matching_loss"
-    mentioned = {
-        span
-        for page in ("quickstart", "troubleshooting", "choosing_a_reward", "paper_index")
-        for span in code_spans(SOURCE / f"{page}.md")
-        if re.fullmatch(kinds, span)
-    }
-    assert len(mentioned) > 20
-    for name in mentioned:
-        # "…" and "{name}" stand for anything; numbers of steps for others
-        pattern = re.sub(r"…|\\\{name\\\}", ".+", re.escape(name))
+    history = trainer.state.log_history + selected.state.log_history
+    logged = {name for entry in history for name in entry} | {"skipped_updates"}
+    table = (DOCS / "howto" / "troubleshooting.md").read_text().split("## ")[1]
+    rows = [re.findall(r"`([^`]+)`", row.split("|")[1]) for row in table.splitlines() if row.startswith("| `")]
+    for name in (name for row in rows for name in row):
+        pattern = re.sub(r"…|\\{name\\}", ".+", re.escape(f"seconds{name}" if name.startswith("/") else name))
         assert any(re.fullmatch(pattern, value) for value in logged), f"{name} is not among {sorted(logged)}"
