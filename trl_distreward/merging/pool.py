@@ -16,7 +16,7 @@ from .adapters import ADAPTER_CONFIG, concatenated, concatenated_axis, merged_ad
 from .sources import Checkpoint, open_checkpoint
 
 # Elements that are summed at a time on the CPU. A block of the sum stays in a core's cache (0.5 MiB in float32) while
-# every checkpoint is added to it, and so is written once; smaller blocks cost more in calls (benchmarks/merge.py).
+# every checkpoint is added to it, and so is written once; smaller blocks cost more in calls.
 BLOCK = 1 << 17
 
 
