@@ -73,7 +73,7 @@ def test_a_stochastic_rollout_replays(family):
         schedule = SamplingSchedule(3, time_grid="auto", **noise).on(policy)
         steps, count = schedule.trainable_steps, len(family.conditions)
         rollout = sample(policy, policy.model, family.conditions, schedule, generators(count), keep_steps=steps)
-        cond, times = policy.encode(family.conditions), rollout.times
+        cond, times = policy.encode(family.conditions), schedule.times
 
         def log_prob(step, rows, policy=policy, states=rollout.states, times=times, cond=cond):
             x, part = states[step][rows], {name: value[rows] for name, value in cond.items()}

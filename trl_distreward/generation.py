@@ -180,7 +180,7 @@ def sample(
 
     if schedule.sampler == "ode" and not keep_states:
         final = solve_ode(velocity, x, schedule.times, solver=schedule.solver)
-        return Trajectory(final, schedule.times, (), {}, x.new_zeros(len(x), 0))
+        return Trajectory(final, (), {}, x.new_zeros(len(x), 0))
     return rollout(
         velocity,
         x,

@@ -29,10 +29,8 @@ class Transition:
 
     Attributes:
         prev_sample (`torch.Tensor` of shape `(B, ...)`): sample at `t_next`, in the dtype of `x`.
-        log_prob (`torch.Tensor` of shape `(B,)`):
-            log-density of `prev_sample`, averaged over the latent dimensions; 0 where `std` is 0.
-        mean (`torch.Tensor` of shape `(B, ...)`): float32, or float64 if `x` is float64.
-        std (`torch.Tensor` of shape `(B,)`): in the dtype of `mean`.
+        log_prob (`torch.Tensor` of shape `(B,)`): its log-density, averaged over the latent dimensions; 0 if `std` is.
+        mean, std (`torch.Tensor` of shapes `(B, ...)` and `(B,)`): float32, or float64 if `x` is float64.
     """
 
     prev_sample: Tensor
@@ -47,15 +45,13 @@ class Trajectory:
     Result of a rollout: the final sample, and the states kept for training.
 
     Attributes:
-        sample (`torch.Tensor` of shape `(B, ...)`): sample at the end of the grid `times`.
-        times (`list[float]`): time grid, one entry more than there are steps.
-        steps (`tuple[int, ...]`): kept steps; step `i` leads from `times[i]` to `times[i + 1]`.
+        sample (`torch.Tensor` of shape `(B, ...)`): sample at the end of the grid.
+        steps (`tuple[int, ...]`): kept steps; step `i` leads from grid index `i` to `i + 1`.
         states (`dict[int, torch.Tensor]`): samples by grid index.
         log_probs (`torch.Tensor` of shape `(B, len(steps))`): log-probabilities of the kept steps.
     """
 
     sample: Tensor
-    times: list[float]
     steps: tuple[int, ...]
     states: dict[int, Tensor]
     log_probs: Tensor
@@ -71,9 +67,6 @@ def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | Non
             resolution shift `t -> shift t / (1 + (shift - 1) t)` (SD3, arXiv 2403.03206, Eq. 23).
         last_step_size (`float`, *optional*):
             size of the last step before the shift; the other steps share the rest evenly. SiT's SDE sampler uses 0.04.
-
-    Returns:
-        `list[float]`: `num_steps + 1` decreasing times.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1.")
@@ -91,24 +84,23 @@ def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | Non
     return [shift * t / (1 + (shift - 1) * t) for t in even]
 
 
-def karras_grid(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+def karras_grid(num_steps: int) -> list[float]:
     """
-    EDM's noise levels (arXiv 2206.00364, Eq. 5) as times `t = σ / (1 + σ)`, followed by 0.
+    EDM's noise levels σ (arXiv 2206.00364, Eq. 5) as times `t = σ / (1 + σ)`, followed by 0.
 
-    EDM's sample `z = x_0 + σ ε` is `x_t = z / (1 + σ)` on this path.
-
-    Args:
-        num_steps (`int`): number of steps, at least 2; the grid has one point more.
-        sigma_min, sigma_max, rho (`float`, *optional*, default to 0.002, 80.0 and 7.0): `σ^(1/ρ)` is evenly spaced.
-
-    Returns:
-        `list[float]`: `num_steps + 1` decreasing times, the first a little below 1.
+    The levels go from 80 to 0.002, evenly in `σ^(1/7)`, so the first time is a little below 1. EDM's sample
+    `z = x_0 + σ ε` is `x_t = z / (1 + σ)` on this path.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps={num_steps}: EDM's grid needs at least 2 steps.")
-    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    sigmas = [(first + i / (num_steps - 1) * (last - first)) ** rho for i in range(num_steps)]
+    first, last = 80.0 ** (1 / 7.0), 0.002 ** (1 / 7.0)
+    sigmas = [(first + i / (num_steps - 1) * (last - first)) ** 7.0 for i in range(num_steps)]
     return [sigma / (1 + sigma) for sigma in sigmas] + [0.0]
+
+
+def times_of_rows(t: float, x: Tensor) -> Tensor:
+    """Repeats a time for every row of `x`, in its dtype."""
+    return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -169,17 +161,13 @@ def transition(
     `noise_level=0` is exactly the ODE's Euler step.
 
     Args:
-        x (`torch.Tensor` of shape `(B, ...)`): sample at `t`.
-        velocity (`torch.Tensor` of shape `(B, ...)`): predicted velocity at `x`, `t`.
+        x, velocity (`torch.Tensor` of shape `(B, ...)`): sample at `t`, and the velocity predicted there.
         t, t_next (`float` or `torch.Tensor` of shape `(B,)`): times with `0 <= t_next < t <= 1`.
-        noise_schedule (`str`): one of `"sit"`, `"flow_grpo"`, `"dance"`, `"cps"`.
+        noise_schedule (`str`): a row of the table.
         noise_level (`float`): η, at least 0; at most 1 for `"cps"`.
         start (`float`, *optional*, defaults to 0.999): first time of the grid; marks the first step of `"flow_grpo"`.
         prev_sample (`torch.Tensor` of shape `(B, ...)`, *optional*): sample at `t_next` to score.
         generator (`torch.Generator` or list of them, one per row, *optional*): source of the noise.
-
-    Returns:
-        [`Transition`]: computed in float32, or in float64 if `x` is float64.
 
     Raises:
         ValueError: unknown schedule, or a noise level outside its range.
@@ -187,13 +175,12 @@ def transition(
     check_noise(noise_schedule, noise_level)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state, v = x.to(dtype), velocity.to(dtype)
-    batch = x.shape[0]
-    t, t_next = _per_row(t, batch, x.device), _per_row(t_next, batch, x.device)
-
+    zeros = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    t, t_next = zeros + t, zeros + t_next  # in float32, dt would not match the ODE solver's steps
     std, coefficient = _diffusion(t, t_next, noise_schedule, noise_level, start)  # (B,), (B,) float64
     std = std.to(dtype)
-    wide = (batch,) + (1,) * (x.ndim - 1)
-    dt, remaining, coefficient = ((c.to(dtype).view(wide)) for c in (t_next - t, 1 - t, coefficient))
+    wide = (len(x),) + (1,) * (x.ndim - 1)
+    dt, remaining, coefficient = (c.to(dtype).view(wide) for c in (t_next - t, 1 - t, coefficient))
     mean = state + v * dt + coefficient * (state + remaining * v)
 
     if prev_sample is None:
@@ -205,11 +192,7 @@ def transition(
 def _diffusion(
     t: Tensor, t_next: Tensor, noise_schedule: str, noise_level: float, start: float
 ) -> tuple[Tensor, Tensor]:
-    """
-    Noise std of a step, and the coefficient `c` of the predicted noise in `mean = x + v dt + c (x + (1-t) v)`.
-
-    The three SDE schedules have `c = s²/(2t) dt` and `std = s sqrt(-dt)`; for `"cps"` both follow from its definition.
-    """
+    """Noise std of a step, and the coefficient `c` of the predicted noise in `mean = x + v dt + c (x + (1-t) v)`."""
     step = t - t_next
     if noise_schedule == "cps":
         angle = noise_level * math.pi / 2
@@ -227,13 +210,6 @@ def _diffusion(
         variance = squared * step
         half_rate = squared / (2 * t)
     return variance.sqrt(), -half_rate * step
-
-
-def _per_row(t: float | Tensor, batch: int, device: torch.device) -> Tensor:
-    """Times `(B,)` in float64: differences of rounded times would not match the ODE solver's steps."""
-    if isinstance(t, Tensor):
-        return t.to(device, torch.float64).expand(batch)
-    return torch.full((batch,), t, dtype=torch.float64, device=device)
 
 
 def _gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -265,8 +241,8 @@ def stochastic_steps(
     """
     Indices of the steps with noise. Only these have a density and can be trained by a policy gradient.
 
-    The last step has no noise under `"cps"`, under `"dance"`, or with `final_step="mean"`. Steps outside `sde_steps`
-    have none either.
+    The last step has no noise under `"cps"` and `"dance"`, and with `final_step="mean"`. Steps outside `sde_steps`
+    have none.
     """
     check_noise(noise_schedule, noise_level)
     t = torch.tensor(times, dtype=torch.float64)
@@ -323,7 +299,7 @@ def rollout(
     log_probs = []
     step_of = partial(transition, noise_schedule=noise_schedule, start=times[0])
     for i, (t, t_next) in enumerate(pairwise(times)):
-        v = velocity(x, torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype))
+        v = velocity(x, times_of_rows(t, x))
         step = step_of(x, v, t, t_next, noise_level=noise_level if i in noisy else 0.0, generator=generator)
         mean_only = final_step == "mean" and i == len(times) - 2
         x = step.mean.to(x.dtype) if mean_only else step.prev_sample
@@ -332,7 +308,7 @@ def rollout(
         if i + 1 in ends:
             states[i + 1] = x
     kept = torch.stack(log_probs, dim=1) if log_probs else x.new_zeros(x.shape[0], 0)
-    return Trajectory(sample=x, times=list(times), steps=keep, states=states, log_probs=kept)
+    return Trajectory(sample=x, steps=keep, states=states, log_probs=kept)
 
 
 def replay(
@@ -346,17 +322,17 @@ def replay(
     sde_steps: Iterable[int] | None = None,
 ) -> Tensor:
     """
-    Repeats the steps from grid index `first` to the end, with gradients.
+    Repeats the steps from grid index `first` to the end, with gradients, and returns the sample there.
 
     The noise of a step that was taken is its end minus its mean, a constant. So the values equal the rollout's bit for
-    bit, and gradients run through the means from step to step. `states` are the rollout's samples `(B, ...)` at
-    `first` and after; other arguments as in [`rollout`]. Returns the sample at the end.
+    bit, and gradients run through the means. `states` are the rollout's samples `(B, ...)` at `first` and after; see
+    [`rollout`] for the other arguments.
     """
     noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)
     step_of = partial(transition, noise_schedule=noise_schedule, start=times[0])
     x = states[first]
     for i in range(first, len(times) - 1):
-        v = velocity(x, torch.full((x.shape[0],), times[i], device=x.device, dtype=x.dtype))
+        v = velocity(x, times_of_rows(times[i], x))
         level, taken = noise_level if i in noisy else 0.0, states[i + 1]
         mean = step_of(x, v, times[i], times[i + 1], noise_level=level, prev_sample=taken).mean
         x = taken + (mean - mean.detach()).to(taken.dtype)
@@ -366,34 +342,25 @@ def replay(
 @torch.no_grad()
 def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: str = "euler") -> Tensor:
     """
-    Integrates `dx/dt = velocity(x, t)` along the grid.
+    Integrates `dx/dt = velocity(x, t)` from `x` along the grid; arguments as in [`rollout`].
 
     - `"euler"`: first order, one evaluation a step.
-    - `"heun"`: second order, two evaluations a step; the step onto `t = 0` is Euler's, as in EDM (arXiv 2206.00364,
+    - `"heun"`: second order, two evaluations a step; the step onto `t = 0` is Euler's (EDM, arXiv 2206.00364,
       Algorithm 1).
-    - `"heun_sigma"`: Heun's steps in the noise level `σ = t/(1-t)`, as EDM takes them. Euler's step is the same in `t`
-      and in `σ`, Heun's is not.
-    - `"dopri5"`: torchdiffeq's adaptive method of fifth order, the default of SiT's code, with SiT's tolerances (1e-3
-      relative, 1e-6 absolute). It uses only the ends of the grid, and the samples of a batch share its steps.
-
-    Args:
-        velocity (`Callable`): `velocity(x, t)` with `t` of shape `(B,)`.
-        x (`torch.Tensor` of shape `(B, ...)`): noise at `times[0]`.
-        times (`Sequence[float]`): decreasing grid; below 1 for `"heun_sigma"`, since σ is infinite at 1.
+    - `"heun_sigma"`: Heun's steps in the noise level `σ = t/(1-t)`, as in EDM. They differ from Heun's steps in `t`.
+      The grid must start below 1, where σ is infinite.
+    - `"dopri5"`: torchdiffeq's adaptive method of fifth order, the default of SiT's code, with SiT's tolerances. It
+      uses only the ends of the grid, and the samples of a batch share its steps.
     """
-
-    def at(t: float) -> Tensor:
-        return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
-
     if solver == "dopri5":
         return _dopri5(velocity, x, times[0], times[-1])
     for t, t_next in pairwise(times):
-        v = velocity(x, at(t))
+        v = velocity(x, times_of_rows(t, x))
         euler = x + v * (t_next - t)
         if solver == "euler" or t_next == 0:
             x = euler
             continue
-        v_next = velocity(euler, at(t_next))
+        v_next = velocity(euler, times_of_rows(t_next, x))
         if solver == "heun_sigma":  # the slope in σ at the step's end, written as a velocity at its start
             v_next = (euler + (1 - t_next) * v_next - x) / (1 - t)
         x = x + 0.5 * (v + v_next) * (t_next - t)
