@@ -43,10 +43,9 @@ class SamplingSchedule:
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of an even grid.
         sde_steps (`tuple[int, ...]`, *optional*): steps of the SDE with noise; all by default.
         time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: even steps from 1 to 0. `"karras"`: EDM's noise levels. `"auto"`: the policy's own grid, known
-            after [`SamplingSchedule.on`]; even steps if it has none.
-        grid (`tuple[float, ...]`, *optional*): the policy's own times.
-        noise_scale (`float`, *optional*): scale of the starting noise; the first time by default.
+            `"uniform"`: even steps from 1 to 0. `"karras"`: EDM's noise levels. `"auto"`: the policy's own grid; even
+            steps if it has none.
+        grid, noise_scale: the policy's own times, and scale of its starting noise; `on` fills them in.
     """
 
     num_steps: int
@@ -66,7 +65,8 @@ class SamplingSchedule:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         check_noise(self.noise_schedule, self.noise_level)
-        if self.time_grid != "uniform" and (self.time_shift != 1.0 or self._last_step_size is not None):
+        ends_alone = self.sampler == "sde" and self.last_step_size is not None
+        if self.time_grid != "uniform" and (self.time_shift != 1.0 or ends_alone):
             raise ValueError(
                 f"time_grid={self.time_grid!r} fixes all steps, but time_shift={self.time_shift} and last_step_size="
                 f"{self.last_step_size}: set time_shift=1.0 and last_step_size=0, or time_grid='uniform'."
@@ -75,13 +75,7 @@ class SamplingSchedule:
             raise ValueError("solver='heun_sigma' cannot start from t = 1: set time_grid='karras'.")
 
     def on(self, policy: DiffusionPolicy) -> "SamplingSchedule":
-        """
-        Fills in the policy's own grid under `time_grid="auto"`.
-
-        Raises:
-            ValueError: the policy's grid has another number of steps, or the solver needs a velocity at `t = 0` that
-                the policy does not have.
-        """
+        """Fills in the policy's own grid; raises `ValueError` if the grid or the solver does not suit the policy."""
         if self.sampler == "ode" and self.solver == "dopri5" and not getattr(policy, "velocity_at_data", True):
             raise ValueError(
                 f"solver='dopri5' needs the velocity at t = 0, where {type(policy).__name__} has none: choose 'heun'."
@@ -91,14 +85,10 @@ class SamplingSchedule:
         times, noise_scale = policy.grid(self.num_steps)
         if len(times) != self.num_steps + 1 or not all(a > b for a, b in pairwise(times)):
             raise ValueError(
-                f"the scheduler takes {len(times) - 1} steps for num_inference_steps={self.num_steps}, or times that "
+                f"the scheduler takes {len(times) - 1} steps for num_inference_steps={self.num_steps}, or its times "
                 "do not decrease: choose another number of steps, or set time_grid='uniform'."
             )
         return replace(self, grid=tuple(times), noise_scale=noise_scale)
-
-    @property
-    def _last_step_size(self) -> float | None:
-        return self.last_step_size if self.sampler == "sde" else None
 
     @property
     def times(self) -> list[float]:
@@ -107,7 +97,8 @@ class SamplingSchedule:
             return list(self.grid)
         if self.time_grid == "karras":
             return karras_grid(self.num_steps)
-        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=self._last_step_size)
+        last_step_size = self.last_step_size if self.sampler == "sde" else None
+        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=last_step_size)
 
     @property
     def final_step(self) -> str:
@@ -136,11 +127,7 @@ class SamplingSchedule:
 
 
 def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """
-    One CPU generator per image, seeded by the run's seed, the purpose, the step and the image's index.
-
-    An image is then the same on every process, device and in every micro-batch.
-    """
+    """One CPU generator per image, seeded by the run's seed, the purpose, the step and the image's index."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=4).digest()
     base = int.from_bytes(digest, "big")  # CPU generators use 32 bits of their seed
     return [torch.Generator().manual_seed((base + i) % 2**32) for i in indices]
@@ -165,8 +152,8 @@ def sample(
         conditions: one per sample, a tensor or a list.
         schedule ([`SamplingSchedule`]): how to sample.
         generator (`torch.Generator` or list of them, one per sample, *optional*): source of the noise.
-        keep_steps (`Sequence[int]`, *optional*): steps of an SDE to keep, with their log-probabilities.
-        keep_states (`Sequence[int]`, *optional*): grid indices to keep the states of, of an SDE or of Euler's ODE.
+        keep_steps, keep_states (`Sequence[int]`, *optional*):
+            see [`~sampling.rollout`]; steps of an SDE, and states of an SDE or of Euler's ODE.
     """
     schedule = schedule.on(policy)
     if schedule.sampler == "ode" and schedule.solver != "euler" and keep_states:
@@ -197,14 +184,7 @@ def sample(
 
 @dataclass
 class Generated:
-    """
-    A batch of samples.
-
-    Attributes:
-        indices (`list[int]`): index of each image, which its noise depends on.
-        conditions: one per image.
-        trajectory ([`~sampling.Trajectory`]): the samples, and the states that were asked for.
-    """
+    """A batch of samples, with the index and the condition of each."""
 
     indices: list[int]
     conditions: Any
@@ -212,7 +192,6 @@ class Generated:
 
     @property
     def sample(self) -> Tensor:
-        """The samples `(B, ...)`, not decoded."""
         return self.trajectory.sample
 
 
@@ -243,9 +222,6 @@ def generate(
         model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
         autocast (`Callable`, *optional*): makes the context that the network runs in; decoding stays outside of it.
         policy, conditions, schedule, keep_steps, keep_states: see [`sample`].
-
-    Yields:
-        [`Generated`].
     """
     schedule, network = schedule.on(policy), policy.model if model is None else model
     numbers = range(len(conditions)) if indices is None else indices
@@ -269,7 +245,7 @@ def generate_images(
     **options: Any,
 ) -> Iterator[tuple[Tensor, Any]]:
     """
-    Generates and decodes one image per condition, with the network in evaluation mode.
+    Generates and decodes one image per condition, with the policy's network in evaluation mode.
 
     Args:
         decode_batch_size (`int`, *optional*): samples decoded at a time; a whole batch by default.
@@ -279,11 +255,10 @@ def generate_images(
         uint8 images `(B, C, H, W)` and their conditions.
 
     Raises:
-        ValueError: a sample or its image is not finite; names the first.
+        ValueError: a sample or its image is not finite.
     """
-    model = options.pop("model", None) or policy.model
-    with evaluating(model):
-        for batch in generate(policy, conditions, schedule, model=model, **options):
+    with evaluating(policy.model):
+        for batch in generate(policy, conditions, schedule, **options):
             images, finite = decode_uint8(policy, batch.sample, decode_batch_size)
             if not finite.all():
                 raise ValueError(
@@ -295,7 +270,7 @@ def generate_images(
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    """Switches dropout off, label dropout included; afterwards every module has its mode back."""
+    """Switches dropout off, label dropout included, and restores every module's mode at the end."""
     modes = {module: module.training for module in network.modules()}
     try:
         yield network.eval()
@@ -308,9 +283,8 @@ def share_out(count: int, batch_size: int, rank: int, processes: int) -> tuple[l
     """
     Deals `count` images to processes so that every batch can be gathered: all processes have equally many.
 
-    Returns:
-        the indices of this process, in batches of `batch_size`, the last filled up with the last image; and for every
-        batch how many rows of the gathered images count.
+    Returns the indices of this process, in batches of `batch_size` and filled up with the last image, and the number
+    of gathered images that count in each batch.
     """
     own, valid = [], []
     for start in range(0, count, batch_size * processes):
