@@ -12,7 +12,7 @@ Conditions = Tensor | Sequence[str] | Sequence[int]
 
 
 def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Any:
-    """Rows of conditions that are a tensor or a list."""
+    """Selects rows of a tensor or a list."""
     if isinstance(conditions, Tensor):
         rows = indices if isinstance(indices, Tensor) else torch.as_tensor(list(indices), dtype=torch.long)
         return conditions[rows.to(conditions.device)]
@@ -21,8 +21,9 @@ def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Any:
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
     """
-    Labels `0, 1, …, num_classes - 1`, repeated to `count`. The last, incomplete round spreads its labels evenly over
-    the classes, because neighbouring classes are alike in ImageNet. Class frequencies differ by at most one.
+    Repeats the labels `0, 1, …, num_classes - 1` to `count`.
+
+    The last, incomplete round spreads over all classes, because neighbouring classes are alike in ImageNet.
     """
     rounds, rest = divmod(count, num_classes)
     last = torch.arange(rest) * num_classes // max(rest, 1)
@@ -30,12 +31,7 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
 
 
 def column_of(dataset: Any, column: str) -> list:
-    """
-    A column of a dataset or of a list of rows.
-
-    Raises:
-        ValueError: the dataset has no such column.
-    """
+    """A column of a dataset or of a list of rows, or `ValueError` if there is none."""
     names = getattr(dataset, "column_names", None) or list(dataset[0])
     if column not in names:
         raise ValueError(f"the dataset has no column {column!r}: it has {', '.join(names)}.")
@@ -44,7 +40,7 @@ def column_of(dataset: Any, column: str) -> list:
 
 
 def plain(value: Any) -> Any:
-    """A Python number for a tensor without dimensions, as torch-formatted datasets hold them: tensors make no keys."""
+    """Turns a tensor without dimensions, which torch-formatted datasets hold, into a number that can be a key."""
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
@@ -52,7 +48,7 @@ def plain(value: Any) -> Any:
 
 
 def members_of(strata: Sequence[Hashable]) -> list[Tensor]:
-    """Places of each stratum's members, strata in the order of their first appearance."""
+    """Positions of each stratum's members, strata in the order of their first appearance."""
     places: dict[Hashable, list[int]] = {}
     for place, stratum in enumerate(strata):
         places.setdefault(plain(stratum), []).append(place)
@@ -61,15 +57,8 @@ def members_of(strata: Sequence[Hashable]) -> list[Tensor]:
 
 def proportional_counts(sizes: Tensor, total: int, generator: torch.Generator) -> Tensor:
     """
-    Number of draws per stratum: its proportional share of `total`, rounded up or down at random (systematic sampling).
-
-    Args:
-        sizes (`torch.LongTensor` of shape `(S,)`): members of each stratum.
-        total (`int`): number of draws; may exceed the number of members.
-        generator (`torch.Generator`): decides what is rounded up.
-
-    Returns:
-        `torch.LongTensor` of shape `(S,)`, whose sum is `total`.
+    Shares `total` draws out among strata with `sizes` `(S,)` members: proportionally, rounded up or down at random
+    (systematic sampling). Returns counts `(S,)`.
     """
     everyone = int(sizes.sum())
     start = int(torch.randint(everyone, (1,), generator=generator))
@@ -79,10 +68,7 @@ def proportional_counts(sizes: Tensor, total: int, generator: torch.Generator) -
 
 
 def proportional_subsets(sizes: Tensor, num_subsets: int, size: int, generator: torch.Generator) -> Tensor:
-    """
-    Draws per stratum for each of `num_subsets` subsets, `(B, S)`: proportional shares of `size`, rounded up or down in
-    each subset and over all subsets together.
-    """
+    """Counts `(B, S)` of draws per subset and stratum, proportional in each subset and in all subsets together."""
     total = num_subsets * size
     # one stratum after the other, dealt out like cards
     strata = torch.arange(len(sizes)).repeat_interleave(proportional_counts(sizes, total, generator))
@@ -96,8 +82,8 @@ def proportional_subsets(sizes: Tensor, num_subsets: int, size: int, generator: 
 
 def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:
     """
-    The dataset's row for each of `count` slots: all rows in shuffled rounds. With strata, the last, incomplete round
-    takes a proportional share of each stratum.
+    Deals the dataset's rows to `count` slots in shuffled rounds. With strata, the last, incomplete round takes a
+    proportional share of each.
     """
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(num_rows, generator=generator) for _ in range(math.ceil(count / num_rows))]
@@ -113,7 +99,7 @@ def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashabl
 
 
 def strata_of_slots(dataset: Any, column: str, count: int, seed: int, conditions: Conditions) -> list[Hashable]:
-    """The stratum of each of `count` slots: a column of the dataset, or the slot's class where there is no dataset."""
+    """The stratum of each of `count` slots: a column of the dataset, or the slot's class if there is no dataset."""
     if dataset is None:
         if not isinstance(conditions, Tensor) or column != "class_labels":
             raise ValueError(f"stratify_by={column!r} needs a train_dataset with that column: pass one.")
@@ -126,14 +112,10 @@ def conditions_of_slots(
     policy: Any, dataset: Any, count: int, seed: int, stratify_by: str | None = None
 ) -> Conditions:
     """
-    Conditions of `count` slots: the dataset's rows in shuffled rounds, or all classes in balance.
+    Conditions of `count` slots: the dataset's rows, or all classes in balance if there is no dataset.
 
-    Args:
-        policy ([`DiffusionPolicy`]): tells whether to read labels (column `class_labels`) or prompts (`prompt`).
-        dataset (`datasets.Dataset`, *optional*): conditions; not needed for a model with classes.
-        count (`int`): number of slots.
-        seed (`int`): shuffles the rows.
-        stratify_by (`str`, *optional*): column of strata that an incomplete round takes in proportion.
+    A policy with classes reads the column `class_labels`, and any other the column `prompt`. `stratify_by` names a
+    column of strata, see [`rows_of_slots`].
 
     Raises:
         ValueError: a missing column, conditions that the model does not know, or prompts without a dataset.
@@ -142,8 +124,9 @@ def conditions_of_slots(
         if policy.num_conditions is None:
             raise ValueError("this model is conditioned on prompts: pass a train_dataset with a column 'prompt'.")
         return balanced_labels(count, policy.num_conditions)
-    rows = column_of(dataset, "prompt" if policy.num_conditions is None else "class_labels")
-    conditions = rows if policy.num_conditions is None else torch.as_tensor(rows)
+    prompts = policy.num_conditions is None
+    rows = column_of(dataset, "prompt" if prompts else "class_labels")
+    conditions = rows if prompts else torch.as_tensor(rows)
     policy.check_conditions(conditions)
     strata = None if stratify_by is None else column_of(dataset, stratify_by)
     return take(conditions, rows_of_slots(len(rows), count, seed, strata))

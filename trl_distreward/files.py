@@ -11,7 +11,7 @@ from typing import IO, Any
 
 @contextmanager
 def written_whole(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a file that takes its name once it is complete; an error leaves an earlier file of that name as it was."""
+    """Opens a file that takes its name once it is complete; after an error, an earlier file of that name is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Retry calls to the Hub, and explain failures by their status alone: texts of servers may repeat a token."""
+"""Retries of calls to the Hub. Errors are explained by their status alone: a server's text may repeat a token."""
 
 import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, HfApi
@@ -36,10 +37,7 @@ def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
     """
     Calls, and calls again after a server error, a timeout or a cut connection.
 
-    Args:
-        call (`Callable`): one or several requests that may be repeated.
-        what (`str`): what is being done, for messages, such as `"reading org/model"`.
-        repo_id (`str`): repository, for messages.
+    Messages say `what` is being done, such as `"reading org/model"`, and the repository.
 
     Raises:
         FileNotFoundError: there is no such repository, revision or file.
@@ -72,6 +70,5 @@ def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
 
 def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> CommitInfo:
     """Uploads a folder to an existing repository as one commit; see [`~huggingface_hub.HfApi.upload_folder`]."""
-    return with_retries(
-        lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **kwargs), f"pushing to {repo_id}", repo_id
-    )
+    upload = partial(HfApi().upload_folder, repo_id=repo_id, folder_path=folder, **kwargs)
+    return with_retries(upload, f"pushing to {repo_id}", repo_id)
