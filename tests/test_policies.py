@@ -188,7 +188,7 @@ def test_pipelines_without_the_asked_velocity_are_refused():
         as_policy(pixels(DDIMScheduler()), guidance_scale=2.0)
     distilled = stable_diffusion(ddim())
     distilled.unet.register_to_config(time_cond_proj_dim=8)
-    with pytest.raises(ValueError, match="guidance as an embedding .time_cond_proj_dim=8"):
+    with pytest.raises(ValueError, match="time_cond_proj_dim=8: the UNet takes guidance as an emb"):
         as_policy(distilled)
     with pytest.raises(ValueError, match="'a cat' is one prompt: pass a list"):
         as_policy(stable_diffusion(ddim())).check_conditions("a cat")
@@ -212,11 +212,11 @@ def test_prompts_are_encoded_once_and_forgotten_beyond_the_cache():
         policy.inputs(policy.encode(["a cat", "the dog", "a cat"]), guided=False)
     assert sum(seen) == 2
     embeds = policy.inputs(policy.encode(["a red dog", "a cat", "the dog"]), guided=False)["prompt_embeds"]
-    assert sum(seen) == 3 and len(embeds) == 3
-    policy.inputs(policy.encode(["a cat", "the dog"]), guided=False)  # the last two
-    assert sum(seen) == 3
-    policy.inputs(policy.encode(["a red dog"]), guided=False)
+    assert sum(seen) == 4 and len(embeds) == 3  # "a red dog" took the place of "the dog"
+    policy.inputs(policy.encode(["a cat", "the dog"]), guided=False)  # the last two asked for
     assert sum(seen) == 4
+    policy.inputs(policy.encode(["a red dog"]), guided=False)
+    assert sum(seen) == 5
 
 
 def test_encoded_prompts_are_their_texts():

@@ -60,7 +60,7 @@ def test_a_prompts_embedding_does_not_depend_on_its_batch(family):
     policy, other = (as_policy(build(family), **family.options) for _ in range(2))
     policy.embedded(["two dogs that run over a long and green meadow", "a cat", "a bird"])
     other.embedded(["a cat"])
-    known, alone = policy._cache["a cat"], other._cache["a cat"]
+    known, alone = policy._embedding("a cat"), other._embedding("a cat")
     assert known.keys() == alone.keys()
     assert all(torch.equal(known[name], alone[name]) for name in alone)
 

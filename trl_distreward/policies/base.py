@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..sampling import Generators, gaussian_noise
 
-# All that diffusers needs to rebuild an adapter; more would tie the file to one release of peft
+# What diffusers needs to rebuild an adapter; more would tie the file to one release of peft
 _LORA_METADATA = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", "use_rslora", "use_dora")
 
 
@@ -20,12 +20,12 @@ class DiffusionPolicy(Protocol):
     """
     The members a generator needs to be trained. A new pipeline family is one class with these members.
 
-    `velocity` takes the network as an argument, so that the wrapped, initial, averaged and merged networks share one
-    path. Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, with data at `t = 0`.
+    Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, with data at `t = 0`. `velocity`
+    takes the network as an argument, because wrapped, initial, averaged and merged networks take its place.
 
     Two members are optional. `grid(num_steps)` returns the times of the model's own sampler, from noise to 0, and the
-    scale of its starting noise; `time_grid="auto"` uses it. `velocity_at_data = False` says that the model has no
-    velocity at `t = 0`, which the solver `"dopri5"` needs.
+    scale of its starting noise, for `time_grid="auto"`. `velocity_at_data = False` says that the model has no velocity
+    at `t = 0`, which the solver `"dopri5"` needs.
 
     Attributes:
         model (`torch.nn.Module`): the trained network.
@@ -70,7 +70,7 @@ class DiffusionPolicy(Protocol):
 
 class PipelinePolicy:
     """
-    Base class for diffusers pipelines. A family defines `inputs` and `predict`: how its network is called.
+    Base class for diffusers pipelines. A family defines `inputs` and `predict`, which call its network.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, the rest is frozen.
@@ -97,8 +97,10 @@ class PipelinePolicy:
         parts = self.pipeline.components.items()
         return [part for name, part in parts if name != self.component and isinstance(part, nn.Module)]
 
-    def _moved_parts(self) -> list[nn.Module]:
-        return self._frozen_parts()
+    @property
+    def patch(self) -> int:
+        """Side of a token, in pixels of the latent."""
+        return self.config.get("patch_size") or 1
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +112,7 @@ class PipelinePolicy:
         return getattr(self.pipeline, self.component).dtype
 
     def to(self, device: torch.device) -> None:
-        for part in self._moved_parts():
+        for part in self._frozen_parts():
             part.to(device)
 
     def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
@@ -152,10 +154,7 @@ class PipelinePolicy:
             setattr(self.pipeline, self.component, trained)
 
     def save_adapter(self, path: str | os.PathLike, network: PeftModel) -> None:
-        """
-        Writes the adapter of `network` in peft's format, and also in diffusers' if the pipeline has
-        `load_lora_weights`.
-        """
+        """Writes the adapter of `network` in peft's format, and in diffusers' if the pipeline loads adapters."""
         network.save_pretrained(path)
         save, config = getattr(self.pipeline, "save_lora_weights", None), network.peft_config["default"]
         if save is None or not isinstance(config, LoraConfig):
@@ -165,10 +164,8 @@ class PipelinePolicy:
         }
         metadata = {name: getattr(config, name) for name in _LORA_METADATA}
         metadata["target_modules"] = sorted(network.targeted_module_names)
-        save(
-            path,
-            **{f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": metadata},
-        )
+        name = f"{self.component}_lora"
+        save(path, **{f"{name}_layers": layers, f"{name}_adapter_metadata": metadata})
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
         return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
@@ -180,9 +177,8 @@ def decode_slices(
     """
     Decodes samples lazily, `batch_size` at a time.
 
-    Yields:
-        uint8 images `(b, C, H, W)`, and a mask `(b,)` of those whose sample and decoded image are finite. A diverged
-        sample may decode to an innocent black image.
+    Yields uint8 images `(b, C, H, W)`, and a mask `(b,)` of those with finite samples and finite decoded images: a
+    diverged sample may decode to a black image.
     """
     for part in x.split(batch_size or len(x)):
         images = policy.decode(part)

@@ -12,7 +12,7 @@ from .paths import DiscreteTimePolicy
 
 
 class ClassLabelPolicy(PipelinePolicy):
-    """Base class for conditions that are integer labels; guidance leads away from the label `null_class`."""
+    """Base class for integer labels as conditions; guidance leads away from the label `null_class`."""
 
     num_conditions: int
     null_class: int | None = None
@@ -20,14 +20,10 @@ class ClassLabelPolicy(PipelinePolicy):
     def check_conditions(self, conditions: Any) -> None:
         labels, count = torch.as_tensor(conditions), self.num_conditions
         if labels.ndim != 1 or labels.is_floating_point():
-            raise ValueError(
-                f"class labels of shape {tuple(labels.shape)} and {labels.dtype}: pass a list of integers."
-            )
+            raise ValueError(f"labels of shape {tuple(labels.shape)} and {labels.dtype}: pass a list of integers.")
         if len(labels) and not (labels.min() >= 0 and labels.max() < count):
-            raise ValueError(
-                f"class labels span {labels.min().item()} to {labels.max().item()}, but this model has {count} "
-                f"classes: labels must lie in 0 to {count - 1}."
-            )
+            span = f"{labels.min().item()} to {labels.max().item()}"
+            raise ValueError(f"class labels span {span}: this model's labels must lie in 0 to {count - 1}.")
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
         labels = torch.as_tensor(conditions)
@@ -52,27 +48,20 @@ class ClassConditionalPolicy(ClassLabelPolicy):
         guidance_channels (`int`, *optional*): guides only the first channels; SiT's own code guides 3 of 4.
     """
 
-    guides_channels = True
-
     def __init__(self, pipeline: Any, guidance_scale: float = 1.0, guidance_channels: int | None = None):
         pipeline.check_guidance(guidance_scale)
         super().__init__(pipeline, guidance_scale)
-        if guidance_channels is not None and not self.guides_channels:
-            raise ValueError(
-                f"guidance_channels={guidance_channels}: {type(pipeline).__name__} guides all channels; leave it None."
-            )
-        if guidance_channels is not None and not 1 <= guidance_channels <= self.config.in_channels:
-            raise ValueError(
-                f"guidance_channels={guidance_channels} must lie in 1 to {self.config.in_channels}, the model's "
-                "channels."
-            )
+        channels = self.config.in_channels
+        if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+            raise ValueError(f"guidance_channels={guidance_channels} must lie in 1 to {channels}, as the model has.")
         self.guidance_channels = guidance_channels
         self.num_conditions = max(self.config.num_classes, 1)  # an unconditional model has one class
-        self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        self.sample_shape = (channels, self.config.sample_size, self.config.sample_size)
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        labels, partial = cond["class_labels"], (self.guidance_channels,) if self.guides_channels else ()
-        return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale, *partial).float()
+        options = {} if self.guidance_channels is None else {"guidance_channels": self.guidance_channels}
+        labels = cond["class_labels"]
+        return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale, **options).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)
@@ -82,7 +71,6 @@ class EDM2Policy(ClassConditionalPolicy):
     """Policy of an [`EDM2Pipeline`]; its guiding network is frozen."""
 
     component = "unet"
-    guides_channels = False
     velocity_at_data = False  # the denoiser takes log σ
 
     def grid(self, num_steps: int) -> tuple[list[float], float]:
@@ -110,10 +98,10 @@ class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
 
 class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
     """
-    Policy of a [`~diffusers.UNet2DModel`], with classes or without, in pixels ([`~diffusers.DDPMPipeline`],
-    [`~diffusers.DDIMPipeline`]) or in the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]).
+    Policy of a [`~diffusers.UNet2DModel`], in pixels ([`~diffusers.DDPMPipeline`], [`~diffusers.DDIMPipeline`]) or in
+    the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]).
 
-    The network has classes if its config has `num_class_embeds`; otherwise all images have class 0.
+    Without `num_class_embeds` in the network's config, all images have class 0.
 
     Args:
         pipeline: generator; its U-Net is trained.
@@ -133,8 +121,8 @@ class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
         self.num_conditions = (classes or 1) if null_class is None else null_class
         if self.guided and null_class is None:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class: pass null_class if the network was trained with "
-                "one, or use guidance_scale=1.0."
+                f"guidance_scale={guidance_scale} needs a null class: pass the null_class that the network was "
+                "trained with, or use guidance_scale=1.0."
             )
         size = self.config.sample_size
         self.sample_shape = (self.config.in_channels, *((size, size) if isinstance(size, int) else size))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .paths import DiscreteTimePolicy
-from .text_to_image import TextToImagePolicy
+from .text_to_image import TextToImagePolicy, latent_moments
 
 
 class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
@@ -19,8 +19,8 @@ class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
         super().__init__(pipeline, guidance_scale, **kwargs)
         if self.config.get("time_cond_proj_dim") is not None:
             raise ValueError(
-                f"the UNet takes guidance as an embedding (time_cond_proj_dim={self.config.time_cond_proj_dim}), as "
-                "latent consistency models do: train the model that it was distilled from."
+                f"time_cond_proj_dim={self.config.time_cond_proj_dim}: the UNet takes guidance as an embedding, as "
+                "latent consistency models do. Train the model that it was distilled from."
             )
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -42,9 +42,8 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def decode(self, x: Tensor) -> Tensor:
         config = self.pipeline.vae.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std))
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = latent_moments(config, x)
             x = x * std + mean * config.scaling_factor
         return super().decode(x)
 
@@ -54,10 +53,6 @@ class PixArtSigmaPolicy(TextToImagePolicy, DiscreteTimePolicy):
 
     embeddings = {"prompt_embeds": 0, "mask": 1}
     null_embeddings = {"prompt_embeds": 2, "mask": 3}
-
-    @property
-    def patch(self) -> int:  # type: ignore[override]
-        return self.config.patch_size
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}  # only PixArt-α has them

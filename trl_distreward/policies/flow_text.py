@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .paths import FlowPolicy
-from .text_to_image import TextToImagePolicy
+from .text_to_image import TextToImagePolicy, latent_moments
 
 
 class StableDiffusion3Policy(TextToImagePolicy, FlowPolicy):
@@ -16,15 +16,6 @@ class StableDiffusion3Policy(TextToImagePolicy, FlowPolicy):
     embeddings = {"prompt_embeds": 0, "pooled": 2}
     null_embeddings = {"prompt_embeds": 1, "pooled": 3}
     even_sigmas = False
-
-    @property
-    def patch(self) -> int:  # type: ignore[override]
-        return self.config.patch_size
-
-    @property
-    def sequence_length(self) -> int:
-        height, width = self.sample_shape[-2:]
-        return (height // self.patch) * (width // self.patch)
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return model(
@@ -56,7 +47,7 @@ class SanaPolicy(TextToImagePolicy, FlowPolicy):
 
 
 class PackedPolicy(TextToImagePolicy, FlowPolicy):
-    """Base class for networks whose tokens are 2x2 pixels of the latent, and that may take guidance as an input."""
+    """Base class for networks with packed tokens of 2x2 latent pixels, which may take guidance as an input."""
 
     patch = 2
 
@@ -117,15 +108,15 @@ class FluxPolicy(PackedPolicy):
 
 class QwenImagePolicy(PackedPolicy):
     """
-    Policy of a [`~diffusers.QwenImagePipeline`]. Guided velocities are rescaled, token by token, to the norm of the
-    conditional ones. The null prompt is a space.
+    Policy of a [`~diffusers.QwenImagePipeline`]. Each token of a guided velocity is rescaled to the norm of the
+    conditional one. The null prompt is a space.
     """
 
     null_embeddings = None
     null_prompt = " "
 
-    def embed(self, prompt: str) -> dict[str, Tensor]:
-        (row,), mask = self.encode_prompt(prompt)
+    def embed(self, prompt: str | None) -> dict[str, Tensor]:
+        (row,), mask = self.encode_prompt(self.null_prompt if prompt is None else prompt)
         row = (row if mask is None else row[mask[0].bool()]).cpu()
         return {"prompt_embeds": row, "mask": torch.ones(len(row), dtype=torch.long)}
 
@@ -147,10 +138,7 @@ class QwenImagePolicy(PackedPolicy):
 
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        mean, std = (
-            torch.tensor(values, device=x.device).view(1, -1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = latent_moments(vae.config, x)
         frames = vae.decode((x * std + mean).to(vae.dtype)[:, :, None], return_dict=False)[0]
         return (frames[:, :, 0].float() / 2 + 0.5).clamp(0, 1)
 
@@ -169,12 +157,8 @@ class ZImagePolicy(TextToImagePolicy, FlowPolicy):
         side = 1024 // self.pipeline.vae_scale_factor
         return side, side
 
-    def embed(self, prompt: str) -> dict[str, Tensor]:
+    def embed(self, prompt: str | None) -> dict[str, Tensor]:
         row = super().embed(prompt)
-        return row | {"mask": torch.ones(len(row["prompt_embeds"]))}
-
-    def embed_null(self) -> dict[str, Tensor]:
-        row = super().embed_null()
         return row | {"mask": torch.ones(len(row["prompt_embeds"]))}
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -186,28 +170,23 @@ class ZImagePolicy(TextToImagePolicy, FlowPolicy):
 
 
 class Lumina2Policy(TextToImagePolicy, FlowPolicy):
-    """
-    Policy of a [`~diffusers.Lumina2Pipeline`]. Guided velocities are rescaled, row by row, to the norm of the
-    conditional ones.
-    """
+    """Policy of a [`~diffusers.Lumina2Pipeline`]. Each row of a guided velocity keeps the conditional one's norm."""
 
     embeddings = {"prompt_embeds": 0, "mask": 1}
     null_embeddings = {"prompt_embeds": 2, "mask": 3}
-    patch = 2
 
     @property
     def sequence_length(self) -> int:
         return self.latent_channels  # the pipeline itself counts channels here
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        output = model(
+        return -model(
             hidden_states=x.to(self.dtype),
             timestep=1 - t,
             encoder_hidden_states=inputs["prompt_embeds"],
             encoder_attention_mask=inputs["mask"],
             return_dict=False,
         )[0]
-        return -output
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         guided = super().guide(conditional, unconditional)

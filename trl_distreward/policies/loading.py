@@ -48,8 +48,7 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     """
     Loads a pipeline from a folder or the Hub, including the pipelines of this library.
 
-    A Hub repository is downloaded first, because diffusers finds a third-party class only in a local folder. Code in
-    the repository is never run: a pipeline of this library is loaded with the library's own classes.
+    Code in the repository is never run: a pipeline of this library is loaded with the library's own classes.
 
     Args:
         name_or_path (`str`): folder, or Hub id.
@@ -64,6 +63,7 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     if not folder.is_dir():
         if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
             raise FileNotFoundError(f"no folder {name_or_path}: pass a pipeline's folder or a Hub id 'org/name'.")
+        # downloaded first, because diffusers finds a third-party class only in a local folder
         asked = f"there is no folder {name_or_path}, and loading it from the Hub failed"
         download = partial(snapshot_download, str(name_or_path), revision=revision)
         folder = Path(with_retries(download, asked, str(name_or_path)))
@@ -102,8 +102,7 @@ def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Diffusi
 
     Args:
         model: pipeline, folder, Hub id or policy.
-        guidance_scale (`float`, *optional*, defaults to 1.0): guidance in training and sampling; 1.0 is none.
-        kwargs: further arguments of the family's policy, such as `height` or `offload_text_encoders`.
+        guidance_scale, kwargs: arguments of the family's policy, such as `height` or `offload_text_encoders`.
 
     Raises:
         TypeError: unknown pipeline family.
@@ -116,13 +115,11 @@ def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Diffusi
     for cls in type(model).__mro__:
         if cls.__name__ in _POLICIES:
             policy = _POLICIES[cls.__name__]
-            known_names = {name for base in policy.__mro__ for name in inspect.signature(base.__init__).parameters}
-            odd = sorted(kwargs.keys() - known_names)
-            if odd:
-                raise ValueError(f"{odd[0]}={kwargs[odd[0]]!r}: {policy.__name__} has no argument {odd[0]}.")
+            known = {name for base in policy.__mro__ for name in inspect.signature(base.__init__).parameters}
+            for name in kwargs.keys() - known:
+                raise ValueError(f"{name}={kwargs[name]!r}: {policy.__name__} has no argument {name}.")
             return policy(model, guidance_scale, **kwargs)
-    known = ", ".join(_POLICIES)
     raise TypeError(
-        f"{type(model).__name__} is not a pipeline this library knows ({known}): write a class with the members of "
-        "trl_distreward.policies.DiffusionPolicy and pass an instance of it as `model`."
+        f"{type(model).__name__} is not a pipeline this library knows ({', '.join(_POLICIES)}): write a class with "
+        "the members of trl_distreward.policies.DiffusionPolicy and pass an instance of it as `model`."
     )

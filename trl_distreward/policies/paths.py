@@ -7,19 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from .base import PipelinePolicy
-
-
-def _used(scheduler: Any) -> FrozenDict:
-    """
-    Keeps only the config entries that this scheduler reads. A scheduler built with `from_config` of another class also
-    stores that class's entries.
-    """
-    known = inspect.signature(type(scheduler).__init__).parameters
-    return FrozenDict({name: value for name, value in scheduler.config.items() if name in known})
 
 
 class DiscreteTimePolicy(PipelinePolicy):
@@ -38,32 +28,26 @@ class DiscreteTimePolicy(PipelinePolicy):
 
     def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
         super().__init__(pipeline, guidance_scale)
-        config = _used(pipeline.scheduler)
-        if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        scheduler = pipeline.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"{type(pipeline).__name__} with a {type(pipeline.scheduler).__name__}: this policy needs the noise "
-                "levels of a variance-preserving process. If the network predicts noise, set a scheduler such as "
-                "DDIMScheduler."
+                f"{type(scheduler).__name__} has no noise levels of a variance-preserving process: if the network "
+                "predicts noise, set a scheduler such as DDIMScheduler."
             )
-        if config.get("thresholding", False):
-            raise ValueError(
-                "thresholding=True: a thresholded prediction is no velocity. Set thresholding=False in the scheduler."
-            )
-        self.prediction_type = config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(
-                f"prediction_type={self.prediction_type!r} of the scheduler must be 'epsilon', 'v_prediction' or "
-                "'sample'."
-            )
-        self.clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None
+        # a scheduler that was built with `from_config` of another class also stores what only that class reads
+        known = inspect.signature(type(scheduler).__init__).parameters
+        config = {name: value for name, value in scheduler.config.items() if name in known}
+        if config.get("thresholding"):
+            raise ValueError("thresholding=True makes predictions that are no velocities: set thresholding=False.")
+        self.prediction_type = config.get("prediction_type")
+        known_types = ("epsilon", "v_prediction", "sample")
+        if self.prediction_type not in known_types:
+            raise ValueError(f"prediction_type={self.prediction_type!r}: choose one of {', '.join(known_types)}.")
+        self.clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
         # σ would be infinite for a last level without any signal
-        alphas = pipeline.scheduler.alphas_cumprod.double().clamp(min=2**-30)
+        alphas = scheduler.alphas_cumprod.double().clamp(min=2**-30)
         self.sigmas = ((1 - alphas) / alphas).sqrt()  # (T,), ascending
         self.largest_sigma = self.sigmas[-1].item()
-
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        self.sigmas = self.sigmas.to(device)
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Calls the network on its own sample and step: `(B, C, ...)`; channels beyond those of `z` are dropped."""
@@ -71,7 +55,7 @@ class DiscreteTimePolicy(PipelinePolicy):
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Training steps `(B,)` at noise levels `(B,)`, interpolated linearly."""
-        table = self.sigmas.to(sigma.device)  # a policy without a trainer was never moved
+        table = self.sigmas = self.sigmas.to(sigma.device)
         upper = torch.searchsorted(table, sigma).clamp(1, len(table) - 1)
         low, high = table[upper - 1], table[upper]
         step = (upper - 1 + (sigma - low) / (high - low)).clamp(0, len(table) - 1)
@@ -121,15 +105,15 @@ class FlowPolicy(PipelinePolicy):
     Base class for networks trained on the rectified-flow path itself. `grid` follows the scheduler and its shifts.
 
     `even_sigmas` says whether the pipeline passes its scheduler even noise levels from 1 to `1/num_steps`, or lets the
-    scheduler choose. A dynamic shift depends on `sequence_length`.
+    scheduler choose.
     """
 
     even_sigmas = True
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a sample, each 2x2 pixels of the latent."""
-        return (self.sample_shape[-2] // 2) * (self.sample_shape[-1] // 2)
+        """Tokens of a sample, which a dynamic shift depends on."""
+        return (self.sample_shape[-2] // self.patch) * (self.sample_shape[-1] // self.patch)
 
     def grid(self, num_steps: int) -> tuple[list[float], float]:
         scheduler = copy.deepcopy(self.pipeline.scheduler)

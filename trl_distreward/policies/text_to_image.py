@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Base class for prompts: how they become tensors, and when they are embedded."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -18,7 +18,7 @@ MAX_BYTES = 4096
 
 class TextToImagePolicy(PipelinePolicy):
     """
-    Base class for conditions that are prompts.
+    Base class for prompts as conditions.
 
     An encoded prompt is its text, because embeddings would take megabytes for every image of a rollout. Embeddings are
     cached once per prompt in CPU memory, and computed by the frozen text encoders when missing.
@@ -27,23 +27,16 @@ class TextToImagePolicy(PipelinePolicy):
     different lengths are padded with zeros at the end.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, all else is frozen.
-        guidance_scale (`float`, *optional*, defaults to 1.0):
-            classifier-free guidance in training and sampling; 1.0 is none. A network with distilled guidance takes it
-            as an input.
+        pipeline, guidance_scale: see [`~policies.PipelinePolicy`]; distilled guidance is an input of the network.
         height, width (`int`, *optional*): image size in pixels; the network's native size by default.
         cache_size (`int`, *optional*, defaults to 10000): number of prompts whose embeddings are cached.
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
             keeps text encoders in CPU memory except while they encode.
-
-    Raises:
-        ValueError: `height` or `width` is not a multiple of the VAE's factor times the network's patch size.
     """
 
     embeddings: dict[str, int] = {"prompt_embeds": 0}
     null_embeddings: dict[str, int] | None = {"prompt_embeds": 1}
     null_prompt = ""  # used if `encode_prompt` returns no null embeddings
-    patch = 1  # side of a token, in pixels of the latent
 
     def __init__(
         self,
@@ -63,9 +56,8 @@ class TextToImagePolicy(PipelinePolicy):
                 f"height={self.size[0]} and width={self.size[1]} must be multiples of {factor * self.patch}."
             )
         self.sample_shape = (self.latent_channels, *(side // factor for side in self.size))
-        self.cache_size = cache_size
         self.offload_text_encoders = offload_text_encoders
-        self._cache: OrderedDict[str | None, dict[str, Tensor]] = OrderedDict()
+        self._embedding = lru_cache(cache_size)(self._compute_embedding)
         # the last batch's embeddings on the device: all steps of a rollout use the same batch
         self._last: tuple[Any, dict[str, Tensor]] = (None, {})
         # the last encoded batch and its prompts: reading prompts from the device would wait for its queue
@@ -88,10 +80,11 @@ class TextToImagePolicy(PipelinePolicy):
         parts = self.pipeline.components.items()
         return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
 
-    def _moved_parts(self) -> list[nn.Module]:
+    def to(self, device: torch.device) -> None:
         # not the safety checker, for example: nothing here uses it
-        codes = [self.pipeline.vae] if self.pipeline.vae is not None else []
-        return codes if self.offload_text_encoders else [*codes, *self._text_encoders()]
+        for part in [self.pipeline.vae, *([] if self.offload_text_encoders else self._text_encoders())]:
+            if part is not None:
+                part.to(device)
 
     # ---- prompts ----
 
@@ -102,17 +95,12 @@ class TextToImagePolicy(PipelinePolicy):
             if not isinstance(prompt, str):
                 raise ValueError(f"{prompt!r} is not a prompt: pass a list of strings.")
             if len(prompt.encode()) > MAX_BYTES or "\0" in prompt:
-                raise ValueError(
-                    f"prompt {prompt[:40]!r}… has {len(prompt.encode())} bytes: use at most {MAX_BYTES}, none of them "
-                    "zero."
-                )
+                raise ValueError(f"prompt {prompt[:40]!r}… needs at most {MAX_BYTES} UTF-8 bytes, none of them zero.")
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
         self.check_conditions(conditions)
-        texts = torch.zeros(len(conditions), MAX_BYTES, dtype=torch.uint8)
-        for row, prompt in zip(texts, conditions, strict=True):
-            text = prompt.encode()
-            row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        padded = b"".join(prompt.encode().ljust(MAX_BYTES, b"\0") for prompt in conditions)
+        texts = torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(-1, MAX_BYTES)
         self._read = texts.to(self.device), list(conditions)
         return {"prompt": self._read[0]}
 
@@ -133,46 +121,37 @@ class TextToImagePolicy(PipelinePolicy):
         key = (self.device, self.dtype, *prompts)
         if key == self._last[0]:
             return self._last[1]
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
-        if missing:
-            self._encode_missing(missing)
-        rows = [self._cache[prompt] for prompt in prompts]
-        for prompt in dict.fromkeys(prompts):
-            self._cache.move_to_end(prompt)
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+        rows = [self._embedding(prompt) for prompt in prompts]
+        if self.offload_text_encoders:
+            for encoder in self._text_encoders():
+                encoder.to("cpu")
         batch = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
-        moved = {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in batch.items()
-        }
-        self._last = (key, moved)
-        return moved
+        for name, value in batch.items():
+            batch[name] = value.to(self.device, self.dtype if value.is_floating_point() else None)
+        self._last = (key, batch)
+        return batch
 
     @torch.no_grad()
-    def _encode_missing(self, prompts: Sequence[str | None]) -> None:
+    def _compute_embedding(self, prompt: str | None) -> dict[str, Tensor]:
         if self.offload_text_encoders:
             for encoder in self._text_encoders():
                 encoder.to(self.device)
         # the network's autocast does not apply to text encoders
         with torch.autocast(self.device.type, enabled=False):
-            for prompt in prompts:  # one at a time: batching changes the last bits, and then resuming is not exact
-                self._cache[prompt] = self.embed_null() if prompt is None else self.embed(prompt)
-        if self.offload_text_encoders:
-            for encoder in self._text_encoders():
-                encoder.to("cpu")
+            return self.embed(prompt)
 
-    def embed(self, prompt: str) -> dict[str, Tensor]:
-        """Embeds one prompt: tensors in CPU memory, without a batch dimension."""
-        returned = self.encode_prompt(prompt, do_classifier_free_guidance=False)
-        return {name: returned[at][0].cpu() for name, at in self.embeddings.items()}
+    def embed(self, prompt: str | None) -> dict[str, Tensor]:
+        """
+        Embeds one prompt, or with `None` the null prompt: tensors in CPU memory, without a batch dimension.
 
-    def embed_null(self) -> dict[str, Tensor]:
-        """Embeds the null prompt."""
-        if self.null_embeddings is None:
-            return self.embed(self.null_prompt)
-        returned = self.encode_prompt("", do_classifier_free_guidance=True)
-        return {name: returned[at][0].cpu() for name, at in self.null_embeddings.items()}
+        Batches of prompts would change the last bits, and resuming would not be exact.
+        """
+        if prompt is None and self.null_embeddings is not None:
+            returned, places = self.encode_prompt("", do_classifier_free_guidance=True), self.null_embeddings
+        else:
+            text = self.null_prompt if prompt is None else prompt
+            returned, places = self.encode_prompt(text, do_classifier_free_guidance=False), self.embeddings
+        return {name: returned[at][0].cpu() for name, at in places.items()}
 
     def encode_prompt(self, prompt: str, **options: Any) -> tuple:
         """Calls the pipeline's `encode_prompt` with the arguments that the pipeline itself uses."""
@@ -183,3 +162,9 @@ class TextToImagePolicy(PipelinePolicy):
         options |= {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "device": self.device}
         options = {name: value for name, value in options.items() if name in known}
         return self.pipeline.encode_prompt(prompt=[prompt], **options)
+
+
+def latent_moments(config: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of a VAE's latents, to broadcast with `x` `(B, C, H, W)`."""
+    mean, std = (torch.tensor(config[name], device=x.device) for name in ("latents_mean", "latents_std"))
+    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
