@@ -141,14 +141,6 @@ def test_gains_and_frequencies_stay_in_float32(tmp_path, dtype):
         assert 0 < (half - expected).abs().max() < 0.1
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: EDM2UNet2DModel.from_size("XXXL"), "size='XXXL'"),
-        (lambda: tiny_edm2(sample_size=9), "sample_size=9 must be a multiple of 2"),
-        (lambda: tiny_edm2(channels_per_head=5), "channels_per_head=5"),
-    ],
-)
-def test_errors(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_unknown_sizes_are_refused():
+    with pytest.raises(ValueError, match="size='XXXL'"):
+        EDM2UNet2DModel.from_size("XXXL")

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """EDM2's U-Net with magnitude-preserving layers (arXiv 2312.02696, config G), with the published state-dict keys.
 
-Written from the paper's equations and Figure 21. Every layer normalizes its weights, so their size does not change the
-output. Activations keep unit magnitude on expectation, with pixel norms as the only normalization layers.
+Written from the paper's equations and Figure 21. Every layer normalizes its weights, and activations keep unit
+magnitude on expectation, with pixel norms as the only normalization layers.
 """
 
 import math
@@ -87,10 +87,11 @@ class MPLayer(nn.Module):
 
 
 class EDM2Block(nn.Module):
-    """Encoder or decoder block with optional self-attention (Figure 21)."""
+    """Encoder or decoder block with optional self-attention (Figure 21); `config` as in [`EDM2UNet`]."""
 
     def __init__(
         self,
+        config: Mapping[str, Any],
         in_channels: int,
         out_channels: int,
         emb_channels: int,
@@ -98,25 +99,17 @@ class EDM2Block(nn.Module):
         decoder: bool,
         attention: bool,
         resample: str | None = None,
-        channels_per_head: int,
-        dropout: float,
-        res_balance: float,
-        attn_balance: float,
-        clip_act: float | None,
     ):
         super().__init__()
         self.decoder, self.resample = decoder, resample
-        self.num_heads = out_channels // channels_per_head if attention else 0
-        if attention and out_channels % channels_per_head:
-            raise ValueError(
-                f"channels_per_head={channels_per_head} must divide the {out_channels} channels at attention."
-            )
-        self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
+        self.num_heads = out_channels // config["channels_per_head"] if attention else 0
+        self.res_balance, self.attn_balance = config["res_balance"], config["attn_balance"]
+        self.clip_act = config["clip_act"]
         self.emb_gain = nn.Parameter(torch.zeros(()))
         self.conv_res0 = MPLayer(in_channels if decoder else out_channels, out_channels, 3)
         self.emb_linear = MPLayer(emb_channels, out_channels)
         self.conv_res1 = MPLayer(out_channels, out_channels, 3)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config["dropout"])
         self.conv_skip = MPLayer(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.attn_qkv = MPLayer(out_channels, 3 * out_channels, 1) if attention else None
         self.attn_proj = MPLayer(out_channels, out_channels, 1) if attention else None
@@ -156,7 +149,7 @@ class EDM2UNet(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        sample_size, in_channels, num_classes = (config[k] for k in ("sample_size", "in_channels", "num_classes"))
+        sample_size, in_channels, num_classes = config["sample_size"], config["in_channels"], config["num_classes"]
         widths = [config["model_channels"] * multiplier for multiplier in config["channel_mult"]]
         emb_channels, num_blocks = max(widths), config["num_blocks"]
         self.label_balance, self.concat_balance = config["label_balance"], config["concat_balance"]
@@ -165,16 +158,12 @@ class EDM2UNet(nn.Module):
         self.emb_fourier = MPFourier(widths[0])
         self.emb_noise = MPLayer(widths[0], emb_channels)
         self.emb_label = MPLayer(num_classes, emb_channels) if num_classes else None
-        shared = ("channels_per_head", "dropout", "res_balance", "attn_balance", "clip_act")
-        block_kwargs = {name: config[name] for name in shared}
 
         def block(
             cin: int, cout: int, size: int, decoder: bool, attention: bool | None = None, resample: str | None = None
         ) -> EDM2Block:
             attends = size in config["attn_resolutions"] if attention is None else attention
-            return EDM2Block(
-                cin, cout, emb_channels, decoder=decoder, attention=attends, resample=resample, **block_kwargs
-            )
+            return EDM2Block(config, cin, cout, emb_channels, decoder=decoder, attention=attends, resample=resample)
 
         sizes = [sample_size >> level for level in range(len(widths))]
         width = widths[0]
@@ -234,22 +223,23 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     """
     EDM2's denoiser with its preconditioning: takes noisy samples and noise levels, and returns denoised samples.
 
-    Every layer normalizes its weights, so only their direction matters. Training should still keep their size at one:
-    as weights grow, a step of the same size turns them less. Set `forced_weight_normalization`, or call
-    `normalize_weights` after each optimizer step.
+    Only the direction of a layer's weights matters. Training should still keep their size at one: as weights grow, a
+    step of the same size turns them less. Set `forced_weight_normalization`, or call `normalize_weights` after each
+    optimizer step.
 
     Adapters are not supported: a low-rank update beside a normalized weight differs from one merged into it.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 64): height and width of the input, in latent or image pixels.
+        sample_size (`int`, *optional*, defaults to 64):
+            height and width of the input, in latent or image pixels; halved from level to level.
         in_channels (`int`, *optional*, defaults to 4): channels of the input and output.
         num_classes (`int`, *optional*, defaults to 1000): classes; 0 for an unconditional model.
         model_channels (`int`, *optional*, defaults to 192): channels of the first level.
         channel_mult (`list[int]`, *optional*, defaults to `[1, 2, 3, 4]`):
-            channels of each level, as multiples of `model_channels`; height and width halve from level to level.
+            channels of each level, as multiples of `model_channels`.
         num_blocks (`int`, *optional*, defaults to 3): blocks per level of the encoder; the decoder has one more.
         attn_resolutions (`list[int]`, *optional*, defaults to `[16, 8]`): heights of the levels with self-attention.
-        channels_per_head (`int`, *optional*, defaults to 64): width of an attention head.
+        channels_per_head (`int`, *optional*, defaults to 64): width of an attention head; divides a level's channels.
         dropout (`float`, *optional*, defaults to 0.0): dropout in training mode.
         label_balance, concat_balance (`float`, *optional*, default to 0.5):
             share of the class embedding, and of the skip connections against the main path.
@@ -289,11 +279,6 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         forced_weight_normalization: bool = False,
     ):
         super().__init__()
-        if sample_size % (1 << (len(channel_mult) - 1)):
-            raise ValueError(
-                f"sample_size={sample_size} must be a multiple of {1 << (len(channel_mult) - 1)}: it is halved "
-                f"between the {len(channel_mult)} levels of channel_mult."
-            )
         self.unet = EDM2UNet(self.config)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPLayer(logvar_channels, 1)

@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """SiT, the Scalable Interpolant Transformer (arXiv 2401.08740), with the original state-dict keys.
 
-The network is that of DiT (arXiv 2212.09748), and its output is a velocity. diffusers' `DiTTransformer2DModel` is
-another: here all blocks share one timestep embedder and one label embedder, and frequencies are `10000^(-k/128)`, as
-in the published checkpoints.
+The network is DiT's (arXiv 2212.09748), and its output is a velocity. diffusers' `DiTTransformer2DModel` cannot hold
+the published weights: here all blocks share their embedders, and frequencies are `10000^(-k/128)`.
 """
 
 import math
@@ -173,10 +172,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if sample_size % patch_size:
             raise ValueError(f"patch_size={patch_size} must divide sample_size={sample_size}.")
-        if hidden_size % num_attention_heads or hidden_size % 4:
-            raise ValueError(
-                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads} and of 4."
-            )
         self.gradient_checkpointing = False
         grid_size = sample_size // patch_size
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
@@ -204,9 +199,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         embeddings: list[Any] = [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=0.02)
-        modulations: list[Any] = [block.adaLN_modulation for block in self.blocks]
-        for modulation in modulations + [self.final_layer.adaLN_modulation]:
-            nn.init.zeros_(modulation[1].weight)
+        adapted: list[Any] = [*self.blocks, self.final_layer]
+        for module in adapted:
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def unpatchify(self, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Image generation with EDM2 (arXiv 2312.02696): in latent space, or in pixel space without a VAE."""
 
+from itertools import pairwise
+
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 _RAW_MEAN, _RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 LATENTS_SCALE = [0.5 / std for std in _RAW_STD]
 LATENTS_BIAS = [-0.5 * mean / std for mean, std in zip(_RAW_MEAN, _RAW_STD, strict=True)]
-SIGMA_MAX = 80.0
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 
 
 class EDM2Pipeline(DiffusionPipeline):
@@ -27,8 +29,8 @@ class EDM2Pipeline(DiffusionPipeline):
         vae ([`~diffusers.AutoencoderKL`], *optional*):
             decodes latents to images in [0, 1]; without a VAE the samples are images in [-1, 1].
         latents_scale, latents_bias (`list[float]`, *optional*):
-            per channel, `latents = raw · scale + bias`, where `raw` are the VAE's own latents; by default those of
-            EDM2 with `stabilityai/sd-vae-ft-mse`.
+            per channel, `latents = raw · scale + bias` with the VAE's own latents `raw`; by default as in EDM2 with
+            `stabilityai/sd-vae-ft-mse`.
     """
 
     model_cpu_offload_seq = "guider->unet->vae"
@@ -71,7 +73,7 @@ class EDM2Pipeline(DiffusionPipeline):
         self, model: nn.Module, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
     ) -> Tensor:
         """
-        Predicts the velocity `x_noise - x_data` on the path `x = (1-t) x_data + t x_noise`.
+        Predicts the velocity `x_noise - x_data` at `x = (1-t) x_data + t x_noise`.
 
         With `σ = t/(1-t)`, the network's input is `z = x (1+σ)`, and the velocity is `(x - denoised) / t`. The network
         was trained up to a noise level of 80, which is used for all higher ones.
@@ -87,10 +89,9 @@ class EDM2Pipeline(DiffusionPipeline):
         """Decodes samples `(B, C, H, W)` to images `(B, channels, height, width)` in [0, 1], with gradients."""
         if self.vae is None:
             return (x.float() / 2 + 0.5).clamp(0, 1)
-        scale, bias = (
-            torch.tensor(values, device=x.device).view(1, -1, 1, 1)
-            for values in (self.config.latents_scale, self.config.latents_bias)
-        )
+        config = self.config
+        values = (config.latents_scale, config.latents_bias)
+        scale, bias = (torch.tensor(value, device=x.device).view(1, -1, 1, 1) for value in values)
         raw = (x.float() - bias) / scale
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0].float().clamp(0, 1)
 
@@ -101,25 +102,12 @@ class EDM2Pipeline(DiffusionPipeline):
                 "with guider=..., or use guidance_scale=1.0."
             )
 
-    def check_inputs(self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int) -> None:
-        self.check_guidance(guidance_scale)
-        classes = max(self.unet.config.num_classes, 1)
-        if class_labels.ndim != 1 or any(not 0 <= label < classes for label in class_labels.tolist()):
-            raise ValueError(
-                f"class_labels={class_labels.tolist()} must be a list of integers from 0 to {classes - 1}."
-            )
-        if num_inference_steps < 2:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 2.")
-
     @torch.no_grad()
     def __call__(
         self,
         class_labels: list[int] | Tensor,
         guidance_scale: float = 1.0,
         num_inference_steps: int = 32,
-        sigma_min: float = 0.002,
-        sigma_max: float = SIGMA_MAX,
-        rho: float = 7.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -128,11 +116,12 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         Generates images by Heun's method on EDM's noise levels, without churn (arXiv 2206.00364, Algorithm 1, Eq. 5).
 
+        The noise levels go from 80 to 0.002, evenly in `σ^(1/7)`.
+
         Args:
             class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`; zeros without classes.
             guidance_scale (`float`, *optional*, defaults to 1.0): scale of the guidance; 1.0 for none.
             num_inference_steps (`int`, *optional*, defaults to 32): steps, each of two evaluations but the last.
-            sigma_min, sigma_max, rho (`float`, *optional*, default to 0.002, 80.0 and 7.0): the noise levels.
             generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise, standard normal.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -143,28 +132,31 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         device, config = self._execution_device, self.unet.config
         labels = torch.as_tensor(class_labels, device=device)
-        self.check_inputs(labels, guidance_scale, num_inference_steps)
+        self.check_guidance(guidance_scale)
+        classes = max(config.num_classes, 1)
+        if labels.ndim != 1 or any(not 0 <= label < classes for label in labels.tolist()):
+            raise ValueError(f"class_labels={labels.tolist()} must be a list of integers from 0 to {classes - 1}.")
+        if num_inference_steps < 2:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 2.")
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but these labels and model need {shape}.")
-        first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-        sigmas = [(first + i / (num_inference_steps - 1) * (last - first)) ** rho for i in range(num_inference_steps)]
+        first, last = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+        sigmas = [(first + i / (num_inference_steps - 1) * (last - first)) ** RHO for i in range(num_inference_steps)]
 
         def slope(z: Tensor, sigma: float) -> Tensor:
             levels = torch.full((len(labels),), sigma, device=device)
             return (z - self.denoise(self.unet, z, levels, labels, guidance_scale)) / sigma
 
         z = latents.to(device, torch.float32) * sigmas[0]
-        for sigma, following in self.progress_bar(list(zip(sigmas, [*sigmas[1:], 0.0], strict=True))):
+        for sigma, following in self.progress_bar(list(pairwise([*sigmas, 0.0]))):
             direction = slope(z, sigma)
-            euler = z + (following - sigma) * direction
             if following > 0:
+                euler = z + (following - sigma) * direction
                 direction = 0.5 * (direction + slope(euler, following))
-                z = z + (following - sigma) * direction
-            else:
-                z = euler
+            z = z + (following - sigma) * direction
 
         images = z if output_type == "latent" else self.decode(z)
         if output_type not in ("latent", "pt"):

@@ -2,6 +2,7 @@
 """Image generation with SiT (arXiv 2401.08740): in latent space, or in pixel space without a VAE."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -80,26 +81,6 @@ class SiTPipeline(DiffusionPipeline):
                 "use guidance_scale=1.0."
             )
 
-    def check_inputs(
-        self, class_labels: Tensor, guidance_scale: float, num_inference_steps: int, sampler: str, solver: str
-    ) -> None:
-        self.check_guidance(guidance_scale)
-        classes = self.transformer.config.num_classes
-        if class_labels.ndim != 1 or any(not 0 <= label < classes for label in class_labels.tolist()):
-            raise ValueError(
-                f"class_labels={class_labels.tolist()} must be a list of integers from 0 to {classes - 1}."
-            )
-        if num_inference_steps < (2 if sampler == "sde" else 1):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for sampler='sde', which ends "
-                "with a step of its own."
-            )
-        if sampler not in ("ode", "sde") or solver not in ("euler", "heun", "heun2", "dopri5"):
-            raise ValueError(
-                f"sampler={sampler!r} must be 'ode' or 'sde', and solver={solver!r} must be 'euler', 'heun', 'heun2' "
-                "or 'dopri5'."
-            )
-
     @torch.no_grad()
     def __call__(
         self,
@@ -132,7 +113,7 @@ class SiTPipeline(DiffusionPipeline):
                 or `"dopri5"`, which chooses its own steps (needs torchdiffeq).
             noise_level (`float`, *optional*, defaults to 1.0): η of the SDE, in `s² = 2 η² t`; SiT has 1.0.
             last_step_size (`float`, *optional*, defaults to 0.04): size of the SDE's last step, "Mean" in SiT's code.
-            guidance_channels (`int`, *optional*): number of first channels to guide; all by default, 3 in SiT's code.
+            guidance_channels (`int`, *optional*): see `predict_velocity`.
             rtol, atol (`float`, *optional*, default to 1e-3 and 1e-6): tolerances of `"dopri5"`, as in SiT's code.
             generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise.
@@ -144,7 +125,17 @@ class SiTPipeline(DiffusionPipeline):
         """
         device, config = self._execution_device, self.transformer.config
         labels = torch.as_tensor(class_labels, device=device)
-        self.check_inputs(labels, guidance_scale, num_inference_steps, sampler, solver)
+        self.check_guidance(guidance_scale)
+        if labels.ndim != 1 or any(not 0 <= label < config.num_classes for label in labels.tolist()):
+            raise ValueError(
+                f"class_labels={labels.tolist()} must be a list of integers from 0 to {config.num_classes - 1}."
+            )
+        if num_inference_steps < (2 if sampler == "sde" else 1):
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for sampler='sde'.")
+        if sampler not in ("ode", "sde") or solver not in ("euler", "heun", "heun2", "dopri5"):
+            raise ValueError(
+                f"sampler={sampler!r} must be 'ode' or 'sde', and solver={solver!r} 'euler', 'heun', 'heun2' or 'dopri5'."
+            )
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -164,7 +155,7 @@ class SiTPipeline(DiffusionPipeline):
             times = [1 - i / num_inference_steps for i in range(num_inference_steps)] + [0.0]
         if sampler == "ode" and solver == "dopri5":
             x, times = dopri5(velocity, x, rtol, atol), []
-        for t, t_next in self.progress_bar(list(zip(times, times[1:], strict=False))):
+        for t, t_next in self.progress_bar(list(pairwise(times))):
             dt, v = t_next - t, velocity(x, t)
             if sampler == "sde":
                 # s² = 2 η² t: drift v + s²/(2t) (x + (1-t) v), variance s² |dt|
