@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conversion.snapshots import Call, Persistent, original_modules, snapshot
+from tests.conversion.snapshots import Call, original_modules, snapshot
 from tests.edm2 import tiny_edm2
 from trl_distreward.conversion import load_original_edm2, read_original_edm2
 
@@ -55,10 +55,9 @@ def test_loaded_network_denoises_like_its_original(tmp_path):
         ({"network": "UNet"}, "its network is a UNet"),
         ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter=\[1, 3, 3, 1\]"),
         ({"channel_mult_emb": 8}, "channel_mult_emb=8"),
-        ({"num_blocks": 10**9}, "1000000000 blocks"),
-        ({"num_blocks": "3"}, "not numbers"),
-        ({"channel_mult": [None]}, "impossible"),
-        ({"model_channels": 10**30}, "impossible"),
+        ({"num_blocks": "3"}, "do not fit its network"),
+        ({"channel_mult": [None]}, "do not fit its network"),
+        ({"model_channels": 10**30}, "do not fit its network"),
     ],
 )
 def test_impossible_networks_are_refused(tmp_path, changes, message):
@@ -72,23 +71,6 @@ def test_weights_of_another_network_are_refused(tmp_path):
             load_original_edm2(write(tmp_path, snapshot(tiny_edm2(in_channels=4), **change)))
 
 
-def test_networks_larger_than_the_file_are_refused(tmp_path):
-    def write_network(modules, parameters=None):
-        state = {"_parameters": parameters or {}, "_buffers": {}, "_modules": modules, "_init_args": ()}
-        return Persistent("Precond", {**state, "_init_kwargs": {}})
-
-    with original_modules():
-        nested, weight = write_network({}), torch.zeros(1000)
-        for _ in range(80):
-            nested = write_network({"a": nested, "b": nested})
-        repeated = write_network({}, {f"w{i}": weight for i in range(20)})
-        cases = {"in two places": nested, "larger than": repeated}
-        files = {message: pickle.dumps({"ema": network}) for message, network in cases.items()}
-    for message, data in files.items():
-        with pytest.raises(ValueError, match=message):
-            read_original_edm2(write(tmp_path, data))
-
-
 def test_other_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = snapshot(tiny_edm2())
@@ -96,7 +78,7 @@ def test_other_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
         other = pickle.dumps({"ema": Call(os.system, "touch executed")})
     cases = {
         "posix.system|nt.system": other,
-        "damaged": whole[: len(whole) // 2],
+        "truncated": whole[: len(whole) // 2],
         "laid out": pickle.dumps({"network": 1}),
         "int": pickle.dumps({"ema": 1}),
         "not one of the known names": whole.replace(b"EasyDict", b"EvilDict"),

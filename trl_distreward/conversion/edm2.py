@@ -15,7 +15,7 @@ from torch import Tensor
 from ..models.edm2 import EDM2UNet2DModel
 from .restricted_pickle import Value, is_record, load_records, read_array, read_tensor
 
-# the original's names of arguments that have other names here; defaults are the same
+# arguments that have other names here; defaults are the same
 _RENAMED = {"img_resolution": "sample_size", "img_channels": "in_channels", "label_dim": "num_classes"}
 # arguments that change nothing as long as they have these values
 _FIXED = {"channel_mult_noise": None, "channel_mult_emb": None, "resample_filter": [1, 1]}
@@ -41,17 +41,13 @@ class OriginalEDM2:
 
 def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
     """
-    Reads a snapshot that NVIDIA's code wrote. Nothing in it is executed.
-
-    Args:
-        path (`str`): the `.pkl` file.
+    Reads a snapshot (`.pkl`) that NVIDIA's code wrote. Nothing in it is executed.
 
     Raises:
         ValueError: the file is damaged, or holds something that such a snapshot does not have.
     """
-    path = Path(path)
     try:
-        return _interpret(load_records(path), path.stat().st_size)
+        return _interpret(load_records(Path(path)))
     except (pickle.UnpicklingError, RecursionError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         known = isinstance(error, pickle.UnpicklingError)
         reason = str(error) if known else f"it is not laid out as one ({type(error).__name__}: {error})"
@@ -60,56 +56,41 @@ def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
 
 def load_original_edm2(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
     """
-    Loads the network of a snapshot, in evaluation mode.
+    Loads the network of a snapshot, in evaluation mode. Errors are those of [`~conversion.read_original_edm2`].
 
     Args:
         path (`str`): the `.pkl` file.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            dtype of the weights; float32 holds the published float16 values exactly. Gains and frequencies stay
-            float32.
-
-    Raises:
-        ValueError: see [`~conversion.read_original_edm2`].
+            dtype of the weights, but for gains and frequencies; float32 holds the published float16 values exactly.
     """
     return build_edm2(read_original_edm2(path), dtype)
 
 
 def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
     """Builds the network of a snapshot that was read, in evaluation mode; see [`~conversion.load_original_edm2`]."""
-    try:
-        with torch.device("meta"):  # no random weights that are thrown away
-            model = EDM2UNet2DModel(**original.config)
-    except (TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise ValueError(f"the snapshot describes an impossible network: {original.config} ({error}).") from error
     weights = {}
     for name, value in original.state_dict.items():
         stays = any(part in name for part in EDM2UNet2DModel._keep_in_fp32_modules)
         weights[name] = value.to(torch.float32 if stays else dtype)
     try:
+        with torch.device("meta"):  # no random weights that are thrown away
+            model = EDM2UNet2DModel(**original.config)
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # lists the keys and shapes
-        raise ValueError(f"the snapshot's weights do not fit its network: {error}") from error
+    except (TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError(f"the snapshot's weights do not fit its network, {original.config}: {error}") from error
     return model.eval()
 
 
-def _interpret(snapshot: Value, file_size: int) -> OriginalEDM2:
+def _interpret(snapshot: Value) -> OriginalEDM2:
     network = snapshot["ema"]
     if _class_name(network) != "Precond":
         raise pickle.UnpicklingError(f"its network is a {_class_name(network)}, not a Precond")
-    config = _read_config(_state(network))
-    weights, remaining = {}, file_size
-    for name, tensor in _tensors(network, set()):
-        remaining -= tensor.nbytes
-        if remaining < 0:  # the same bytes are used several times
-            raise pickle.UnpicklingError(f"its weights are larger than the {file_size} bytes of the file")
-        weights[name] = tensor
-    if config.get("num_blocks", 1) * len(config.get("channel_mult", [])) > len(weights):
-        raise pickle.UnpicklingError(f"it claims {config['num_blocks']} blocks in {len(weights)} weights")
-    return OriginalEDM2(config, weights, *_read_encoder(snapshot.get("encoder")))
+    weights = dict(_tensors(network))
+    return OriginalEDM2(_read_config(_state(network)), weights, *_read_encoder(snapshot.get("encoder")))
 
 
 def _state(record: Value) -> dict[str, Value]:
-    """Returns the attributes of a persistent object, or of one of torch's containers."""
+    """Attributes of a persistent object, or of one of torch's containers."""
     if is_record(record, "_reconstruct_persistent_obj"):
         return record.args[0]["state"]  # the source code beside it is not read
     if is_record(record, "ModuleDict", "ModuleList"):
@@ -121,18 +102,15 @@ def _class_name(record: Value) -> str:
     return record.args[0]["class_name"] if is_record(record, "_reconstruct_persistent_obj") else type(record).__name__
 
 
-def _tensors(module: Value, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _tensors(module: Value, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields parameters, buffers, and those of submodules, in the order of `torch.nn.Module.state_dict`."""
-    if id(module) in seen:  # reading it again and again could take for ever
-        raise pickle.UnpicklingError(f"it has one module in two places, the second is {prefix[:-1]}")
-    seen.add(id(module))
     state = _state(module)
     for name, value in [*state["_parameters"].items(), *state["_buffers"].items()]:
         if value is not None:
             yield prefix + name, read_tensor(value)
     for name, child in state["_modules"].items():
         if child is not None:
-            yield from _tensors(child, seen, f"{prefix}{name}.")
+            yield from _tensors(child, f"{prefix}{name}.")
 
 
 def _read_config(state: dict[str, Value]) -> dict[str, Value]:
@@ -145,14 +123,11 @@ def _read_config(state: dict[str, Value]) -> dict[str, Value]:
             config[_RENAMED.get(name, name)] = value
         elif name != "use_fp16" and (name not in _FIXED or value != _FIXED[name]):
             raise pickle.UnpicklingError(f"its network has {name}={reprlib.repr(value)}, unlike any EDM2UNet2DModel")
-    flat = [v for value in config.values() for v in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(value, int | float | None) for value in flat):
-        raise pickle.UnpicklingError("its network has arguments that are not numbers")
     return config
 
 
 def _read_encoder(encoder: Value) -> tuple[str | None, dict[str, list[float]]]:
-    """Returns the VAE's Hub id, and the scale and bias of its latents."""
+    """The VAE's Hub id, and the scale and bias of its latents."""
     if encoder is None or _class_name(encoder) == "StandardRGBEncoder":
         return None, {}
     if _class_name(encoder) != "StabilityVAEEncoder":

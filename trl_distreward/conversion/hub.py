@@ -14,14 +14,9 @@ from ..hub import with_retries
 
 def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
     """
-    Returns the files with which `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` finds the classes.
+    Files with which `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` finds the classes.
 
-    Args:
-        pipeline ([`SiTPipeline`] or [`EDM2Pipeline`]): its modules import only torch and diffusers.
-
-    Returns:
-        `dict[str, bytes]`: `pipeline.py`, each network's module in its component's folder, and a `model_index.json`
-        that names them in place of the library's modules.
+    They are `pipeline.py`, each network's module in its component's folder, and a `model_index.json` that names them.
     """
     index = json.loads(pipeline.to_json_string())
     index["_class_name"] = ["pipeline", type(pipeline).__name__]
@@ -39,19 +34,10 @@ def push_with_code(
     pipeline: DiffusionPipeline, folder: str | os.PathLike, repo_id: str, *, private: bool | None = None
 ) -> str:
     """
-    Pushes a saved pipeline in one commit, with the code of its classes.
+    Pushes a [`SiTPipeline`] or [`EDM2Pipeline`], saved in `folder`, with the code of its classes.
 
-    Args:
-        pipeline ([`SiTPipeline`] or [`EDM2Pipeline`]): the pipeline in `folder`.
-        folder (`str`): where `save_pretrained` wrote it.
-        repo_id (`str`): repository on the Hub, which is created if need be.
-        private (`bool`, *optional*): whether a new repository is private.
-
-    Returns:
-        `str`: address of the commit.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError: see [`~hub.with_retries`]; nothing was committed.
+    A repository that does not exist is created. Returns the address of the commit; see [`~hub.with_retries`] for
+    errors, after which nothing is committed.
     """
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     files: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}

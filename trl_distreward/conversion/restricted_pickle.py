@@ -2,14 +2,12 @@
 """Read EDM2's pickles as inert records: nothing in the file is imported, called or executed.
 
 Unpickling gives records of the names in the file and the arguments passed to them. Tensors and arrays are then read
-from the bytes in these records. Sizes that the file claims are compared with its bytes before memory is used.
+from the bytes in these records.
 """
 
 import io
 import math
-import mmap
 import pickle
-import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +66,12 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not one of the known names")
         return GLOBALS[module, name]
 
-    def persistent_load(self, identifier: Value) -> Value:
-        raise pickle.UnpicklingError("it refers to an object outside of the file")
-
 
 def load_records(path: Path) -> Value:
-    """
-    Reads the object in a pickle file as records.
-
-    Raises:
-        pickle.UnpicklingError: the file has a name that is not in `GLOBALS`, or is damaged.
-    """
+    """Reads the object in a pickle file as records; raises `pickle.UnpicklingError` for unknown names and damage."""
     try:
-        # reads of a mapping end where the file ends, whatever length the pickle claims
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(mapped)):  # type: ignore[arg-type]
-                # the interpreter allocates as many places as the highest index
-                if opcode.name.endswith("PUT") and int(str(argument)) > count:
-                    raise pickle.UnpicklingError(f"it numbers an object {argument} after {count} operations")
-            mapped.seek(0)
-            return _Unpickler(mapped).load()
+        with path.open("rb") as file:
+            return _Unpickler(file).load()
     except (pickle.UnpicklingError, FileNotFoundError):
         raise
     except Exception as error:  # a malformed pickle can raise anything

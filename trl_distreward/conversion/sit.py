@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,29 +22,28 @@ def load_original_sit(
     """
     Loads the network of a SiT checkpoint, in evaluation mode and in the checkpoint's dtype. Nothing is executed.
 
-    The configuration follows from the weights' shapes. From a training checkpoint (`model`, `ema`, `opt`, `args`) the
-    average is taken.
+    The configuration follows from the weights' shapes. Training checkpoints (`model`, `ema`, `opt`, `args`) give their
+    average.
 
     Args:
         path_or_state_dict (`str` or `dict`): the `.pt` file, or its content.
         num_attention_heads (`int`, *optional*):
-            Number of heads, which shapes do not tell; by default that of the published network with this size.
+            number of heads, which shapes do not tell; by default that of the published network with this size.
         num_classes (`int`, *optional*):
-            Number of classes; by default as the checkpoint's `args` say, or else one less than the embedding has rows,
-            because SiT is trained with a null class.
+            number of classes; by default as the checkpoint's `args` say, or the embedding's rows less the null class.
 
     Raises:
         ValueError: the file has more in it than tensors and `argparse.Namespace`; keys are unknown or missing; the
             size is not a published one, and `num_attention_heads` is not given.
     """
     given = isinstance(path_or_state_dict, Mapping)
-    checkpoint = path_or_state_dict if isinstance(path_or_state_dict, Mapping) else _read(path_or_state_dict)
+    checkpoint: Any = path_or_state_dict if isinstance(path_or_state_dict, Mapping) else _read(path_or_state_dict)
     if isinstance(checkpoint, Mapping) and "ema" in checkpoint:
         if num_classes is None:
             num_classes = getattr(checkpoint.get("args"), "num_classes", None)
         checkpoint = checkpoint["ema"]
-    found = checkpoint.values() if isinstance(checkpoint, Mapping) else [None]
-    if not isinstance(checkpoint, Mapping) or not found or not all(isinstance(value, Tensor) for value in found):
+    tensors = isinstance(checkpoint, Mapping) and all(isinstance(value, Tensor) for value in checkpoint.values())
+    if not tensors or not checkpoint:
         raise ValueError("the checkpoint is neither a state dict nor a training checkpoint with one under 'ema'.")
     with torch.device("meta"):  # no random weights that are thrown away
         model = SiTTransformer2DModel(**infer_sit_config(checkpoint, num_attention_heads, num_classes))

@@ -134,7 +134,8 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for sampler='sde'.")
         if sampler not in ("ode", "sde") or solver not in ("euler", "heun", "heun2", "dopri5"):
             raise ValueError(
-                f"sampler={sampler!r} must be 'ode' or 'sde', and solver={solver!r} 'euler', 'heun', 'heun2' or 'dopri5'."
+                f"sampler={sampler!r} or solver={solver!r} is unknown: choose sampler 'ode' or 'sde', and solver "
+                "'euler', 'heun', 'heun2' or 'dopri5'."
             )
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
