@@ -262,15 +262,14 @@ def test_index_names_only_files_of_its_folder(tmp_path, name):
         CheckpointPool([tmp_path / "model"])
 
 
-def test_pipeline_component_is_chosen(tmp_path):
+def test_network_of_a_pipeline_with_two_is_named(tmp_path):
     for name, seed in (("unet", 0), ("transformer", 1)):
         (tmp_path / name).mkdir()
         save_file(Small(seed).state_dict(), tmp_path / name / "model.safetensors")
     (tmp_path / "model_index.json").write_text("{}")
-    for component in (None, "vae"):
-        with pytest.raises(ValueError, match=f"component={component!r}.*choose from .'transformer', 'unet'"):
-            CheckpointPool([tmp_path], component=component)
-    merged = dict(CheckpointPool([tmp_path], component="transformer").merged(torch.ones(1)))
+    with pytest.raises(ValueError, match="name the network's folder"):
+        CheckpointPool([tmp_path])
+    merged = dict(CheckpointPool([tmp_path / "transformer"]).merged(torch.ones(1)))
     assert torch.equal(merged["gain"], Small(1).gain.data)
 
 

@@ -15,14 +15,14 @@ from ..files import write_json, written_whole
 from .adapters import ADAPTER_CONFIG, concatenated, concatenated_axis, merged_adapter_config
 from .sources import Checkpoint, open_checkpoint
 
-# Elements that are summed at a time on the CPU. A block of the sum stays in a core's cache (0.5 MiB in float32) while
-# every checkpoint is added to it, and so is written once; smaller blocks cost more in calls.
+# Elements that are summed at a time on the CPU. A block of the sum stays in a core's cache while every checkpoint is
+# added to it; smaller blocks cost more in calls.
 BLOCK = 1 << 17
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which tensors of `dtype` are summed."""
-    return dtype if dtype in (torch.float64, torch.complex64) else torch.float32
+    """Dtype in which tensors of `dtype` are summed."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
@@ -51,14 +51,12 @@ class CheckpointPool:
 
     Args:
         checkpoints (`list[str]`):
-            Pipeline folders, model folders, adapter folders, checkpoints of this library's trainers, `.safetensors`
+            pipeline folders, model folders, adapter folders, checkpoints of this library's trainers, `.safetensors`
             files, or `org/repo@revision:subfolder` on the Hub; in the order of training.
-        component (`str`, *optional*):
-            Folder of a pipeline; by default `transformer` or `unet`, if only one is there.
         buffers (`list[str]`, *optional*):
-            Names of the network's buffers, which files do not tell from parameters. They are copied from the last
-            checkpoint, as integer tensors are. Names that the checkpoints do not have are ignored.
-        cache_dir, token, local_files_only: as in [`~huggingface_hub.hf_hub_download`].
+            names of the network's buffers, which files do not tell from parameters. They are copied from the last
+            checkpoint, as integer tensors are. Unknown names are ignored.
+        token (`str` or `bool`, *optional*): token for the Hub; the stored one by default.
 
     Attributes:
         members (`list[Checkpoint]`): the checkpoints, each with `source`, `files`, and on the Hub `revision`.
@@ -74,28 +72,20 @@ class CheckpointPool:
         self,
         checkpoints: Sequence[str | os.PathLike],
         *,
-        component: str | None = None,
         buffers: Collection[str] = (),
-        cache_dir: str | os.PathLike | None = None,
         token: str | bool | None = None,
-        local_files_only: bool = False,
     ):
         if isinstance(checkpoints, str | os.PathLike) or not checkpoints:
             raise ValueError(f"checkpoints={checkpoints!r} must be a list of at least one checkpoint.")
-        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        self.members = [open_checkpoint(checkpoint, component, **hub) for checkpoint in checkpoints]
+        self.members = [open_checkpoint(checkpoint, token) for checkpoint in checkpoints]
         check_alike(self.members)
         self._adapter_config = merged_adapter_config(self.members)
         self._tensors = [member.load() for member in self.members]
         last = self._tensors[-1]
-        integers = {key for key, tensor in last.items() if not (tensor.is_floating_point() or tensor.is_complex())}
-        self.copied = integers | ({*buffers} & {*last})
+        self.copied = {key for key, tensor in last.items() if not tensor.is_floating_point() or key in buffers}
         self.weighted = [key for key in last if key not in self.copied]
-        differ = sorted(
-            key
-            for key in self.copied
-            if not all(torch.equal(tensors[key].double(), last[key].double()) for tensors in self._tensors)
-        )
+        others = [(key, tensors[key]) for key in sorted(self.copied) for tensors in self._tensors]
+        differ = list(dict.fromkeys(key for key, other in others if not other.double().equal(last[key].double())))
         if differ:
             warnings.warn(
                 f"{len(differ)} buffers or integer tensors differ between the checkpoints, e.g. {differ[0]}: they are "
@@ -112,7 +102,7 @@ class CheckpointPool:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of the merged tensors. Adapters are concatenated along their rank."""
+        """Shapes of the merged tensors; adapters are concatenated along their rank."""
         shapes = {}
         for key, tensor in self._tensors[-1].items():
             shape, axis = list(tensor.shape), self._axis(key)
@@ -132,15 +122,15 @@ class CheckpointPool:
         return None if self._adapter_config is None else LoraConfig.from_peft_type(**self._adapter_config)
 
     def tensor(self, index: int, key: str) -> Tensor:
-        """Returns a tensor of one checkpoint, mapped from its file or on the device; do not change it."""
+        """A tensor of one checkpoint, mapped from its file or on the device; do not change it."""
         return self._tensors[index][key]
 
     def load_resident(self, device: str | torch.device) -> None:
-        """Copies the pool to a device. A merge is then made there."""
+        """Copies the pool to a device, where merges are then made."""
         self._tensors = [{key: tensor.to(device) for key, tensor in tensors.items()} for tensors in self._tensors]
 
     def describe(self) -> dict[str, object]:
-        """Returns each checkpoint's place and SHA-256, and how they are merged; reads all weight files."""
+        """Describes each checkpoint's place and SHA-256, and the merge; reads all weight files."""
         return {
             "adapters": self._adapter_config is not None,
             "copied_from_last": sorted(self.copied),
@@ -159,15 +149,12 @@ class CheckpointPool:
 
         Args:
             weights (`torch.Tensor` of shape `(N_c,)` or `(groups, N_c)`):
-                Coefficients, used as they are: nothing makes them sum to one.
+                coefficients, used as they are: nothing makes them sum to one.
             groups (`dict[str, int]`, *optional*):
-                The row of `weights` for each tensor in `weighted`; without it `weights` has one dimension.
+                row of `weights` for each tensor in `weighted`; without it `weights` has one dimension.
 
         Yields:
             `tuple[str, torch.Tensor]`: name and tensor, on the pool's device. The tensors may be changed.
-
-        Raises:
-            ValueError: `weights` has another shape.
         """
         rows = self._rows(weights, groups)
         last = self._tensors[-1]
@@ -180,9 +167,9 @@ class CheckpointPool:
 
         Args:
             network (`torch.nn.Module`):
-                Network with the pool's tensors as its state dict, in any floating dtype and on any device. For
+                network with the pool's tensors as its state dict, in any floating dtype and on any device; for
                 adapters a [`~peft.PeftModel`] made with `adapter_config`. Its own buffers are copied from the last
-                checkpoint, even if `buffers` does not name them.
+                checkpoint.
             weights, groups: as in `merged`.
 
         Raises:
@@ -241,13 +228,15 @@ class CheckpointPool:
         return None if self._adapter_config is None else concatenated_axis(key)
 
     def _rows(self, weights: Tensor, groups: Mapping[str, int] | None) -> dict[str, list[float]]:
-        """Returns the coefficients of each weighted tensor."""
+        """Coefficients of each weighted tensor."""
         table = torch.as_tensor(weights, dtype=torch.float64).cpu()
-        if table.ndim != (1 if groups is None else 2) or table.shape[-1] != len(self):
-            shape = f"({len(self)},)" if groups is None else f"(groups, {len(self)})"
-            raise ValueError(f"weights have shape {tuple(table.shape)}, but must have {shape}: one per checkpoint.")
         if groups is None:
-            return dict.fromkeys(self.weighted, table.tolist())
+            groups, table = dict.fromkeys(self.weighted, 0), table[None]
+        if table.ndim != 2 or table.shape[1] != len(self):
+            raise ValueError(
+                f"weights have shape {tuple(weights.shape)}: pass ({len(self)},), one per checkpoint, or with groups "
+                f"(groups, {len(self)})."
+            )
         rows = table.tolist()
         return {key: rows[groups[key]] for key in self.weighted}
 
@@ -260,7 +249,7 @@ class CheckpointPool:
         return weighted_sum(members, row, out)
 
     def _state_of(self, network: nn.Module) -> dict[str, Tensor]:
-        """Returns the tensors of a network that fits the pool."""
+        """The tensors of a network, or `ValueError` if it does not fit the pool."""
         if isinstance(network, PeftModel):
             state = get_peft_model_state_dict(network, save_embedding_layers=False)
         else:
@@ -286,8 +275,8 @@ def check_alike(members: Sequence[Checkpoint]) -> None:
     if odd is None:
         return
     keys = sorted(key for key in {*odd.specs, *usual} if odd.specs.get(key) != usual.get(key))
+    first, other = keys[0], members[kinds.index(usual)].source
     raise ValueError(
-        f"{odd.source} is not like {members[kinds.index(usual)].source}: {keys[0]} is "
-        f"{odd.specs.get(keys[0], 'absent')} in it, but {usual.get(keys[0], 'absent')} there ({len(keys)} tensors "
-        "differ). Leave it out, or save it as the others were."
+        f"{odd.source} is not like {other} in {len(keys)} tensors: {first} is {odd.specs.get(first, 'absent')} in it, "
+        f"but {usual.get(first, 'absent')} there. Leave it out, or save it as the others were."
     )

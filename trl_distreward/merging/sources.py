@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -45,16 +45,15 @@ class Checkpoint:
         files (`dict[str, Path]`): local path of each weight file, by its name in the checkpoint's folder.
     """
 
-    def __init__(self, source: str, names: Collection[str], file: str | None, component: str | None):
+    def __init__(self, source: str, names: Collection[str], file: str | None):
         self.source = source
-        file = file or find_weights(names, component, source)
+        file = file or find_weights(names, source)
         folder = file.rpartition("/")[0]
         weights = {file}
         if file.endswith(INDEX):
             listed = json.loads(self._path(file).read_text())["weight_map"].values()
             weights = {f"{folder}/{shard}".lstrip("/") for shard in listed}
-            missing = sorted(weights - {*names})  # an index cannot name files outside of the folder either
-            if missing:
+            if missing := sorted(weights - {*names}):  # among them files outside of the checkpoint's folder
                 raise FileNotFoundError(f"{source} lacks {len(missing)} of {len(weights)} shards, e.g. {missing[0]}.")
         headers = {name: self._read_header(name) for name in sorted(weights)}
         self._file_of = {key: name for name, header in headers.items() for key in header}
@@ -64,13 +63,13 @@ class Checkpoint:
         self.files: dict[str, Path] = {}
 
     def load(self) -> dict[str, Tensor]:
-        """Downloads the weight files that are not here yet, and maps their tensors into memory."""
+        """Downloads the weight files that are missing here, and maps their tensors into memory."""
         self.files = {name: self._path(name) for name in sorted({*self._file_of.values()})}
         opened = {name: safe_open(path, framework="pt") for name, path in self.files.items()}
         return {key: opened[self._file_of[key]].get_tensor(key) for key in self.specs}
 
     def describe(self) -> dict[str, object]:
-        """Returns where the checkpoint is, and the SHA-256 of its weight files, which are read for it."""
+        """Describes where the checkpoint is, with the SHA-256 of its weight files."""
         hashes = {}
         for name, path in self.files.items():
             with open(path, "rb") as file:
@@ -78,7 +77,7 @@ class Checkpoint:
         return {**self._place(), "files": hashes}
 
     def _path(self, name: str) -> Path:
-        """Returns the local path of a file, after downloading it if need be."""
+        """Local path of a file, which is downloaded if it is missing."""
         raise NotImplementedError
 
     def _place(self) -> dict[str, str]:
@@ -97,13 +96,13 @@ class Checkpoint:
 class LocalCheckpoint(Checkpoint):
     """A checkpoint in a folder or file of this machine."""
 
-    def __init__(self, source: str, component: str | None):
+    def __init__(self, source: str):
         path = self._asked = Path(source).expanduser().absolute()
         self._folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
         if file is not None and not file.endswith(WEIGHTS):
             raise ValueError(f"{source} is not a folder, a .safetensors file or a {INDEX} file; {NO_PICKLES}.")
         found = [path for pattern in ("*", "*/*") for path in self._folder.glob(pattern) if path.is_file()]
-        super().__init__(source, {path.relative_to(self._folder).as_posix() for path in found}, file, component)
+        super().__init__(source, {path.relative_to(self._folder).as_posix() for path in found}, file)
 
     def _path(self, name: str) -> Path:
         return self._folder / name
@@ -113,27 +112,15 @@ class LocalCheckpoint(Checkpoint):
 
 
 class HubCheckpoint(Checkpoint):
-    """
-    A checkpoint in a repository on the Hub, at the commit that its revision has now.
+    """A checkpoint in a repository on the Hub; `revision` is the hash of the commit that its branch has now."""
 
-    Attributes:
-        repo_id (`str`), revision (`str`), subfolder (`str`): the revision is the commit's hash.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        component: str | None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ):
+    def __init__(self, source: str, token: str | bool | None):
         match = HUB_NAME.fullmatch(source)
         assert match is not None
         self.source, self.repo_id, self._branch = source, match[1], match[2] or constants.DEFAULT_REVISION
         self._api = huggingface_hub.HfApi(token=token)
-        offline = local_files_only or huggingface_hub.is_offline_mode()
-        self._options = {"cache_dir": cache_dir, "token": token, "local_files_only": offline}
+        offline = huggingface_hub.is_offline_mode()
+        self._options = {"token": token, "local_files_only": offline}
         self.revision, found = self._call(self._list_cached if offline else self._list)
         below, file = (match[3] or "").strip("/"), None
         if below.endswith(WEIGHTS):
@@ -144,13 +131,13 @@ class HubCheckpoint(Checkpoint):
         if not names or (file is not None and file not in names):
             folders = sorted({name.rpartition("/")[0] for name in found if name.endswith(WEIGHTS)})
             raise FileNotFoundError(f"{source} is not in {self.repo_id} at {self.revision[:12]}, but in {folders}.")
-        super().__init__(source, names, file, component)
+        super().__init__(source, names, file)
 
     def _call(self, call: Callable[[], T]) -> T:
         return with_retries(call, f"reading {self.source}", self.repo_id)
 
     def _list(self) -> tuple[str, list[str]]:
-        """Returns the commit and its files."""
+        """The commit and its files."""
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without one it waits for ever
         info = self._api.model_info(self.repo_id, revision=self._branch, timeout=timeout)
         return info.sha, [file.rfilename for file in info.siblings]
@@ -181,8 +168,7 @@ class HubCheckpoint(Checkpoint):
     def _read_header(self, name: str) -> dict[str, TensorSpec]:
         """Reads the first bytes of a file on the Hub, unless the cache has the file."""
         file, at = self._in_repo(name), {"revision": self.revision}
-        cached = huggingface_hub.try_to_load_from_cache(self.repo_id, file, self._options["cache_dir"], **at)
-        if isinstance(cached, str):
+        if isinstance(huggingface_hub.try_to_load_from_cache(self.repo_id, file, **at), str):
             return super()._read_header(name)
         try:
             header = self._call(lambda: self._api.parse_safetensors_file_metadata(self.repo_id, file, **at))
@@ -191,38 +177,27 @@ class HubCheckpoint(Checkpoint):
         return {key: (tuple(info.shape), info.dtype) for key, info in header.tensors.items()}
 
 
-def open_checkpoint(source: str | os.PathLike, component: str | None = None, **hub: Any) -> Checkpoint:
-    """Opens a checkpoint by name, in a folder or file that exists here, or else on the Hub."""
+def open_checkpoint(source: str | os.PathLike, token: str | bool | None = None) -> Checkpoint:
+    """Opens a checkpoint in a folder or file that exists here, or else on the Hub."""
     name = os.fspath(source)
     path = Path(name).expanduser()
     if path.exists():
-        return LocalCheckpoint(name, component)
+        return LocalCheckpoint(name)
     if path.is_absolute() or name.startswith((".", "~")) or HUB_NAME.fullmatch(name) is None:
         raise FileNotFoundError(
             f"there is no file or folder {name}: pass a folder, a .safetensors file, or 'org/repo@revision:subfolder'."
         )
-    return HubCheckpoint(name, component, **hub)
+    return HubCheckpoint(name, token)
 
 
-def find_weights(names: Collection[str], component: str | None, source: str) -> str:
-    """
-    Finds the file with a checkpoint's weights, or the index of its shards.
-
-    Args:
-        names (`set[str]`): files of the checkpoint, relative to its folder.
-        component (`str`, *optional*): folder of a pipeline; by default `transformer` or `unet`, if only one is there.
-        source (`str`): name of the checkpoint, for messages.
-    """
-    folders = {name.rpartition("/")[0] for name in names}
+def find_weights(names: Collection[str], source: str) -> str:
+    """Finds the file with a checkpoint's weights, or the index of its shards, among the names of its files."""
     folder = ""
-    if component in folders:
-        folder = str(component)
-    elif "model_index.json" in names:
-        networks = [name for name in ("transformer", "unet") if name in folders]
-        if component is not None or len(networks) != 1:
+    if "model_index.json" in names:
+        networks = [name for name in ("transformer", "unet") if any(n.startswith(f"{name}/") for n in names)]
+        if len(networks) != 1:
             raise ValueError(
-                f"component={component!r} does not name one network of the pipeline {source}: choose from "
-                f"{sorted(folders - {''})}."
+                f"the pipeline {source} has no single 'transformer' or 'unet': name the network's folder."
             )
         folder = networks[0]
     safe = sorted(name for name in names if name.rpartition("/")[0] == folder and name.endswith(WEIGHTS))
@@ -232,8 +207,4 @@ def find_weights(names: Collection[str], component: str | None, source: str) -> 
         return found[0]
     if safe:
         raise ValueError(f"{source} has several files of weights, {safe}: name one, e.g. {source}/{safe[0]}.")
-    elsewhere = sorted(name for name in names if name.endswith(WEIGHTS))
-    raise FileNotFoundError(
-        f"{source} has no safetensors weights{f' in {folder}' if folder else ''}; elsewhere it has "
-        f"{elsewhere[:3] or 'none either'}; {NO_PICKLES}."
-    )
+    raise FileNotFoundError(f"{source} has no safetensors weights{f' in {folder}' if folder else ''}; {NO_PICKLES}.")
