@@ -61,7 +61,6 @@ def test_unit_of_time_does_not_matter():
     [
         (([1.0, 1.0], [0.1, 0.1], 1.0, 0.1), "are the same"),
         (([1.0, -1.0], [0.1, 0.2], 1.0, 0.1), "positive"),
-        (([1.0], [0.1, 0.2], 1.0, 0.1), "one width each"),
         (([1.0], [0.0], 1.0, 0.1), "raw checkpoint"),
         (([1.0], [0.1], 1.0, 0.3), "sigma_rel=0.3"),
         (([1.0], [0.1], float("nan"), 0.1), "target_time"),

@@ -65,14 +65,14 @@ def test_cma_of_other_settings_is_not_resumed():
     saved = advance(new("cma"), range(2)).state_dict()
     with pytest.raises(ValueError, match="does not repeat itself"):
         CMASearch(START, 0.4, count=6, seed=1).load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"num_generations=6 \(now 7\)"):
+    with pytest.raises(ValueError, match="num_generations=6"):
         CMASearch(START, 0.3, count=7, seed=1).load_state_dict(saved)
 
 
 def test_grid_of_other_points_is_not_resumed():
     saved = advance(new("grid"), range(2)).state_dict()
     for points in (torch.stack([START, TARGET, TARGET / 2, 2 * TARGET]), torch.stack([START, TARGET])):
-        with pytest.raises(ValueError, match=f"grid of 4 points is not this run's of {len(points)}"):
+        with pytest.raises(ValueError, match="grid is not this run's"):
             GridSearch(points).load_state_dict(saved)
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Merge LoRA adapters exactly.
 
-An adapter adds `s B A` to a weight. The combination of N of them, `sum_i w_i s B_i A_i`, is itself an adapter, of N
-times the rank: stack the rows of all `A_i`, and the columns of all `w_i B_i`. Summing the `A_i` and the `B_i` on their
-own, as if they were weights, gives another model, with the cross terms `w_i w_j B_i A_j`.
+An adapter adds `s B A` to a weight. The combination of N adapters, `sum_i w_i s B_i A_i`, is an adapter of N times the
+rank: stack the rows of all `A_i`, and the columns of all `w_i B_i`. Summing the `A_i` and the `B_i` as if they were
+weights gives another model, with the cross terms `w_i w_j B_i A_j`.
 """
 
 import re
@@ -28,7 +28,7 @@ _IRRELEVANT |= {"revision", "task_type"}
 
 
 def concatenated_axis(key: str) -> int | None:
-    """Returns the dimension of a LoRA factor that is its rank: 0 for an A, 1 for a B, `None` for other tensors."""
+    """The dimension of a LoRA factor that is its rank: 0 for an A, 1 for a B, `None` for other tensors."""
     match = _LOW_RANK.search(key)
     return None if match is None else 0 if match["factor"] == "A" else 1
 
@@ -45,19 +45,17 @@ def concatenated(key: str, members: Sequence[Tensor], weights: Sequence[float]) 
 
 def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, Any] | None:
     """
-    Builds the `adapter_config.json` of the merged adapter, or `None` if the checkpoints are whole models.
-
-    Raises:
-        ValueError: the checkpoints are not all LoRA adapters with one configuration.
+    Builds the `adapter_config.json` of the merged adapter, or `None` if the checkpoints are whole models. Raises
+    `ValueError` if only some are LoRA adapters, or their configurations differ.
     """
     configs = [member.adapter_config for member in members if member.adapter_config is not None]
     for member in members:
         factor = next((key for key in member.specs if _FACTOR.search(key)), None)
         if member.adapter_config is None and (configs or factor):
+            reason = f"LoRA factors such as {factor} need" if factor else "other checkpoints have"
             raise ValueError(
-                f"{member.source} has no {ADAPTER_CONFIG}, which "
-                f"{f'LoRA factors such as {factor} need' if factor else 'other checkpoints have'}: save each adapter "
-                "with peft's PeftModel.save_pretrained."
+                f"{member.source} has no {ADAPTER_CONFIG}, which {reason}: save each adapter with peft's "
+                "PeftModel.save_pretrained."
             )
     if not configs:
         return None

@@ -1,8 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Merging coefficients: the Gaussian policy that draws samples, and the map from a sample to coefficients.
 
-Section 3.3 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291). The paper names no map. Without one, the
-sum of eight coefficients with a standard deviation of 1 varies by 2.8.
+Section 3.3 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291), which names no map.
 """
 
 import math
@@ -33,7 +32,7 @@ def coefficients_of(samples: Tensor, coefficient_map: str) -> Tensor:
 
 
 def samples_of(coefficients: Tensor, coefficient_map: str) -> Tensor:
-    """Returns samples that the map takes to `coefficients` `(..., N_c)`, or raises `ValueError` if there are none."""
+    """Inverts [`coefficients_of`] for `coefficients` `(..., N_c)`; raises `ValueError` if no sample maps to them."""
     reached = bool(((coefficients.sum(dim=-1) - 1).abs() < 1e-6).all()) or coefficient_map == "none"
     if coefficient_map == "softmax":
         reached = reached and bool((coefficients > 0).all())
@@ -53,19 +52,11 @@ def initial_coefficients(
     target_std: float = 0.1,
 ) -> Tensor:
     """
-    Computes the coefficients that a search starts at.
+    Computes the coefficients `(N_c,)` that a search starts at, float64, for `count` checkpoints.
 
-    Args:
-        kind (`str` or `list[float]`):
-            `"post_hoc"`, a power-function average that ends at the last checkpoint (see
-            [`~merging.posthoc_ema_coefficients`]); `"uniform"`; `"last"`; or the coefficients themselves.
-        count (`int`): number of checkpoints N_c.
-        times (`list[float]`, *optional*): training times of the checkpoints; 1, 2, …, N_c by default.
-        stds (`list[float]`, *optional*): relative widths of the checkpoints, if they are averages themselves.
-        target_std (`float`, *optional*, defaults to 0.1): relative width of the `"post_hoc"` average.
-
-    Returns:
-        `torch.Tensor` of shape `(N_c,)`, float64.
+    `kind` is `"uniform"`, `"last"`, the coefficients themselves, or `"post_hoc"`, a power-function average with the
+    relative width `target_std` that ends at the last checkpoint. `times` are the checkpoints' training times, 1, 2, …
+    by default; `stds` are their relative widths, if they are averages themselves.
     """
     given = {"checkpoint_times": times, "checkpoint_stds": stds}
     if not isinstance(kind, str):
@@ -87,25 +78,19 @@ def initial_coefficients(
 
 def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str, int], list[str]]:
     """
-    Groups the tensors that share coefficients.
+    Groups the tensors that share coefficients. Returns the index of each tensor's group, and the groups' names.
 
-    Args:
-        keys (`list[str]`): names of the tensors.
-        granularity (`str`):
-            `"per_model"`, one group, as in the paper. `"per_block"`, a group for each block, such as `blocks.3` or
-            `unet.enc.64x64_block0`, and for each module outside of blocks, such as `x_embedder`.
-            `"per_parameter_group"`, a group for the same parameter of all blocks, such as `blocks.#.attn.qkv`. LoRA
-            factors are in the group of the weight that they adapt.
-
-    Returns:
-        `tuple[dict[str, int], list[str]]`: index of each tensor's group, and the groups' names.
+    `"per_model"` makes one group, as in the paper. `"per_block"` makes a group for each block, such as `blocks.3` or
+    `unet.enc.64x64_block0`, and for each module outside of blocks, such as `x_embedder`. `"per_parameter_group"` makes
+    a group for the same parameter of all blocks, such as `blocks.#.attn.qkv`. LoRA factors belong to the group of the
+    weight that they adapt.
     """
     of_key = {key: _group(key, granularity) for key in keys}
     names = list(dict.fromkeys(of_key.values()))
     if granularity == "per_block" and len(names) == 1:
         raise ValueError(
-            f"granularity='per_block' finds one block only, {names[0]!r}, in names such as {next(iter(of_key))!r}: a "
-            "block has a number in its name. Use granularity='per_model' or 'per_parameter_group'."
+            f"granularity='per_block' finds one block only, {names[0]!r}, as a block has a number in its name: use "
+            "granularity='per_model' or 'per_parameter_group'."
         )
     return {key: names.index(name) for key, name in of_key.items()}, names
 
@@ -131,20 +116,9 @@ class EMANet(nn.Module):
 
     Args:
         initial (`torch.Tensor` of shape `(G, N_c)`): mean before training, for G groups of tensors.
-        num_layers (`int`, *optional*, defaults to 3):
-            Number of linear layers, as in the paper. With 0 the mean itself is the parameter.
+        num_layers (`int`, *optional*, defaults to 3): linear layers; with 0 the mean itself is the parameter.
         hidden_size (`int`, *optional*, defaults to 64): width of the embedding and of the hidden layers.
         scale (`float`, *optional*, defaults to 1.0): change of the mean for a network output of 1.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_distreward import EMANet
-    >>> EMANet(torch.tensor([[0.25, 0.75]]))().tolist()
-    [[0.25, 0.75]]
-
-    ```
     """
 
     initial: Tensor
@@ -176,8 +150,7 @@ def gaussian_samples(
     """
     Draws samples `(B, G, N_c)` from the policy, float64 (Eq. 8).
 
-    With `antithetic`, the second half has the deviations of the first half with the other sign. The part of a policy
-    gradient that comes from the mean's own reward then cancels in every pair.
+    With `antithetic`, the second half mirrors the first, so that the mean's own reward cancels in the gradient.
     """
     drawn = (count + 1) // 2 if antithetic else count
     noise = torch.randn(drawn, *mean.shape, generator=generator, dtype=torch.float64)

@@ -14,16 +14,12 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
     """
     Computes the exponent of the power function with a relative width (arXiv 2312.02696, Section 3.1).
 
-    Args:
-        sigma_rel (`float`): standard deviation of the profile over the training time, in (0, 1 / √12].
-
-    Returns:
-        `float`: `gamma >= 0`, e.g. 16.97 for 0.05 and 6.94 for 0.10.
+    The width `sigma_rel`, in (0, 1 / √12], is the profile's standard deviation over the training time.
     """
     if not 0 < sigma_rel <= LARGEST_SIGMA_REL + 1e-12:
         raise ValueError(
-            f"sigma_rel={sigma_rel} must be above 0 and at most {LARGEST_SIGMA_REL:.4f}, the uniform average. A raw "
-            "checkpoint has no width: use power_profile_coefficients."
+            f"sigma_rel={sigma_rel} must be above 0 and at most {LARGEST_SIGMA_REL:.4f}, the uniform average: a raw "
+            "checkpoint has no width, so use power_profile_coefficients."
         )
     # (gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3), written as a polynomial; its largest root is real
     inverse = sigma_rel**-2
@@ -60,7 +56,7 @@ def posthoc_ema_coefficients(
 
     Args:
         checkpoint_times (`list[float]` of length N_c): training time of each stored average, in any unit, above 0.
-        checkpoint_stds (`list[float]` of length N_c): relative width `sigma_rel` of each stored average.
+        checkpoint_stds (`list[float]` of length N_c): relative width of each, see [`~merging.sigma_rel_to_gamma`].
         target_time (`float`): training time at which the target's profile ends, in the same unit.
         target_std (`float`): relative width of the target.
 
@@ -69,35 +65,20 @@ def posthoc_ema_coefficients(
 
     Raises:
         ValueError: a time or width is out of range, or two stored averages are the same.
-
-    Example:
-
-    ```python
-    >>> from trl_distreward.merging import posthoc_ema_coefficients
-    >>> posthoc_ema_coefficients([1000, 1000], [0.05, 0.10], 1000, 0.10)
-    tensor([0., 1.], dtype=torch.float64)
-
-    ```
     """
     times = _times(checkpoint_times, "checkpoint_times")
     stds = torch.as_tensor(checkpoint_stds, dtype=torch.float64)
-    if stds.shape != times.shape:
+    if len(torch.stack([times, stds]).unique(dim=1)[0]) < len(times):
         raise ValueError(
-            f"checkpoint_stds has shape {tuple(stds.shape)} for {len(times)} checkpoint_times: give one width each."
+            f"two of the stored averages at checkpoint_times={times.tolist()} and checkpoint_stds={stds.tolist()} are "
+            "the same: leave one out."
         )
     gammas = torch.tensor([sigma_rel_to_gamma(std) for std in stds.tolist()], dtype=torch.float64)
     target = _times([target_time], "target_time"), torch.tensor([sigma_rel_to_gamma(target_std)], dtype=torch.float64)
     gram = _inner_products(times, gammas, times, gammas)
     right = _inner_products(times, gammas, *target)[:, 0]
     scale = gram.diagonal().rsqrt()  # profiles of length one: their Gram matrix is far better conditioned
-    solution, info = torch.linalg.solve_ex(scale[:, None] * gram * scale, scale * right)
-    coefficients = scale * solution
-    different = len(torch.stack([times, stds]).unique(dim=1)[0])
-    if different < len(times) or info or not bool(torch.isfinite(coefficients).all()):
-        raise ValueError(
-            f"two of the stored averages at checkpoint_times={times.tolist()} and checkpoint_stds={stds.tolist()} are "
-            "the same: leave one out."
-        )
+    coefficients = scale * torch.linalg.solve(scale[:, None] * gram * scale, scale * right)
     return coefficients / coefficients.sum()
 
 
@@ -107,18 +88,14 @@ def power_profile_coefficients(times: Sequence[float] | Tensor, sigma_rel: float
 
     Each checkpoint stands for the time since the one before it, and the first one for as long as the second. Its
     coefficient is the integral over that time of the profile with width `sigma_rel` that ends at the last checkpoint.
-    With evenly spaced checkpoints the average goes from uniform, at `sigma_rel = 1 / √12`, to the last checkpoint
-    alone as `sigma_rel` goes to 0.
+    A small width favours the last checkpoint; the largest, `1 / √12`, averages evenly spaced checkpoints uniformly.
 
     Args:
         times (`list[float]` of length N_c): training time of each checkpoint, increasing, in any unit, above 0.
-        sigma_rel (`float`): relative width of the profile, in (0, 1 / √12].
+        sigma_rel (`float`): relative width of the profile, see [`~merging.sigma_rel_to_gamma`].
 
     Returns:
         `torch.Tensor` of shape `(N_c,)`, float64: positive coefficients that sum to one.
-
-    Raises:
-        ValueError: times do not increase, or `sigma_rel` is out of range.
     """
     ends = _times(times, "times")
     if bool((ends.diff() <= 0).any()):

@@ -17,9 +17,8 @@ from .posthoc import LARGEST_SIGMA_REL, posthoc_ema_coefficients, power_profile_
 
 def power_profile_grid(times: Sequence[float], count: int, stds: Sequence[float] | None = None) -> Tensor:
     """
-    Computes coefficients `(count, N_c)` of averages whose widths are evenly spaced, up to the uniform average.
-
-    Checkpoints with relative widths `stds` are averages themselves; raw checkpoints have none.
+    Coefficients `(count, N_c)` of averages with evenly spaced widths, up to the uniform average. Raw checkpoints have
+    no `stds`.
     """
     widths = [LARGEST_SIGMA_REL * (i + 1) / count for i in range(count)]
     if stds is None:
@@ -28,12 +27,7 @@ def power_profile_grid(times: Sequence[float], count: int, stds: Sequence[float]
 
 
 class GridSearch:
-    """
-    Judges the same points at every step, and chooses the one with the best mean reward.
-
-    Args:
-        points (`torch.Tensor` of shape `(B, G, N_c)`): samples to judge.
-    """
+    """Judges the same points `(B, G, N_c)` at every step, and chooses the one with the best mean reward."""
 
     def __init__(self, points: Tensor):
         self.points = points
@@ -55,24 +49,19 @@ class GridSearch:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if not torch.equal(state["points"], self.points):
             raise ValueError(
-                f"the checkpoint's grid of {len(state['points'])} points is not this run's of {len(self.points)}: "
-                "resume with the run's own num_generations, checkpoint_times and checkpoint_stds."
+                "the checkpoint's grid is not this run's: resume with the num_generations, checkpoint_times and "
+                "checkpoint_stds that it was saved with."
             )
         self.totals = state["totals"].clone()
 
 
 class CMASearch:
     """
-    CMA-ES, by the [`cma`](https://github.com/CMA-ES/pycma) package.
+    CMA-ES, by the [`cma`](https://github.com/CMA-ES/pycma) package: `count` candidates a step, from the first mean
+    `initial` `(G, N_c)` and the first standard deviation `std`.
 
     The state is all candidates and their rewards, NaN where none were told. Loading repeats the search, so nothing is
     pickled.
-
-    Args:
-        initial (`torch.Tensor` of shape `(G, N_c)`): first mean.
-        std (`float`): first standard deviation.
-        count (`int`): candidates per step.
-        seed (`int`, *optional*, defaults to 0): seed of the search's own generator.
     """
 
     def __init__(self, initial: Tensor, std: float, count: int, seed: int = 0):
@@ -118,8 +107,8 @@ class CMASearch:
         for samples, rewards in zip(state.get("samples", ()), state.get("rewards", ()), strict=True):
             if len(samples) != self.count or not torch.equal(self.ask(), samples):
                 raise ValueError(
-                    f"the search does not repeat itself: resume with num_generations={len(samples)} (now "
-                    f"{self.count}), and with the run's own sampling_std, seed, and versions of cma and numpy."
+                    f"the search does not repeat itself: resume with num_generations={len(samples)}, and with the "
+                    "sampling_std, seed, and versions of cma and numpy that it was saved with."
                 )
             if bool(rewards.isfinite().all()):
                 self.tell(rewards)
