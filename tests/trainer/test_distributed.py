@@ -12,7 +12,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.helpers import launch, tiny_merge_trainer, tiny_pool, tiny_trainer
+from tests.helpers import SAVE_EVERY_STEP, launch, tiny_merge_trainer, tiny_pool, tiny_trainer
 from tests.trainer.distributed_run import train
 from tests.trainer.sharded_launch import DEEPSPEED, FSDP2
 from trl_distreward.generation import SamplingSchedule
@@ -41,13 +41,7 @@ def values(log, key):
     return [entry[key] for entry in log["history"] if key in entry]
 
 
-BACKPROP = {
-    "top_advantage_quantile": 1.0,
-    "reference_update": "rolling",
-    "loss_type": "backprop",
-    "backprop_steps": 2,
-    "checkpoint_steps": True,
-}
+BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 2, "checkpoint_steps": True}
 
 
 @pytest.mark.distributed
@@ -79,15 +73,8 @@ def test_several_processes_train_like_one(tmp_path, processes, settings):
 
 @pytest.mark.distributed
 def test_two_processes_resume_exactly_between_the_updates_of_a_rollout(tmp_path):
-    settings = {
-        "max_steps": 4,
-        "num_iterations": 2,
-        "epsilon": 0.2,
-        "reference_update": "rolling",
-        "ema_decay": 0.5,
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
+    updates = {"max_steps": 4, "num_iterations": 2, "epsilon": 0.2, "ema_decay": 0.5}
+    settings = {**updates, "reference_update": "rolling", **SAVE_EVERY_STEP}
     expected, log = run(tmp_path / "whole", 2, settings)
     checkpoint = tmp_path / "whole" / "checkpoint-1"
     assert {path.name for path in checkpoint.glob("process_state_*")} == {"process_state_0.pt", "process_state_1.pt"}
@@ -130,7 +117,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
     ],
 )
 def test_split_weights_train_save_and_resume_like_whole_ones(tmp_path, launch, settings):
-    settings = {**settings, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    settings = {**settings, "max_steps": 3, **SAVE_EVERY_STEP}
     expected, log = run(tmp_path / "whole", 1, settings)
     weights, other = run(tmp_path / "split", 2, {**settings, "launch": launch})
     assert values(other, "reward") == pytest.approx(values(log, "reward"), rel=1e-9)

@@ -85,7 +85,7 @@ def test_an_adapter_of_a_half_precision_network_is_merged_in_float32(tmp_path):
 def test_activation_checkpointing_changes_no_weight_and_stays_in_the_configuration(tmp_path):
     config = tiny_config(tmp_path, max_steps=1, activation_checkpointing=True)
     for _ in range(2):  # a second trainer with the same configuration has it as well
-        trainer = DistributionRewardTrainer(model=tiny_pipeline(), reward_funcs=tiny_reward(), args=config)
+        trainer = DistributionRewardTrainer(tiny_pipeline(), tiny_reward(), config)
         assert trainer.network.gradient_checkpointing
     copied = weakref.ref(copy.deepcopy(trainer.skeleton))
     assert copied() is None  # copies hold no reference to themselves
