@@ -39,6 +39,7 @@ def test_samples_come_from_the_same_noise_and_the_evaluated_weights(tmp_path):
     change = np.abs(grids["step-4"] - grids["step-0"]).mean()
     assert 0 < change < 60  # the same images, a little changed
     assert any(not torch.equal(p, q) for p, q in zip(before, trainer.network.parameters(), strict=True))
+    assert any(path.name.startswith("events") for path in tmp_path.rglob("*"))
 
 
 def test_a_grid_that_cannot_be_made_does_not_end_training(tmp_path, caplog):

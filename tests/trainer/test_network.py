@@ -95,9 +95,3 @@ def test_activation_checkpointing_changes_no_weight_and_stays_in_the_configurati
     assert_same_weights(trainer.network, trained(tmp_path).network)
     with pytest.raises(ValueError, match="activation_checkpointing=True: Linear does not support it"):
         prepare_network(torch.nn.Linear(2, 2), config, None)
-
-
-def test_tensorboard_accepts_a_diffusers_config(tmp_path):
-    pytest.importorskip("tensorboard")
-    trained(tmp_path, report_to="tensorboard")
-    assert any(path.name.startswith("events") for path in tmp_path.rglob("*"))

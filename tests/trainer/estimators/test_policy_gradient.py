@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.helpers import calls_of, first_gradients, logged, tiny_pipeline, tiny_trainer, trained
+from tests.helpers import calls_of, first_gradients, logged, tiny_pipeline, tiny_trainer, trained, weights
 from trl_distreward.sampling import transition
 from trl_distreward.trainer.estimators.policy_gradient import clipped_policy_loss, gaussian_kl, normalize_ratio
 
@@ -59,25 +59,21 @@ def test_normalized_log_ratio_is_centred_and_on_one_scale_for_all_noise():
 # ---- updates ----
 
 
-def test_on_policy_ratio_is_exactly_one_even_with_label_dropout_configured(tmp_path):
-    trainer = trained(tmp_path, model=tiny_pipeline(class_dropout_prob=0.5), max_steps=2)
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 1e-3)])
+def test_on_policy_ratio_is_exactly_one_even_with_label_dropout_configured(tmp_path, bf16, tolerance):
+    trainer = trained(tmp_path, model=tiny_pipeline(class_dropout_prob=0.5), max_steps=2, bf16=bf16)
     assert trainer.model.training
-    for key in ("ratio/mean", "ratio/min", "ratio/max"):
-        assert logged(trainer, key) == pytest.approx([1.0, 1.0], abs=1e-12)
-    # the anchor is the value itself; the log-probabilities that the rollout drew are met as well
-    assert max(logged(trainer, "delta_log_prob")) < 1e-5
-    assert logged(trainer, "clip_ratio") == [0.0, 0.0]
-
-
-def test_bfloat16_keeps_the_first_ratio_at_exactly_one(tmp_path):
-    trainer = trained(tmp_path, bf16=True, max_steps=2)
+    assert logged(trainer, "ratio/mean") == pytest.approx([1.0, 1.0], abs=1e-12)
     assert logged(trainer, "ratio/min") == logged(trainer, "ratio/max") == [1.0, 1.0]
-    assert logged(trainer, "clip_ratio") == [0.0, 0.0]
-    assert max(logged(trainer, "delta_log_prob")) < 1e-3 and min(logged(trainer, "grad_norm")) > 0
+    # the anchor is the value itself; the log-probabilities that the rollout drew are met as well
+    assert max(logged(trainer, "delta_log_prob")) < tolerance
+    assert logged(trainer, "clip_ratio") == [0.0, 0.0] and min(logged(trainer, "grad_norm")) > 0
     assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
-    other = trained(tmp_path, max_steps=2)  # float32 gives other weights: autocast was on
-    pairs = zip(trainer.network.parameters(), other.network.parameters(), strict=True)
-    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_bfloat16_rounds_the_network(tmp_path):
+    rounded, whole = (weights(trained(tmp_path, bf16=bf16).network) for bf16 in (True, False))
+    assert any(not torch.equal(value, rounded[name]) for name, value in whole.items())
 
 
 def test_steps_are_scored_with_the_noise_they_were_drawn_with(tmp_path):
