@@ -51,7 +51,7 @@ def dit(num_classes: int = 1000) -> diffusers.DiTPipeline:
     return diffusers.DiTPipeline(randomized(network), vae(), diffusers.DDIMScheduler(clip_sample=False))
 
 
-def call_dit(pipeline, conditions, guidance_scale, **kwargs):
+def call_pipeline(pipeline, conditions, guidance_scale, **kwargs):
     return pipeline(conditions, guidance_scale=guidance_scale, output_type="pt", **kwargs).images
 
 
@@ -68,9 +68,12 @@ def ddim_pixels() -> diffusers.DDIMPipeline:
     return diffusers.DDIMPipeline(unet2d(), diffusers.DDIMScheduler(clip_sample=True))
 
 
-def call_ddim(pipeline, conditions, guidance_scale, **kwargs):
-    images = pipeline(len(conditions), use_clipped_model_output=True, output_type="np", **kwargs).images
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+def call_unconditional(**options):
+    def call(pipeline, conditions, guidance_scale, **kwargs):
+        images = pipeline(len(conditions), output_type="np", **options, **kwargs).images
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    return call
 
 
 def ddpm_classes() -> diffusers.DDPMPipeline:
@@ -97,11 +100,6 @@ def ldm() -> diffusers.LDMPipeline:
     return diffusers.LDMPipeline(randomized(codes), unet2d(), ddim(set_alpha_to_one=True))
 
 
-def call_ldm(pipeline, conditions, guidance_scale, **kwargs):
-    images = pipeline(len(conditions), output_type="np", **kwargs).images
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
 # ---- prompts ----
 
 
@@ -125,10 +123,6 @@ def stable_diffusion(scheduler: Any) -> diffusers.StableDiffusionPipeline:
 def v_prediction() -> diffusers.StableDiffusionPipeline:
     config = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_spacing": "leading"}
     return stable_diffusion(diffusers.EulerDiscreteScheduler(**config))
-
-
-def call_text(pipeline, conditions, guidance_scale, **kwargs):
-    return pipeline(conditions, guidance_scale=guidance_scale, output_type="pt", **kwargs).images
 
 
 def sdxl() -> diffusers.StableDiffusionXLPipeline:
@@ -193,7 +187,7 @@ def call_binned(pipeline, conditions, guidance_scale, **kwargs):
     """Calls a pipeline at the size asked for, not at the nearest of a table."""
     side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     size = {"height": side, "width": side, "use_resolution_binning": False}
-    return call_text(pipeline, conditions, guidance_scale, **size, **kwargs)
+    return call_pipeline(pipeline, conditions, guidance_scale, **size, **kwargs)
 
 
 def flux(guidance_embeds: bool) -> diffusers.FluxPipeline:
@@ -249,7 +243,7 @@ def z_image() -> diffusers.ZImagePipeline:
 
 def call_z_image(pipeline, conditions, guidance_scale, **kwargs):
     size = {"height": SIDE, "width": SIDE}
-    return call_text(pipeline, conditions, guidance_scale - 1, **size, **kwargs)
+    return call_pipeline(pipeline, conditions, guidance_scale - 1, **size, **kwargs)
 
 
 def lumina2() -> diffusers.Lumina2Pipeline:
@@ -262,22 +256,22 @@ def lumina2() -> diffusers.Lumina2Pipeline:
 
 
 CLASS_FAMILIES = [
-    Family("dit", dit, call_dit, LABELS),
-    Family("ddim", ddim_pixels, call_ddim, [0, 0, 0], (1.0,)),
+    Family("dit", dit, call_pipeline, LABELS),
+    Family("ddim", ddim_pixels, call_unconditional(use_clipped_model_output=True), [0, 0, 0], (1.0,)),
     Family("ddpm-classes", ddpm_classes, call_ddpm, LABELS, (1.0, 3.0), {"null_class": 3}),
-    Family("ldm", ldm, call_ldm, [0, 0, 0], (1.0,)),
+    Family("ldm", ldm, call_unconditional(), [0, 0, 0], (1.0,)),
 ]
 TEXT_FAMILIES = [
-    Family("sd1", lambda: stable_diffusion(ddim(set_alpha_to_one=True)), call_text),
-    Family("sd2-v", v_prediction, call_text),
-    Family("sdxl", sdxl, call_text),
+    Family("sd1", lambda: stable_diffusion(ddim(set_alpha_to_one=True)), call_pipeline),
+    Family("sd2-v", v_prediction, call_pipeline),
+    Family("sdxl", sdxl, call_pipeline),
     Family("pixart-sigma", pixart, call_binned),
-    Family("sd3", sd3, call_text),
+    Family("sd3", sd3, call_pipeline),
     Family("sana", sana, call_binned),
-    Family("flux-distilled", lambda: flux(True), call_text),
+    Family("flux-distilled", lambda: flux(True), call_pipeline),
     Family("flux", lambda: flux(False), call_true_guidance("")),
     Family("qwen-image", qwen_image, call_true_guidance(" "), options={"height": SIDE, "width": SIDE}),
     Family("z-image", z_image, call_z_image, options={"height": SIDE, "width": SIDE}),
-    Family("lumina2", lumina2, call_text),
+    Family("lumina2", lumina2, call_pipeline),
 ]
 FAMILIES = CLASS_FAMILIES + TEXT_FAMILIES
