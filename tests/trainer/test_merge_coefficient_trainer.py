@@ -389,13 +389,6 @@ def test_a_resumed_network_has_the_same_mean_with_narrower_samples(tmp_path, poo
     assert torch.equal(narrower.coefficients, first.coefficients)
 
 
-def test_a_checkpoint_without_the_searchs_state_is_refused(tmp_path, pool):
-    saving = {"max_steps": 1, **SAVE_EVERY_STEP, "save_only_model": True}
-    tiny_merge_trainer(tmp_path, pool, **saving).train()
-    with pytest.raises(FileNotFoundError, match="has no diffusion_state.pt.*save_only_model=True"):
-        tiny_merge_trainer(tmp_path, pool).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
 # ---- errors ----
 
 
