@@ -2,7 +2,7 @@
 """
 Fine-tunes SiT or DiT on ImageNet 256x256 with a distribution-wise reward: the paper's main run.
 
-    accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/imagenet.py \\
+    accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/sit_imagenet.py \\
         --config examples/configs/sit_xl_imagenet256.yaml \\
         --model SiT-XL-2-256x256.pt --real_statistics VIRTUAL_imagenet256_labeled.npz
 
@@ -115,4 +115,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("imagenet.py", main)
+    cli.run("sit_imagenet.py", main)
