@@ -28,7 +28,7 @@ def example(monkeypatch):
 
 def parsed(example, recipe, *options):
     sd3 = recipe.stem.startswith("sd3")
-    arguments = example("sd3_lora").SD3Arguments if sd3 else example("imagenet").ImageNetArguments
+    arguments = example("sd3_lora").SD3Arguments if sd3 else example("sit_imagenet").ImageNetArguments
     parser = TrlParser((arguments, DiffusionDistributionConfig))
     return parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True", *options])
 
@@ -81,7 +81,7 @@ def test_imagenet_recipes_have_the_papers_settings(example, recipe):
 
 
 def test_sit_loads_from_a_folder_and_from_an_original_checkpoint(example, tmp_path):
-    load_model = example("imagenet").load_model
+    load_model = example("sit_imagenet").load_model
     pipeline = load_model("random:S/8", "random")
     assert pipeline.decode(torch.zeros(1, 4, 32, 32)).shape == (1, 3, 256, 256)
     pipeline.save_pretrained(tmp_path / "sit")
@@ -96,7 +96,7 @@ def test_sit_loads_from_a_folder_and_from_an_original_checkpoint(example, tmp_pa
 
 @pytest.mark.slow
 def test_sit_smoke_recipe_runs_with_accelerate_and_resumes(tmp_path):
-    options = ["imagenet", "--config", "examples/configs/sit_s_smoke.yaml", "--output_dir", tmp_path]
+    options = ["sit_imagenet", "--config", "examples/configs/sit_s_smoke.yaml", "--output_dir", tmp_path]
     assert "device-hours" in launch(*options, "--dry-run") and not list(tmp_path.glob("checkpoint-*"))
     launch(*options)
     assert load_pipeline(tmp_path).transformer.config.patch_size == 8
@@ -113,13 +113,13 @@ def test_sit_smoke_recipe_runs_with_accelerate_and_resumes(tmp_path):
 
 def test_dit_smoke_recipe_writes_a_diffusers_pipeline_and_resumes(example, tmp_path, capsys):
     options = ["--config", str(CONFIGS / "dit_smoke.yaml"), "--output_dir", str(tmp_path)]
-    launch("imagenet", *options)
+    launch("sit_imagenet", *options)
     values = [value for entry in logs(tmp_path, 2) for key, value in entry.items() if key.startswith("eval_")]
     assert len(values) == 2 * (4 + 2) and all(math.isfinite(value) for value in values)
     assert FeatureStatistics.load(tmp_path / "real_statistics.safetensors").count == 32
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{i}.png" for i in range(3)}
 
-    imagenet = example("imagenet")
+    imagenet = example("sit_imagenet")
     saved, start = DiTPipeline.from_pretrained(tmp_path), imagenet.load_model("random:dit", "random")
     assert saved.get_label_ids(["class 7", "class 999"]) == [7, 999]
     images = saved([7, 999], num_inference_steps=2, guidance_scale=1.0, output_type="np").images
