@@ -53,7 +53,7 @@ def updated(b):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_value_equals_a_full_recompute(kind):
     distance = KernelDistance(REAL, **kind)
-    assert distance.features is None and distance.dimension == D
+    assert distance.dimension == D
     distance.fit(GENERATED)
     close = {"rel": 1e-10, "abs": 1e-13}
     value = naive(GENERATED, **kind)
@@ -143,5 +143,3 @@ def test_errors():
         KernelDistance(torch.full((4, 2), float("nan")))
     with pytest.raises(ValueError, match="at least 2"):
         KernelDistance(REAL[:1])
-    with pytest.raises(ValueError, match="at least 3"):
-        KernelDistance(REAL).fit(GENERATED[:2]).delete_one(torch.tensor([0]))

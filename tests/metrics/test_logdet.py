@@ -4,8 +4,13 @@ import math
 import pytest
 import torch
 
-from trl_distreward.metrics.logdet import ShiftedGrams, eigenvalues_above, factorize
-from trl_distreward.metrics.quadrature import elliptic_quadrature, error_bound
+from trl_distreward.metrics.logdet import (
+    ShiftedGrams,
+    eigenvalues_above,
+    elliptic_quadrature,
+    error_bound,
+    factorize,
+)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,26 +31,23 @@ def check_features(features: Tensor, name: str = "features", dimension: int | No
     return features
 
 
-def check_fitted(features: Tensor | None, method: str) -> Tensor:
-    """Returns the reference set's features; raises `ValueError` before `fit`."""
-    if features is None:
-        raise ValueError(f"{method}() needs a reference set: call fit(features) first.")
-    return features
-
-
-def check_replacement(indices: Tensor, features: Tensor, count: int, dimension: int) -> Tensor:
-    """Returns the new features of `replaced` in float64; raises `ValueError` if they or the rows do not fit."""
+def check_replacement(indices: Tensor, features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Returns rows `(B, n)` of the reference set `(N, d)` and their new features `(B, n, d)` on its device, features in
+    float64; raises `ValueError` if they do not fit.
+    """
     if indices.ndim != 2 or features.shape[:2] != indices.shape or features.ndim != 3:
         raise ValueError(
             f"indices have shape {tuple(indices.shape)} and features {tuple(features.shape)}: "
             "they must be (B, n) and (B, n, d)."
         )
     ordered = indices.sort(dim=1).values
-    if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= count:
-        raise ValueError(f"indices span {indices.min()} to {indices.max()}: they must lie in 0 to {count - 1}.")
+    if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= len(reference):
+        raise ValueError(f"indices span {indices.min()} to {indices.max()}: they must be 0 to {len(reference) - 1}.")
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         raise ValueError("a subset names the same row twice: the rows of one subset must be distinct.")
-    return check_features(features.flatten(0, 1), "new features", dimension).double().view(features.shape)
+    check_features(features.flatten(0, 1), "new features", reference.shape[1])
+    return indices.to(reference.device), features.to(reference.device, torch.float64)
 
 
 def read_header(path: str | os.PathLike) -> tuple[set[str], dict[str, str]]:
@@ -70,8 +68,6 @@ def load_real_features(path: str | os.PathLike) -> Tensor:
     """Real features `(M, d)` from a `.safetensors` file that holds them as `"features"`."""
     names, _ = read_header(path)
     if "features" not in names:
-        raise ValueError(
-            f"{path} holds no features (M, d), which this distance needs: save them there as 'features'."
-        )
+        raise ValueError(f"{path} holds no features (M, d), which this distance needs: save them there as 'features'.")
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("features")

@@ -6,12 +6,13 @@ With mean `m`, covariance `S` of the generated features and `m_r`, `S_r` of the 
     FD = |m - m_r|² + Tr S + Tr S_r - 2 Tr (S_r^½ S S_r^½)^½
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_fitted, check_replacement
-from .frechet_eigenvalues import FittedSet, RealRoot, clean, symmetric
-from .frechet_replacement import LogDeterminants
+from .checks import check_features, check_replacement
+from .frechet_replacement import FittedSet, LogDeterminants, RealRoot, clean, symmetric
 from .statistics import FeatureStatistics
 
 
@@ -57,41 +58,40 @@ class FrechetDistance:
     """
 
     memory_budget = 2**28  # bytes of work space for a batch of subsets; larger batches are cut into chunks
+    reference_set: FittedSet
 
     def __init__(self, real: FeatureStatistics, method: str = "auto"):
         if method not in ("auto", "logdet", "direct"):
             raise ValueError(f"method={method!r} is unknown: choose 'auto', 'logdet' or 'direct'.")
         self.method, self.dimension = method, real.dimension
         self._real = RealRoot.of(real)
-        self.features: Tensor | None = None
 
     def fit(self, features: Tensor) -> "FrechetDistance":
         """Takes features `(N, d)` of any float dtype, N ≥ 2, as the reference set; moments are computed anew."""
         check_features(features, "reference features", self.dimension, least=2)
         self._real = self._real.to(features.device)
-        self._set = FittedSet.from_features(features.double(), self._real)
-        self.features = self._set.rows
+        self.reference_set = FittedSet(features.double(), self._real)
         self._logdet: LogDeterminants | None = None
         self._value: float | None = None
         return self
 
     @property
     def value(self) -> float:
-        check_fitted(self.features, "value")
+        own = self.reference_set
         if self._value is None:
-            own, logdet = self._set, self._logdet
-            roots = own.root_trace(own.product, own.rank_of(own.count)) if logdet is None else logdet.root_trace
+            if self._logdet is None:
+                roots = own.root_trace(own.product, own.rank_of(own.count))
+            else:
+                roots = self._logdet.root_trace
             self._value = own.distance(own.mean - own.real.mean, own.trace, roots).item()
         return self._value
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
         """Distances `(B,)` after replacing rows, see [`~metrics.Distance.replaced`]."""
-        self._count("replaced", 2)
         return self._changed(indices, features, leave_one_in=False)
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
-        """Credit `(B, n)` of each new row, see [`~metrics.Distance.leave_one_in`]."""
-        self._count("leave_one_in", 3)
+        """Credit `(B, n)` of each new row, see [`~metrics.Distance.leave_one_in`]; N ≥ 3."""
         return self._changed(indices, features, leave_one_in=True)
 
     @torch.no_grad()
@@ -109,46 +109,35 @@ class FrechetDistance:
         nuclear norm of the rows times R, smooth at the greatest possible rank. If the set has collapsed (copies of a
         row in a set of N ≤ d, a feature that no longer varies), the result is the mean of the one-sided derivatives.
         """
-        check_replacement(indices, features, self._count("gradient", 2), self.dimension)
-        indices, features = indices.to(self._set.mean.device), features.to(self._set.mean.device)
-        chunk = max(1, self.memory_budget // (8 * self.dimension * (6 * self.dimension + 7 * indices.shape[1])))
-        pieces = zip(indices.split(chunk), features.split(chunk), strict=True)
-        return torch.cat([self._set.gradient(idx, new) for idx, new in pieces])
+        indices, features = check_replacement(indices, features, self.reference_set.rows)
+        return self._in_chunks(self.reference_set.gradient, indices, features)
 
     def delete_one(self, indices: Tensor) -> Tensor:
         """
-        Change of the distance `(M,)` without row i of `indices`, see [`~metrics.Distance.delete_one`].
+        Change of the distance `(M,)` without row i of `indices`, see [`~metrics.Distance.delete_one`]; N ≥ 3.
 
         With `z = x - m`: `m' = m - z / (N - 1)`, `S' = (N - 1)/(N - 2) · [S - N/(N - 1)² · zzᵀ]`.
         """
-        self._count("delete_one", 3)
         logdet = self._log_determinants()
-        return torch.cat([logdet.delete_one(chunk) for chunk in indices.to(self._set.mean.device).split(4096)])
-
-    def _count(self, method: str, least: int) -> int:
-        count = len(check_fitted(self.features, method))
-        if count < least:
-            raise ValueError(f"{method}() on a reference set of {count} rows: it needs at least {least}.")
-        return count
+        return torch.cat([logdet.delete_one(chunk) for chunk in indices.to(logdet.rows.device).split(4096)])
 
     def _log_determinants(self) -> LogDeterminants:
-        if self._logdet is None:
-            self._logdet = LogDeterminants(self._set)
+        self._logdet = self._logdet or LogDeterminants(self.reference_set)
         return self._logdet
 
     def _changed(self, indices: Tensor, features: Tensor, leave_one_in: bool) -> Tensor:
-        check_replacement(indices, features, self._set.count, self.dimension)
-        indices, features = indices.to(self._set.mean.device), features.to(self._set.mean.device)
+        own = self.reference_set
+        indices, features = check_replacement(indices, features, own.rows)
         narrow = self.dimension <= 64 or 3 * (2 * indices.shape[1] + 1) > self.dimension
         if self.method == "direct" or (self.method == "auto" and narrow and not leave_one_in):
-            return self._direct(indices, features, leave_one_in)
+            return self._in_chunks(own.replaced, indices, features, leave_one_in)
         results, failed = self._log_determinants().changed(indices, features, leave_one_in, self.memory_budget)
         if failed.any():
-            results[failed] = self._direct(indices[failed], features[failed], leave_one_in)
+            results[failed] = self._in_chunks(own.replaced, indices[failed], features[failed], leave_one_in)
         return results
 
-    def _direct(self, indices: Tensor, features: Tensor, leave_one_in: bool) -> Tensor:
-        """The same from the eigenvalues of each changed product."""
-        chunk = max(1, self.memory_budget // (8 * self.dimension * (3 * self.dimension + 4 * indices.shape[1])))
+    def _in_chunks(self, function: Callable[..., Tensor], indices: Tensor, features: Tensor, *args: bool) -> Tensor:
+        """Results of a function of subsets, on as many at a time as the memory budget allows."""
+        chunk = max(1, self.memory_budget // (8 * self.dimension * (6 * self.dimension + 7 * indices.shape[1])))
         pieces = zip(indices.split(chunk), features.split(chunk), strict=True)
-        return torch.cat([self._set.replaced(idx, new, leave_one_in) for idx, new in pieces])
+        return torch.cat([function(idx, new, *args) for idx, new in pieces])

@@ -1,26 +1,154 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Fréchet distances after replacing rows of a set, from log-determinants: one eigendecomposition per reference set.
+"""Exact Fréchet distances of a set from real data after replacing rows of the set.
 
-Replacing n rows changes `A = S_r^½ S S_r^½` by a term of rank 2n + 1. The change of `Tr A^½` is an integral of
-log-determinants of that size, see `quadrature.py` and `logdet.py`.
+With `R = S_r^½` the distance needs `Tr A^½` of `A = R S R`. Replacing n rows changes A by a term of rank 2n + 1. The
+new trace comes from the eigenvalues of the changed A ([`FittedSet`]), or from log-determinants of size 2n + 1 in the
+eigenbasis of the old one ([`LogDeterminants`]), which need one eigendecomposition per set, see `logdet.py`.
 """
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .frechet_eigenvalues import FittedSet, Move, clean
-from .logdet import Factors, ShiftedGrams, eigenvalues_above, factorize, whitened_resolvents
+from .logdet import (
+    Factors,
+    Quadrature,
+    ShiftedGrams,
+    eigenvalues_above,
+    elliptic_quadrature,
+    factorize,
+    whitened_resolvents,
+)
 from .precision import full_precision
-from .quadrature import Quadrature, elliptic_quadrature
+from .statistics import FeatureStatistics
 
 ROUNDING = 1e-8  # resolution of square roots of eigenvalues, relative to the largest
 CHECK_TOLERANCE = 1e-5  # largest difference of coarse and fine rule by rounding, relative to the movement of the trace
 
 
+def clean(eigenvalues: Tensor, rank: int) -> Tensor:
+    """
+    Ascending eigenvalues with those below zero, and those beyond the rank, set to 0: rounding leaves about 1e-16 of
+    the largest, whose square root is 1e-8 of that root, and hundreds of them spoil the sixth digit of the trace.
+    """
+    eigenvalues = eigenvalues.clamp(min=0)
+    eigenvalues[..., : eigenvalues.shape[-1] - rank] = 0
+    return eigenvalues
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+@dataclass
+class RealRoot:
+    """The real data's side of the distance: `R = S_r^½` and the moments, float64."""
+
+    mean: Tensor  # (d,)
+    trace: Tensor  # of S_r
+    root: Tensor  # R, (d, d)
+    largest: float  # eigenvalue of S_r
+    rank: int  # largest possible rank of S_r
+
+    @classmethod
+    def of(cls, real: FeatureStatistics) -> "RealRoot":
+        values, vectors = torch.linalg.eigh(real.covariance)
+        values = clean(values, real.rank_bound)
+        root = (vectors * values.sqrt()) @ vectors.mT
+        return cls(real.mean, real.covariance.trace(), root, values[-1].item(), real.rank_bound)
+
+    def to(self, device: torch.device) -> "RealRoot":
+        return RealRoot(self.mean.to(device), self.trace.to(device), self.root.to(device), self.largest, self.rank)
+
+
+class Move(NamedTuple):
+    """Changes of a set by replacing n rows, for each of B subsets."""
+
+    added: Tensor  # new rows about the old mean, (B, n, d)
+    removed: Tensor  # old rows about the old mean, (B, n, d)
+    shift: Tensor  # of the mean, (B, d)
+    offset: Tensor  # new mean minus the real one, (B, d)
+    trace: Tensor  # of the new covariance, (B,)
+
+
+class FittedSet:
+    """A reference set `(N, d)`, float64, beside real data on the same device."""
+
+    def __init__(self, features: Tensor, real: RealRoot):
+        self.real, self.count = real, len(features)
+        self.mean = features.mean(dim=0)
+        self.rows = torch.empty_like(features)  # about the mean, so that products do not cancel
+        scatter = features.new_zeros(features.shape[1], features.shape[1])
+        for rows, kept in zip(features.split(4096), self.rows.split(4096), strict=True):
+            rows = rows - self.mean
+            scatter.addmm_(rows.T, rows)
+            kept.copy_(rows)
+        covariance = scatter / (self.count - 1)
+        self.trace = covariance.trace()
+        self.product = symmetric(real.root @ covariance @ real.root)  # A, (d, d)
+
+    def rank_of(self, count: int) -> int:
+        """Largest possible rank of A for a set of `count` rows."""
+        return min(count - 1, self.real.rank, self.rows.shape[1])
+
+    def replaced(self, indices: Tensor, features: Tensor, leave_one_in: bool = False) -> Tensor:
+        """Distances `(B,)`, or credits `(B, n)` with `leave_one_in`, from the eigenvalues of each changed A."""
+        count, move = self.count, self.move(indices, features)
+        added_r, shift_r = move.added @ self.real.root, move.shift @ self.real.root
+        product = self.updated_product(added_r.mT @ added_r, move.removed, shift_r)
+        distance = self.distance(move.offset, move.trace, self.root_trace(product, self.rank_of(count)))
+        if not leave_one_in:
+            return distance
+        ratio, growth, rank = count / (count - 1) ** 2, (count - 1) / (count - 2), self.rank_of(count - 1)
+        credits = []
+        for j in range(indices.shape[1]):
+            z, y = move.added[:, j] - move.shift, added_r[:, j] - shift_r
+            roots = self.root_trace(growth * (product - ratio * y[:, :, None] * y[:, None, :]), rank)
+            rest = growth * (move.trace - ratio * z.square().sum(1))
+            credits.append(distance - self.distance(move.offset - z / (count - 1), rest, roots))
+        return torch.stack(credits, dim=1)
+
+    def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
+        """Gradient `(B, n, d)`, see [`~FrechetDistance.gradient`]."""
+        count, move = self.count, self.move(indices, features)
+        added_r = move.added @ self.real.root
+        gain = added_r.mT @ added_r
+        # A' ≤ A + gain / (N - 1): a zero eigenvalue of A' comes back as the rounding of these two. The rows hold
+        # rounding too, and one divided by the root of the other would cost half of the digits or all of them.
+        largest = torch.linalg.matrix_norm(self.product) + torch.linalg.matrix_norm(gain) / (count - 1)  # (B,)
+        eigenvalues, vectors = torch.linalg.eigh(self.updated_product(gain, move.removed, move.shift @ self.real.root))
+        eigenvalues = clean(eigenvalues, self.rank_of(count))
+        zero = eigenvalues <= self.rows.shape[1] * torch.finfo(torch.float64).eps * largest[:, None]
+        scales = eigenvalues.masked_fill(zero, torch.inf) ** -0.25  # (B, d), 0 for eigenvalues 0
+        half = scales[:, :, None] * (vectors.mT @ self.real.root)  # G = I - halfᵀ half
+        rows = move.added - move.shift[:, None]
+        return 2 / (count - 1) * (rows - rows @ half.mT @ half) + 2 / count * move.offset[:, None]
+
+    def move(self, indices: Tensor, features: Tensor) -> Move:
+        count, added, removed = self.count, features - self.mean, self.rows[indices]
+        shift = (added.sum(dim=1) - removed.sum(dim=1)) / count
+        squares = added.square().sum((1, 2)) - removed.square().sum((1, 2)) - count * shift.square().sum(1)
+        return Move(added, removed, shift, self.mean + shift - self.real.mean, self.trace + squares / (count - 1))
+
+    def updated_product(self, gain: Tensor, removed: Tensor, shift_r: Tensor) -> Tensor:
+        """A' (B, d, d) from the added rows' scatter between two R, the removed rows, and the mean's shift times R."""
+        removed_r = removed @ self.real.root
+        change = gain - removed_r.mT @ removed_r - self.count * shift_r[:, :, None] * shift_r[:, None, :]
+        return self.product + change / (self.count - 1)
+
+    def root_trace(self, product: Tensor, rank: int) -> Tensor:
+        return clean(torch.linalg.eigvalsh(product), rank).sqrt().sum(-1)
+
+    def distance(self, offset: Tensor, trace: Tensor, root_trace: Tensor) -> Tensor:
+        """Distance from the difference of means, `Tr S` and `Tr A^½`."""
+        return offset.square().sum(-1) + trace + self.real.trace - 2 * root_trace
+
+
 class LogDeterminants:
-    """Changes of the Fréchet distance of one fitted set, in the eigenbasis of its A."""
+    """Changes of the distance of one fitted set, in the eigenbasis of its A."""
 
     def __init__(self, own: FittedSet):
         self.own = own
@@ -31,21 +159,18 @@ class LogDeterminants:
         self.projection = vectors.mT @ own.real.root / scale[:, None]
         with full_precision():
             self.rows = own.rows @ self.projection.mT  # Y = Z Pᵀ, (N, d)
-        positive = self.eigenvalues[self.eigenvalues > 0]
-        self.smallest = positive[0].sqrt().item() if len(positive) else 0.0
-        self._quadratures: dict[tuple[int, bool], tuple[Quadrature, ShiftedGrams]] = {}
-
-    @property
-    def root_trace(self) -> Tensor:
-        return self.eigenvalues.sqrt().sum()
+        self.root_trace = self.eigenvalues.sqrt().sum()
+        self.largest = self.eigenvalues[-1].item() or 1e-30
+        self._rules: dict[int, tuple[Quadrature, ShiftedGrams]] = {}
 
     def changed(
         self, indices: Tensor, features: Tensor, leave_one_in: bool, memory_budget: int
     ) -> tuple[Tensor, Tensor]:
         """Distances `(B,)` or credits `(B, n)`, and whether each subset failed `(B,)` and cannot be trusted."""
-        size = indices.shape[1]
+        own, size = self.own, indices.shape[1]
         pieces = features.split(max(1, 2**20 // (size * features.shape[2])))
-        rule, grams = self._quadrature(max(self._rise(part) for part in pieces))
+        squares = max((part - own.mean).square().sum((1, 2)).max().item() for part in pieces)
+        rule, grams = self._rule(squares * own.real.largest / (own.count - 1))
         chunk = max(1, memory_budget // grams.bytes_per_subset(2 * size + 1))
         changes = [
             self._change(idx, new, rule, grams, leave_one_in)
@@ -62,7 +187,7 @@ class LogDeterminants:
         growth = (count - 1) / (count - 2)
         squares = centred.square().sum(1)
         # One row may empty a direction: the rule goes down to rounding, as a node costs only one column here.
-        rule, _ = self._quadrature(0.0, full_range=True)
+        rule = elliptic_quadrature(ROUNDING * self.largest**0.5, self.largest**0.5)
         scales = whitened_resolvents(self.eigenvalues, rule.nodes.to(own.mean.device) ** 2)
         forms = projected.square() @ scales.T  # (M, J)
         logs = torch.log1p((-ratio * forms).clamp(min=-1 + 1e-15))
@@ -70,28 +195,21 @@ class LogDeterminants:
         mean_term = -2 * (centred @ (own.mean - own.real.mean)) / (count - 1) + squares / (count - 1) ** 2
         return mean_term + (growth - 1) * own.trace - growth * ratio * squares - 2 * (new_roots - self.root_trace)
 
-    def _rise(self, features: Tensor) -> float:
-        """Largest possible rise of an eigenvalue of A when `features` `(B, n, d)` are added."""
-        squares = (features.double() - self.own.mean).square().sum((1, 2)).max().item()
-        return squares * self.own.real.largest / (self.own.count - 1)
-
-    def _quadrature(self, rise: float, full_range: bool = False) -> tuple[Quadrature, ShiftedGrams]:
+    def _rule(self, rise: float) -> tuple[Quadrature, ShiftedGrams]:
         """
         The rule for changes that raise no eigenvalue of A by more than `rise`, and grams at `-lower²` and its nodes.
         The upper end grows in octaves: rules are reused, and a subset's value does not depend on its neighbours.
-        Below, half of the smallest root leaves room for removed rows; `full_range` goes down to rounding.
+        Below, half of the smallest root leaves room for removed rows.
         """
-        largest = self.eigenvalues[-1].item() or 1e-30
-        octaves = math.ceil(math.log2(1 + rise / largest))
-        key = (octaves, full_range)
-        if key not in self._quadratures:
-            upper = (largest * 2**octaves) ** 0.5
-            floor = ROUNDING * upper
-            lower = floor if full_range else max(self.smallest / 2, floor)
-            rule = elliptic_quadrature(lower, upper)
-            shifts = torch.cat([rule.nodes.new_tensor([-lower]), rule.nodes]).to(self.eigenvalues.device)
-            self._quadratures[key] = rule, ShiftedGrams(self.eigenvalues, shifts * shifts.abs())
-        return self._quadratures[key]
+        octaves = math.ceil(math.log2(1 + rise / self.largest))
+        if octaves not in self._rules:
+            upper = (self.largest * 2**octaves) ** 0.5
+            positive = self.eigenvalues[self.eigenvalues > 0]
+            smallest = positive[0].sqrt().item() if len(positive) else 0.0
+            rule = elliptic_quadrature(max(smallest / 2, ROUNDING * upper), upper)
+            shifts = torch.cat([rule.nodes.new_tensor([-rule.lower]), rule.nodes]).to(self.eigenvalues.device)
+            self._rules[octaves] = rule, ShiftedGrams(self.eigenvalues, shifts * shifts.abs())
+        return self._rules[octaves]
 
     def _change(
         self, indices: Tensor, features: Tensor, rule: Quadrature, shifted: ShiftedGrams, leave_one_in: bool
@@ -111,15 +229,14 @@ class LogDeterminants:
 
         # Trusted if the premises of the bound hold: no eigenvalue fell out of the rule's interval, and the coarse rule
         # is as near as its own bound says.
-        movement = rise + fall
         difference = (rise - fall - coarse @ (factors.rise - factors.fall)).abs()
-        trusted = difference <= (rule.bound + rule.coarse_bound + CHECK_TOLERANCE) * movement + 1e-12 * own.trace
+        tolerance = (rule.bound + rule.coarse_bound + CHECK_TOLERANCE) * (rise + fall) + 1e-12 * own.trace
+        trusted = (difference <= tolerance) & ~factors.failed.any(0)
         if rule.lower > ROUNDING * rule.upper:
             trusted &= eigenvalues_above(grams[0], size)
-        failed = factors.failed.any(0) | ~trusted
         if leave_one_in:
-            return self._credits(move, root_trace, factors, rule), failed
-        return own.distance(move.offset, move.trace, root_trace), failed
+            return self._credits(move, root_trace, factors, rule), ~trusted
+        return own.distance(move.offset, move.trace, root_trace), ~trusted
 
     def _credits(self, move: Move, root_trace: Tensor, factors: Factors, rule: Quadrature) -> Tensor:
         """

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_fitted, check_replacement
+from .checks import check_features, check_replacement
 from .precision import full_precision
 
 
@@ -79,6 +79,7 @@ class KernelDistance:
     memory_budget = 2**28  # bytes of work space for a block of kernel values or a batch of subsets
     float64_elements = 2**22  # numbers in the real set up to which inner products are float64
 
+    reference_set: _Rows
     value: float
 
     def __init__(
@@ -107,36 +108,30 @@ class KernelDistance:
         diagonal = self._with_themselves(self._real).sum()
         count = len(real)
         self._real_term = (pairs / (count * (count - 1)) if unbiased else (pairs + diagonal) / count**2).item()
-        self.features: Tensor | None = None
 
     # ---- the distance ----
 
     def fit(self, features: Tensor) -> "KernelDistance":
         """Takes features `(N, d)` of any float dtype, N ≥ 2, as the reference set."""
         check_features(features, "reference features", self.dimension, least=2)
-        self.features = features.detach()
         self._centre, self._real = self._centre.to(features.device), self._real.to(features.device)
-        self._generated = self._rows(self.features)
-        self._each = _Sums(
-            self._sums_over_others(self._generated),
-            self._with_themselves(self._generated),
-            self._sums_over(self._generated, self._real) / len(self._real),
-        )  # each (N,)
+        own = self.reference_set = self._rows(features)
+        cross = self._sums_over(own, self._real) / len(self._real)
+        self._each = _Sums(self._sums_over_others(own), self._with_themselves(own), cross)  # each (N,)
         self._total = _Sums(*(part.sum() for part in self._each))
         self.value = self._distance(self._total, len(features)).item()
         return self
 
     def replaced(self, indices: Tensor, features: Tensor) -> Tensor:
         """Distances `(B,)` after replacing rows, see [`~metrics.Distance.replaced`]."""
-        total, _ = self._replacement(indices, features, "replaced")
-        return self._distance(total, len(self._generated))
+        total, _ = self._replacement(indices, features)
+        return self._distance(total, len(self.reference_set))
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
-        """Credit `(B, n)` of each new row, see [`~metrics.Distance.leave_one_in`]."""
-        total, row = self._replacement(indices, features, "leave_one_in")
-        count = self._count_without_one()
-        whole = _Sums(*(part[:, None] for part in total))
-        return self._distance(whole, count + 1) - self._distance(whole.without(row), count)
+        """Credit `(B, n)` of each new row, see [`~metrics.Distance.leave_one_in`]; N ≥ 3."""
+        total, row = self._replacement(indices, features)
+        whole, count = _Sums(*(part[:, None] for part in total)), len(self.reference_set)
+        return self._distance(whole, count) - self._distance(whole.without(row), count - 1)
 
     @torch.no_grad()
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
@@ -150,17 +145,14 @@ class KernelDistance:
         where `∂k` is `3γ (γ x·y + 1)² · y` with γ = 1/d for the polynomial kernel, and the mean over bandwidths of
         `exp(-|x - y|² / 2σ²) (y - x) / σ²` for the Gaussian one.
         """
-        check_fitted(self.features, "gradient")
-        features = check_replacement(indices, features, len(self._generated), self.dimension).to(self._centre.device)
-        pairs = zip(indices.to(self._centre.device), features, strict=True)
-        return torch.stack([self._gradient_of_subset(rows, new) for rows, new in pairs])
+        subsets = zip(*check_replacement(indices, features, self.reference_set.centred), strict=True)
+        return torch.stack([self._gradient_of_subset(rows, new) for rows, new in subsets])
 
     def delete_one(self, indices: Tensor) -> Tensor:
-        """Change of the distance `(M,)` without row i of `indices`, see [`~metrics.Distance.delete_one`]."""
-        check_fitted(self.features, "delete_one")
-        count, rows = self._count_without_one(), indices.to(self._centre.device)
+        """Change of the distance `(M,)` without row i of `indices`, see [`~metrics.Distance.delete_one`]; N ≥ 3."""
+        count, rows = len(self.reference_set), indices.to(self._centre.device)
         without = self._total.without(_Sums(*(part[rows] for part in self._each)))
-        return self._distance(without, count) - self._distance(self._total, count + 1)
+        return self._distance(without, count - 1) - self._distance(self._total, count)
 
     # ---- sums ----
 
@@ -168,17 +160,9 @@ class KernelDistance:
         own = sums.pairs / (count * (count - 1)) if self.unbiased else (sums.pairs + sums.diagonal) / count**2
         return own + self._real_term - 2 * sums.cross / count
 
-    def _count_without_one(self) -> int:
-        count, least = len(self._generated), 3 if self.unbiased else 2
-        if count < least:
-            raise ValueError(f"the reference set has {count} rows: leaving one out needs at least {least} of them.")
-        return count - 1
-
-    def _replacement(self, indices: Tensor, features: Tensor, method: str) -> tuple[_Sums, _Sums]:
+    def _replacement(self, indices: Tensor, features: Tensor) -> tuple[_Sums, _Sums]:
         """Sums of each updated set, (B,), and of each new row in its updated set, (B, n)."""
-        check_fitted(self.features, method)
-        features = check_replacement(indices, features, len(self._generated), self.dimension).to(self._centre.device)
-        indices = indices.to(self._centre.device)
+        indices, features = check_replacement(indices, features, self.reference_set.centred)
         size = indices.shape[1]
         chunk = max(1, self.memory_budget // (8 * size * (6 * self.dimension + 12 * size)))
         pieces = [
@@ -189,9 +173,9 @@ class KernelDistance:
 
     def _replacement_chunk(self, indices: Tensor, features: Tensor) -> tuple[_Sums, _Sums]:
         flat = self._rows(features.flatten(0, 1))  # (B * n, d)
-        over_set, over_real = self._sums_over(flat, self._generated), self._sums_over(flat, self._real)
+        over_set, over_real = self._sums_over(flat, self.reference_set), self._sums_over(flat, self._real)
         new = flat[torch.arange(len(flat), device=indices.device).view(indices.shape)].double()
-        old = self._generated[indices].double()
+        old = self.reference_set[indices].double()
         new_old = self._values(new, old)  # (B, n, n)
         new_new, old_old = self._values(new, new), self._values(old, old)
         for values in (new_new, old_old):
@@ -209,13 +193,13 @@ class KernelDistance:
 
     def _gradient_of_subset(self, indices: Tensor, features: Tensor) -> Tensor:
         """Gradient (n, d) of one subset, with rows (n,) and features (n, d)."""
-        new, count, number = self._rows(features), len(self._generated), len(self._real)
+        new, count, number = self._rows(features), len(self.reference_set), len(self._real)
         kept = torch.ones(count, dtype=torch.float64, device=indices.device)
         kept[indices] = 0
         others = count - 1 if self.unbiased else count
         slopes = torch.zeros_like(new.term)  # (n,)
         gradient = torch.zeros(new.centred.shape, dtype=torch.float64, device=indices.device)
-        self._add_slopes(gradient, slopes, new, self._generated, kept / others)
+        self._add_slopes(gradient, slopes, new, self.reference_set, kept / others)
         self._add_slopes(gradient, slopes, new, new, torch.ones_like(new.term) / others, exclude_self=self.unbiased)
         self._add_slopes(gradient, slopes, new, self._real, torch.full_like(self._real.term, -1 / number))
         # the part that all slopes of a row share: y = z + centre (polynomial kernel), y - x (Gaussian kernel)
