@@ -120,7 +120,7 @@ def test_only_sets_of_images_are_opened(tmp_path):
         with pytest.raises(ValueError, match=message):
             open_images(tmp_path / f"{name}.npz")
     np.savez_compressed(tmp_path / "small.npz", pixels(5))
-    with pytest.raises(ValueError, match="small.npz is compressed: save it with numpy.savez"):
+    with pytest.raises(ValueError, match="small.npz is compressed or damaged: save it with numpy.savez"):
         open_images(tmp_path / "small.npz")
 
 

@@ -1,5 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +13,7 @@ from trl_distreward import (
     frechet_distance,
     precision_recall_density_coverage,
 )
-from trl_distreward.metrics import (
-    cmmd,
-    frechet_infinity,
-    half_sample_spread,
-    inception_score,
-    kernel_inception_distance,
-)
+from trl_distreward.metrics import cmmd, frechet_infinity, inception_score, kernel_inception_distance, scores
 from trl_distreward.metrics.scores import METRICS
 
 
@@ -111,8 +106,6 @@ def test_extrapolated_distance_has_less_bias():
 
 
 def test_extrapolation_is_exact_if_the_distance_is_linear(monkeypatch):
-    from trl_distreward.metrics import scores
-
     monkeypatch.setattr(scores, "frechet_distance", lambda generated, real, root: 1.25 + 30 / generated.count)
     assert frechet_infinity(normal(50, 2), normal(400, 2)) == pytest.approx(1.25, abs=1e-12)
 
@@ -122,41 +115,26 @@ def test_extrapolation_refuses_small_sets():
         frechet_infinity(normal(50, 16), normal(60, 16))
 
 
-# ---- spread ----
-
-
-def test_spread_of_a_mean_is_its_standard_error():
-    rows = normal(400, 1, 5).double()
-    spread = half_sample_spread(lambda half: {"mean": half.mean().item()}, rows, repeats=4_000)
-    assert spread["mean"] == pytest.approx(rows.std().item() / 20, rel=0.05)
-    with pytest.raises(ValueError, match="repeats=1 must be at least 2"):
-        half_sample_spread(lambda half: {"mean": half.mean().item()}, rows, repeats=1)
-
-
-def test_spread_predicts_the_spread_between_sets():
-    real = FeatureStatistics.from_features(normal(4_000, 4))
-
-    def distance(features):
-        return {"frechet": frechet_distance(FeatureStatistics.from_features(features), real)}
-
-    sets = [normal(400, 4, seed, shift=0.3) for seed in range(10, 50)]
-    between = np.std([distance(rows)["frechet"] for rows in sets], ddof=1)
-    assert half_sample_spread(distance, sets[0], 60)["frechet"] == pytest.approx(between, rel=0.4)
-
-
 # ---- the table ----
 
 
-def test_table_equals_each_metric_alone():
-    sizes = {"kid_subsets": 4, "kid_subset_size": 40}
-    table = feature_metrics(REAL, GENERATED, METRICS, logits=LOGITS, seed=5, **sizes)
+@pytest.fixture
+def small_kid(monkeypatch):
+    """KID over subsets that the sets here are large enough for."""
+    small = partial(kernel_inception_distance, num_subsets=4, subset_size=40)
+    monkeypatch.setattr(scores, "kernel_inception_distance", small)
+    return small
+
+
+def test_table_equals_each_metric_alone(small_kid):
+    table = feature_metrics(REAL, GENERATED, METRICS, logits=LOGITS, seed=5)
     prdc = precision_recall_density_coverage(REAL, GENERATED, 5, precision_recall_k=3)
     distance = frechet_distance(*(FeatureStatistics.from_features(rows) for rows in (GENERATED, REAL)))
-    kid = kernel_inception_distance(REAL, GENERATED, num_subsets=4, subset_size=40, seed=5)
+    kid = small_kid(REAL, GENERATED, seed=5)
     score = inception_score(LOGITS, seed=5)
     expected = {
-        **dict.fromkeys(("frechet", "fid"), distance),
-        **dict.fromkeys(("frechet_infinity", "fid_infinity"), frechet_infinity(REAL, GENERATED, seed=5)),
+        "frechet": distance,
+        "frechet_infinity": frechet_infinity(REAL, GENERATED, seed=5),
         "kid": kid[0],
         "kid_std": kid[1],
         "kernel": KernelDistance(REAL).fit(GENERATED).value,
@@ -175,19 +153,25 @@ def test_statistics_suffice_for_frechet_distances_only():
     names = ["frechet", "frechet_infinity", "inception_score"]
     table = feature_metrics(statistics, GENERATED, names, logits=LOGITS)
     assert table == pytest.approx(feature_metrics(REAL, GENERATED, names, logits=LOGITS), rel=1e-9)
-    for name in set(METRICS) - {"frechet", "fid", "frechet_infinity", "fid_infinity", "inception_score"}:
-        with pytest.raises(ValueError, match=f"^frechet, {name} need the real features"):
+    for name in set(METRICS) - set(names):
+        with pytest.raises(ValueError, match=f"^frechet, {name} need real features"):
             feature_metrics(statistics, GENERATED, ["frechet", name])
 
 
-def test_spread_is_added_and_leaves_the_values_unchanged():
+def test_spread_is_added_and_leaves_the_values_unchanged(small_kid):
     names = ["recall", "frechet", "kid"]
-    sizes = {"kid_subsets": 4, "kid_subset_size": 40}
-    plain = feature_metrics(REAL, GENERATED, names, **sizes)
-    table = feature_metrics(REAL, GENERATED, names, spread=5, seed=0, **sizes)
+    plain = feature_metrics(REAL, GENERATED, names)
+    table = feature_metrics(REAL, GENERATED, names, spread=5)
     assert list(table) == ["recall", "recall_std", "frechet", "frechet_std", "kid", "kid_std"]
     assert {name: table[name] for name in plain} == plain
     assert 0 < table["recall_std"] < 0.1 and 0 < table["frechet_std"] < 0.5 * table["frechet"]
+
+
+def test_spread_predicts_the_spread_between_sets():
+    real = FeatureStatistics.from_features(normal(4_000, 4))
+    sets = [normal(400, 4, seed, shift=0.3) for seed in range(10, 50)]
+    between = np.std([feature_metrics(real, rows)["frechet"] for rows in sets], ddof=1)
+    assert feature_metrics(real, sets[0], spread=60)["frechet_std"] == pytest.approx(between, rel=0.4)
 
 
 def test_float16_features_give_the_values_of_float64_ones():
@@ -201,7 +185,7 @@ def test_float16_features_give_the_values_of_float64_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": ["fid", "IS"]}, r"metrics=\['fid', 'IS'\] are unknown or none: choose from frechet, fid"),
+        ({"metrics": ["kid", "IS"]}, r"metrics=\['kid', 'IS'\] are unknown or none: choose from frechet, "),
         ({"metrics": []}, r"metrics=\[\] are unknown or none"),
         ({"metrics": ["inception_score"]}, "inception_score needs logits of the 260"),
         ({"metrics": ["kid"]}, "subset_size=1000 is more than the 300 real or 260"),

@@ -89,10 +89,9 @@ def test_resumes_in_the_middle_of_a_round_and_refuses_other_strata():
     other.load_state_dict(sampler.state_dict())
     for distinct in (True, False, True):
         assert torch.equal(sampler.draw(5, 3, distinct), other.draw(5, 3, distinct))
-    with pytest.raises(ValueError, match="from 4 strata, and this run has 2"):
-        StratifiedSlotSampler([0, 1] * 50).load_state_dict(sampler.state_dict())
-    with pytest.raises(ValueError, match="from 0 strata, and this run has 4"):
-        sampler.load_state_dict(SlotSampler(100).state_dict())
+    for one, another in ((StratifiedSlotSampler([0, 1] * 50), sampler), (sampler, SlotSampler(100))):
+        with pytest.raises(ValueError, match="slots have other strata"):
+            one.load_state_dict(another.state_dict())
     with pytest.raises(ValueError, match="slots were drawn from strata"):
         SlotSampler(100).load_state_dict(sampler.state_dict())
 

@@ -155,7 +155,7 @@ def test_bad_input_is_refused():
         return lambda: SubsetReplaceReward(extractor, real).extract(images(3))
 
     cases = [
-        (extract(lambda x: features(x)[:2]), "must return \\(3, d\\) for a batch"),
+        (extract(lambda x: features(x)[:2]), "must return \\(3, d\\)"),
         (extract(lambda x: torch.zeros(len(x), 5)), "dimension 5"),
         (extract(lambda x: torch.full((len(x), 8), float("nan"))), "NaN or infinite values in 3 of 3 rows"),
         (lambda: SubsetReplaceReward({"a": features}, real), r"extractors' names \['a'\]"),

@@ -101,7 +101,7 @@ def test_missing_models_are_neither_folders_nor_repositories(monkeypatch):
         ),
         (merge, ("\n    trl-distreward merge --config recipe.yaml\n", "accelerate launch", "--checkpoints")),
         (statistics, ("torchrun", "--output", "--features", "--skip-corrupt", "--streaming", "--work-dir")),
-        (evaluate, ("torchrun", "--model", "--compare", "--real", "--spread", "--num-images", "--save-npz")),
+        (evaluate, ("torchrun", "--model", "--compare", "--real", "--spread", "--num-images")),
         (convert, ("trl-distreward convert sit",)),
         (report, ("RUN_DIR", "--output")),
     ],

@@ -12,7 +12,7 @@ from tests.clip import coloured, save_tiny_clip
 from tests.evaluation.images import pixels, project, project_pixels, write_folder
 from tests.helpers import launch
 from trl_distreward import FeatureStatistics, JointTextFeatures, load_clip
-from trl_distreward.metrics.checks import load_real_features
+from trl_distreward.metrics.statistics import load_features
 from trl_distreward.scripts import statistics
 
 PROJECT = ["--feature-extractor", "tests.evaluation.images.project"]
@@ -32,7 +32,7 @@ def test_file_holds_moments_features_and_their_origin(tmp_path, capsys):
     expected = FeatureStatistics.from_features(features)
     assert loaded.count == 90
     torch.testing.assert_close(loaded.covariance, expected.covariance, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(load_real_features(output), features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_features(output), features, rtol=1e-5, atol=1e-5)
     assert loaded.metadata["extractor"] == PROJECT[1] and loaded.metadata["source"].endswith("s.npz")
     assert loaded.metadata["library"].startswith("trl-distreward ") and "pillow" in loaded.metadata["library"]
     assert "5 features of 90 images" in capsys.readouterr().out

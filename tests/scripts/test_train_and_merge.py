@@ -16,8 +16,8 @@ from tests.evaluation.images import pixels
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
 from tests.policies_tiny import sd3
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, MergeCoefficientTrainer, load_pipeline
-from trl_distreward.metrics.checks import load_real_features
 from trl_distreward.metrics.extractors import load_feature_extractor
+from trl_distreward.metrics.statistics import load_features
 from trl_distreward.rewards import clip_score, hps_score, pick_score
 from trl_distreward.scripts import arguments, merge, train
 
@@ -220,7 +220,7 @@ def test_statistics_of_real_images_are_computed_once(tmp_path):
     with pytest.raises(ValueError, match="was made with image_resize=4, not 8: remove it, or name another file"):
         arguments.find_real_statistics(replace(options, real_resize=8), extractor, str(tmp_path / "out"))
     kernel = replace(options, distance="kernel", real_statistics=str(tmp_path / "features.safetensors"))
-    features = load_real_features(arguments.find_real_statistics(kernel, extractor, str(tmp_path / "out")))
+    features = load_features(arguments.find_real_statistics(kernel, extractor, str(tmp_path / "out")))
     assert features.shape == (9, 5)
 
 

@@ -25,40 +25,23 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """
-    An image of a set.
+    """An image of a set."""
 
-    Args:
-        name (`str`): name for messages.
-        content: path, encoded bytes, uint8 pixels `(H, W)` or `(H, W, C)`, or a `{"bytes", "path"}` cell of a dataset.
-        prompt (`str`, *optional*): prompt of the image.
-    """
-
-    name: str
-    content: Any
+    name: str  # for messages
+    content: Any  # path, encoded bytes, uint8 pixels (H, W) or (H, W, C), or a {"bytes", "path"} cell of a dataset
     prompt: str | None = None
 
 
 def decode_image(stored: StoredImage, resize: int | None = None) -> np.ndarray:
-    """
-    Decodes an image to uint8 pixels `(3, H, W)`.
-
-    Args:
-        stored ([`StoredImage`]): image to decode.
-        resize (`int`, *optional*): side to which the centre is cropped and resized; see [`center_crop`].
-
-    Raises:
-        UnreadableImage: names the image and the reason.
-    """
+    """Decodes an image to uint8 pixels `(3, H, W)`, after [`center_crop`] to `resize`; may raise `UnreadableImage`."""
     try:
         image = _open(stored.content)
         mode = _deep_mode(image) or image.mode
         image.load()
     except Exception as error:  # decoders raise many kinds of errors on damaged files
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UnreadableImage(
-            f"{stored.name} cannot be decoded ({reason}): repair or remove it, or pass --skip-corrupt."
-        ) from error
+        remedy = "repair or remove it, or pass --skip-corrupt"
+        raise UnreadableImage(f"{stored.name} cannot be decoded ({reason}): {remedy}.") from error
     if mode not in _EIGHT_BITS:
         raise UnreadableImage(f"{stored.name} has more than 8 bits per channel (mode {mode!r}): convert it to 8 bits.")
     image = image.convert("RGB")
@@ -89,10 +72,8 @@ def _deep_mode(image: Image.Image) -> str | None:
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """
-    Crops the centre to `size` x `size` pixels, as ADM and EDM2 prepare ImageNet.
-
-    The image is halved by averaging 2 x 2 pixels while its shorter side is at least twice `size`, then resized to
-    `size` at its shorter side by bicubic interpolation, then cropped.
+    Crops the centre to `size` x `size` pixels, as ADM and EDM2 prepare ImageNet: averages 2 x 2 pixels while the
+    shorter side is at least twice `size`, then resizes it to `size` by bicubic interpolation.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

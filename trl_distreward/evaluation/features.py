@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from ..files import write_json, written_whole
-from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, module_of
+from ..metrics.extractors import FeatureExtractor, describe_extractor, extract_features, freeze, move
 from ..metrics.statistics import FeatureStatistics
 from .decoding import StoredImage, UnreadableImage, decode_image
 from .sources import ImageSource
@@ -34,19 +34,11 @@ _BLOCK = 4096  # rows that enter the moments together; the last bits of the sums
 
 
 class CollectedFeatures:
-    """
-    Features of a set, in files.
-
-    Args:
-        paths (`Sequence[Path]`): files in the order of the set.
-
-    Attributes:
-        skipped (`list[str]`): one message for each image that was left out.
-    """
+    """Features of a set, in files in the order of the set."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths: list[Path] = []
-        self.skipped: list[str] = []
+        self.skipped: list[str] = []  # one message for each image that was left out
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 self.skipped += json.loads(file.metadata()["skipped"])
@@ -55,7 +47,7 @@ class CollectedFeatures:
             raise ValueError(f"none of the {len(self.skipped)} images can be read: {self.skipped[0]}")
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Features of one extractor in float32, in the order of the set, at most 4096 rows at a time."""
+        """Features of one extractor in float32, at most 4096 rows at a time."""
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
                 yield from file.get_tensor(name).split(_BLOCK)
@@ -74,9 +66,8 @@ class CollectedFeatures:
 
 class _Batches(IterableDataset):
     """
-    Decoded batches of some shards, which the workers of a DataLoader share out shard by shard.
-
-    Yields a shard's index, images and messages of unreadable images; at the end of a shard, `None` for the images.
+    Decoded batches of some shards, which the workers of a DataLoader share out: a shard's index, images and messages
+    of unreadable images; at the end of a shard, `None` for the images.
     """
 
     def __init__(self, source: ImageSource, shards: list[int], batch_size: int, resize: int | None):
@@ -108,7 +99,6 @@ def collect_features(
     batch_size: int = 64,
     resize: int | None = None,
     skip_corrupt: bool = False,
-    keep_images: bool = False,
     num_workers: int = 4,
 ) -> CollectedFeatures:
     """
@@ -122,8 +112,6 @@ def collect_features(
         batch_size (`int`, *optional*, defaults to 64): images at a time.
         resize (`int`, *optional*): side to which images are cropped and resized; otherwise all must have one size.
         skip_corrupt (`bool`, *optional*, defaults to `False`): leave out images that cannot be read.
-        keep_images (`bool`, *optional*, defaults to `False`): store uint8 images `(N, H, W, 3)` too, as features named
-            `"images"`.
         num_workers (`int`, *optional*, defaults to 4): worker processes that decode images, for each process.
 
     Raises:
@@ -131,15 +119,15 @@ def collect_features(
             holds work of other settings.
     """
     state, folder = PartialState(), Path(folder)
-    about = {name: [extractor_digest(freeze(e)), getattr(e, "resize", None)] for name, e in extractors.items()}
+    about = {name: describe_extractor(freeze(extractor)) for name, extractor in extractors.items()}
     settings = {"images": source.description, "extractors": about, "batch_size": batch_size, "resize": resize}
-    _begin(folder, {**settings, "keep_images": keep_images}, state)
+    _begin(folder, settings, state)
     paths = [folder / _PATTERN.replace("*", f"{i:05d}") for i in range(source.num_shards(batch_size))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     state.wait_for_everyone()  # before the first file appears: all processes share out the same shards
     mine = missing[state.process_index :: state.num_processes]
-    for module in filter(None, map(module_of, extractors.values())):
-        module.to(state.device)
+    for extractor in extractors.values():
+        move(extractor, state.device)
     workers = min(num_workers, len(mine), os.cpu_count() or 1) if source.in_workers else 0
     batches = DataLoader(_Batches(source, mine, batch_size, resize), batch_size=None, num_workers=workers)
     columns: dict[int, defaultdict[str, list[Tensor]]] = {i: defaultdict(list) for i in mine}
@@ -164,8 +152,6 @@ def collect_features(
             for name, extractor in extractors.items():
                 with torch.inference_mode():
                     columns[shard][name].append(extract_features(extractor, pixels, prompts, name=name))
-            if keep_images:
-                columns[shard]["images"].append(pixels.permute(0, 2, 3, 1))
     bar.close()
     state.wait_for_everyone()
     collected = CollectedFeatures(paths)

@@ -1,23 +1,18 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Images of a policy as a set to evaluate, and ADM sample files of them."""
+"""Images of a policy as a set to evaluate."""
 
-import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..conditions import balanced_labels, take
-from ..files import written_whole
 from ..generation import SamplingSchedule, generate_images
 from ..metrics.extractors import network_digest
 from ..policies import DiffusionPolicy
 from .decoding import StoredImage
-from .features import CollectedFeatures
 from .sources import ImageSource
 
 
@@ -66,15 +61,3 @@ class GeneratedImages(ImageSource):
         for images, _ in generate_images(self.policy, take(self.labels, indices), self.schedule, **options):
             for number, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                 yield StoredImage(f"generated image {number}", image)
-
-
-def save_as_npz(collected: CollectedFeatures, path: str | os.PathLike, labels: Tensor) -> None:
-    """Writes the images of `collect_features(..., keep_images=True)` and their labels as an ADM sample."""
-    shape = (len(labels), *next(collected.blocks("images")).shape[1:])
-    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for images in collected.blocks("images"):
-                member.write(images.numpy().tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels.numpy())

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..conditions import Conditions
-from ..metrics.checks import load_real_features
-from ..metrics.extractors import extractor_digest
-from ..metrics.npz import array_names, open_archive
+from ..metrics.extractors import describe_extractor
 from ..metrics.scores import FRECHET, feature_metrics
-from ..metrics.statistics import SPATIAL, FeatureStatistics, check_extractor
+from ..metrics.statistics import SPATIAL, FeatureStatistics, check_extractor, load_features
 from .features import collect_features
-from .sources import ImageSource, open_images
+from .sources import ImageSource, npz_names, open_images
 
 # resizes of EDM2's statistics and of ADM's reference batches, which the files do not name
 _EDM2_RESIZE = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
@@ -32,28 +29,15 @@ class NamedExtractor(Protocol):
     def __call__(self, images: Tensor, conditions: Conditions | None = None) -> Tensor: ...
 
 
-class FeaturesAndLogits(nn.Module):
-    """Inception's features, followed by its logits without bias for the Inception Score."""
-
-    def __init__(self, inception: Any):
-        super().__init__()
-        self.inception, self.resize = inception, inception.resize
-
-    def forward(self, images: Tensor) -> Tensor:
-        outputs = self.inception.outputs(images, (self.inception.output, "logits_unbiased"))
-        return torch.cat([outputs[self.inception.output], outputs["logits_unbiased"]], dim=1)
-
-
 class RealSet:
     """
     Real images in the features of one extractor.
 
     Args:
         path (`str` or `os.PathLike`): statistics file (`.safetensors`, `.npz`, or EDM2's `.pkl`), ADM reference batch
-            (`.npz`), or images for [`~evaluation.open_images`].
+            (`.npz`), or images for [`~evaluation.open_images`], which gets `options`.
         extractor ([`~evaluation.measure.NamedExtractor`]): feature extractor.
         metrics (`Sequence[str]`): metrics to compute, see [`feature_metrics`].
-        options: passed to [`~evaluation.open_images`].
     """
 
     def __init__(self, path: str | os.PathLike, extractor: NamedExtractor, metrics: Sequence[str], **options: Any):
@@ -63,7 +47,9 @@ class RealSet:
         self.features: Tensor | None = None
         self.images: ImageSource | None = None
         if self.needs_features and self.path.suffix == ".safetensors":
-            self.features = load_real_features(path)
+            self.features = load_features(path)
+            if self.features is None:
+                raise ValueError(f"{path} holds no features, which {', '.join(metrics)} need: use --features.")
         elif self.needs_features or self.statistics is None:
             self.images = open_images(path, **options)
 
@@ -74,18 +60,14 @@ class RealSet:
             self.statistics = self.statistics or collected.statistics("real")
             self.features = collected.features("real") if self.needs_features else None
 
-    def compare(self, features: Tensor, seed: int, spread: int) -> dict[str, Any]:
-        """
-        Computes one of the results in a report, after [`RealSet.collect`].
-
-        Args:
-            features (`torch.Tensor` of shape `(N, d)`): features; for the Inception Score, with logits after them.
-            seed (`int`), spread (`int`): see [`feature_metrics`].
-        """
+    def compare(self, generated: Tensor, seed: int, spread: int) -> dict[str, Any]:
+        """Computes one of the results in a report from features `(N, d)`; see [`feature_metrics`]."""
         statistics = self.statistics
         assert statistics is not None
-        generated, logits = features[:, : statistics.dimension], features[:, statistics.dimension :]
-        options: dict[str, Any] = {"logits": logits if logits.shape[1] else None, "seed": seed, "spread": spread}
+        options: dict[str, Any] = {"seed": seed, "spread": spread}
+        network: Any = self.extractor
+        if "inception_score" in self.metrics:
+            options["logits"] = network.logits(generated)
         metrics: dict[str, float] = {}
         moments = [name for name in self.metrics if name in FRECHET]
         others = [name for name in self.metrics if name not in FRECHET]
@@ -104,16 +86,13 @@ def _read_moments(path: Path, extractor: NamedExtractor) -> FeatureStatistics | 
     name, resize = extractor.name, extractor.resize
     if path.suffix not in (".safetensors", ".npz", ".pkl"):
         return None
-    if path.suffix == ".npz" and path.is_file():
-        with open_archive(path) as archive:
-            held = array_names(archive)
-        if "arr_0" in held and not ("mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE):
-            return None
+    held = npz_names(path) if path.suffix == ".npz" else []
+    if "arr_0" in held and not ("mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE):
+        return None
     statistics = FeatureStatistics.load(path, name)
-    metadata = dict(statistics.metadata)
+    about: dict[str, object] = {**statistics.metadata, "dimension": statistics.dimension}
     if path.suffix == ".pkl":
-        metadata["resize"] = _EDM2_RESIZE[name]
-    about: dict[str, Any] = {"extractor": name, "resize": resize, "weights": extractor_digest(extractor)}
-    about["extractor_dimension"] = getattr(extractor, "dimension", None)
-    check_extractor(metadata, statistics.dimension, path=path, **about)
+        about["resize"] = _EDM2_RESIZE[name]
+    dimension = getattr(extractor, "dimension", None)
+    check_extractor(about, {**describe_extractor(extractor), "dimension": dimension}, path)
     return statistics

@@ -6,6 +6,7 @@ A set is read in shards. Shards and the batches in them depend on the set and th
 processes sees the same batches.
 """
 
+import math
 import os
 import struct
 import zipfile
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
-from ..metrics.npz import DAMAGES, array_names, open_archive, open_array
 from .decoding import StoredImage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -31,12 +31,9 @@ class ImageSource:
         description (`dict`): identity of the set; unfinished work is continued only if this is unchanged.
         count (`int`): number of images.
         read (`Callable`): returns the [`~evaluation.decoding.StoredImage`] with a number.
-
-    Attributes:
-        in_workers (`bool`): whether the worker processes of a DataLoader may read the images.
     """
 
-    in_workers = True
+    in_workers = True  # whether the worker processes of a DataLoader may read the images
 
     def __init__(self, description: dict[str, object], count: int, read: Callable[[int], StoredImage]):
         self.description, self.count, self.read = description, count, read
@@ -178,24 +175,32 @@ def _state_of(paths: Sequence[str | Path]) -> list[int]:
     return [sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)]
 
 
+def npz_names(path: Path) -> list[str]:
+    """Names of the arrays in an `.npz` file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sorted(name.removesuffix(".npy") for name in archive.namelist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged or not an .npz file: {error}.") from error
+
+
 def _open_npz(path: Path) -> ImageSource:
     """An ADM sample: `arr_0`, uint8 `(N, H, W, 3)`, in an uncompressed `.npz` file, which is mapped into memory."""
-    with open_archive(path) as archive:
-        names = array_names(archive)
-        if "arr_0" not in names:
-            raise ValueError(f"{path} holds {names}: a sample holds its images as 'arr_0'.")
-        try:
-            array, member = open_array(archive, "arr_0"), archive.getinfo("arr_0.npy")
-        except DAMAGES as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
-    if array.dtype != np.uint8 or len(array.shape) != 4 or array.fortran_order or 0 in array.shape:
-        raise ValueError(f"{path} holds {array.shape} of {array.dtype}: a sample is uint8 of shape (N, H, W, 3).")
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path} is compressed: save it with numpy.savez.")
+    names = npz_names(path)
+    if "arr_0" not in names:
+        raise ValueError(f"{path} holds {names}: a sample holds its images as 'arr_0'.")
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+        np.lib.format.read_magic(stream)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        member, start = archive.getinfo("arr_0.npy"), stream.tell()
+    if dtype != np.uint8 or len(shape) != 4 or fortran_order or 0 in shape:
+        raise ValueError(f"{path} holds {shape} of {dtype}: a sample is uint8 of shape (N, H, W, 3).")
+    if member.compress_type != zipfile.ZIP_STORED or start + math.prod(shape) != member.file_size:
+        raise ValueError(f"{path} is compressed or damaged: save it with numpy.savez.")
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26)  # where the local header has the lengths of the two fields at its end
-        offset = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + array.offset
-    pixels = np.memmap(path, np.uint8, "r", offset, array.shape)
+        offset = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + start
+    pixels = np.memmap(path, np.uint8, "r", offset, shape)
     description = {"source": str(path), "images": len(pixels), "files": _state_of([path])}
     return ImageSource(description, len(pixels), partial(_read_pixels, path, pixels))
 

@@ -5,7 +5,7 @@ from .backbones import BackboneFeatures
 from .clip import CLIPEmbeddings
 from .distance import Distance
 from .extractors import extract_features
-from .scores import cmmd, frechet_infinity, half_sample_spread, inception_score, kernel_inception_distance
+from .scores import cmmd, frechet_infinity, inception_score, kernel_inception_distance
 
 __all__ = [
     "BackboneFeatures",
@@ -14,7 +14,6 @@ __all__ = [
     "cmmd",
     "extract_features",
     "frechet_infinity",
-    "half_sample_spread",
     "inception_score",
     "kernel_inception_distance",
 ]

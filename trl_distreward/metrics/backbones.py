@@ -16,14 +16,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 RESIZES = {"torch": resize_antialiased, "pillow": resize_pillow}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as in preprocessor configurations
-# families by the vector that stands for the image; others need `pooling`
-_FAMILIES = {
+# the vector that stands for the image, and the families that use it; others need `pooling`
+POOLINGS = {
     "cls": ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit"),
     "pooler": ("convnext", "convnextv2", "resnet", "swin", "swinv2"),
     "mean": ("ijepa",),
     "image_embeds": ("clip",),
 }
-POOLING_OF = {family: pooling for pooling, families in _FAMILIES.items() for family in families}
 # Named backbones: where their weights are, and the settings of their metrics' references
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": (
@@ -46,18 +45,15 @@ class BackboneFeatures(nn.Module):
         model (`torch.nn.Module`): called with `pixel_values`, returns one of transformers' outputs.
         name (`str`): name of these features in metadata.
         pooling (`str`): `"cls"`, the first token after the final normalization; `"mean"`, over all tokens or
-        positions;
-            `"pooler"`, the model's `pooler_output`; `"image_embeds"`, CLIP's projection, of length 1.
+            positions; `"pooler"`, the model's `pooler_output`; `"image_embeds"`, CLIP's projection, of length 1.
         size (`int`): side of the network's input; the whole image is resized to it, nothing is cropped.
         mean, std (`tuple[float]` of length 3): normalization of each colour, for values in [0, 1].
         resize (`str`, *optional*, defaults to `"torch"`): `"torch"`, antialiased, unrounded, on the images' device; or
             `"pillow"`, equal to Pillow's resize of 8-bit images, to the bit.
         mode (`str`, *optional*, defaults to `"bicubic"`): or `"bilinear"`.
 
-    Attributes:
-        name (`str`), dimension (`int`), resize (`str`): to be recorded with statistics of these features. `resize`
-            names every step that is not in the weights: `"torch-bicubic-224"`, and pooling and normalization if they
-            are unusual, as in `"pillow-bicubic-336-image_embeds-clip"`.
+    The attribute `resize` names every step that is not in the weights: `"torch-bicubic-224"`, and pooling and
+    normalization if they are unusual, as in `"pillow-bicubic-336-image_embeds-clip"`.
     """
 
     mean: Tensor
@@ -75,12 +71,12 @@ class BackboneFeatures(nn.Module):
         mode: str = "bicubic",
     ):
         super().__init__()
-        if pooling not in _FAMILIES:
-            raise ValueError(f"pooling={pooling!r} is unknown: choose one of {', '.join(map(repr, _FAMILIES))}.")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown: choose one of {', '.join(map(repr, POOLINGS))}.")
         if resize not in RESIZES or mode not in RESAMPLING.values():
             raise ValueError(f"resize={resize!r}, mode={mode!r}: choose 'torch' or 'pillow', 'bicubic' or 'bilinear'.")
         self.model, self.pooling, self.size, self.mode = model, pooling, size, mode
-        unusual = [*([pooling] if pooling != "cls" else []), *_normalization(mean, std)]
+        unusual = _normalization(mean, std) if pooling == "cls" else [pooling, *_normalization(mean, std)]
         self.name, self.resize = name, "-".join([resize, mode, str(size), *unusual])
         self._resize = RESIZES[resize]
         device = next(model.parameters()).device
@@ -114,12 +110,9 @@ class BackboneFeatures(nn.Module):
 
 def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[str]:
     """Name of a normalization in `resize`; empty for ImageNet's, which is usual."""
-    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
-        return []
-    if (tuple(mean), tuple(std)) == (CLIP_MEAN, CLIP_STD):
-        return ["clip"]
-    written = (",".join(f"{value:.8g}" for value in values) for values in (mean, std))
-    return [f"{name}={values}" for name, values in zip(("mean", "std"), written, strict=True)]
+    known: dict[tuple, list[str]] = {(IMAGENET_MEAN, IMAGENET_STD): [], (CLIP_MEAN, CLIP_STD): ["clip"]}
+    written = [f"{name}={','.join(map('{:.8g}'.format, each))}" for name, each in (("mean", mean), ("std", std))]
+    return known.get((tuple(mean), tuple(std)), written)
 
 
 def load_backbone(source: str, name: str, given: dict[str, Any]) -> BackboneFeatures:
@@ -137,7 +130,8 @@ def load_backbone(source: str, name: str, given: dict[str, Any]) -> BackboneFeat
     except OSError as error:
         raise OSError(f"{source} cannot be loaded ({error}): run `hf download {source}`, or give a folder.") from error
     said = {} if {"size", "mean", "std"} <= given.keys() else _preprocessor_settings(source, at)
-    settings = {"pooling": POOLING_OF.get(family), **said, **given}
+    usual = [pooling for pooling, families in POOLINGS.items() if family in families]
+    settings = {"pooling": usual[0] if usual else None, **said, **given}
     lacking = [key for key in ("pooling", "size", "mean", "std") if settings.get(key) is None]
     if lacking:
         raise ValueError(f"{source}, a {family}, does not say how to use it: give {', '.join(lacking)}.")
@@ -160,8 +154,7 @@ def _preprocessor_settings(source: str, at: dict[str, str]) -> dict[str, Any]:
         said, _ = ImageProcessingMixin.get_image_processor_dict(source, **at)
     except OSError:
         return {}  # the caller then asks for them by name
-    size: Any = said.get("crop_size") if said.get("do_center_crop") else None
-    size = said.get("size") if size is None else size
+    size: Any = (said.get("do_center_crop") and said.get("crop_size")) or said.get("size")
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
     mean, std = said.get("image_mean"), said.get("image_std")

@@ -1,12 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Checks of the features and rows that distances and metrics are given."""
 
-import json
-import os
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
@@ -21,12 +16,11 @@ def check_features(features: Tensor, name: str = "features", dimension: int | No
             f"{name} have dimension {features.shape[1]}, but the statistics they are compared with have "
             f"{dimension}: use the extractor that made the statistics."
         )
-    if not features.isfinite().all():
-        rows = (~features.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+    bad = ~features.isfinite().all(dim=1)
+    if bad.any():
         raise ValueError(
-            f"{name} have NaN or infinite values in {len(rows)} of {len(features)} rows ({shown}): "
-            "check the images and run the extractor in float32."
+            f"{name} have NaN or infinite values in {bad.sum()} of {len(features)} rows: check the images and run the "
+            "extractor in float32."
         )
     return features
 
@@ -48,26 +42,3 @@ def check_replacement(indices: Tensor, features: Tensor, reference: Tensor) -> t
         raise ValueError("a subset names the same row twice: the rows of one subset must be distinct.")
     check_features(features.flatten(0, 1), "new features", reference.shape[1])
     return indices.to(reference.device), features.to(reference.device, torch.float64)
-
-
-def read_header(path: str | os.PathLike) -> tuple[set[str], dict[str, str]]:
-    """Names of the tensors in a `.safetensors` file of real data, and its metadata; both empty for other files."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of real data at {path}.")
-    if path.suffix != ".safetensors":
-        return set(), {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys()), json.loads((file.metadata() or {}).get("metadata", "{}"))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a .safetensors file: {error}") from error
-
-
-def load_real_features(path: str | os.PathLike) -> Tensor:
-    """Real features `(M, d)` from a `.safetensors` file that holds them as `"features"`."""
-    names, _ = read_header(path)
-    if "features" not in names:
-        raise ValueError(f"{path} holds no features (M, d), which this distance needs: save them there as 'features'.")
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("features")

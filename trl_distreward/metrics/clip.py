@@ -27,8 +27,7 @@ class CLIPEmbeddings(BackboneFeatures):
     Args:
         model ([`~transformers.CLIPModel`]): the model, with both towers.
         tokenizer: one of transformers' tokenizers for its prompts. Longer prompts are cut off.
-        name (`str`, *optional*, defaults to `"clip"`): name of these features in metadata.
-        resize (`str`, *optional*, defaults to `"pillow"`): or `"torch"`, as in [`~metrics.BackboneFeatures`].
+        name, resize (`str`, *optional*): as in [`~metrics.BackboneFeatures`]; by default `"clip"` and `"pillow"`.
     """
 
     cache_size = 10_000  # prompts whose embeddings are kept, in CPU memory
@@ -56,37 +55,29 @@ class CLIPEmbeddings(BackboneFeatures):
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(missing), TEXT_BATCH):
             part = missing[start : start + TEXT_BATCH]
-            # always the same number: a prompt's last bits must not depend on which others are cached
+            # always as many, and the full length: a prompt's last bits must not depend on which others are embedded
             filled = part + [""] * (TEXT_BATCH - len(part))
-            self._cache.update(zip(part, self._embed(filled).cpu().unbind()[: len(part)], strict=True))
+            size = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
+            tokens = self.tokenizer(filled, return_tensors="pt", **size).to(self.mean.device)
+            inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+            with full_precision():
+                outputs = self.model.get_text_features(**inputs)
+                embeddings = F.normalize(outputs.pooler_output, dim=1).float()
+            self._cache.update(zip(part, embeddings.cpu().unbind()[: len(part)], strict=True))
         embeddings = torch.stack([self._cache[prompt] for prompt in prompts])
         if len(self._cache) > self.cache_size:
             self._cache = {prompt: self._cache[prompt] for prompt in prompts}
         return embeddings.to(self.mean.device)
 
-    def _embed(self, prompts: list[str]) -> Tensor:
-        # always the full length: a prompt's last bits must not depend on the longest one beside it
-        options = {"padding": "max_length", "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        tokens = self.tokenizer(prompts, **options).to(self.mean.device)
-        with full_precision():
-            outputs = self.model.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            )
-            return F.normalize(outputs.pooler_output, dim=1).float()
-
 
 class JointTextFeatures(nn.Module):
     """
-    Features of an image joined with the embedding of its prompt, so that the distance sees whether images match their
-    prompts.
-
-    A distance of images alone is blind to prompts. Real statistics come from real images with their captions, as in
-    the example of [`JointFeatures`].
+    Features of an image joined with the embedding of its prompt: a distance of images alone is blind to prompts. Real
+    statistics come from real images with their captions, as in the example of [`JointFeatures`].
 
     Args:
         feature_extractor (`Callable`): images `(B, C, H, W)` to features `(B, d)`.
-        text_encoder (`Callable`): a list of B prompts to embeddings `(B, e)`, for instance
-            [`~metrics.CLIPEmbeddings.prompts`].
+        text_encoder (`Callable`): a list of B prompts to embeddings `(B, e)`, as [`~metrics.CLIPEmbeddings.prompts`].
         scale (`float`, *optional*, defaults to 1.0): factor of the prompts' embeddings.
     """
 
@@ -113,7 +104,6 @@ class JointTextFeatures(nn.Module):
 
 def load_clip(
     source: str | os.PathLike,
-    device: torch.device | str | None = None,
     *,
     tokenizer: str | os.PathLike | None = None,
     revision: str | None = None,
@@ -124,7 +114,6 @@ def load_clip(
 
     Args:
         source (`str` or path), revision (`str`, *optional*): Hub id or folder of a [`~transformers.CLIPModel`].
-        device (`torch.device` or `str`, *optional*): device of the model; the trainer moves it by itself.
         tokenizer (`str` or path, *optional*): Hub id or folder of the tokenizer, if `source` has none.
         resize (`str`, *optional*): as in [`~metrics.CLIPEmbeddings`].
     """
@@ -136,5 +125,4 @@ def load_clip(
     tokens = AutoTokenizer.from_pretrained(text, **(at if text == source else {}))
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks weights of CLIP, which would be random: {[*report['missing_keys']][:4]}.")
-    name = Path(source).name if os.path.isdir(source) else source
-    return CLIPEmbeddings(model, tokens, name, resize).to(device)
+    return CLIPEmbeddings(model, tokens, Path(source).name if os.path.isdir(source) else source, resize)

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .checks import load_real_features, read_header
-from .extractors import FeatureExtractor, extractor_digest
+from .extractors import FeatureExtractor, describe_extractor
 from .frechet import FrechetDistance
 from .kernel import KernelDistance
-from .statistics import FeatureStatistics, check_extractor
+from .statistics import FeatureStatistics, check_extractor, load_features
 
 RealData = FeatureStatistics | Tensor | str | os.PathLike
 
@@ -54,11 +53,6 @@ class Distance(Protocol):
         """Distances without row i of `indices` `(M,)` minus `value`, `(M,)`."""
 
 
-def supports(distance: Distance, method: str) -> bool:
-    """Whether a distance has a method."""
-    return hasattr(distance, method)
-
-
 DISTANCES: dict[str, Callable[..., Distance]] = {"frechet": FrechetDistance, "kernel": KernelDistance}
 
 
@@ -70,8 +64,8 @@ def build_distance(
 
     Args:
         distance (`str` or `Callable`): `"frechet"`, `"kernel"`, or a function from the real data to a distance.
-        real ([`FeatureStatistics`], `torch.Tensor` of shape `(M, d)` or path): the real data. A path is read first: a
-            function gets the features if the file holds them, else statistics.
+        real ([`FeatureStatistics`], `torch.Tensor` of shape `(M, d)` or path): the real data. A function gets the
+            features of a file that holds them, else its statistics.
         extractor (`Callable`, *optional*): if it has a `name`, it must be the extractor that the real data names, with
             the same resize and weights.
     """
@@ -81,18 +75,17 @@ def build_distance(
         distance = DISTANCES[distance]
     built: Any = distance.func if isinstance(distance, partial) else distance
     name = getattr(extractor, "name", None)
-    metadata: dict[str, str] = {}
-    if isinstance(real, str | os.PathLike):
-        held, metadata = read_header(real)
-        if built is KernelDistance or ("features" in held and not (built is FrechetDistance and "mean" in held)):
-            real = load_real_features(real)
-        else:
-            real = FeatureStatistics.load(real, name)
+    path = real if isinstance(real, str | os.PathLike) else None
+    if path is not None:
+        real = FeatureStatistics.load(path, name)
+    metadata = real.metadata if isinstance(real, FeatureStatistics) else {}
+    if metadata and name is not None:
+        check_extractor(metadata, describe_extractor(extractor))
+    if path is not None and built is not FrechetDistance:
+        features = load_features(path)
+        if features is None and built is KernelDistance:
+            raise ValueError(f"{path} holds no features (M, d), which this distance needs: save them there too.")
+        real = real if features is None else features
     if built is FrechetDistance and isinstance(real, Tensor):
         real = FeatureStatistics.from_features(real)
-    if isinstance(real, FeatureStatistics):
-        metadata = metadata or real.metadata
-    if metadata and name is not None:
-        weights = extractor_digest(extractor) if "weights" in metadata else None
-        check_extractor(metadata, 0, extractor=name, resize=getattr(extractor, "resize", None), weights=weights)
     return distance(real)

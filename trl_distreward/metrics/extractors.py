@@ -49,10 +49,14 @@ def move(extractor: object, device: torch.device) -> None:
         module.to(device)
 
 
-def extractor_digest(extractor: object) -> str | None:
-    """Digest of the network behind an extractor; `None` if there is none."""
+def describe_extractor(extractor: object) -> dict[str, str | None]:
+    """What decides whether features can be compared: the extractor's name and resize, and a digest of its network."""
     module = module_of(extractor)
-    return None if module is None else network_digest(module)
+    return {
+        "extractor": getattr(extractor, "name", None),
+        "resize": getattr(extractor, "resize", None),
+        "weights": None if module is None else network_digest(module),
+    }
 
 
 def network_digest(networks: nn.Module | Mapping[str, nn.Module]) -> str:
@@ -100,9 +104,7 @@ def extract_features(
             values = extractor(*given)
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(part):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"feature extractor {name!r} returned {got}: it must return ({len(part)}, d) for a batch."
-            )
+            raise ValueError(f"feature extractor {name!r} returned {got}: it must return ({len(part)}, d).")
         chunks.append(values)
     values = torch.cat(chunks)
     check_features(values if check_finite else values[:0], f"features of extractor {name!r}", dimension)
@@ -141,28 +143,21 @@ class JointFeatures:
 
 
 class CallableFeatures(nn.Module):
-    """A user's callable from images to features as a module, which freezes and moves the one behind it."""
+    """A user's function as an extractor with a name, whose network moves along."""
 
     def __init__(self, extractor: Callable[..., Tensor], name: str):
         super().__init__()
-        self.extractor = freeze(extractor)
-        self.module = module_of(extractor)
-        self.name = name
-        self.resize = str(getattr(extractor, "resize", name))
+        self.extractor, self.module = freeze(extractor), module_of(extractor)
+        self.name, self.resize = name, str(getattr(extractor, "resize", name))
         self.dimension: int | None = getattr(extractor, "dimension", None)
         self.needs_conditions = getattr(extractor, "needs_conditions", False)
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return self.extractor(*args, **kwargs)
+    def forward(self, *args: object) -> Tensor:
+        return self.extractor(*args)
 
 
 def load_feature_extractor(
-    name: str,
-    device: torch.device | str | None = None,
-    *,
-    source: str | os.PathLike | None = None,
-    resize: str | None = None,
-    **kwargs: Any,
+    name: str, *, source: str | os.PathLike | None = None, resize: str | None = None, **kwargs: Any
 ) -> nn.Module:
     """
     Loads a feature extractor by name.
@@ -172,7 +167,6 @@ def load_feature_extractor(
             `facebook/dinov2-large` at 224x224, 1024-d, as in FD-DINOv2 (arXiv 2306.04675); `"clip"`, the normalized
             projection of `openai/clip-vit-large-patch14-336`, 768-d, as in CMMD (arXiv 2401.09603); a Hub id or a
             folder of a vision backbone of transformers; or the dotted path of your own callable.
-        device (`torch.device` or `str`, *optional*): device of the network; the trainer moves it by itself.
         source (`str` or path, *optional*): file, folder or Hub id of other weights for a named extractor.
         resize (`str`, *optional*): as in [`InceptionV3`] or [`~metrics.BackboneFeatures`]; by default that of the
             metric's reference.
@@ -181,18 +175,17 @@ def load_feature_extractor(
     """
     is_path = os.path.isdir(name) or "/" in name
     options = ("output",) if name == "inception" else OPTIONS if name in NAMED or is_path else ()
-    unknown = [option for option in kwargs if option not in options]
-    if unknown:
+    if unknown := [option for option in kwargs if option not in options]:
         raise ValueError(f"{name} has no option {', '.join(unknown)}: it takes source, resize, {', '.join(options)}.")
     if name == "inception":
-        return load_inception(source, resize=resize or "tensorflow", device=device, **kwargs)
+        return load_inception(source, resize=resize or "tensorflow", **kwargs)
     if resize is not None:
         kwargs["resize"] = resize
     if name in NAMED:
         default, known = NAMED[name]
-        return load_backbone(str(source or default), name, {**known, **kwargs}).to(device)
+        return load_backbone(str(source or default), name, {**known, **kwargs})
     if is_path:
-        return load_backbone(name, Path(name).name if os.path.isdir(name) else name, kwargs).to(device)
+        return load_backbone(name, Path(name).name if os.path.isdir(name) else name, kwargs)
     if "." not in name:
         raise ValueError(
             f"feature extractor {name!r} is unknown: give 'inception', 'dinov2', 'clip', a Hub id or a folder of a "
@@ -201,4 +194,4 @@ def load_feature_extractor(
     extractor = resolve(name)
     if not callable(extractor) or isinstance(extractor, type):
         raise ValueError(f"{name} is a {type(extractor).__name__}: give a function of images that returns features.")
-    return CallableFeatures(extractor, name).to(device)
+    return CallableFeatures(extractor, name)

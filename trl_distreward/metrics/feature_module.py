@@ -21,10 +21,8 @@ Args:
 
 class FeatureModule(evaluate.Metric):
     """
-    A metric between two sets of feature vectors of any sizes.
-
-    `evaluate` keeps predictions and references as columns of one table. Here the shorter column is filled with empty
-    rows, which `to_features` removes.
+    A metric between two sets of feature vectors. `evaluate` keeps predictions and references as columns of one table:
+    the shorter column is filled with empty rows, which `to_features` removes.
     """
 
     def describe(self, description: str, inputs: str, citation: str) -> evaluate.MetricInfo:

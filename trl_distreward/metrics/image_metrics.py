@@ -1,9 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of generated sets, which take images in batches and compute a value at the end.
-
-Anything with `reset()`, `update(images, conditions)` and `compute() -> float` is a metric. An attribute
-`higher_is_better` says which direction is better.
-"""
+"""Metrics of generated sets, which take images in batches and compute a value at the end."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -17,7 +13,10 @@ from .extractors import FeatureExtractor, extract_features, freeze, move
 
 
 class ImageMetric(Protocol):
-    """A metric of a set of uint8 images that arrive in batches `(B, C, H, W)`."""
+    """
+    A metric of a set of uint8 images that arrive in batches `(B, C, H, W)`. An attribute `higher_is_better` says which
+    direction is better.
+    """
 
     def reset(self) -> None: ...
 

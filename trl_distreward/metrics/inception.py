@@ -127,10 +127,7 @@ class ConvolutionBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, kernel: int | tuple, stride: int = 1, padding: int = -1):
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        if padding < 0:
-            pads = (height // 2, width // 2) if stride == 1 else (0, 0)
-        else:
-            pads = (padding, padding)
+        pads = (height // 2, width // 2) if stride == 1 and padding < 0 else (max(padding, 0),) * 2
         self.conv = nn.Conv2d(in_channels, channels, (height, width), stride, pads, bias=False)
         self.bn = StoredNormalization(channels)
 
@@ -149,10 +146,10 @@ class Branches(nn.Module):
             channels = in_channels
             names: list = []
             for stage in chain:
-                parallel = stage if isinstance(stage[0], tuple) else (stage,)
                 if isinstance(stage, str):
                     names.append(stage)
                     continue
+                parallel = stage if isinstance(stage[0], tuple) else (stage,)
                 for name, *shape in parallel:
                     self.add_module(name, ConvolutionBlock(channels, *shape))
                 names.append([name for name, *_ in parallel])
@@ -182,8 +179,6 @@ class InceptionV3(nn.Module):
         output (`str`, *optional*, defaults to `"pool3"`): result of a call: `"pool3"`, 2048 features for FID, KID,
             precision and recall; `"spatial"`, 2023 features for sFID; `"logits"` or `"logits_unbiased"`, 1008 logits
             for the Inception Score (published scores use the latter).
-
-    Its `name`, `resize` and `dimension` are to be recorded with statistics of its features.
     """
 
     def __init__(self, resize: str = "tensorflow", output: str = "pool3"):
@@ -230,24 +225,24 @@ class InceptionV3(nn.Module):
         yield "pool3", F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def outputs(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """
-        Several outputs `(B, d)` of one pass, by name, for images `(B, 3 or 1, H, W)`, uint8 or floating-point in
-        [0, 255].
-        """
+        """Several outputs `(B, d)` of images `(B, 3 or 1, H, W)`, uint8 or float in [0, 255], by name, in one pass."""
         found: dict[str, Tensor] = {}
         with full_precision():
             for layer, x in self.activations(images):
-                if (
-                    layer == "Mixed_6d"
-                ):  # its first branch is mixed_6/conv:0, of which ADM's evaluator takes 7 channels
+                # its first branch is mixed_6/conv:0, of which ADM's evaluator takes 7 channels
+                if layer == "Mixed_6d":
                     found["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)
-                    if set(names) == {"spatial"}:
+                    if {*names} == {"spatial"}:
                         return found
-                elif layer == "pool3":
-                    found["pool3"] = x
-            found["logits_unbiased"] = F.linear(found["pool3"], self.fc.weight)
+            found["pool3"] = x
+            found["logits_unbiased"] = self.logits(x)
             found["logits"] = found["logits_unbiased"] + self.fc.bias
         return {name: found[name] for name in names}
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Unbiased logits `(N, 1008)` of the output `"pool3"` `(N, 2048)`, for the Inception Score."""
+        with full_precision():
+            return F.linear(features.to(self.fc.weight.device), self.fc.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `(B, d)` of `images`."""
@@ -255,11 +250,7 @@ class InceptionV3(nn.Module):
 
 
 def load_inception(
-    source: str | os.PathLike | None = None,
-    *,
-    resize: str = "tensorflow",
-    output: str = "pool3",
-    device: torch.device | str | None = None,
+    source: str | os.PathLike | None = None, *, resize: str = "tensorflow", output: str = "pool3"
 ) -> InceptionV3:
     """
     Loads the FID network.
@@ -269,13 +260,11 @@ def load_inception(
             torch-fidelity's `.pth`, or `.safetensors` of `InceptionV3().state_dict()`. By default pytorch-fid's
             release, downloaded once to `$TORCH_HOME/hub/checkpoints`, where pytorch-fid looks for it too.
         resize, output (`str`, *optional*): as in [`InceptionV3`].
-        device (`torch.device`, *optional*): device of the network.
     """
     with torch.device("meta"):  # without drawing weights that are replaced at once
         network = InceptionV3(resize, output)
     try:
-        state = _read_weights(source)
-        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        state = {name: value for name, value in _read_weights(source).items() if "num_batches_tracked" not in name}
         network.load_state_dict(state, assign=True)
     except OSError:
         raise
@@ -284,7 +273,7 @@ def load_inception(
             f"{source or FID_WEIGHTS_URL} does not hold the weights of the FID Inception-v3 (torchvision's is another "
             f"network): {error}"
         ) from error
-    return network.to(device or "cpu")
+    return network
 
 
 def _read_weights(source: str | os.PathLike | None) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ al., arXiv 2002.09797, Eq. 3-4):
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .checks import check_features
 
@@ -20,12 +19,7 @@ BLOCK = 2_048  # rows and columns of a block of distances, 32 MiB in float64
 
 @torch.no_grad()
 def precision_recall_density_coverage(
-    real: Tensor,
-    generated: Tensor,
-    nearest_k: int = 5,
-    *,
-    precision_recall_k: int | None = None,
-    progress: bool = False,
+    real: Tensor, generated: Tensor, nearest_k: int = 5, *, precision_recall_k: int | None = None
 ) -> dict[str, float]:
     """
     Precision, recall, density and coverage of a generated set among real rows.
@@ -39,7 +33,6 @@ def precision_recall_density_coverage(
             features, any float dtype, on one device; each set needs more than k rows.
         nearest_k (`int`, *optional*, defaults to 5): k of density and coverage.
         precision_recall_k (`int`, *optional*, defaults to `nearest_k`): k of precision and recall, often 3.
-        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
     """
     overlap_k = nearest_k if precision_recall_k is None else precision_recall_k
     check_features(real, "real features")
@@ -52,24 +45,20 @@ def precision_recall_density_coverage(
             )
     compared = torch.float32 if real.dtype == generated.dtype == torch.float32 else torch.float64
     centre = real[:BLOCK].double().median(dim=0).values  # products of rows about it lose fewer digits
-    n, m = (len(range(0, len(rows), BLOCK)) for rows in (real, generated))
-    total = n * (n + 1) // 2 + m * (m + 1) // 2 + n * m
+    radii, overlap_radii = _radii(real, centre, (nearest_k, overlap_k), compared)
+    (generated_radii,) = _radii(generated, centre, (overlap_k,), compared)
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     recalled, precise = covered.clone(), covered.new_zeros(len(generated))
     dense = 0
-    with tqdm(total=total, disable=not progress, unit="block", desc="precision, recall, density, coverage") as bar:
-        radii, overlap_radii = _radii(real, centre, (nearest_k, overlap_k), compared, bar)
-        (generated_radii,) = _radii(generated, centre, (overlap_k,), compared, bar)
-        for i in range(0, len(real), BLOCK):
-            for j in range(0, len(generated), BLOCK):
-                rows, columns = slice(i, i + BLOCK), slice(j, j + BLOCK)
-                distances = _distances(real[rows], generated[columns], centre, compared)
-                inside = distances < radii[rows, None]
-                dense += int(inside.sum())
-                covered[rows] |= inside.any(dim=1)
-                precise[columns] |= (distances < overlap_radii[rows, None]).any(dim=0)
-                recalled[rows] |= (distances < generated_radii[columns]).any(dim=1)
-                bar.update()
+    for i in range(0, len(real), BLOCK):
+        for j in range(0, len(generated), BLOCK):
+            rows, columns = slice(i, i + BLOCK), slice(j, j + BLOCK)
+            distances = _distances(real[rows], generated[columns], centre, compared)
+            inside = distances < radii[rows, None]
+            dense += int(inside.sum())
+            covered[rows] |= inside.any(dim=1)
+            precise[columns] |= (distances < overlap_radii[rows, None]).any(dim=0)
+            recalled[rows] |= (distances < generated_radii[columns]).any(dim=1)
     return {
         "precision": precise.sum().item() / len(generated),
         "recall": recalled.sum().item() / len(real),
@@ -78,7 +67,7 @@ def precision_recall_density_coverage(
     }
 
 
-def _radii(features: Tensor, centre: Tensor, ks: tuple[int, ...], compared: torch.dtype, bar: tqdm) -> list[Tensor]:
+def _radii(features: Tensor, centre: Tensor, ks: tuple[int, ...], compared: torch.dtype) -> list[Tensor]:
     """Distances `(N,)` of each row to its k-th nearest other row, for each k."""
     most = max(ks)
     nearest = torch.full((len(features), most), torch.inf, dtype=compared, device=features.device)
@@ -92,7 +81,6 @@ def _radii(features: Tensor, centre: Tensor, ks: tuple[int, ...], compared: torc
                 found = torch.cat([nearest[columns], distances.T], dim=1)
                 nearest[columns] = found.topk(most, dim=1, largest=False).values
             nearest[rows] = torch.cat([nearest[rows], distances], dim=1).topk(most, dim=1, largest=False).values
-            bar.update()
     return [nearest[:, k - 1] for k in ks]
 
 

@@ -2,7 +2,7 @@
 """Scores of a generated set as the literature reports them, and a table of any of them by name."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,8 +16,7 @@ from .kernel import KernelDistance
 from .prdc import precision_recall_density_coverage
 from .statistics import FeatureStatistics
 
-STREAMED_ROWS = 4_096  # rows whose float64 copy exists at a time
-FRECHET = ("frechet", "fid", "frechet_infinity", "fid_infinity")
+FRECHET = ("frechet", "frechet_infinity")
 METRICS = (*FRECHET, "kid", "kernel", "mmd", "cmmd", "precision", "recall", "density", "coverage", "inception_score")
 
 
@@ -91,22 +90,6 @@ def frechet_infinity(real: Tensor | FeatureStatistics, generated: Tensor, *, see
     return float(np.polyfit(1 / sizes, distances, 1)[1])
 
 
-def half_sample_spread(
-    metric: Callable[[Tensor], Mapping[str, float]], features: Tensor, repeats: int = 20, *, seed: int = 0
-) -> dict[str, float]:
-    """
-    Standard deviations of metrics between evaluations with other seeds, estimated from random halves of one set of
-    features `(N, d)` (the delete-d jackknife of Shao and Wu, Annals of Statistics 17, 1989): the variance between
-    halves is that between independent sets of the whole size, to first order.
-    """
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats} must be at least 2: one value has no spread.")
-    generator = torch.Generator().manual_seed(seed)
-    halves = (torch.randperm(len(features), generator=generator)[: round(len(features) / 2)] for _ in range(repeats))
-    values = [metric(features[rows]) for rows in halves]
-    return {name: float(np.std([value[name] for value in values], ddof=1)) for name in values[0]}
-
-
 @torch.no_grad()
 def feature_metrics(
     real: Tensor | FeatureStatistics,
@@ -116,61 +99,60 @@ def feature_metrics(
     logits: Tensor | None = None,
     seed: int = 0,
     spread: int = 0,
-    progress: bool = False,
-    kid_subsets: int = 100,
-    kid_subset_size: int = 1_000,
-    splits: int = 10,
 ) -> dict[str, float]:
     """
     Metrics of a generated set by name, as the literature reports them.
+
+    `spread` estimates standard deviations between evaluations with other seeds from as many random halves of the set
+    (the delete-d jackknife of Shao and Wu, Annals of Statistics 17, 1989): the variance between halves is that between
+    independent sets of the whole size, to first order.
 
     Args:
         real ([`FeatureStatistics`] or `torch.Tensor` of shape `(M, d)`): the real set. Statistics suffice for the
             Fréchet distances and the Inception Score.
         generated (`torch.Tensor` of shape `(N, d)`): any float dtype.
-        metrics (`Sequence[str]`, *optional*, defaults to `("frechet",)`): `"frechet"` or `"fid"`; `"frechet_infinity"`
-            or `"fid_infinity"`; `"kid"`, with `"kid_std"` over its subsets; `"kernel"` and `"mmd"`, the unbiased
-            polynomial and Gaussian [`KernelDistance`]; `"cmmd"`, for CLIP embeddings; `"precision"` and `"recall"`
-            with k = 3; `"density"` and `"coverage"` with k = 5; `"inception_score"`, with `"inception_score_std"`.
+        metrics (`Sequence[str]`, *optional*, defaults to `("frechet",)`): `"frechet"`; `"frechet_infinity"`; `"kid"`,
+            with `"kid_std"` over its subsets; `"kernel"` and `"mmd"`, the unbiased polynomial and Gaussian
+            [`KernelDistance`]; `"cmmd"`, for CLIP embeddings; `"precision"` and `"recall"` with k = 3; `"density"` and
+            `"coverage"` with k = 5; `"inception_score"`, with `"inception_score_std"` over its splits.
         logits (`torch.Tensor` of shape `(N, C)`, *optional*): class logits of the generated images.
         seed (`int`, *optional*, defaults to 0): seed of random subsets and of the Inception Score's order.
-        spread (`int`, *optional*, defaults to 0): number of halves for [`metrics.half_sample_spread`], reported as
-            `"<name>_std"` of the metrics that have none of their own; 0 for none.
-        progress (`bool`, *optional*, defaults to `False`): whether to show a bar for precision and recall.
-        kid_subsets, kid_subset_size, splits (`int`, *optional*): options of the KID and the Inception Score.
+        spread (`int`, *optional*, defaults to 0): number of halves for `"<name>_std"` of the metrics that have none of
+            their own, but for `"frechet_infinity"`; 0 for none.
     """
-    if not metrics or not set(metrics) <= {*METRICS}:
+    if not metrics or not {*metrics} <= {*METRICS}:
         raise ValueError(f"metrics={metrics} are unknown or none: choose from {', '.join(METRICS)}.")
-    if isinstance(real, FeatureStatistics) and set(metrics) - {*FRECHET, "inception_score"}:
-        raise ValueError(f"{', '.join(metrics)} need the real features (M, {real.dimension}), not statistics alone.")
-    dimension = (
-        real.dimension if isinstance(real, FeatureStatistics) else check_features(real, "real features").shape[1]
-    )
+    if isinstance(real, FeatureStatistics):
+        if not {*metrics} <= {*FRECHET, "inception_score"}:
+            raise ValueError(f"{', '.join(metrics)} need real features (M, {real.dimension}), not statistics alone.")
+        dimension = real.dimension
+    else:
+        dimension = check_features(real, "real features").shape[1]
     check_features(generated, "generated features", dimension)
-    if "inception_score" in metrics and len(logits if logits is not None else ()) != len(generated):
+    if "inception_score" in metrics and (logits is None or len(logits) != len(generated)):
         raise ValueError(f"inception_score needs logits of the {len(generated)} generated images: pass logits (N, C).")
+    generator, size = torch.Generator().manual_seed(seed), round(len(generated) / 2)
+    halves = [torch.randperm(len(generated), generator=generator)[:size] for _ in range(spread)]
     values: dict[str, float] = {}
     for name in dict.fromkeys(metrics):
-        if name == "kid":
-            assert isinstance(real, Tensor)
-            kid = kernel_inception_distance(real, generated, kid_subsets, kid_subset_size, seed)
-            values[name], values["kid_std"] = kid
-        elif name == "inception_score":
-            values[name], values[f"{name}_std"] = inception_score(logits, splits, seed)  # type: ignore[arg-type]
-        elif name.endswith("_infinity"):
+        if name == "inception_score" and logits is not None:
+            values[name], values["inception_score_std"] = inception_score(logits, seed=seed)
+        elif name == "kid" and isinstance(real, Tensor):
+            values[name], values["kid_std"] = kernel_inception_distance(real, generated, seed=seed)
+        elif name == "frechet_infinity":
             values[name] = frechet_infinity(real, generated, seed=seed)
         elif name not in values:
-            metric = _metric(name, real, progress)
+            metric = _metric(name, real)
             values |= metric(generated)
-            if spread:
-                halves = half_sample_spread(metric, generated, spread, seed=seed)
-                values |= {f"{key}_std": std for key, std in halves.items()}
+            repeated = [metric(generated[rows]) for rows in halves]
+            for key in repeated[0] if halves else ():
+                values[f"{key}_std"] = float(np.std([each[key] for each in repeated], ddof=1))
     return {key: values[key] for name in dict.fromkeys(metrics) for key in (name, f"{name}_std") if key in values}
 
 
-def _metric(name: str, real: Tensor | FeatureStatistics, progress: bool) -> Callable[[Tensor], dict[str, float]]:
+def _metric(name: str, real: Tensor | FeatureStatistics) -> Callable[[Tensor], dict[str, float]]:
     """A metric as a function of the generated features; work on the real side is done here, once."""
-    if name in FRECHET:
+    if name == "frechet":
         statistics = _statistics(real)
         root = RealRoot.of(statistics)
         return lambda generated: {name: frechet_distance(_statistics(generated), statistics, root)}
@@ -180,7 +162,7 @@ def _metric(name: str, real: Tensor | FeatureStatistics, progress: bool) -> Call
         return lambda generated: {name: distance.fit(generated).value}
     if name == "cmmd":
         return lambda generated: {name: cmmd(real, generated)}
-    return partial(precision_recall_density_coverage, real, precision_recall_k=3, progress=progress)
+    return partial(precision_recall_density_coverage, real, precision_recall_k=3)
 
 
 def _statistics(features: Tensor | FeatureStatistics) -> FeatureStatistics:
@@ -188,6 +170,6 @@ def _statistics(features: Tensor | FeatureStatistics) -> FeatureStatistics:
     if isinstance(features, FeatureStatistics):
         return features
     statistics = FeatureStatistics(features.shape[1]).to(features.device)
-    for part in features.split(STREAMED_ROWS):
+    for part in features.split(4096):
         statistics.update(part)
     return statistics

@@ -3,20 +3,17 @@
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..files import written_whole
 from .checks import check_features
-from .npz import DAMAGES, array_names, open_archive, read_array
 
 SPATIAL = "inception-spatial"  # name of ADM's spatial features, whose moments its reference batches hold too
 _EDM2_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}  # feature spaces in EDM2's files, by extractor
@@ -88,11 +85,9 @@ class FeatureStatistics:
 
     def update(self, features: Tensor) -> None:
         """Adds `features` of shape `(N, d)`."""
-        features = check_features(features, dimension=self.dimension).double().to(self.mean.device)
+        features = check_features(features, "features", self.dimension, least=1).double().to(self.mean.device)
         if self.count is None:
             raise ValueError("cannot add to statistics whose count is unknown: recompute them from the images.")
-        if len(features) == 0:
-            return
         total, mean = self.count + len(features), features.mean(dim=0)
         centred, delta = features - mean, mean - self.mean
         between = torch.outer(delta, delta) * (self.count * len(features) / total)
@@ -102,9 +97,8 @@ class FeatureStatistics:
 
     def save(self, path: str | os.PathLike, features: Tensor | None = None) -> None:
         """
-        Writes mean, covariance, count and metadata to a `.safetensors` file, whole or not at all.
-
-        With `features` `(N, d)`, these are written too: distances other than Fréchet's need them.
+        Writes mean, covariance, count and metadata to a `.safetensors` file, whole or not at all; with `features`
+        `(N, d)` these too, which distances other than Fréchet's need.
         """
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"{path} would be read as another format: give it the suffix .safetensors.")
@@ -130,13 +124,12 @@ class FeatureStatistics:
         if not path.is_file():
             raise FileNotFoundError(f"no statistics file at {path}.")
         read = {".npz": _read_npz, ".pkl": _read_edm2}.get(path.suffix, _read_safetensors)
-        mean, covariance, count, metadata = read(path, feature_extractor)
         try:
-            statistics = cls.from_moments(mean, covariance, count, metadata)
-        except ValueError as error:
-            raise ValueError(f"{path} holds no statistics: {error}") from error
+            statistics = cls.from_moments(*read(path, feature_extractor))
+        except Exception as error:  # a damaged file can raise anything
+            raise ValueError(f"{path} cannot be read as statistics: {error}") from error
         if feature_extractor is not None:
-            check_extractor(metadata, statistics.dimension, extractor=feature_extractor, path=path)
+            check_extractor(statistics.metadata, {"extractor": feature_extractor}, path)
         return statistics
 
 
@@ -144,75 +137,52 @@ Moments = tuple[Tensor, Tensor, int | None, dict[str, str]]  # mean, covariance,
 
 
 def _read_safetensors(path: Path, extractor: str | None) -> Moments:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a statistics file of this library or is damaged: {error}") from error
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
     return mean, covariance, json.loads(header.get("count", "null")), json.loads(header.get("metadata", "{}"))
 
 
 def _read_npz(path: Path, extractor: str | None) -> Moments:
     names = ("mu_s", "sigma_s") if extractor == SPATIAL else ("mu", "sigma")
-    with open_archive(path) as archive:
-        held = array_names(archive)
-        if not set(names) <= set(held):
-            also = " It holds images: give it as a source of images." if "arr_0" in held else ""
-            raise ValueError(f"{path} holds {held}: a statistics file holds {names[0]!r} and {names[1]!r}.{also}")
-        try:
-            mean, covariance = (torch.from_numpy(read_array(archive, name).astype(np.float64)) for name in names)
-        except DAMAGES as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
+    with np.load(path, allow_pickle=False) as archive:
+        if not {*names} <= {*archive}:
+            also = ", but images: give it as a source of images" if "arr_0" in archive else ""
+            raise ValueError(f"it holds {archive.files}, not {names[0]!r} and {names[1]!r}{also}.")
+        mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in names)
     return mean, covariance, None, {"source": path.name, **({"extractor": SPATIAL} if extractor == SPATIAL else {})}
 
 
 def _read_edm2(path: Path, extractor: str | None) -> Moments:
     """Moments from EDM2's reference statistics, which hold them by feature space."""
-    from ..conversion.restricted_pickle import is_record, load_records
+    from ..conversion.restricted_pickle import load_records, read_array
 
-    def array(record: Any) -> Tensor:
-        if not is_record(record, "_reconstruct") or record.state is None:
-            raise ValueError("an array is missing")
-        _, shape, dtype, fortran_order, data = record.state
-        values = np.frombuffer(data, np.dtype(dtype.state[1] + dtype.args[0]))
-        return torch.from_numpy(values.reshape(shape, order="F" if fortran_order else "C").astype(np.float64))
-
-    try:
-        content = load_records(path)
-        names = [name for name, key in _EDM2_NAMES.items() if key in content]
-        if extractor not in names and (extractor is not None or len(names) != 1):
-            raise ValueError(f"it holds statistics of {names}, choose one as feature_extractor={extractor!r}")
-        name = extractor or names[0]
-        entry = content[_EDM2_NAMES[name]]
-        mean, covariance = array(entry["mu"]), array(entry["sigma"])
-    except (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as statistics of EDM2: {error}.") from error
+    content = load_records(path)
+    names = [name for name, key in _EDM2_NAMES.items() if key in content]
+    if extractor not in names and (extractor is not None or len(names) != 1):
+        raise ValueError(f"it holds statistics of {names}, choose one as feature_extractor={extractor!r}.")
+    name = extractor or names[0]
+    arrays = (read_array(content[_EDM2_NAMES[name]][key]) for key in ("mu", "sigma"))
+    mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
     return mean, covariance, content.get("num_images"), {"source": path.name, "extractor": name}
 
 
-def check_extractor(
-    metadata: Mapping[str, str],
-    dimension: int,
-    *,
-    extractor: str,
-    resize: str | None = None,
-    weights: str | None = None,
-    extractor_dimension: int | None = None,
-    path: object = "the real data",
-) -> None:
-    """
-    Raises `ValueError` if real data of this `metadata` and `dimension` was not made by this extractor.
+def load_features(path: str | os.PathLike) -> Tensor | None:
+    """Real features `(M, d)` that a `.safetensors` file holds beside their statistics; `None` without them."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features") if "features" in file.keys() else None
 
-    The other arguments describe the extractor; `weights` is the [`~metrics.extractors.network_digest`] of its network,
-    `path` is named in the message. Only entries that both sides have are compared: files of other tools do not name
-    their extractor.
+
+def check_extractor(held: Mapping[str, object], seen: Mapping[str, object], path: object = "the real data") -> None:
     """
-    held: dict[str, object] = {**metadata, "dimension": dimension}
-    seen = {"extractor": extractor, "resize": resize, "weights": weights, "dimension": extractor_dimension}
+    Raises `ValueError` if real data is `held` in other features than images are `seen` with. Both are described by
+    `extractor`, `resize`, `weights` and `dimension`, of which files of other tools lack some: those are not compared.
+    """
     for name, value in seen.items():
         if held.get(name) and value and held[name] != value:
             raise ValueError(
                 f"{path} has {name} {held[name]!r}, but the images are seen with {value!r}, and such features cannot "
-                f"be compared: recompute the statistics with {extractor!r}."
+                f"be compared: recompute the statistics with {seen['extractor']!r}."
             )

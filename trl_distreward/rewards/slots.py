@@ -11,13 +11,7 @@ from ..conditions import members_of, proportional_subsets
 
 
 class SlotSampler:
-    """
-    Draws slots of the reference set from its own generator, whose state is saved with checkpoints.
-
-    Args:
-        num_slots (`int`): size N of the reference set.
-        seed (`int`, *optional*, defaults to 0): seed of the generator.
-    """
+    """Draws slots of a reference set of `num_slots` from its own generator, whose state is saved with checkpoints."""
 
     def __init__(self, num_slots: int, seed: int = 0):
         self.num_slots = num_slots
@@ -26,10 +20,8 @@ class SlotSampler:
 
     def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
         """
-        Draws `(num_subsets, replace_size)` slots, distinct within a subset.
-
-        Subsets are independent, as in the paper, or with `distinct` drawn in rounds without replacement: no slot comes
-        twice before all have come once.
+        Draws `(num_subsets, replace_size)` slots, distinct within a subset. Subsets are independent, as in the paper,
+        or with `distinct` drawn in rounds without replacement: no slot comes twice before all have come once.
         """
         check_size(replace_size, self.num_slots)
         return torch.stack(self.subsets([replace_size] * num_subsets, distinct))
@@ -72,14 +64,10 @@ class SlotSampler:
 
 class StratifiedSlotSampler:
     """
-    Draws slots such that each subset holds the strata in proportion.
+    Draws slots such that each subset holds the `strata`, one for each slot, in proportion.
 
     A stratum of `m` of the `N` slots gets `n m / N` of a subset's `n`, rounded up or down, and likewise of all slots
     of a draw. Every slot is still drawn with probability `n / N`, so the expected reward is the same.
-
-    Args:
-        strata (`Sequence`): stratum of each slot, any hashable values.
-        seed (`int`, *optional*, defaults to 0): seed of the generator.
     """
 
     def __init__(self, strata: Sequence[Hashable], seed: int = 0):
@@ -109,12 +97,8 @@ class StratifiedSlotSampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state["pending"]
-        count = 0 if isinstance(pending, Tensor) else len(pending)
-        if count != len(self.members):
-            raise ValueError(
-                f"the checkpoint's slots were drawn from {count} strata, and this run has {len(self.members)}: resume "
-                "with the same stratify_by and dataset."
-            )
+        if isinstance(pending, Tensor) or len(pending) != len(self.members):
+            raise ValueError("the checkpoint's slots have other strata: resume with the same stratify_by and dataset.")
         self.generator.set_state(state["generator"])
         for sampler, rest in zip(self._samplers, pending, strict=True):
             sampler._pending = rest.clone()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..conditions import Conditions
-from ..metrics.distance import Distance, RealData, build_distance, supports
-from ..metrics.extractors import FeatureExtractor, extract_features, extractor_digest, freeze, move
+from ..metrics.distance import Distance, RealData, build_distance
+from ..metrics.extractors import FeatureExtractor, describe_extractor, extract_features, freeze, move
 from ..metrics.image_metrics import FeatureDistance
 
 CREDITS = ("shared", "leave_one_in")
@@ -26,23 +26,22 @@ class SubsetReplaceReward:
     Minus the distance from real data of a reference set in which a subset was replaced.
 
     Args:
-        feature_extractor (`Callable`, `torch.nn.Module` or `dict` of them):
-            maps uint8 images `(B, C, H, W)` to features `(B, d)`. A dictionary names several feature spaces.
-        real_statistics ([`FeatureStatistics`], path, or `dict` of them):
-            the real data in each feature space, under the extractors' names.
-        distance (`str` or `Callable`, *optional*, defaults to `"frechet"`):
-            `"frechet"`, `"kernel"` (compares with the real features `(M, d)` themselves), or a function from what
-            `real_statistics` holds to a [`~metrics.Distance`].
-        space_weights (`dict[str, float]`, *optional*):
-            weights of the feature spaces, 1 by default. With more than one space, each distance is first divided by
-            the value it had for the first reference set, so that no space dominates by its units.
-        credit (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`: the images of a subset share its reward (Eq. 4). `"leave_one_in"`: each image gets its own
-            reward, `D(updated set without it) - D(updated set)`, computed exactly. It does not pay for more of what
-            the other images of the subset already supply.
-        control_variate (`bool`, *optional*, defaults to `False`):
-            adds to a shared reward the change that removing the old images causes by itself, minus its mean. That part
-            of the reward says nothing about the new images: the mean stays the same, the variance falls.
+        feature_extractor (`Callable`, `torch.nn.Module` or `dict` of them): maps uint8 images `(B, C, H, W)` to
+            features `(B, d)`. A dictionary names several feature spaces.
+        real_statistics ([`FeatureStatistics`], path, or `dict` of them): the real data in each feature space, under
+            the extractors' names.
+        distance (`str` or `Callable`, *optional*, defaults to `"frechet"`): `"frechet"`, `"kernel"` (compares with the
+            real features `(M, d)` themselves), or a function from what `real_statistics` holds to a
+            [`~metrics.Distance`].
+        space_weights (`dict[str, float]`, *optional*): weights of the feature spaces, 1 by default. With more than one
+            space, each distance is first divided by the value it had for the first reference set, so that no space
+            dominates by its units.
+        credit (`str`, *optional*, defaults to `"shared"`): `"shared"`: the images of a subset share its reward (Eq.
+            4). `"leave_one_in"`: each image gets its own reward, `D(updated set without it) - D(updated set)`,
+            computed exactly. It does not pay for more of what the other images of the subset already supply.
+        control_variate (`bool`, *optional*, defaults to `False`): adds to a shared reward the change that removing the
+            old images causes by itself, minus its mean. That part of the reward says nothing about the new images: the
+            mean stays the same, the variance falls.
 
     Example:
 
@@ -80,12 +79,10 @@ class SubsetReplaceReward:
         if not isinstance(real, Mapping) or set(real) != set(extractors):
             raise ValueError(f"real_statistics must be a dictionary with the extractors' names {sorted(extractors)}.")
         self.extractors = {name: freeze(extractor) for name, extractor in extractors.items()}
-        self.distances = {
-            name: build_distance(distance, real[name], extractor) for name, extractor in extractors.items()
-        }
+        self.distances = {name: build_distance(distance, real[name], each) for name, each in extractors.items()}
         needed = ["leave_one_in", "delete_one"] if credit == "leave_one_in" else ["delete_one"] * control_variate
         for name, built in self.distances.items():
-            if not all(supports(built, method) for method in needed):
+            if not all(hasattr(built, method) for method in needed):
                 raise TypeError(
                     f"the distance of {name!r}, a {type(built).__name__}, has no {' or '.join(needed)}: use "
                     "credit='shared' without control_variate, or a distance of this library."
@@ -106,12 +103,7 @@ class SubsetReplaceReward:
     def extract(
         self, images: Tensor, conditions: Conditions | None = None, check_finite: bool = True, gradient: bool = False
     ) -> dict[str, Tensor]:
-        """
-        Features `(M, d)` of images `(M, C, H, W)` in each space, see [`~metrics.extract_features`].
-
-        `conditions` go to extractors that need them, such as [`JointFeatures`]. With `gradient`, images are float32 in
-        [0, 255] and features keep their graph.
-        """
+        """Features `(M, d)` of images `(M, C, H, W)` in each space; arguments as in [`~metrics.extract_features`]."""
         dimensions = {name: getattr(distance, "dimension", None) for name, distance in self.distances.items()}
         return {
             name: extract_features(extractor, images, conditions, dimensions[name], name, check_finite, gradient)
@@ -137,12 +129,7 @@ class SubsetReplaceReward:
         """Reward that new images get, on average, if they are distributed as the reference set."""
         if self.credit == "leave_one_in":
             return self.removal_effects.mean().item()
-        return -sum(self.weighted_distances.values())
-
-    @property
-    def weighted_distances(self) -> dict[str, float]:
-        """Distances of the reference set, each with its weight in the reward."""
-        return {name: self._weight(name) * distance.value for name, distance in self.distances.items()}
+        return -sum(self._weight(name) * distance.value for name, distance in self.distances.items())
 
     @property
     def removal_effects(self) -> Tensor:
@@ -168,12 +155,11 @@ class SubsetReplaceReward:
         for name, distance in self.distances.items():
             distance.fit(self.features[name])
         if not self.first_distances:
-            first = {name: distance.value for name, distance in self.distances.items()}
-            bad = {name: value for name, value in first.items() if not value > 0}
-            if bad and len(first) > 1:
+            first = self.reference_distances
+            if len(first) > 1 and not min(first.values()) > 0:
                 raise ValueError(
-                    f"the first reference set has distances {bad}, and they must be positive to divide by: leave "
-                    "these spaces out, or use KernelDistance(..., unbiased=False), which is never below 0."
+                    f"the first reference set has the distances {first}, which must be positive to divide by: leave a "
+                    "space out, or use KernelDistance(..., unbiased=False), which is never below 0."
                 )
             self.first_distances = first
 
@@ -181,10 +167,8 @@ class SubsetReplaceReward:
         self, slots: Tensor, features: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> None:
         """
-        Leaves new images in the slots they were judged in: the *rolling* reference set.
-
-        If a slot of `slots` `(B, n)` has several candidates, one of them stays, chosen by `generator`. `features` hold
-        `(B * n, d)` per space.
+        Leaves new images, with features `(B * n, d)` per space, in the `slots` `(B, n)` they were judged in: the
+        *rolling* reference set. If a slot has several candidates, `generator` chooses the one that stays.
         """
         flat = slots.flatten()
         order = torch.randperm(len(flat), generator=generator).to(flat.device)
@@ -202,24 +186,13 @@ class SubsetReplaceReward:
 
     def subset_rewards(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         """
-        Rewards of subsets (Eq. 4), whatever `credit` is.
-
-        Args:
-            slots (`torch.LongTensor` of shape `(B, n)`): replaced slots of the reference set.
-            features (`dict` of `torch.Tensor` of shape `(B * n, d)`): features of the new images, subset by subset.
-
-        Returns:
-            `torch.Tensor` of shape `(B,)`, float64.
+        Rewards `(B,)` of subsets (Eq. 4), float64, whatever `credit` is, for the replaced slots `(B, n)` of the
+        reference set and the features `(B * n, d)` of the new images, subset by subset, per space.
         """
         return self._total("replaced", slots, features)
 
     def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
-        """
-        Rewards with `credit` and `control_variate` applied; arguments as in [`~SubsetReplaceReward.subset_rewards`].
-
-        Returns:
-            `torch.Tensor`, float64: shape `(B,)` with `credit="shared"`, else `(B, n)`.
-        """
+        """Rewards with `credit` and `control_variate` applied: `(B,)` if shared, else `(B, n)`, float64."""
         if self.credit == "leave_one_in":
             return self._total("leave_one_in", slots, features)
         rewards = self.subset_rewards(slots, features)
@@ -260,22 +233,12 @@ class SubsetReplaceReward:
 
     def state_dict(self) -> dict[str, Any]:
         """The reference set's features, the first distances and the identity of the extractors."""
-        return {
-            "features": dict(self.features),
-            "first_distances": dict(self.first_distances),
-            "extractors": self._identities,
-        }
+        state = {"features": dict(self.features), "first_distances": dict(self.first_distances)}
+        return {**state, "extractors": self._identities}
 
     @cached_property
     def _identities(self) -> dict[str, dict[str, str | None]]:
-        return {
-            space: {
-                "name": getattr(extractor, "name", None),
-                "resize": getattr(extractor, "resize", None),
-                "weights": extractor_digest(extractor),
-            }
-            for space, extractor in self.extractors.items()
-        }
+        return {space: describe_extractor(extractor) for space, extractor in self.extractors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a reference set, whose features must come from the same extractors."""

@@ -24,8 +24,8 @@ from accelerate import PartialState
 
 from .. import __version__
 from ..evaluation.features import collect_features
-from ..evaluation.generated import GeneratedImages, save_as_npz
-from ..evaluation.measure import FeaturesAndLogits, RealSet
+from ..evaluation.generated import GeneratedImages
+from ..evaluation.measure import RealSet
 from ..evaluation.report import check_comparable, markdown_table
 from ..evaluation.sources import ImageSource, open_images
 from ..files import write_json
@@ -52,7 +52,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_image_options(parser)
     add = parser.add_argument_group("images of a pipeline").add_argument
     add("--num-images", type=int, default=50_000, help="number of images (default: 50000)")
-    add("--save-npz", metavar="FILE", help="also write images and labels as an ADM sample")
     add("--labels", default="balanced", choices=("balanced", "random"), help="equally many of each class, or random")
     add("--seed", type=int, default=0, help="seed of the noise, of random labels and of metrics")
     add("--dtype", default="float32", choices=cli.DTYPES, help="dtype of the pipeline (default: float32)")
@@ -77,12 +76,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     state, folder = start_processes(), Path(arguments.work_dir or f"{arguments.output}.work")
     opening, options = image_options(arguments)
-    reals, networks = open_reals(arguments, opening)
+    reals = open_reals(arguments, opening)
     for i, real in enumerate(reals):
         real.collect(folder / f"real-{i}", **options)
     images = open_model(arguments, state)
-    keep_images = arguments.save_npz is not None
-    collected = collect_features(images, networks, folder / "generated", keep_images=keep_images, **options)
+    networks = {name: real.extractor for name, real in zip(arguments.feature_extractor, reals, strict=True)}
+    collected = collect_features(images, networks, folder / "generated", **options)
     if state.is_main_process:
         rows, repeats = [collected.features(name) for name in networks], (arguments.seed, arguments.spread)
         report = {
@@ -96,28 +95,25 @@ def main(argv: list[str] | None = None) -> None:
         }
         write_json(arguments.output, report)
         print(markdown_table(report))
-        if isinstance(images, GeneratedImages) and keep_images:
-            save_as_npz(collected, arguments.save_npz, images.labels)
         if arguments.work_dir is None:
             shutil.rmtree(folder)
     state.wait_for_everyone()
 
 
-def open_reals(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[list[RealSet], dict[str, Any]]:
-    """Opens the real data of each feature extractor; also returns the networks for generated images, by name."""
+def open_reals(arguments: argparse.Namespace, options: dict[str, Any]) -> list[RealSet]:
+    """Opens the real data of each feature extractor."""
     names, paths = arguments.feature_extractor, arguments.real
     if len(paths) not in (1, len(names)):
         raise ValueError(f"--real names {len(paths)} sets for {len(names)} feature extractors: give one for each.")
-    reals, networks = [], {}
+    reals = []
     for name, path in zip(names, paths * len(names) if len(paths) == 1 else paths, strict=True):
         extractor = find_extractor(name)
         has_logits = getattr(extractor, "output", None) == "pool3"
         metrics = [metric for metric in arguments.metrics if metric != "inception_score" or has_logits]
         reals.append(RealSet(path, extractor, metrics, **options))
-        networks[name] = FeaturesAndLogits(extractor) if "inception_score" in metrics else extractor
     if "inception_score" in arguments.metrics and not any("inception_score" in real.metrics for real in reals):
         raise ValueError("inception_score needs Inception's logits: add inception to --feature-extractor.")
-    return reals, networks
+    return reals
 
 
 def open_model(arguments: argparse.Namespace, state: PartialState) -> ImageSource:

@@ -23,7 +23,7 @@ from .. import __version__
 from ..evaluation.features import collect_features
 from ..evaluation.measure import NamedExtractor
 from ..evaluation.sources import open_images
-from ..metrics.extractors import extractor_digest
+from ..metrics.extractors import describe_extractor
 from . import cli
 from .common import EXTRACTOR_HELP, add_image_options, find_extractor, image_options, start_processes
 
@@ -75,15 +75,9 @@ def write_statistics(
     opened = open_images(source, **images)
     collected = collect_features(opened, {extractor.name: extractor}, folder, **options)
     if state.is_main_process:
-        about = {
-            "extractor": extractor.name,
-            "resize": extractor.resize,
-            "weights": extractor_digest(extractor),
-            **opened.description,
-            "prompt_column": images.get("prompt_column"),
-            "image_resize": options.get("resize"),
-            "library": f"trl-distreward {__version__}, torch {version('torch')}, pillow {version('pillow')}",
-        }
+        about = {**describe_extractor(extractor), **opened.description, "image_resize": options.get("resize")}
+        about["prompt_column"] = images.get("prompt_column")
+        about["library"] = f"trl-distreward {__version__}, torch {version('torch')}, pillow {version('pillow')}"
         metadata = {name: str(value) for name, value in about.items() if value is not None}
         statistics = collected.statistics(extractor.name, metadata)
         statistics.save(output, collected.features(extractor.name) if features else None)

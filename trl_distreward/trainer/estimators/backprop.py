@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...conditions import take
-from ...metrics.distance import supports
 from ...rewards.slots import SlotSampler, StratifiedSlotSampler
 from ...rewards.subset_replace import SubsetReplaceReward
 from ...sampling import replay, send
@@ -215,7 +214,7 @@ def _check_distance(tracked: Tensor, conditions: Any, reward: SubsetReplaceRewar
             "loss_type='backprop' takes the gradient of the distance itself: set credit='shared' and "
             "control_variate=False."
         )
-    lacking = [space for space, distance in reward.distances.items() if not supports(distance, "gradient")]
+    lacking = [space for space, distance in reward.distances.items() if not hasattr(distance, "gradient")]
     if lacking:
         raise ValueError(f"the distances of {', '.join(lacking)} have no gradient: {_REMEDY}.")
     for space, values in reward.extract(tracked, conditions, gradient=True).items():
