@@ -100,7 +100,8 @@ def fill_by_pattern(module):
     keep activations of order one through ReLU layers.
     """
     with torch.no_grad():
-        for number, (name, tensor) in enumerate(sorted(module.state_dict().items())):
+        state = [(name, value) for name, value in module.state_dict().items() if value.is_floating_point()]
+        for number, (name, tensor) in enumerate(sorted(state)):
             index = torch.arange(tensor.numel()) + number * 1_000_003
             index = ((index ^ (index >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
             index = ((index ^ (index >> 16)) * 0x45D9F3B) & 0xFFFFFFFF

@@ -131,14 +131,8 @@ def test_float32_products_of_large_sets_are_close(kind, monkeypatch):
 def test_errors():
     with pytest.raises(ValueError, match=r"real features must be a tensor of shape .*, got FeatureStatistics"):
         KernelDistance(FeatureStatistics.from_features(REAL))
-    cases = [
-        ({"kernel": "cubic"}, "kernel='cubic'"),
-        ({"kernel": "gaussian", "bandwidths": (1.0, 0.0)}, "positive"),
-        ({"kernel": "gaussian", "bandwidths": ()}, "one or more"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(ValueError, match=message):
-            KernelDistance(REAL, **arguments)
+    with pytest.raises(ValueError, match="kernel='cubic'"):
+        KernelDistance(REAL, kernel="cubic")
     with pytest.raises(ValueError, match="NaN or infinite"):
         KernelDistance(torch.full((4, 2), float("nan")))
     with pytest.raises(ValueError, match="at least 2"):

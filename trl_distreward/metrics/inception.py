@@ -2,8 +2,8 @@
 """The Inception-v3 of the Fréchet inception distance: Google's frozen graph of 2015-12-05, as pure PyTorch.
 
 It differs from later Inception-v3 networks, torchvision's among them: 1008 logits; average pooling that leaves padding
-out of the mean; a maximum in place of the average in the last block; TensorFlow 1's resize. All published FIDs are
-distances in the features of this network (arXiv 1706.08500, section 4).
+out of the mean; a maximum in place of the average in the last block; TensorFlow 1's resize. Published FIDs are
+distances in its features (arXiv 1706.08500, section 4).
 """
 
 import os
@@ -105,22 +105,6 @@ POOLS = {
 }
 
 
-class StoredNormalization(nn.Module):
-    """Batch normalization by stored statistics, in training as in evaluation mode."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
-
-
 class ConvolutionBlock(nn.Module):
     """Convolution without bias, batch normalization, ReLU."""
 
@@ -129,7 +113,7 @@ class ConvolutionBlock(nn.Module):
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         pads = (height // 2, width // 2) if stride == 1 and padding < 0 else (max(padding, 0),) * 2
         self.conv = nn.Conv2d(in_channels, channels, (height, width), stride, pads, bias=False)
-        self.bn = StoredNormalization(channels)
+        self.bn = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -202,12 +186,15 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, DIMENSIONS["logits"])
         self.requires_grad_(False).eval()
 
+    def train(self, mode: bool = True) -> "InceptionV3":
+        """Stays in evaluation mode: normalization is by the stored statistics."""
+        return super().train(False)
+
     def prepare(self, images: Tensor) -> Tensor:
         """Images `(B, 1 or 3, H, W)` in [0, 255] to the network's input `(B, 3, 299, 299)`."""
         images = to_rgb(images, self.fc.weight.dtype)
         if self.resize == "pytorch":
-            size = (INPUT_SIZE, INPUT_SIZE)
-            return 2 * F.interpolate(images / 255, size=size, mode="bilinear", align_corners=False) - 1
+            return 2 * F.interpolate(images / 255, (INPUT_SIZE,) * 2, mode="bilinear", align_corners=False) - 1
         if self.resize == "clean":
             return (resize_pillow(images, INPUT_SIZE, eight_bit=False).clamp(0, 255) - 128) / 128
         return (resize_tensorflow(images, INPUT_SIZE) - 128) / 128

@@ -60,16 +60,14 @@ class KernelDistance:
     Squared maximum mean discrepancy (MMD²) of a reference set from real features, and its exact values after some of
     its rows are replaced or left out.
 
-    `kernel="polynomial"` is the kernel inception distance of Bińkowski et al. (arXiv 1801.01401), computed over whole
-    sets rather than blocks of 1,000 rows: `k(x, y) = (x·y / d + 1)³`. `kernel="gaussian"` is the *mean* over
-    bandwidths σ of `exp(-|x - y|² / 2σ²)`.
-
     Inner products are float64 if the real set has at most `float64_elements` numbers, and float32 beyond, which
     changes `replaced` by 1.4e-6 of its standard deviation over subsets; kernel values and sums are always float64.
 
     Args:
         real_features (`torch.Tensor` of shape `(M, d)`): the real features, any float dtype, M ≥ 2.
-        kernel (`str`, *optional*, defaults to `"polynomial"`): or `"gaussian"`.
+        kernel (`str`, *optional*, defaults to `"polynomial"`): `(x·y / d + 1)³` as in the kernel inception distance
+            (Bińkowski et al., arXiv 1801.01401), over whole sets rather than blocks of 1,000 rows; or `"gaussian"`,
+            the *mean* over bandwidths σ of `exp(-|x - y|² / 2σ²)`.
         unbiased (`bool`, *optional*, defaults to `True`): the U-statistic, whose expectation does not depend on the
             sets' sizes, and which can be negative. Otherwise the V-statistic, which is never negative.
         bandwidths (`Sequence[float]`, *optional*): σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median
@@ -91,8 +89,6 @@ class KernelDistance:
     ):
         if kernel not in ("polynomial", "gaussian"):
             raise ValueError(f"kernel={kernel!r} is unknown: choose 'polynomial' or 'gaussian'.")
-        if bandwidths is not None and not (len(bandwidths) and all(0 < b < math.inf for b in bandwidths)):
-            raise ValueError(f"bandwidths={bandwidths} must be one or more positive numbers.")
         real = check_features(real_features, "real features", least=2).detach()
         self.kernel, self.unbiased = kernel, unbiased
         self.dtype = torch.float64 if real.numel() <= self.float64_elements else torch.float32
@@ -104,10 +100,8 @@ class KernelDistance:
         self.bandwidths: tuple[float, ...] = tuple(map(float, bandwidths or ()))
         if kernel == "gaussian" and bandwidths is None:
             self.bandwidths = self._median_heuristic()
-        pairs = self._sums_over_others(self._real).sum()
-        diagonal = self._with_themselves(self._real).sum()
-        count = len(real)
-        self._real_term = (pairs / (count * (count - 1)) if unbiased else (pairs + diagonal) / count**2).item()
+        pairs, diagonal = self._sums_over_others(self._real).sum(), self._with_themselves(self._real).sum()
+        self._real_term = self._mean_of_pairs(pairs, diagonal, len(real)).item()
 
     # ---- the distance ----
 
@@ -157,18 +151,19 @@ class KernelDistance:
     # ---- sums ----
 
     def _distance(self, sums: _Sums, count: int) -> Tensor:
-        own = sums.pairs / (count * (count - 1)) if self.unbiased else (sums.pairs + sums.diagonal) / count**2
+        own = self._mean_of_pairs(sums.pairs, sums.diagonal, count)
         return own + self._real_term - 2 * sums.cross / count
+
+    def _mean_of_pairs(self, pairs: Tensor, diagonal: Tensor, count: int) -> Tensor:
+        return pairs / (count * (count - 1)) if self.unbiased else (pairs + diagonal) / count**2
 
     def _replacement(self, indices: Tensor, features: Tensor) -> tuple[_Sums, _Sums]:
         """Sums of each updated set, (B,), and of each new row in its updated set, (B, n)."""
         indices, features = check_replacement(indices, features, self.reference_set.centred)
         size = indices.shape[1]
         chunk = max(1, self.memory_budget // (8 * size * (6 * self.dimension + 12 * size)))
-        pieces = [
-            self._replacement_chunk(*piece) for piece in zip(indices.split(chunk), features.split(chunk), strict=True)
-        ]
-        totals, rows = zip(*pieces, strict=True)
+        pieces = zip(indices.split(chunk), features.split(chunk), strict=True)
+        totals, rows = zip(*(self._replacement_chunk(*piece) for piece in pieces), strict=True)
         return _Sums(*map(torch.cat, zip(*totals, strict=True))), _Sums(*map(torch.cat, zip(*rows, strict=True)))
 
     def _replacement_chunk(self, indices: Tensor, features: Tensor) -> tuple[_Sums, _Sums]:
@@ -273,8 +268,7 @@ class KernelDistance:
         arguments = self._arguments(x, y)
         if self.kernel == "polynomial":
             return arguments.add_(self._base).pow_(2).mul_(3 * self._gamma)
-        arguments.clamp_(min=0)
-        values = torch.zeros_like(arguments)
+        values = torch.zeros_like(arguments.clamp_(min=0))
         for bandwidth in self.bandwidths:
             values += (arguments * (-0.5 / bandwidth**2)).exp_().div_(bandwidth**2)
         return values.div_(len(self.bandwidths))
@@ -297,8 +291,7 @@ class KernelDistance:
 
     def _gaussian(self, squared_distances: Tensor) -> Tensor:
         """Mean over bandwidths of exp(-|x - y|² / 2σ²) - 1; rounding can leave a distance just below zero."""
-        squared_distances.clamp_(min=0)
-        values = torch.zeros_like(squared_distances)
+        values = torch.zeros_like(squared_distances.clamp_(min=0))
         for bandwidth in self.bandwidths:
             values += (squared_distances * (-0.5 / bandwidth**2)).expm1_()
         return values.div_(len(self.bandwidths))

@@ -7,24 +7,16 @@ from torch import Tensor
 
 
 def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """
-    Images as `(B, 3, H, W)` of `dtype` in [0, 255]; gradients pass.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3 or 1, H, W)`): uint8, or floating-point in [0, 255].
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the network, float32 or float64.
-    """
+    """Uint8 or floating-point images `(B, 3 or 1, H, W)` in [0, 255] as `(B, 3, H, W)` of `dtype`; gradients pass."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
         raise ValueError(f"images have shape {tuple(images.shape)}: they must be (B, 3, H, W), or (B, 1, H, W) grey.")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the feature network's weights are {dtype}: features are computed in float32 or float64.")
     if images.is_floating_point():
-        values = images.detach()
+        largest = images.detach().max()
         # the most frequent mistake, which silently gives features of a black image
-        if values.numel() and values.max() <= 1 and (values != values.round()).any():
-            raise ValueError(
-                f"floating-point images end at {values.max().item():.4g}: they must lie in [0, 255]; multiply by 255."
-            )
+        if largest <= 1 and (images != images.round()).any():
+            raise ValueError(f"float images end at {largest:.4g}: they must lie in [0, 255]; multiply by 255.")
     elif images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}: they must be uint8, or floating-point numbers in [0, 255].")
     return images.to(dtype).expand(-1, 3, -1, -1)
@@ -54,11 +46,9 @@ def resize_antialiased(images: Tensor, size: int, mode: str = "bicubic") -> Tens
 
 def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: bool = True) -> Tensor:
     """
-    `PIL.Image.resize` to `(size, size)`, antialiased.
-
-    With `eight_bit` the result equals Pillow's bit for bit: weights are its 22-bit fixed-point numbers, and values are
-    rounded and clamped after the horizontal and after the vertical pass. The gradient is that of the unrounded result
-    where it is not clamped. Without `eight_bit` it is Pillow's resize of an image of mode "F".
+    `PIL.Image.resize` to `(size, size)`, antialiased. With `eight_bit` the result equals Pillow's bit for bit: weights
+    are its 22-bit fixed-point numbers, and values are rounded and clamped after each of the two passes. The gradient
+    is that of the unrounded result where it is not clamped. Without `eight_bit` the image is one of mode "F".
     """
     result = images.double()
     for dim in (3, 2):
