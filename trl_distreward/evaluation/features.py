@@ -3,8 +3,7 @@
 Features of a set of images, computed by any number of processes and stored in one file per shard.
 
 Killed at any time, the same call continues with the shards that are missing. Batches never span shards, and moments
-are accumulated in the order of the set, so the result is the same to the last bit, however many processes shared the
-work and however often it was interrupted.
+are accumulated in the order of the set, so the result is the same to the last bit for any number of processes.
 """
 
 import json
@@ -102,7 +101,8 @@ def collect_features(
     num_workers: int = 4,
 ) -> CollectedFeatures:
     """
-    Computes the features of all images of a set. All processes call it.
+    Computes the features of all images of a set. All processes call it. A `ValueError` says that an image cannot be
+    read or has another size than the others, that features are not finite, or that the folder holds other work.
 
     Args:
         source ([`~evaluation.ImageSource`]): the images.
@@ -113,10 +113,6 @@ def collect_features(
         resize (`int`, *optional*): side to which images are cropped and resized; otherwise all must have one size.
         skip_corrupt (`bool`, *optional*, defaults to `False`): leave out images that cannot be read.
         num_workers (`int`, *optional*, defaults to 4): worker processes that decode images, for each process.
-
-    Raises:
-        ValueError: an image cannot be read or has another size than the others, features are not finite, or the folder
-            holds work of other settings.
     """
     state, folder = PartialState(), Path(folder)
     about = {name: describe_extractor(freeze(extractor)) for name, extractor in extractors.items()}
@@ -136,7 +132,8 @@ def collect_features(
     bar = tqdm(total=len(mine), desc="features", unit="shard", disable=not state.is_main_process)
     for shard, images, skipped in batches:
         messages[shard] += skipped
-        _check_skipped(skipped, skip_corrupt)
+        if skipped and not skip_corrupt:
+            raise UnreadableImage(skipped[0])
         if images is None:
             rows = {name: torch.cat(each).cpu() for name, each in columns.pop(shard).items()}
             with written_whole(paths[shard]) as file:
@@ -150,13 +147,13 @@ def collect_features(
             pixels = torch.from_numpy(np.stack([image.content for image in images])).to(state.device)
             prompts = None if images[0].prompt is None else [image.prompt for image in images]
             for name, extractor in extractors.items():
-                with torch.inference_mode():
-                    columns[shard][name].append(extract_features(extractor, pixels, prompts, name=name))
+                columns[shard][name].append(extract_features(extractor, pixels, prompts, name=name))
     bar.close()
     state.wait_for_everyone()
     collected = CollectedFeatures(paths)
     state.wait_for_everyone()  # before the main process may remove the files
-    _check_skipped(collected.skipped, skip_corrupt)
+    if collected.skipped and not skip_corrupt:
+        raise UnreadableImage(collected.skipped[0])
     return collected
 
 
@@ -170,8 +167,3 @@ def _begin(folder: Path, settings: Mapping[str, object], state: PartialState) ->
     changed = [f"{name} was {held[name]} and is {asked[name]}" for name in asked if held[name] != asked[name]]
     if changed:
         raise ValueError(f"{folder} holds work of other settings: {'; '.join(changed)}. Name another folder.")
-
-
-def _check_skipped(messages: list[str], skip_corrupt: bool) -> None:
-    if messages and not skip_corrupt:
-        raise UnreadableImage(messages[0])

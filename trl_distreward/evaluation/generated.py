@@ -18,16 +18,9 @@ from .sources import ImageSource
 
 class GeneratedImages(ImageSource):
     """
-    Images that a class-conditional policy generates when they are read. A shard is one batch.
-
-    Args:
-        policy ([`DiffusionPolicy`]): generator, on the device of this process.
-        num_images (`int`): number of images.
-        schedule ([`~generation.SamplingSchedule`]): how each image is sampled.
-        labels (`str`, *optional*, defaults to `"balanced"`): `"balanced"` for equally many of each class, or
-            `"random"` for labels drawn independently and uniformly.
-        seed (`int`, *optional*, defaults to 0): seed of the noise and of random labels.
-        settings (`dict`, *optional*): further settings that the images depend on, for the description.
+    Images that a class-conditional policy, on the device of this process, generates when they are read. A shard is one
+    batch. `labels` are `"balanced"`, equally many of each class, or `"random"`, drawn independently and uniformly.
+    `settings` are further settings that the images depend on, for the description.
     """
 
     in_workers = False  # the network is in this process

@@ -31,13 +31,9 @@ class NamedExtractor(Protocol):
 
 class RealSet:
     """
-    Real images in the features of one extractor.
-
-    Args:
-        path (`str` or `os.PathLike`): statistics file (`.safetensors`, `.npz`, or EDM2's `.pkl`), ADM reference batch
-            (`.npz`), or images for [`~evaluation.open_images`], which gets `options`.
-        extractor ([`~evaluation.measure.NamedExtractor`]): feature extractor.
-        metrics (`Sequence[str]`): metrics to compute, see [`feature_metrics`].
+    Real images in the features of one extractor, for some [`feature_metrics`]. They come from a statistics file
+    (`.safetensors`, `.npz`, or EDM2's `.pkl`), an ADM reference batch (`.npz`), or images for
+    [`~evaluation.open_images`], which gets `options`.
     """
 
     def __init__(self, path: str | os.PathLike, extractor: NamedExtractor, metrics: Sequence[str], **options: Any):

@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Tables of evaluations, and changes from one evaluation to another.
-
-A report is a dictionary: `model`, `images` (their number), `resize`, `settings` of the generation, `library`, and
-`results`, one for each feature extractor: `extractor`, `resize`, `real` (`path`, `count`, `mean_norm`) and `metrics`.
+Tables of evaluations. A report is a dictionary: `model`, `images` (their number), `resize`, `settings` of the
+generation, `library`, and `results`, one for each feature extractor: `extractor`, `resize`, `real` (`path`, `count`,
+`mean_norm`) and `metrics`.
 """
 
 import math

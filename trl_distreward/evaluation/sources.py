@@ -1,9 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Sets of stored images: folders, ADM samples (`.npz`) and datasets.
-
-A set is read in shards. Shards and the batches in them depend on the set and the batch size alone, so any number of
-processes sees the same batches.
+Sets of stored images: folders, ADM samples (`.npz`) and datasets. A set is read in shards, which depend on the set and
+the batch size alone, so any number of processes sees the same batches.
 """
 
 import math
@@ -25,12 +23,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 class ImageSource:
     """
-    A set of images that are read by number. A shard is a range of at most 64 batches.
-
-    Args:
-        description (`dict`): identity of the set; unfinished work is continued only if this is unchanged.
-        count (`int`): number of images.
-        read (`Callable`): returns the [`~evaluation.decoding.StoredImage`] with a number.
+    A set of `count` images that `read` returns by number, as [`~evaluation.decoding.StoredImage`]. A shard is a range
+    of at most 64 batches. Unfinished work is continued only if the `description` of the set is unchanged.
     """
 
     in_workers = True  # whether the worker processes of a DataLoader may read the images
@@ -91,17 +85,13 @@ def open_images(
         config, revision, data_files, streaming: see `datasets.load_dataset`.
         image_column (`str`, *optional*): column of images of a dataset; by default the only one.
         prompt_column (`str`, *optional*): column of the images' prompts, for features that need them.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: it holds no images, or is damaged.
     """
     path = Path(source)
     if path.suffix == ".npz":
         return _open_npz(path)
-    if any(path.glob("checkpoint-*")):  # its sample grids are not what is to be measured
-        raise ValueError(f"{source} is the output folder of a run: name a pipeline in it, or a folder of images.")
     if path.is_dir() and not _is_saved_dataset(path):
+        if any(path.glob("checkpoint-*")):  # its sample grids are not what is to be measured
+            raise ValueError(f"{source} is the output folder of a run: name a pipeline in it, or a folder of images.")
         return _open_folder(path)
     if path.is_file() or (not path.exists() and str(source).startswith((".", "/"))):
         raise FileNotFoundError(f"no folder {source}: name a folder of images, an .npz file or a dataset.")
@@ -113,7 +103,7 @@ def open_images(
     if len(columns) != 1 + bool(prompt_column) or not set(columns) <= set(names):
         raise ValueError(
             f"{source} has the columns {', '.join(names)}, of which {', '.join(found) or 'none'} hold images: name "
-            f"one with --image-column, and one with prompts if they are needed; not {', '.join(columns) or 'none'}."
+            f"one with --image-column, and one of prompts if they are needed; not {', '.join(columns) or 'none'}."
         )
     if columns[0] in found:
         rows = rows.cast_column(columns[0], Image(decode=False))  # so that images of all sources are decoded alike
@@ -151,15 +141,12 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _open_folder(folder: Path) -> ImageSource:
     """Images of a folder and its subfolders, in the order of their paths; hidden files are left out."""
     found = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(
-        str(path)
-        for path in found
-        if path.name.lower().endswith(IMAGE_SUFFIXES) and "/." not in f"/{path.relative_to(folder)}"
-    )
+    images = (path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES))
+    paths = sorted(str(path) for path in images if "/." not in f"/{path.relative_to(folder)}")
     if not paths:
         raise ValueError(
-            f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)}). Read other files as a dataset: name the source "
-            "'webdataset' or 'parquet', and the files as its data files."
+            f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)}): read other files as a dataset, by the source "
+            "'webdataset' or 'parquet' and --data-files."
         )
     description = {"source": str(folder), "images": len(paths), "files": _state_of(paths)}
     return ImageSource(description, len(paths), partial(_read_file, paths))
