@@ -177,9 +177,7 @@ def test_moments_do_not_drift_over_ten_thousand_replacements():
     assert distance.fit(features).value == pytest.approx(exact(features, target), rel=1e-9)
 
 
-def test_errors():
+def test_unknown_methods_are_refused():
     real = FeatureStatistics.from_features(correlated(50, 4, 0))
-    with pytest.raises(ValueError, match="dimensions 4 and 5"):
-        frechet_distance(real, FeatureStatistics.from_features(correlated(20, 5, 1)))
     with pytest.raises(ValueError, match="method='fast'"):
         FrechetDistance(real, method="fast")

@@ -24,10 +24,6 @@ def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, root
         generated, real ([`FeatureStatistics`]): statistics of the same dimension; the distance is symmetric in them.
         root (*optional*): `RealRoot.of(real)`, half of the work, for comparing several sets with one.
     """
-    if generated.dimension != real.dimension:
-        raise ValueError(
-            f"the statistics have dimensions {generated.dimension} and {real.dimension}: they must agree."
-        )
     side, covariance = (root or RealRoot.of(real)).to(generated.mean.device), generated.covariance
     rank = min(generated.rank_bound, real.rank_bound)
     spectrum = clean(torch.linalg.eigvalsh(symmetric(side.root @ covariance @ side.root)), rank)

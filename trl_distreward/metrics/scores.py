@@ -28,10 +28,8 @@ def kernel_inception_distance(
     pairs of random subsets (Bińkowski et al., arXiv 1801.01401, Sec. 4), drawn as by torch-fidelity.
     """
     if min(len(real), len(generated)) < subset_size:
-        raise ValueError(
-            f"subset_size={subset_size} is more than the {len(real)} real or {len(generated)} generated images: give "
-            "more images or a smaller subset_size, and report it with the number."
-        )
+        counts = f"{len(real)} real or {len(generated)} generated images"
+        raise ValueError(f"subset_size={subset_size} is more than the {counts}: give more, or report a smaller size.")
     random = np.random.RandomState(seed)
     values = []
     for _ in range(num_subsets):

@@ -19,14 +19,10 @@ from ..metrics.extractors import FeatureExtractor, extract_features, freeze, mod
 
 class PromptScore(nn.Module):
     """
-    Agreement of an image with its prompt: `scale` times the cosine between their embeddings.
+    Agreement of an image with its prompt: `scale` times the cosine between their [`~metrics.CLIPEmbeddings`].
 
-    Args:
-        clip ([`~metrics.CLIPEmbeddings`]): embeds images and prompts.
-        scale (`float`, *optional*, defaults to 1.0): multiplies the cosine.
-        prefix (`str`, *optional*, defaults to `""`): goes before every prompt.
-        at_least (`float`, *optional*): lower scores are raised to this value; their images then get no gradient.
-        name (`str`, *optional*, defaults to `"prompt_score"`): name of the reward in logs.
+    `prefix` goes before every prompt. Scores below `at_least` are raised to it; their images then get no gradient.
+    `name` is the reward's name in logs.
     """
 
     differentiable = True
@@ -53,12 +49,8 @@ class PromptScore(nn.Module):
 
 class HeadScore(nn.Module):
     """
-    Output of a head on an image's features, such as LAION's aesthetic predictor on CLIP's embedding.
-
-    Args:
-        feature_extractor (`Callable`): images `(B, C, H, W)` to features `(B, d)`.
-        head (`torch.nn.Module`): features `(B, d)` to scores `(B, 1)`.
-        name (`str`, *optional*, defaults to `"head_score"`): name of the reward in logs.
+    Output of a head on an image's features, such as LAION's aesthetic predictor on CLIP's embedding. The extractor
+    maps images `(B, C, H, W)` to features `(B, d)`, the head these to scores `(B, 1)`. `name` is for logs.
     """
 
     differentiable = True
@@ -77,10 +69,7 @@ class HeadScore(nn.Module):
 
 
 def clip_score(source: str | os.PathLike = "openai/clip-vit-base-patch32", **kwargs: Any) -> PromptScore:
-    """
-    CLIPScore (Hessel et al., arXiv 2104.08718, Eq. 1): 2.5 times the cosine of the image and "A photo depicts" with
-    its prompt, at least 0.
-    """
+    """CLIPScore (Hessel et al., arXiv 2104.08718, Eq. 1): 2.5 cos(image, "A photo depicts …"), at least 0."""
     return PromptScore(load_clip(source, **kwargs), 2.5, "A photo depicts ", at_least=0.0, name="clip_score")
 
 

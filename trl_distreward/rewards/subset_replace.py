@@ -71,7 +71,7 @@ class SubsetReplaceReward:
         if credit not in CREDITS:
             raise ValueError(f"credit={credit!r} is unknown: choose one of {', '.join(map(repr, CREDITS))}.")
         if control_variate and credit != "shared":
-            raise ValueError(f"control_variate=True corrects shared rewards, not credit={credit!r}: leave one out.")
+            raise ValueError(f"control_variate=True corrects shared rewards, not credit={credit!r}: drop one of them.")
         self.credit, self.control_variate = credit, control_variate
         extractors, real = feature_extractor, real_statistics
         if not isinstance(extractors, Mapping):
@@ -218,12 +218,9 @@ class SubsetReplaceReward:
         return -torch.stack(parts).sum(dim=0)
 
     def __call__(
-        self, images: Tensor, conditions: Conditions | None = None, slots: Tensor | None = None, **kwargs: object
+        self, images: Tensor, conditions: Conditions | None = None, *, slots: Tensor, **kwargs: object
     ) -> list[float]:
         """One reward per uint8 image of `(B * n, C, H, W)`, as TRL's reward functions return, for `slots` `(B, n)`."""
-        if slots is None or len(images) != slots.numel():
-            shape = None if slots is None else tuple(slots.shape)
-            raise ValueError(f"{len(images)} images need slots of shape (B, n) with as many entries, got {shape}.")
         rewards = self.score(slots, self.extract(images, conditions))
         if rewards.ndim == 1:  # shared by the images of a subset
             rewards = rewards.repeat_interleave(slots.shape[1])

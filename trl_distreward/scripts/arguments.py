@@ -21,7 +21,7 @@ from ..rewards.per_image import clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..trainer.base import DiffusionTrainer
 from ..trainer.callbacks import LogSamplesCallback
-from .common import find_extractor, split_spec
+from .common import EXTRACTOR_HELP, find_extractor, split_spec
 from .statistics import write_statistics
 
 Model = str | DiffusionPipeline
@@ -42,32 +42,20 @@ class RewardArguments:
     """Options that choose the model, the rewards, the metrics and the conditions."""
 
     model: str = option(MISSING, "Folder or Hub id of the pipeline.")
-    feature_extractor: str | None = option(
-        None,
-        "Feature extractor of the distribution reward: inception, dinov2, clip, a folder or Hub id of a vision "
-        "backbone, or a dotted path such as 'my_package.features.extract'.",
-    )
-    real_statistics: str | None = option(
-        None, "Statistics file of real images; for distances other than frechet, with the features."
-    )
+    feature_extractor: str | None = option(None, f"Feature extractor of the distribution reward: {EXTRACTOR_HELP}.")
+    real_statistics: str | None = option(None, "Statistics of real images, with features unless distance is frechet.")
     real_images: str | None = option(
-        None,
-        "Real images to compute real_statistics from, once: a folder, an .npz or a dataset. By default the file is "
-        "written into output_dir.",
+        None, "Folder, .npz or dataset to compute real_statistics from, once, by default into output_dir."
     )
     real_split: str | None = option(None, "Split of real_images, if there are several.")
     real_resize: int | None = option(None, "Side to which real_images are cropped and resized.")
     prompt_encoder: str | None = option(
-        None,
-        "Folder or Hub id of a CLIP model: its embeddings of prompts are joined to the features of images, which are "
-        "its own without feature_extractor.",
+        None, "CLIP model whose embeddings of prompts are joined to the images' features, or to its own of images."
     )
     prompt_scale: float = option(1.0, "Factor of the embeddings of prompts.")
     distance: str = option("frechet", "Distance of the reward.", choices=list(DISTANCES))
     reward_funcs: list[str] = option(
-        [],
-        "Further rewards: clip_score, pick_score or hps_score, with options after commas, such as "
-        "'pick_score,source=FOLDER_OR_ID', or dotted paths, such as 'my_package.my_reward'.",
+        [], "Further rewards: clip_score, pick_score or hps_score, such as 'pick_score,source=ID', or dotted paths."
     )
     heldout_extractor: str | None = option(None, "Feature extractor for evaluation, which the reward does not use.")
     heldout_statistics: str | None = option(None, "Statistics file for heldout_extractor.")
@@ -79,10 +67,8 @@ class RewardArguments:
     def __post_init__(self) -> None:
         extracts = self.feature_extractor is not None or self.prompt_encoder is not None
         if extracts != (self.real_statistics is not None or self.real_images is not None):
-            raise ValueError(
-                "a distribution reward needs feature_extractor or prompt_encoder, and real_statistics or real_images: "
-                "give one of each, or none."
-            )
+            needed = "feature_extractor or prompt_encoder, and real_statistics or real_images"
+            raise ValueError(f"a distribution reward needs {needed}: give one of each, or none.")
         if not extracts and not self.reward_funcs:
             raise ValueError("there is no reward: give feature_extractor and real_statistics, or reward_funcs.")
         if (self.heldout_extractor is None) != (self.heldout_statistics is None):
@@ -101,7 +87,7 @@ def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -
 
 
 def find_reward(spec: str) -> Reward:
-    """Returns a reward of single images by its name, `NAME[,option=value…]`, or the object at a dotted path."""
+    """Returns the reward that `NAME[,option=value…]` or a dotted path names."""
     name, options = split_spec(spec)
     if name not in REWARDS and "." not in name:
         raise ValueError(f"reward {name!r} is unknown: choose one of {', '.join(REWARDS)}, or give a dotted path.")
@@ -126,10 +112,8 @@ def find_real_statistics(arguments: RewardArguments, extractor: NamedExtractor, 
     asked = {"source": Path(arguments.real_images), "image_resize": arguments.real_resize, **made_of}
     changed = [name for name, value in asked.items() if value is not None and held.get(name) != str(value)]
     if changed:
-        raise ValueError(
-            f"{path} was made with {changed[0]}={held.get(changed[0])}, not {asked[changed[0]]}: remove it, or name "
-            "another file as real_statistics."
-        )
+        was = f"{changed[0]}={held.get(changed[0])}, not {asked[changed[0]]}"
+        raise ValueError(f"{path} was made with {was}: remove it, or name another file as real_statistics.")
     return str(path)
 
 

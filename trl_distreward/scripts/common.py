@@ -49,10 +49,10 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def image_options(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns options of [`~evaluation.open_images`] for datasets, and of [`~evaluation.collect_features`]."""
+    given = vars(arguments)
     dataset = ("split", "config", "revision", "data_files", "streaming", "image_column")
     images = ("batch_size", "resize", "skip_corrupt", "num_workers")
-    opening, collecting = ({name: getattr(arguments, name) for name in names} for names in (dataset, images))
-    return opening, collecting
+    return {name: given[name] for name in dataset}, {name: given[name] for name in images}
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -71,10 +71,10 @@ def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_s
     """
     name, options = split_spec(spec or "inception")
     extractor: Any = None if spec is None and prompt_encoder else load_feature_extractor(name, **options)
-    if prompt_encoder is not None:
-        clip = load_clip(prompt_encoder)
-        extractor = JointTextFeatures(extractor or clip, clip.prompts, prompt_scale)
-    return extractor
+    if prompt_encoder is None:
+        return extractor
+    clip = load_clip(prompt_encoder)
+    return JointTextFeatures(extractor or clip, clip.prompts, prompt_scale)
 
 
 def start_processes() -> PartialState:

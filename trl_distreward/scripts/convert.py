@@ -65,16 +65,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def convert_sit(arguments: argparse.Namespace) -> tuple[DiffusionPipeline, str | None]:
-    """Returns the pipeline and the name of its VAE."""
-    transformer = load_original_sit(arguments.checkpoint, arguments.num_attention_heads, arguments.num_classes)
-    vae = None if arguments.pixels else arguments.vae or SIT_VAE
-    return SiTPipeline(transformer.to(getattr(torch, arguments.dtype)), load_vae(arguments, vae)), vae
-
-
-def convert_edm2(arguments: argparse.Namespace) -> tuple[DiffusionPipeline, str | None]:
+def convert(arguments: argparse.Namespace) -> tuple[DiffusionPipeline, str | None]:
     """Returns the pipeline and the name of its VAE."""
     dtype = getattr(torch, arguments.dtype)
+    if arguments.family == "sit":
+        transformer = load_original_sit(arguments.checkpoint, arguments.num_attention_heads, arguments.num_classes)
+        vae = None if arguments.pixels else arguments.vae or SIT_VAE
+        return SiTPipeline(transformer.to(dtype), load_vae(arguments, vae)), vae
     original = read_original_edm2(arguments.checkpoint)
     guider = None if arguments.guider is None else build_edm2(read_original_edm2(arguments.guider), dtype)
     vae = None if original.vae is None else arguments.vae or original.vae
@@ -90,16 +87,15 @@ def main(argv: list[str] | None = None) -> None:
     output, family, repo = arguments.output, arguments.family, arguments.push_to_hub
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty: name a folder that does not exist yet.")
-    pipeline, vae = {"sit": convert_sit, "edm2": convert_edm2}[family](arguments)
+    pipeline, vae = convert(arguments)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
+    load = "" if vae is None or pipeline.vae is not None else f', vae=AutoencoderKL.from_pretrained("{vae}")'
+    if load:
+        print(f"The pipeline has no VAE: load it with {load[2:]}.")
     about = {"name": repo or output, "family": family, "source": arguments.checkpoint.name, "paper": PAPERS[family]}
-    about["vae"] = ""
-    if vae is not None and pipeline.vae is None:
-        about["vae"] = f', vae=AutoencoderKL.from_pretrained("{vae}")'
-        print(f"The pipeline has no VAE: load it with vae=AutoencoderKL.from_pretrained({vae!r}).")
-    (partial / "README.md").write_text(CARD.format(**about))
+    (partial / "README.md").write_text(CARD.format(vae=load, **about))
     os.replace(partial, output)
     print(f"{output}: {type(pipeline).__name__}")
     if repo:

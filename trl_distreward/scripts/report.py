@@ -78,7 +78,7 @@ def render_report(run_dir: str | Path) -> str:
     charts = {name: _draw(name, each) for name, each in sorted(lines.items())}
     grids = sorted(folder.glob("samples/step-*.png"), key=_step)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _format
+    environment.filters["number"] = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text())
     return template.render(
         name=folder.resolve().name,
@@ -105,10 +105,7 @@ def _step(path: Path) -> int:
 
 
 def chart_lines(logs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Lines]:
-    """
-    Returns the lines of every chart: `ratio/max` is the line `max` of `ratio`, `eval_ode_kid` the line `ODE` of
-    `eval_kid`. The `evaluations` of the run's record also have those before its start.
-    """
+    """Returns the lines of every chart: `ratio/max` is `max` of `ratio`, `eval_ode_kid` is `ODE` of `eval_kid`."""
     charts: defaultdict[str, Lines] = defaultdict(dict)
     entries = [(log["step"], key, value) for log in logs for key, value in log.items()]
     entries += [(each["step"], f"eval_{key}", value) for each in evaluations for key, value in each["values"].items()]
@@ -189,10 +186,6 @@ def settings_table(settings: Mapping[str, object]) -> Table:
     names = [name for name in settings if name in defaults and name not in NOT_SETTINGS]
     rows = [(name, str(settings[name]), str(defaults[name])) for name in names if settings[name] != defaults[name]]
     return ["setting", "value", "default"], rows
-
-
-def _format(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 if __name__ == "__main__":

@@ -35,12 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help=".safetensors file to write")
     add("--feature-extractor", metavar="NAME", help=f"{EXTRACTOR_HELP} (default: inception)")
     add("--features", action="store_true", help="keep the features too, which kernel distances need")
-    add(
-        "--prompt-encoder",
-        metavar="CLIP",
-        help="folder or Hub id of a CLIP model: join its embeddings of prompts "
-        "to the features of images, which are its own without --feature-extractor",
-    )
+    joined = "CLIP model whose embeddings of prompts are joined to the images' features, or to its own of images"
+    add("--prompt-encoder", metavar="CLIP", help=joined)
     add("--prompt-scale", type=float, default=1.0, help="factor of these embeddings (default: 1)")
     add("--prompt-column", default="prompt", help="column of prompts (default: prompt)")
     add_image_options(parser)
@@ -67,9 +63,8 @@ def write_statistics(
     **options: Any,
 ) -> None:
     """
-    Writes the statistics of a set of images, and the features too if asked for. All processes call it.
-
-    `images` are options of [`~evaluation.open_images`], `options` those of [`~evaluation.collect_features`].
+    Writes the statistics of images, opened with the options `images`, and their features if asked for. All processes
+    call it; `options` are those of [`~evaluation.collect_features`].
     """
     state, folder = start_processes(), Path(work_dir or f"{output}.work")
     opened = open_images(source, **images)
