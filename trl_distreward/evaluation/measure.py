@@ -65,13 +65,10 @@ class RealSet:
         if "inception_score" in self.metrics:
             options["logits"] = network.logits(generated)
         metrics: dict[str, float] = {}
-        moments = [name for name in self.metrics if name in FRECHET]
-        others = [name for name in self.metrics if name not in FRECHET]
-        if moments:
-            metrics = feature_metrics(statistics, generated, moments, **options)
-        if others:
-            real = statistics if self.features is None else self.features
-            metrics |= feature_metrics(real, generated, others, **options)
+        features = statistics if self.features is None else self.features
+        for real, of_moments in ((statistics, True), (features, False)):
+            if names := [name for name in self.metrics if (name in FRECHET) == of_moments]:
+                metrics |= feature_metrics(real, generated, names, **options)
         mean_norm = statistics.mean.norm().item()  # tells whether two reports are against the same data
         about = {"path": str(self.path), "count": statistics.count, "mean_norm": mean_norm}
         return {"extractor": self.extractor.name, "resize": self.extractor.resize, "real": about, "metrics": metrics}

@@ -50,8 +50,6 @@ class CLIPEmbeddings(BackboneFeatures):
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings `(B, d)` of prompts, on the model's device."""
-        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-            raise ValueError(f"{wrong[0]!r} is not a prompt: the images' conditions must be strings.")
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(missing), TEXT_BATCH):
             part = missing[start : start + TEXT_BATCH]
@@ -87,8 +85,6 @@ class JointTextFeatures(nn.Module):
         self, feature_extractor: FeatureExtractor, text_encoder: Callable[[Sequence[str]], Tensor], scale: float = 1.0
     ):
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale={scale} must be positive: with 0 the distance is blind to prompts.")
         self.extractor = freeze(feature_extractor)
         self.text_encoder = freeze(text_encoder)
         # registered here, because the module behind a method or a wrapper would not be moved otherwise
@@ -103,23 +99,19 @@ class JointTextFeatures(nn.Module):
 
 
 def load_clip(
-    source: str | os.PathLike,
-    *,
-    tokenizer: str | os.PathLike | None = None,
-    revision: str | None = None,
-    resize: str = "pillow",
+    source: str | os.PathLike, *, tokenizer: str | None = None, revision: str | None = None, resize: str = "pillow"
 ) -> CLIPEmbeddings:
     """
     Loads a CLIP model of transformers, for images and prompts.
 
     Args:
         source (`str` or path), revision (`str`, *optional*): Hub id or folder of a [`~transformers.CLIPModel`].
-        tokenizer (`str` or path, *optional*): Hub id or folder of the tokenizer, if `source` has none.
+        tokenizer (`str`, *optional*): Hub id or folder of the tokenizer, if `source` has none.
         resize (`str`, *optional*): as in [`~metrics.CLIPEmbeddings`].
     """
     from transformers import AutoTokenizer, CLIPModel
 
-    source, text = str(source), str(tokenizer or source)
+    source, text = str(source), tokenizer or str(source)
     at = {} if revision is None else {"revision": revision}
     model, report = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **at)
     tokens = AutoTokenizer.from_pretrained(text, **(at if text == source else {}))

@@ -1,9 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Feature extractors: loading them by name, freezing, digests of their weights, and extraction in batches.
-
-An extractor's `name`, `resize` and `dimension` belong into the metadata of statistics: features that differ in one of
-them cannot be compared.
-"""
+"""Feature extractors: loading them by name, freezing, digests of their weights, and extraction in batches."""
 
 import hashlib
 import os
@@ -86,11 +82,10 @@ def extract_features(
     gradient: bool = False,
 ) -> Tensor:
     """
-    Features `(M, d)`, float32, of images `(M, C, H, W)`, at most 256 at a time.
-
-    The extractor gets `conditions` too if it has a true `needs_conditions`. With `gradient`, images are float32 in
-    [0, 255] and features keep their graph. A `ValueError` under `name` says that features have another dimension than
-    `dimension`, not one row per image, or (unless `check_finite=False`) NaN or infinite values.
+    Features `(M, d)`, float32, of images `(M, C, H, W)`, at most 256 at a time. Extractors with a true
+    `needs_conditions` get `conditions` too. With `gradient`, images are float32 in [0, 255] and features keep their
+    graph. A `ValueError` under `name` says that features have another dimension than `dimension`, not one row per
+    image, or (unless `check_finite=False`) NaN or infinite values.
     """
     if not getattr(extractor, "needs_conditions", False):
         conditions = None
@@ -113,9 +108,8 @@ def extract_features(
 
 class JointFeatures:
     """
-    Features of an image joined with its class, so that the distance sees whether images match their labels.
-
-    A distance of images alone does not change if the images of two classes are swapped.
+    Features of an image joined with its class, so that the distance sees whether images match their labels: one of
+    images alone does not change if the images of two classes are swapped.
 
     Args:
         feature_extractor (`Callable`): uint8 images `(B, C, H, W)` to features `(B, d)`.

@@ -44,13 +44,6 @@ class FrechetDistance:
         method (`str`, *optional*, defaults to `"auto"`): `"logdet"`; `"direct"`, the eigenvalues of every changed
             matrix, O(d³) a subset; or `"auto"`: direct if features are at most 64 wide or the change's rank is above a
             third of the width, else logdet.
-
-    Example:
-
-    ```python
-    >>> distance = FrechetDistance(FeatureStatistics.from_features(real)).fit(generated)  # (N, d)
-    >>> distance.replaced(indices, new_features)  # (B, n), (B, n, d) -> (B,)
-    ```
     """
 
     memory_budget = 2**28  # bytes of work space for a batch of subsets; larger batches are cut into chunks

@@ -13,15 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .logdet import (
-    Factors,
-    Quadrature,
-    ShiftedGrams,
-    eigenvalues_above,
-    elliptic_quadrature,
-    factorize,
-    whitened_resolvents,
-)
+from . import logdet
 from .precision import full_precision
 from .statistics import FeatureStatistics
 
@@ -147,6 +139,9 @@ class FittedSet:
         return offset.square().sum(-1) + trace + self.real.trace - 2 * root_trace
 
 
+Rule = tuple[logdet.Quadrature, logdet.ShiftedGrams]  # grams at -lower² and at the nodes
+
+
 class LogDeterminants:
     """Changes of the distance of one fitted set, in the eigenbasis of its A."""
 
@@ -161,7 +156,7 @@ class LogDeterminants:
             self.rows = own.rows @ self.projection.mT  # Y = Z Pᵀ, (N, d)
         self.root_trace = self.eigenvalues.sqrt().sum()
         self.largest = self.eigenvalues[-1].item() or 1e-30
-        self._rules: dict[int, tuple[Quadrature, ShiftedGrams]] = {}
+        self._rules: dict[int, Rule] = {}
 
     def changed(
         self, indices: Tensor, features: Tensor, leave_one_in: bool, memory_budget: int
@@ -170,12 +165,10 @@ class LogDeterminants:
         own, size = self.own, indices.shape[1]
         pieces = features.split(max(1, 2**20 // (size * features.shape[2])))
         squares = max((part - own.mean).square().sum((1, 2)).max().item() for part in pieces)
-        rule, grams = self._rule(squares * own.real.largest / (own.count - 1))
-        chunk = max(1, memory_budget // grams.bytes_per_subset(2 * size + 1))
-        changes = [
-            self._change(idx, new, rule, grams, leave_one_in)
-            for idx, new in zip(indices.split(chunk), features.split(chunk), strict=True)
-        ]
+        rule = self._rule(squares * own.real.largest / (own.count - 1))
+        chunk = max(1, memory_budget // rule[1].bytes_per_subset(2 * size + 1))
+        subsets = zip(indices.split(chunk), features.split(chunk), strict=True)
+        changes = [self._change(idx, new, rule, leave_one_in) for idx, new in subsets]
         results, failed = zip(*changes, strict=True)
         return torch.cat(results), torch.cat(failed)
 
@@ -187,34 +180,32 @@ class LogDeterminants:
         growth = (count - 1) / (count - 2)
         squares = centred.square().sum(1)
         # One row may empty a direction: the rule goes down to rounding, as a node costs only one column here.
-        rule = elliptic_quadrature(ROUNDING * self.largest**0.5, self.largest**0.5)
-        scales = whitened_resolvents(self.eigenvalues, rule.nodes.to(own.mean.device) ** 2)
+        rule = logdet.elliptic_quadrature(ROUNDING * self.largest**0.5, self.largest**0.5)
+        scales = logdet.whitened_resolvents(self.eigenvalues, rule.nodes.to(own.mean.device) ** 2)
         forms = projected.square() @ scales.T  # (M, J)
         logs = torch.log1p((-ratio * forms).clamp(min=-1 + 1e-15))
         new_roots = growth**0.5 * (self.root_trace + logs @ rule.weights.to(own.mean.device))
         mean_term = -2 * (centred @ (own.mean - own.real.mean)) / (count - 1) + squares / (count - 1) ** 2
         return mean_term + (growth - 1) * own.trace - growth * ratio * squares - 2 * (new_roots - self.root_trace)
 
-    def _rule(self, rise: float) -> tuple[Quadrature, ShiftedGrams]:
+    def _rule(self, rise: float) -> Rule:
         """
-        The rule for changes that raise no eigenvalue of A by more than `rise`, and grams at `-lower²` and its nodes.
-        The upper end grows in octaves: rules are reused, and a subset's value does not depend on its neighbours.
-        Below, half of the smallest root leaves room for removed rows.
+        The rule for changes that raise no eigenvalue of A by more than `rise`. The upper end grows in octaves: rules
+        are reused, and a subset's value does not depend on its neighbours. Below, half of the smallest root leaves
+        room for removed rows.
         """
         octaves = math.ceil(math.log2(1 + rise / self.largest))
         if octaves not in self._rules:
             upper = (self.largest * 2**octaves) ** 0.5
             positive = self.eigenvalues[self.eigenvalues > 0]
             smallest = positive[0].sqrt().item() if len(positive) else 0.0
-            rule = elliptic_quadrature(max(smallest / 2, ROUNDING * upper), upper)
+            rule = logdet.elliptic_quadrature(max(smallest / 2, ROUNDING * upper), upper)
             shifts = torch.cat([rule.nodes.new_tensor([-rule.lower]), rule.nodes]).to(self.eigenvalues.device)
-            self._rules[octaves] = rule, ShiftedGrams(self.eigenvalues, shifts * shifts.abs())
+            self._rules[octaves] = rule, logdet.ShiftedGrams(self.eigenvalues, shifts * shifts.abs())
         return self._rules[octaves]
 
-    def _change(
-        self, indices: Tensor, features: Tensor, rule: Quadrature, shifted: ShiftedGrams, leave_one_in: bool
-    ) -> tuple[Tensor, Tensor]:
-        own, count, size = self.own, self.own.count, indices.shape[1]
+    def _change(self, indices: Tensor, features: Tensor, rule: Rule, leave_one_in: bool) -> tuple[Tensor, Tensor]:
+        own, count, size, (quadrature, shifted) = self.own, self.own.count, indices.shape[1], rule
         move = own.move(indices, features)
         # A' - A = W₊ᵀW₊ - W₋ᵀW₋ in the eigenbasis, with the shift of the mean as the last row of W₋
         with full_precision():
@@ -222,23 +213,23 @@ class LogDeterminants:
             y_shift = (y_added.sum(1) - y_removed.sum(1)) / count**0.5
             rows = torch.cat([y_added, y_removed, y_shift[:, None]], dim=1) / (count - 1) ** 0.5
             grams = shifted(rows)  # (1 + J, B, 2n + 1, 2n + 1), J the number of nodes
-        factors = factorize(grams[1:], size)
-        weights, coarse = rule.weights.to(rows.device), rule.coarse.to(rows.device)
+        factors = logdet.factorize(grams[1:], size)
+        weights, coarse = quadrature.weights.to(rows.device), quadrature.coarse.to(rows.device)
         rise, fall = weights @ factors.rise, weights @ factors.fall
         root_trace = self.root_trace + rise - fall
 
         # Trusted if the premises of the bound hold: no eigenvalue fell out of the rule's interval, and the coarse rule
         # is as near as its own bound says.
         difference = (rise - fall - coarse @ (factors.rise - factors.fall)).abs()
-        tolerance = (rule.bound + rule.coarse_bound + CHECK_TOLERANCE) * (rise + fall) + 1e-12 * own.trace
+        tolerance = (quadrature.bound + quadrature.coarse_bound + CHECK_TOLERANCE) * (rise + fall) + 1e-12 * own.trace
         trusted = (difference <= tolerance) & ~factors.failed.any(0)
-        if rule.lower > ROUNDING * rule.upper:
-            trusted &= eigenvalues_above(grams[0], size)
+        if quadrature.lower > ROUNDING * quadrature.upper:
+            trusted &= logdet.eigenvalues_above(grams[0], size)
         if leave_one_in:
-            return self._credits(move, root_trace, factors, rule), ~trusted
+            return self._credits(move, root_trace, factors, quadrature), ~trusted
         return own.distance(move.offset, move.trace, root_trace), ~trusted
 
-    def _credits(self, move: Move, root_trace: Tensor, factors: Factors, rule: Quadrature) -> Tensor:
+    def _credits(self, move: Move, root_trace: Tensor, factors: logdet.Factors, rule: logdet.Quadrature) -> Tensor:
         """
         `D(G') - D(G' without row j)` for new rows about the new mean, z'.
 

@@ -13,10 +13,7 @@ from .extractors import FeatureExtractor, extract_features, freeze, move
 
 
 class ImageMetric(Protocol):
-    """
-    A metric of a set of uint8 images that arrive in batches `(B, C, H, W)`. An attribute `higher_is_better` says which
-    direction is better.
-    """
+    """A metric of a set of uint8 images in batches `(B, C, H, W)`; `higher_is_better` tells its direction."""
 
     def reset(self) -> None: ...
 

@@ -167,10 +167,9 @@ class InceptionV3(nn.Module):
 
     def __init__(self, resize: str = "tensorflow", output: str = "pool3"):
         super().__init__()
-        if resize not in RESIZES:
-            raise ValueError(f"resize={resize!r} is unknown: choose one of {', '.join(map(repr, RESIZES))}.")
-        if output not in DIMENSIONS:
-            raise ValueError(f"output={output!r} is unknown: choose one of {', '.join(map(repr, DIMENSIONS))}.")
+        for option, value, known in (("resize", resize, RESIZES), ("output", output, DIMENSIONS)):
+            if value not in known:
+                raise ValueError(f"{option}={value!r} is unknown: choose one of {', '.join(map(repr, known))}.")
         self.resize, self.output = resize, output
         self.name = "inception" if output == "pool3" else f"inception-{output}"
         self.dimension = DIMENSIONS[output]

@@ -87,15 +87,13 @@ def error_bound(lower: float, upper: float, num_nodes: int) -> float:
 
 def _quarter_periods(modulus: float) -> tuple[float, float]:
     """`K` at the modulus and at its complement, by the arithmetic-geometric mean."""
-    complement = math.sqrt((1 - modulus) * (1 + modulus))
-    return math.pi / (2 * _agm(complement)), math.pi / (2 * _agm(modulus))
-
-
-def _agm(b: float) -> float:
-    a = 1.0
-    while abs(a - b) > 1e-15 * a:
-        a, b = (a + b) / 2, math.sqrt(a * b)
-    return a
+    periods = []
+    for b in (math.sqrt((1 - modulus) * (1 + modulus)), modulus):
+        a = 1.0
+        while abs(a - b) > 1e-15 * a:
+            a, b = (a + b) / 2, math.sqrt(a * b)
+        periods.append(math.pi / (2 * a))
+    return periods[0], periods[1]
 
 
 def _sc(u: Tensor, modulus: float, quarter: float, across: float) -> tuple[Tensor, Tensor]:

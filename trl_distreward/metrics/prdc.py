@@ -37,12 +37,10 @@ def precision_recall_density_coverage(
     overlap_k = nearest_k if precision_recall_k is None else precision_recall_k
     check_features(real, "real features")
     check_features(generated, "generated features", real.shape[1])
-    for kind, features in (("real", real), ("generated", generated)):
-        if not 1 <= min(nearest_k, overlap_k) <= max(nearest_k, overlap_k) < len(features):
-            raise ValueError(
-                f"nearest_k={nearest_k} and precision_recall_k={overlap_k} must lie in 1 to {len(features) - 1}, as "
-                f"there are {len(features)} {kind} rows: give more images or a smaller k."
-            )
+    most = min(len(real), len(generated)) - 1
+    if not 1 <= min(nearest_k, overlap_k) <= max(nearest_k, overlap_k) <= most:
+        ks = f"nearest_k={nearest_k} and precision_recall_k={overlap_k}"
+        raise ValueError(f"{ks} must lie in 1 to {most}, below the number of rows: give more images or a smaller k.")
     compared = torch.float32 if real.dtype == generated.dtype == torch.float32 else torch.float64
     centre = real[:BLOCK].double().median(dim=0).values  # products of rows about it lose fewer digits
     radii, overlap_radii = _radii(real, centre, (nearest_k, overlap_k), compared)

@@ -141,8 +141,7 @@ class SubsetReplaceReward:
         return self._removal_effects
 
     def _weight(self, name: str) -> float:
-        scale = self.first_distances[name] if len(self.distances) > 1 else 1.0
-        return self.space_weights[name] / scale
+        return self.space_weights[name] / (self.first_distances[name] if len(self.distances) > 1 else 1.0)
 
     def reset(self) -> None:
         """Forgets the reference set and the units of the spaces: the next reference set is the first again."""
