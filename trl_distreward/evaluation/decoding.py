@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Decode one stored image to uint8 RGB, the way pytorch-fid, torch-fidelity, clean-fid and ADM do.
-
-Gray, palette and CMYK images become RGB, an alpha channel is dropped without blending, the first frame of an animation
-is taken, and EXIF orientation is ignored. Pixels of more than 8 bits, which those tools clip or truncate, are refused.
+Decode one stored image to uint8 RGB, as pytorch-fid, torch-fidelity, clean-fid and ADM do: an alpha channel is dropped
+without blending, the first frame of an animation is taken, and EXIF orientation is ignored. Pixels of more than 8
+bits, which those tools clip or truncate, are refused.
 """
 
 import io

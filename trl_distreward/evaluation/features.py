@@ -77,17 +77,14 @@ class _Batches(IterableDataset):
         for shard in self.shards if worker is None else self.shards[worker.id :: worker.num_workers]:
             stored = self.source.shard(shard, self.batch_size)
             while batch := list(islice(stored, self.batch_size)):
-                yield shard, *self._decode(batch)
+                decoded, skipped = [], []
+                for image in batch:
+                    try:
+                        decoded.append(StoredImage(image.name, decode_image(image, self.resize), image.prompt))
+                    except UnreadableImage as error:
+                        skipped.append(str(error))
+                yield shard, decoded, skipped
             yield shard, None, []
-
-    def _decode(self, batch: list[StoredImage]) -> tuple[list[StoredImage], list[str]]:
-        decoded, skipped = [], []
-        for image in batch:
-            try:
-                decoded.append(StoredImage(image.name, decode_image(image, self.resize), image.prompt))
-            except UnreadableImage as error:
-                skipped.append(str(error))
-        return decoded, skipped
 
 
 def collect_features(

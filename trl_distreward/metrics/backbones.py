@@ -2,7 +2,8 @@
 """Vision backbones of transformers as feature extractors."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .precision import full_precision
-from .preprocessing import resize_antialiased, resize_pillow, to_rgb
+from .preprocessing import resize_pillow, to_rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-RESIZES = {"torch": resize_antialiased, "pillow": resize_pillow}
+RESIZES: dict[str, Callable[..., Tensor]] = {
+    "torch": partial(F.interpolate, antialias=True, align_corners=False),
+    "pillow": resize_pillow,
+}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as in preprocessor configurations
 # the vector that stands for the image, and the families that use it; others need `pooling`
 POOLINGS = {
@@ -88,7 +92,7 @@ class BackboneFeatures(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images `(B, 1 or 3, H, W)` in [0, 255] to the network's input `(B, 3, size, size)`."""
-        resized = self._resize(to_rgb(images, next(self.model.parameters()).dtype), self.size, self.mode)
+        resized = self._resize(to_rgb(images, next(self.model.parameters()).dtype), self.size, mode=self.mode)
         return (resized / 255 - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:

@@ -12,16 +12,12 @@ def check_features(features: Tensor, name: str = "features", dimension: int | No
         more = f", N at least {least}" if least else ""
         raise ValueError(f"{name} must be a tensor of shape (N, d){more}, got {shape}: give one row per image.")
     if dimension is not None and features.shape[1] != dimension:
-        raise ValueError(
-            f"{name} have dimension {features.shape[1]}, but the statistics they are compared with have "
-            f"{dimension}: use the extractor that made the statistics."
-        )
+        widths = f"dimension {features.shape[1]}, but the statistics they are compared with have {dimension}"
+        raise ValueError(f"{name} have {widths}: use the extractor that made the statistics.")
     bad = ~features.isfinite().all(dim=1)
     if bad.any():
-        raise ValueError(
-            f"{name} have NaN or infinite values in {bad.sum()} of {len(features)} rows: check the images and run the "
-            "extractor in float32."
-        )
+        rows = f"{bad.sum()} of {len(features)} rows"
+        raise ValueError(f"{name} have NaN or infinite values in {rows}: check the images, and extract in float32.")
     return features
 
 
@@ -31,10 +27,8 @@ def check_replacement(indices: Tensor, features: Tensor, reference: Tensor) -> t
     float64; raises `ValueError` if they do not fit.
     """
     if indices.ndim != 2 or features.shape[:2] != indices.shape or features.ndim != 3:
-        raise ValueError(
-            f"indices have shape {tuple(indices.shape)} and features {tuple(features.shape)}: "
-            "they must be (B, n) and (B, n, d)."
-        )
+        shapes = f"indices have shape {tuple(indices.shape)} and features {tuple(features.shape)}"
+        raise ValueError(f"{shapes}: they must be (B, n) and (B, n, d).")
     ordered = indices.sort(dim=1).values
     if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= len(reference):
         raise ValueError(f"indices span {indices.min()} to {indices.max()}: they must be 0 to {len(reference) - 1}.")

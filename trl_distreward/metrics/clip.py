@@ -74,9 +74,8 @@ class JointTextFeatures(nn.Module):
     statistics come from real images with their captions, as in the example of [`JointFeatures`].
 
     Args:
-        feature_extractor (`Callable`): images `(B, C, H, W)` to features `(B, d)`.
+        feature_extractor, scale: as in [`JointFeatures`].
         text_encoder (`Callable`): a list of B prompts to embeddings `(B, e)`, as [`~metrics.CLIPEmbeddings.prompts`].
-        scale (`float`, *optional*, defaults to 1.0): factor of the prompts' embeddings.
     """
 
     needs_conditions = True

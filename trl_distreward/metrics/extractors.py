@@ -181,10 +181,8 @@ def load_feature_extractor(
     if is_path:
         return load_backbone(name, Path(name).name if os.path.isdir(name) else name, kwargs)
     if "." not in name:
-        raise ValueError(
-            f"feature extractor {name!r} is unknown: give 'inception', 'dinov2', 'clip', a Hub id or a folder of a "
-            "vision backbone, or a dotted path 'package.module.name'."
-        )
+        choices = "'inception', 'dinov2', 'clip', a Hub id or a folder of a vision backbone, or a dotted path"
+        raise ValueError(f"feature extractor {name!r} is unknown: give {choices}.")
     extractor = resolve(name)
     if not callable(extractor) or isinstance(extractor, type):
         raise ValueError(f"{name} is a {type(extractor).__name__}: give a function of images that returns features.")

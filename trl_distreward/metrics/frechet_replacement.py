@@ -205,7 +205,8 @@ class LogDeterminants:
         return self._rules[octaves]
 
     def _change(self, indices: Tensor, features: Tensor, rule: Rule, leave_one_in: bool) -> tuple[Tensor, Tensor]:
-        own, count, size, (quadrature, shifted) = self.own, self.own.count, indices.shape[1], rule
+        own, count, size = self.own, self.own.count, indices.shape[1]
+        quadrature, shifted = rule
         move = own.move(indices, features)
         # A' - A = W₊ᵀW₊ - W₋ᵀW₋ in the eigenbasis, with the shift of the mean as the last row of W₋
         with full_precision():

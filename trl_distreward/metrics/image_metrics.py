@@ -47,12 +47,8 @@ class MeanScore:
 
 class FeatureDistance:
     """
-    Distance of a generated set from real data in one feature space.
-
-    Args:
-        feature_extractor (`Callable` or `torch.nn.Module`): uint8 images `(B, C, H, W)` to features `(B, d)`.
-        real ([`FeatureStatistics`], `torch.Tensor` of shape `(M, d)` or path): the real data.
-        distance (`str` or `Callable`, *optional*, defaults to `"frechet"`): as in [`SubsetReplaceReward`].
+    Distance of a generated set from real data in one feature space: `real` is the `real_statistics` of
+    [`SubsetReplaceReward`], whose `feature_extractor` and `distance` mean the same.
     """
 
     higher_is_better = False

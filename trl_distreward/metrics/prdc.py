@@ -29,8 +29,7 @@ def precision_recall_density_coverage(
     Both are as in the `prdc` package. (The original precision and recall count the border in, `≤`.)
 
     Args:
-        real (`torch.Tensor` of shape `(N, d)`), generated (`torch.Tensor` of shape `(M, d)`):
-            features, any float dtype, on one device; each set needs more than k rows.
+        real, generated (`torch.Tensor` of shapes `(N, d)` and `(M, d)`): features, any float dtype, on one device.
         nearest_k (`int`, *optional*, defaults to 5): k of density and coverage.
         precision_recall_k (`int`, *optional*, defaults to `nearest_k`): k of precision and recall, often 3.
     """

@@ -2,7 +2,6 @@
 """Preparation of generated images for feature networks: range, colour and size."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,11 +36,6 @@ def resize_tensorflow(images: Tensor, size: int) -> Tensor:
         first, second = (images.index_select(dim, i) for i in (low, (low + 1).clamp(max=length - 1)))
         images = first + (second - first) * fraction
     return images
-
-
-def resize_antialiased(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """Resize of whole images to `(size, size)`, antialiased when shrinking; bicubic may leave [0, 255]."""
-    return F.interpolate(images, size=(size, size), mode=mode, antialias=True, align_corners=False)
 
 
 def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: bool = True) -> Tensor:

@@ -101,9 +101,9 @@ def feature_metrics(
     """
     Metrics of a generated set by name, as the literature reports them.
 
-    `spread` estimates standard deviations between evaluations with other seeds from as many random halves of the set
-    (the delete-d jackknife of Shao and Wu, Annals of Statistics 17, 1989): the variance between halves is that between
-    independent sets of the whole size, to first order.
+    `spread` estimates standard deviations between evaluations with other seeds from as many random halves of the set,
+    where a metric has none of its own: the variance between halves is that between independent sets of the whole size,
+    to first order (the delete-d jackknife of Shao and Wu, Annals of Statistics 17, 1989). FID∞ gets none.
 
     Args:
         real ([`FeatureStatistics`] or `torch.Tensor` of shape `(M, d)`): the real set. Statistics suffice for the
@@ -115,8 +115,7 @@ def feature_metrics(
             `"coverage"` with k = 5; `"inception_score"`, with `"inception_score_std"` over its splits.
         logits (`torch.Tensor` of shape `(N, C)`, *optional*): class logits of the generated images.
         seed (`int`, *optional*, defaults to 0): seed of random subsets and of the Inception Score's order.
-        spread (`int`, *optional*, defaults to 0): number of halves for `"<name>_std"` of the metrics that have none of
-            their own, but for `"frechet_infinity"`; 0 for none.
+        spread (`int`, *optional*, defaults to 0): number of halves for a `"<name>_std"`; 0 for none.
     """
     if not metrics or not {*metrics} <= {*METRICS}:
         raise ValueError(f"metrics={metrics} are unknown or none: choose from {', '.join(METRICS)}.")

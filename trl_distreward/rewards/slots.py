@@ -107,7 +107,4 @@ class StratifiedSlotSampler:
 def check_size(replace_size: int, num_slots: int) -> None:
     """Raises `ValueError` if a subset is not smaller than the reference set."""
     if replace_size >= num_slots:
-        raise ValueError(
-            f"replace_size={replace_size} is not smaller than reference_set_size={num_slots}: lower replace_size or "
-            "raise reference_set_size."
-        )
+        raise ValueError(f"replace_size={replace_size} is not smaller than reference_set_size={num_slots}: lower it.")

@@ -83,10 +83,8 @@ class SubsetReplaceReward:
         needed = ["leave_one_in", "delete_one"] if credit == "leave_one_in" else ["delete_one"] * control_variate
         for name, built in self.distances.items():
             if not all(hasattr(built, method) for method in needed):
-                raise TypeError(
-                    f"the distance of {name!r}, a {type(built).__name__}, has no {' or '.join(needed)}: use "
-                    "credit='shared' without control_variate, or a distance of this library."
-                )
+                remedy = "use credit='shared' without control_variate, or a distance of this library"
+                raise TypeError(f"{type(built).__name__} of {name!r} has no {' or '.join(needed)}: {remedy}.")
         self.space_weights = dict.fromkeys(self.extractors, 1.0) | dict(space_weights or {})
         if set(self.space_weights) != set(self.extractors):
             raise ValueError(f"space_weights name {sorted(self.space_weights)}, extractors {sorted(self.extractors)}.")
@@ -156,10 +154,8 @@ class SubsetReplaceReward:
         if not self.first_distances:
             first = self.reference_distances
             if len(first) > 1 and not min(first.values()) > 0:
-                raise ValueError(
-                    f"the first reference set has the distances {first}, which must be positive to divide by: leave a "
-                    "space out, or use KernelDistance(..., unbiased=False), which is never below 0."
-                )
+                remedy = "leave a space out, or use KernelDistance(..., unbiased=False), which is never below 0"
+                raise ValueError(f"the first distances are {first}, but must be positive to divide by: {remedy}.")
             self.first_distances = first
 
     def update_reference(
@@ -239,10 +235,8 @@ class SubsetReplaceReward:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a reference set, whose features must come from the same extractors."""
         if state["extractors"] != self._identities:
-            raise ValueError(
-                f"the checkpoint's features come from the extractors {state['extractors']}, and this reward has "
-                f"{self._identities}: resume with the reward that the run started with."
-            )
+            both = f"{state['extractors']}, and this reward has {self._identities}"
+            raise ValueError(f"the checkpoint's features come from the extractors {both}: resume with the former.")
         self.first_distances = dict(state["first_distances"])
         if state["features"]:
             self.set_reference(state["features"])

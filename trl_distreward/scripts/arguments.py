@@ -159,9 +159,7 @@ def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[
             trainer.save_model()
             trainer.create_model_card()
     elif trainer.is_world_process_zero():
-        print(
-            f"Stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}: to continue, "
-            "run the same command with --resume_from_checkpoint true."
-        )
+        done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        print(f"Stopped by SIGTERM after {done}: to continue, add --resume_from_checkpoint true to the command.")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
