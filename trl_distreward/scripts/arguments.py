@@ -50,7 +50,7 @@ class RewardArguments:
     real_split: str | None = option(None, "Split of real_images, if there are several.")
     real_resize: int | None = option(None, "Side to which real_images are cropped and resized.")
     prompt_encoder: str | None = option(
-        None, "CLIP model whose embeddings of prompts are joined to the images' features, or to its own of images."
+        None, "CLIP model whose embeddings of prompts join the features of images: its own without feature_extractor."
     )
     prompt_scale: float = option(1.0, "Factor of the embeddings of prompts.")
     distance: str = option("frechet", "Distance of the reward.", choices=list(DISTANCES))

@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help=".safetensors file to write")
     add("--feature-extractor", metavar="NAME", help=f"{EXTRACTOR_HELP} (default: inception)")
     add("--features", action="store_true", help="keep the features too, which kernel distances need")
-    joined = "CLIP model whose embeddings of prompts are joined to the images' features, or to its own of images"
+    joined = "CLIP model whose embeddings of prompts join the features of images: its own without --feature-extractor"
     add("--prompt-encoder", metavar="CLIP", help=joined)
     add("--prompt-scale", type=float, default=1.0, help="factor of these embeddings (default: 1)")
     add("--prompt-column", default="prompt", help="column of prompts (default: prompt)")
