@@ -64,13 +64,6 @@ def test_merge_is_the_weighted_sum(tmp_path, dtype):
         torch.testing.assert_close(merged[key].double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_block_size_does_not_change_sums(monkeypatch):
-    tensors = [torch.randn(1000) for _ in range(4)]
-    whole = pool_module.weighted_sum(tensors, [0.1, 0.2, 0.3, 0.4], torch.empty(1000))
-    monkeypatch.setattr(pool_module, "BLOCK", 64)
-    assert torch.equal(whole, pool_module.weighted_sum(tensors, [0.1, 0.2, 0.3, 0.4], torch.empty(1000)))
-
-
 @pytest.mark.parametrize("index", [0, 2])
 def test_one_checkpoint_alone_comes_out_bit_by_bit(tmp_path, index):
     def spoil(number, state):
@@ -273,17 +266,13 @@ def test_network_of_a_pipeline_with_two_is_named(tmp_path):
     assert torch.equal(merged["gain"], Small(1).gain.data)
 
 
-def test_saved_merge_has_the_dtype_of_the_checkpoints_or_the_one_asked_for(tmp_path):
-    pool, weights = (
-        CheckpointPool(write(tmp_path, dtype=torch.float16), buffers=BUFFERS),
-        torch.tensor([0.1, 0.2, 0.7]),
-    )
+def test_saved_merge_has_the_dtype_of_the_checkpoints(tmp_path):
+    pool = CheckpointPool(write(tmp_path, dtype=torch.float16), buffers=BUFFERS)
+    weights = torch.tensor([0.1, 0.2, 0.7])
     out, merged = tmp_path / "new" / "merged.safetensors", dict(pool.merged(weights))
     pool.save_merged(out, weights)
     assert all(torch.equal(value, merged[key].to(value.dtype)) for key, value in load_file(out).items())
     assert load_file(out)["gain"].dtype == torch.float16
-    pool.save_merged(out, weights, dtype=torch.float32)
-    assert torch.equal(load_file(out)["gain"], merged["gain"])
     assert [path.name for path in out.parent.iterdir()] == ["merged.safetensors"]
 
 
@@ -318,15 +307,3 @@ def test_failed_save_leaves_the_earlier_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         pool.save_merged(out, torch.ones(3))
     assert out.read_bytes() == before and len([*out.parent.iterdir()]) == 1
-
-
-def test_merge_allocates_no_second_copy(tmp_path):
-    save_file({"x": torch.randn(1 << 22)}, tmp_path / "a.safetensors")
-    pool = CheckpointPool([tmp_path / "a.safetensors"] * 4)
-    from torch.profiler import ProfilerActivity, profile
-
-    network = nn.ParameterDict({"x": torch.zeros(1 << 22)})
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        pool.merge_into(network, torch.ones(4))
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in recorded.events())
-    assert allocated < 1 << 20, allocated

@@ -15,32 +15,22 @@ from ..files import write_json, written_whole
 from .adapters import ADAPTER_CONFIG, concatenated, concatenated_axis, merged_adapter_config
 from .sources import Checkpoint, open_checkpoint
 
-# Elements that are summed at a time on the CPU. A block of the sum stays in a core's cache while every checkpoint is
-# added to it; smaller blocks cost more in calls.
-BLOCK = 1 << 17
 
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which tensors of `dtype` are summed."""
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """
-    Computes `sum_i weights[i] * tensors[i]` in `out`, from contiguous tensors of its shape and on its device.
+    Computes `sum_i weights[i] * tensors[i]` in float32, or in float64 if the tensors are.
 
     A tensor with weight 0 is not read, so one checkpoint alone comes out bit by bit.
     """
-    used = [(tensor.view(-1), weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    used = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
     if not used:
-        return out.zero_()
-    size = BLOCK if out.device.type == "cpu" else max(1, out.numel())
-    scales = [weight for _, weight in used]
-    for block, *parts in zip(out.view(-1).split(size), *(tensor.split(size) for tensor, _ in used), strict=True):
-        torch.mul(parts[0].to(block.dtype), scales[0], out=block)
-        for part, weight in zip(parts[1:], scales[1:], strict=True):
-            block.add_(part.to(block.dtype), alpha=weight)
-    return out
+        return torch.zeros_like(tensors[0], dtype=dtype)
+    (first, scale), *others = used
+    total = first.to(dtype) * scale
+    for tensor, weight in others:
+        total.add_(tensor.to(dtype), alpha=weight)
+    return total
 
 
 class CheckpointPool:
@@ -97,10 +87,6 @@ class CheckpointPool:
         return len(self.members)
 
     @property
-    def keys(self) -> list[str]:
-        return list(self._tensors[-1])
-
-    @property
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of the merged tensors; adapters are concatenated along their rank."""
         shapes = {}
@@ -120,10 +106,6 @@ class CheckpointPool:
     def adapter_config(self) -> LoraConfig | None:
         """Configuration of a merged adapter, for [`~peft.get_peft_model`]; `None` for a pool of whole models."""
         return None if self._adapter_config is None else LoraConfig.from_peft_type(**self._adapter_config)
-
-    def tensor(self, index: int, key: str) -> Tensor:
-        """A tensor of one checkpoint, mapped from its file or on the device; do not change it."""
-        return self._tensors[index][key]
 
     def load_resident(self, device: str | torch.device) -> None:
         """Copies the pool to a device, where merges are then made."""
@@ -163,7 +145,7 @@ class CheckpointPool:
     @torch.no_grad()
     def merge_into(self, network: nn.Module, weights: Tensor, groups: Mapping[str, int] | None = None) -> None:
         """
-        Overwrites a network's weights with a weighted sum of the checkpoints, without a second copy of the model.
+        Overwrites a network's weights with a weighted sum of the checkpoints, tensor by tensor.
 
         Args:
             network (`torch.nn.Module`):
@@ -179,45 +161,19 @@ class CheckpointPool:
         rows = self._rows(weights, groups)
         copied = self.copied | {name for name, _ in network.named_buffers(remove_duplicate=False)}
         for key, source in self._tensors[-1].items():
-            target = state[key]
-            if key in copied:
-                target.copy_(source)
-            elif (
-                target.device == source.device
-                and target.is_contiguous()
-                and target.dtype == sum_dtype(source.dtype)
-                and self._axis(key) is None
-            ):
-                self._sum(key, rows[key], out=target)
-            else:
-                target.copy_(self._sum(key, rows[key]))
+            state[key].copy_(source if key in copied else self._sum(key, rows[key]))
 
-    def save_merged(
-        self,
-        path: str | os.PathLike,
-        weights: Tensor,
-        groups: Mapping[str, int] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def save_merged(self, path: str | os.PathLike, weights: Tensor, groups: Mapping[str, int] | None = None) -> None:
         """
-        Writes a weighted sum as a safetensors file, and for adapters `adapter_config.json` beside it.
-
-        Args:
-            path (`str`): file to write; an earlier one is replaced once the new one is complete.
-            weights, groups: as in `merged`.
-            dtype (`torch.dtype`, *optional*): dtype of the sums; by default the checkpoints'.
-
-        Raises:
-            ValueError: a sum is not finite in its dtype.
+        Writes a weighted sum as a safetensors file in the checkpoints' dtype, and for adapters `adapter_config.json`
+        beside it; see `merged` for `weights` and `groups`. Raises `ValueError` if a sum is not finite in that dtype.
         """
         tensors = {}
         for key, tensor in self.merged(weights, groups):
             if key not in self.copied:
-                tensor = tensor.to(dtype or self._tensors[-1][key].dtype)
+                tensor = tensor.to(self._tensors[-1][key].dtype)
                 if not bool(torch.isfinite(tensor.float()).all()):  # float8 has no isfinite
-                    raise ValueError(
-                        f"{key} is not finite in {tensor.dtype}: pass dtype=torch.float32, or smaller weights."
-                    )
+                    raise ValueError(f"{key} is not finite in {tensor.dtype}: pass smaller weights.")
             tensors[key] = tensor.cpu().contiguous()
         if self._adapter_config is not None:
             write_json(Path(path).with_name(ADAPTER_CONFIG), self._adapter_config)
@@ -240,13 +196,9 @@ class CheckpointPool:
         rows = table.tolist()
         return {key: rows[groups[key]] for key in self.weighted}
 
-    def _sum(self, key: str, row: Sequence[float], out: Tensor | None = None) -> Tensor:
+    def _sum(self, key: str, row: Sequence[float]) -> Tensor:
         members = [tensors[key] for tensors in self._tensors]
-        if self._axis(key) is not None:
-            return concatenated(key, members, row)
-        if out is None:
-            out = torch.empty(members[0].shape, dtype=sum_dtype(members[0].dtype), device=members[0].device)
-        return weighted_sum(members, row, out)
+        return weighted_sum(members, row) if self._axis(key) is None else concatenated(key, members, row)
 
     def _state_of(self, network: nn.Module) -> dict[str, Tensor]:
         """The tensors of a network, or `ValueError` if it does not fit the pool."""
