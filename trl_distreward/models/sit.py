@@ -6,6 +6,7 @@ the published weights: here all blocks share their embedders, and frequencies ar
 """
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -27,25 +29,6 @@ SIT_SIZES = {
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
-    """Computes a fixed 2-D sine-cosine embedding: half of the channels for the column, half for the row."""
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, width / 4)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
-    columns = axis[None, :, :].expand(grid_size, -1, -1)
-    rows = axis[:, None, :].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).float()  # (1, patches, width)
-
-
-class PatchEmbedder(nn.Module):
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, patches, width)
 
 
 class TimestepEmbedder(nn.Module):
@@ -90,17 +73,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
-class Mlp(nn.Module):
-    def __init__(self, hidden_size: int, mlp_ratio: float):
-        super().__init__()
-        inner = int(hidden_size * mlp_ratio)
-        self.fc1 = nn.Linear(hidden_size, inner)
-        self.fc2 = nn.Linear(inner, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class SiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (arXiv 2212.09748, Section 3.2)."""
 
@@ -109,7 +81,9 @@ class SiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        inner = int(hidden_size * mlp_ratio)
+        fc1, fc2 = nn.Linear(hidden_size, inner), nn.Linear(inner, hidden_size)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(approximate="tanh"), fc2=fc2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -174,10 +148,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"patch_size={patch_size} must divide sample_size={sample_size}.")
         self.gradient_checkpointing = False
         grid_size = sample_size // patch_size
-        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        patches = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.x_embedder = nn.Sequential(OrderedDict(proj=patches, flatten=nn.Flatten(2)))  # (B, width, patches)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, grid_size), requires_grad=False)
+        positions = get_2d_sincos_pos_embed(hidden_size, grid_size, base_size=grid_size)  # (patches, width), float64
+        self.pos_embed = nn.Parameter(positions.float()[None], requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
         self.initialize_weights()
@@ -222,7 +198,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Returns:
             `.sample` of shape `(B, C, H, W)`: velocity `x_data - x_noise` in SiT's own convention.
         """
-        x = self.x_embedder(hidden_states) + self.pos_embed
+        x = self.x_embedder(hidden_states).transpose(1, 2) + self.pos_embed
         c = self.t_embedder(timestep) + self.y_embedder(class_labels)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -37,35 +37,27 @@ class DiffusionPolicy(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Moves everything but the network, such as a VAE; the trainer moves the network."""
-        ...
 
     def check_conditions(self, conditions: Any) -> None:
         """Raises `ValueError` for conditions that the model does not know."""
-        ...
 
     def encode(self, conditions: Any) -> dict[str, Tensor]:
         """Encodes conditions as tensors whose first dimension is the batch."""
-        ...
 
     def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
         """Draws starting noise `(B, ...)` at `t = 1`."""
-        ...
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Predicts `x_1 - x_0` at `x (B, ...)` and `t (B,)`, guidance included, in float32."""
-        ...
 
     def decode(self, x: Tensor) -> Tensor:
         """Decodes samples to images `(B, C, H, W)` in [0, 1], float32."""
-        ...
 
     def save_pretrained(self, path: str | os.PathLike, model: nn.Module | None = None) -> None:
         """Writes a folder that loads as a pipeline; `model`, if given, takes the place of the trained network."""
-        ...
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
         """Reads the network's state dict from such a folder, into CPU memory."""
-        ...
 
 
 class PipelinePolicy:
