@@ -44,9 +44,6 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
-# ---- strata ----
-
-
 def members_of(strata: Sequence[Hashable]) -> list[Tensor]:
     """Positions of each stratum's members, strata in the order of their first appearance."""
     places: dict[Hashable, list[int]] = {}
@@ -73,11 +70,8 @@ def proportional_subsets(sizes: Tensor, num_subsets: int, size: int, generator: 
     # one stratum after the other, dealt out like cards
     strata = torch.arange(len(sizes)).repeat_interleave(proportional_counts(sizes, total, generator))
     receivers = torch.randperm(num_subsets, generator=generator)[torch.arange(total) % num_subsets]
-    counts = torch.zeros(num_subsets, len(sizes), dtype=torch.long)
-    return counts.index_put_((receivers, strata), torch.ones(total, dtype=torch.long), accumulate=True)
-
-
-# ---- slots of the reference set ----
+    pairs = receivers * len(sizes) + strata
+    return torch.bincount(pairs, minlength=num_subsets * len(sizes)).view(num_subsets, len(sizes))
 
 
 def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:

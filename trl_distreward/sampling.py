@@ -127,9 +127,6 @@ def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.de
     return send(torch.stack(rows), device)
 
 
-# ---- the stochastic step ----
-
-
 def transition(
     x: Tensor,
     velocity: Tensor,
@@ -225,9 +222,8 @@ def check_noise(noise_schedule: str, noise_level: float) -> None:
     """Raises `ValueError` for an unknown noise schedule or a noise level outside its range."""
     if noise_schedule not in NOISE_SCHEDULES:
         raise ValueError(f"noise_schedule={noise_schedule!r} is unknown: choose one of {', '.join(NOISE_SCHEDULES)}.")
-    if not noise_level >= 0 or (noise_schedule == "cps" and noise_level > 1):
-        limit = "between 0 and 1 for 'cps'" if noise_schedule == "cps" else "at least 0"
-        raise ValueError(f"noise_level={noise_level} must be {limit}.")
+    if not 0 <= noise_level <= (1 if noise_schedule == "cps" else math.inf):
+        raise ValueError(f"noise_level={noise_level} must be at least 0, and between 0 and 1 for 'cps'.")
 
 
 def stochastic_steps(
@@ -252,9 +248,6 @@ def stochastic_steps(
     if final_step == "mean" and steps and steps[-1] == len(times) - 2:
         steps.pop()
     return tuple(steps)
-
-
-# ---- whole trajectories ----
 
 
 @torch.no_grad()

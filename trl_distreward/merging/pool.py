@@ -119,8 +119,6 @@ class CheckpointPool:
             "members": [member.describe() for member in self.members],
         }
 
-    # ---- weighted sums ----
-
     @torch.no_grad()
     def merged(self, weights: Tensor, groups: Mapping[str, int] | None = None) -> Iterator[tuple[str, Tensor]]:
         """

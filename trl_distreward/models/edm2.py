@@ -7,6 +7,7 @@ magnitude on expectation, with pixel norms as the only normalization layers.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,9 +93,9 @@ class EDM2Block(nn.Module):
     def __init__(
         self,
         config: Mapping[str, Any],
+        emb_channels: int,
         in_channels: int,
         out_channels: int,
-        emb_channels: int,
         *,
         decoder: bool,
         attention: bool,
@@ -158,35 +159,32 @@ class EDM2UNet(nn.Module):
         self.emb_fourier = MPFourier(widths[0])
         self.emb_noise = MPLayer(widths[0], emb_channels)
         self.emb_label = MPLayer(num_classes, emb_channels) if num_classes else None
-
-        def block(
-            cin: int, cout: int, size: int, decoder: bool, attention: bool | None = None, resample: str | None = None
-        ) -> EDM2Block:
-            attends = size in config["attn_resolutions"] if attention is None else attention
-            return EDM2Block(config, cin, cout, emb_channels, decoder=decoder, attention=attends, resample=resample)
-
-        sizes = [sample_size >> level for level in range(len(widths))]
+        block = partial(EDM2Block, config, emb_channels)
+        levels = [(sample_size >> level, width) for level, width in enumerate(widths)]
         width = widths[0]
         self.enc = nn.ModuleDict({f"{sample_size}x{sample_size}_conv": MPLayer(in_channels + 1, width, 3)})
         skips = [width]
-        for level, (size, channels) in enumerate(zip(sizes, widths, strict=True)):
+        for level, (size, channels) in enumerate(levels):
+            attends = size in config["attn_resolutions"]
             if level:
-                self.enc[f"{size}x{size}_down"] = block(width, width, size, False, False, "down")
+                self.enc[f"{size}x{size}_down"] = block(width, width, decoder=False, attention=False, resample="down")
                 skips.append(width)
             for i in range(num_blocks):
-                self.enc[f"{size}x{size}_block{i}"] = block(width, channels, size, False)
+                self.enc[f"{size}x{size}_block{i}"] = block(width, channels, decoder=False, attention=attends)
                 width = channels
                 skips.append(width)
 
         self.dec = nn.ModuleDict()
-        for level, (size, channels) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
-            if level == len(widths) - 1:
-                self.dec[f"{size}x{size}_in0"] = block(width, width, size, True, True)
-                self.dec[f"{size}x{size}_in1"] = block(width, width, size, True, False)
+        for level, (size, channels) in reversed(list(enumerate(levels))):
+            attends = size in config["attn_resolutions"]
+            if level == len(levels) - 1:
+                self.dec[f"{size}x{size}_in0"] = block(width, width, decoder=True, attention=True)
+                self.dec[f"{size}x{size}_in1"] = block(width, width, decoder=True, attention=False)
             else:
-                self.dec[f"{size}x{size}_up"] = block(width, width, size, True, False, "up")
+                self.dec[f"{size}x{size}_up"] = block(width, width, decoder=True, attention=False, resample="up")
             for i in range(num_blocks + 1):
-                self.dec[f"{size}x{size}_block{i}"] = block(width + skips.pop(), channels, size, True)
+                joined = width + skips.pop()
+                self.dec[f"{size}x{size}_block{i}"] = block(joined, channels, decoder=True, attention=attends)
                 width = channels
         self.out_conv = MPLayer(width, in_channels, 3)
 
@@ -307,15 +305,10 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
         """
-        Args:
-            sample (`torch.Tensor` of shape `(B, C, H, W)`): `z = x_0 + σ ε`.
-            timestep (`torch.Tensor` of shape `(B,)`, or one number): noise level σ > 0.
-            class_labels (`torch.LongTensor` of shape `(B,)`, *optional*):
-                labels in [0, num_classes). Without labels no class is embedded.
+        Denoises `sample`, `z = x_0 + σ ε` `(B, C, H, W)`, at the noise levels σ > 0 in `timestep`, `(B,)` or a number.
 
-        Returns:
-            `.sample` of shape `(B, C, H, W)`, float32: the denoised sample. Preconditioning is in float32 (EDM, arXiv
-            2206.00364, Table 1), and the network runs in its weights' dtype, or under autocast.
+        Without `class_labels` `(B,)` no class is embedded. Preconditioning and the returned `.sample` are in float32
+        (EDM, arXiv 2206.00364, Table 1); the network runs in its weights' dtype, or under autocast.
         """
         z, data = sample.float(), self.config.sigma_data
         sigma = torch.as_tensor(timestep, dtype=torch.float32, device=z.device).reshape(-1).expand(len(z))

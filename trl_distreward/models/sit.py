@@ -190,13 +190,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): sample.
-            timestep (`torch.Tensor` of shape `(B,)`): SiT's time in [0, 1], with noise at 0 and data at 1.
-            class_labels (`torch.LongTensor` of shape `(B,)`): labels in [0, num_classes]; the last is the null class.
+        Predicts `.sample`, the velocity `x_data - x_noise` `(B, C, H, W)`, at samples `hidden_states`.
 
-        Returns:
-            `.sample` of shape `(B, C, H, W)`: velocity `x_data - x_noise` in SiT's own convention.
+        `timestep` `(B,)` is SiT's time in [0, 1], with noise at 0 and data at 1. `class_labels` `(B,)` lie in
+        [0, num_classes]; the last is the null class.
         """
         x = self.x_embedder(hidden_states).transpose(1, 2) + self.pos_embed
         c = self.t_embedder(timestep) + self.y_embedder(class_labels)

@@ -53,13 +53,8 @@ class EDM2Pipeline(DiffusionPipeline):
         self, model: nn.Module, z: Tensor, sigma: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
     ) -> Tensor:
         """
-        Denoises samples, and with `guidance_scale != 1` moves them away from the guider's (arXiv 2406.02507).
-
-        Args:
-            model (`nn.Module`): the network, possibly wrapped for distributed training.
-            z (`torch.Tensor` of shape `(B, C, H, W)`): `x_0 + σ ε`.
-            sigma (`torch.Tensor` of shape `(B,)`): noise levels.
-            class_labels (`torch.LongTensor` of shape `(B,)`): labels; not used by a network without classes.
+        Denoises samples `z = x_0 + σ ε` `(B, C, H, W)` at noise levels `(B,)`. Guidance moves them away from the
+        guider's (arXiv 2406.02507). `model` is the network, possibly wrapped for distributed training.
         """
         denoised = model(z, sigma, class_labels if self.unet.config.num_classes else None, return_dict=False)[0]
         if guidance_scale == 1.0:
@@ -73,12 +68,9 @@ class EDM2Pipeline(DiffusionPipeline):
         self, model: nn.Module, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
     ) -> Tensor:
         """
-        Predicts the velocity `x_noise - x_data` at `x = (1-t) x_data + t x_noise`.
+        Predicts the velocity `x_noise - x_data = (x - denoised) / t` at `x = (1-t) x_data + t x_noise`, `t` in (0, 1].
 
-        With `σ = t/(1-t)`, the network's input is `z = x (1+σ)`, and the velocity is `(x - denoised) / t`. The network
-        was trained up to a noise level of 80, which is used for all higher ones.
-
-        Args: as in `denoise`, with `x (B, C, H, W)` and `t (B,)` in (0, 1] in place of `z` and `sigma`.
+        The network sees `x (1+σ)` at `σ = t/(1-t)`, or at 80 for all higher levels. Other arguments as in `denoise`.
         """
         sigma = (t / (1 - t)).clamp(max=SIGMA_MAX)
         shape = (-1,) + (1,) * (x.ndim - 1)

@@ -47,15 +47,10 @@ class SiTPipeline(DiffusionPipeline):
         guidance_channels: int | None = None,
     ) -> Tensor:
         """
-        Predicts the velocity `x_noise - x_data` at time `t`, with data at 0 and noise at 1.
+        Predicts the velocity `x_noise - x_data` of samples `x` `(B, C, H, W)` at times `t` `(B,)` in [0, 1].
 
-        Args:
-            model (`nn.Module`): the transformer, possibly wrapped for distributed training.
-            x (`torch.Tensor` of shape `(B, C, H, W)`): sample.
-            t (`torch.Tensor` of shape `(B,)`): time in [0, 1]; SiT's own time runs the other way.
-            class_labels (`torch.LongTensor` of shape `(B,)`): labels.
-            guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 for none.
-            guidance_channels (`int`, *optional*): number of first channels to guide; all by default, 3 in SiT's code.
+        Data is at 0 and noise at 1; SiT's own time runs the other way. `model` is the transformer, possibly wrapped
+        for distributed training. `guidance_channels` guides only the first channels; SiT's code guides 3.
         """
         x = x.to(self.transformer.dtype)
         if guidance_scale == 1.0:
@@ -113,7 +108,7 @@ class SiTPipeline(DiffusionPipeline):
                 or `"dopri5"`, which chooses its own steps (needs torchdiffeq).
             noise_level (`float`, *optional*, defaults to 1.0): η of the SDE, in `s² = 2 η² t`; SiT has 1.0.
             last_step_size (`float`, *optional*, defaults to 0.04): size of the SDE's last step, "Mean" in SiT's code.
-            guidance_channels (`int`, *optional*): see `predict_velocity`.
+            guidance_channels (`int`, *optional*): guides only the first channels; SiT's code guides 3.
             rtol, atol (`float`, *optional*, default to 1e-3 and 1e-6): tolerances of `"dopri5"`, as in SiT's code.
             generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise.

@@ -85,11 +85,6 @@ class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
         super().__init__(pipeline, guidance_scale)
         self.num_conditions = self.config.num_embeds_ada_norm
         self.null_class = self.num_conditions  # DiTPipeline uses 1000, whatever the number of classes
-        names: dict[int, list[str]] = {}
-        for name, label in pipeline.labels.items():
-            names.setdefault(label, []).append(name)
-        if names:  # DiTPipeline reads them from its config, but does not save them again
-            pipeline.register_to_config(id2label={str(label): ", ".join(names[label]) for label in sorted(names)})
         self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -101,13 +96,8 @@ class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
     Policy of a [`~diffusers.UNet2DModel`], in pixels ([`~diffusers.DDPMPipeline`], [`~diffusers.DDIMPipeline`]) or in
     the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]).
 
-    Without `num_class_embeds` in the network's config, all images have class 0.
-
-    Args:
-        pipeline: generator; its U-Net is trained.
-        guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance.
-        null_class (`int`, *optional*):
-            label that stands for "no class", if the network was trained with one: the last of `num_class_embeds`.
+    Without `num_class_embeds` in the network's config, all images have class 0. `null_class` is the label that stands
+    for "no class", if the network was trained with one: the last of `num_class_embeds`.
     """
 
     component = "unet"

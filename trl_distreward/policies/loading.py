@@ -67,16 +67,12 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
         asked = f"there is no folder {name_or_path}, and loading it from the Hub failed"
         download = partial(snapshot_download, str(name_or_path), revision=revision)
         folder = Path(with_retries(download, asked, str(name_or_path)))
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} has no model_index.json: it is not a saved diffusers pipeline.")
-    parts = json.loads(index.read_text())
+    parts = json.loads((folder / "model_index.json").read_text())
     class_name = parts["_class_name"]
     if isinstance(class_name, list) and class_name[-1] in _PIPELINES:
         pipeline = _without_its_code(folder, parts, **kwargs)
     else:
-        known = _PIPELINES.get(class_name) if isinstance(class_name, str) else None
-        pipeline = (known or DiffusionPipeline).from_pretrained(str(folder), **kwargs)
+        pipeline = _PIPELINES.get(str(class_name), DiffusionPipeline).from_pretrained(str(folder), **kwargs)
     pipeline.register_to_config(_name_or_path=str(name_or_path))  # instead of a folder in the cache
     return pipeline
 

@@ -86,8 +86,6 @@ class TextToImagePolicy(PipelinePolicy):
             if part is not None:
                 part.to(device)
 
-    # ---- prompts ----
-
     def check_conditions(self, conditions: Any) -> None:
         if isinstance(conditions, str):
             raise ValueError(f"{conditions!r} is one prompt: pass a list of them.")
@@ -113,8 +111,6 @@ class TextToImagePolicy(PipelinePolicy):
     def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:
         prompts = self.prompts(cond["prompt"])
         return self.embedded([*[None] * len(prompts), *prompts] if guided else prompts)
-
-    # ---- embeddings ----
 
     def embedded(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
         """Embeddings `(B, ...)` by name, on the network's device; `None` is the null prompt."""
