@@ -23,11 +23,11 @@ class Record:
     """Stands for an object: its class's name in the file, the arguments it would be made with, and its state."""
 
     args: tuple
-    state: Value
+    state: Value = None
 
     def __new__(cls, *args: Value) -> "Record":
         record = object.__new__(cls)
-        record.args, record.state = args, None
+        record.args = args
         return record
 
     def __setstate__(self, state: Value) -> None:

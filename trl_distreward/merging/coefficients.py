@@ -58,11 +58,8 @@ def initial_coefficients(
     relative width `target_std` that ends at the last checkpoint. `times` are the checkpoints' training times, 1, 2, …
     by default; `stds` are their relative widths, if they are averages themselves.
     """
-    given = {"checkpoint_times": times, "checkpoint_stds": stds}
-    if not isinstance(kind, str):
-        given["initial_coefficients"] = kind
-    for name, values in given.items():
-        if values is not None and len(values) != count:
+    for name, values in (("checkpoint_times", times), ("checkpoint_stds", stds), ("initial_coefficients", kind)):
+        if not isinstance(values, str | None) and len(values) != count:
             raise ValueError(f"{name} has {len(values)} entries for {count} checkpoints: give one each.")
     if not isinstance(kind, str):
         return torch.tensor([float(value) for value in kind], dtype=torch.float64)

@@ -10,7 +10,17 @@ from .paths import FlowPolicy
 from .text_to_image import TextToImagePolicy, latent_moments
 
 
-class StableDiffusion3Policy(TextToImagePolicy, FlowPolicy):
+class TextFlowPolicy(TextToImagePolicy, FlowPolicy):
+    """Base class for prompts on the rectified-flow path."""
+
+    def call(self, model: nn.Module, x: Tensor, timestep: Tensor, inputs: dict[str, Tensor], **extra: Any) -> Tensor:
+        """Calls the network with what all families share, and with `extra` arguments."""
+        embeds = inputs["prompt_embeds"]
+        shared = {"hidden_states": x.to(self.dtype), "timestep": timestep, "encoder_hidden_states": embeds}
+        return model(**shared, **extra, return_dict=False)[0]
+
+
+class StableDiffusion3Policy(TextFlowPolicy):
     """Policy of a [`~diffusers.StableDiffusion3Pipeline`] 3 or 3.5."""
 
     embeddings = {"prompt_embeds": 0, "pooled": 2}
@@ -18,16 +28,11 @@ class StableDiffusion3Policy(TextToImagePolicy, FlowPolicy):
     even_sigmas = False
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return model(
-            hidden_states=x.to(self.dtype),
-            timestep=t * self.pipeline.scheduler.config.num_train_timesteps,
-            encoder_hidden_states=inputs["prompt_embeds"],
-            pooled_projections=inputs["pooled"],
-            return_dict=False,
-        )[0]
+        timestep = t * self.pipeline.scheduler.config.num_train_timesteps
+        return self.call(model, x, timestep, inputs, pooled_projections=inputs["pooled"])
 
 
-class SanaPolicy(TextToImagePolicy, FlowPolicy):
+class SanaPolicy(TextFlowPolicy):
     """Policy of a [`~diffusers.SanaPipeline`]."""
 
     embeddings = {"prompt_embeds": 0, "mask": 1}
@@ -35,18 +40,12 @@ class SanaPolicy(TextToImagePolicy, FlowPolicy):
     even_sigmas = False
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        steps = self.pipeline.scheduler.config.num_train_timesteps
-        output = model(
-            x.to(self.dtype),
-            encoder_hidden_states=inputs["prompt_embeds"],
-            encoder_attention_mask=inputs["mask"],
-            timestep=t * steps * self.config.timestep_scale,
-            return_dict=False,
-        )[0]
+        timestep = t * self.pipeline.scheduler.config.num_train_timesteps * self.config.timestep_scale
+        output = self.call(model, x, timestep, inputs, encoder_attention_mask=inputs["mask"])
         return output[:, : x.shape[1]]  # a learned variance is dropped
 
 
-class PackedPolicy(TextToImagePolicy, FlowPolicy):
+class PackedPolicy(TextFlowPolicy):
     """Base class for networks with packed tokens of 2x2 latent pixels, which may take guidance as an input."""
 
     patch = 2
@@ -93,16 +92,9 @@ class FluxPolicy(PackedPolicy):
         rows, columns = torch.meshgrid(*sides, indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
         embeds = inputs["prompt_embeds"]
-        tokens = model(
-            hidden_states=self.pack(x.to(self.dtype)),
-            timestep=t,
-            guidance=self.guidance(x),
-            pooled_projections=inputs["pooled"],
-            encoder_hidden_states=embeds,
-            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=places.to(self.dtype),
-            return_dict=False,
-        )[0]
+        ids = {"txt_ids": embeds.new_zeros(embeds.shape[1], 3), "img_ids": places.to(self.dtype)}
+        pooled, guidance = inputs["pooled"], self.guidance(x)
+        tokens = self.call(model, self.pack(x), t, inputs, guidance=guidance, pooled_projections=pooled, **ids)
         return self.unpack(tokens)
 
 
@@ -121,16 +113,9 @@ class QwenImagePolicy(PackedPolicy):
         return {"prompt_embeds": row, "mask": torch.ones(len(row), dtype=torch.long)}
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        tokens = model(
-            hidden_states=self.pack(x.to(self.dtype)),
-            timestep=t,
-            guidance=self.guidance(x),
-            encoder_hidden_states_mask=inputs["mask"],
-            encoder_hidden_states=inputs["prompt_embeds"],
-            img_shapes=[[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
-            return_dict=False,
-        )[0]
-        return self.unpack(tokens)
+        shapes = [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x)
+        extra = {"encoder_hidden_states_mask": inputs["mask"], "img_shapes": shapes}
+        return self.unpack(self.call(model, self.pack(x), t, inputs, guidance=self.guidance(x), **extra))
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         tokens, guided = self.pack(conditional), self.pack(super().guide(conditional, unconditional))
@@ -143,7 +128,7 @@ class QwenImagePolicy(PackedPolicy):
         return (frames[:, :, 0].float() / 2 + 0.5).clamp(0, 1)
 
 
-class ZImagePolicy(TextToImagePolicy, FlowPolicy):
+class ZImagePolicy(TextFlowPolicy):
     """
     Policy of a [`~diffusers.ZImagePipeline`]. `guidance_scale=1.0` is no guidance, as in every policy; the pipeline's
     own scale is lower by one.
@@ -169,7 +154,7 @@ class ZImagePolicy(TextToImagePolicy, FlowPolicy):
         return -torch.stack(model(images, 1 - t, texts, return_dict=False)[0]).squeeze(2)
 
 
-class Lumina2Policy(TextToImagePolicy, FlowPolicy):
+class Lumina2Policy(TextFlowPolicy):
     """Policy of a [`~diffusers.Lumina2Pipeline`]. Each row of a guided velocity keeps the conditional one's norm."""
 
     embeddings = {"prompt_embeds": 0, "mask": 1}
@@ -180,13 +165,7 @@ class Lumina2Policy(TextToImagePolicy, FlowPolicy):
         return self.latent_channels  # the pipeline itself counts channels here
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return -model(
-            hidden_states=x.to(self.dtype),
-            timestep=1 - t,
-            encoder_hidden_states=inputs["prompt_embeds"],
-            encoder_attention_mask=inputs["mask"],
-            return_dict=False,
-        )[0]
+        return -self.call(model, x, 1 - t, inputs, encoder_attention_mask=inputs["mask"])
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         guided = super().guide(conditional, unconditional)
