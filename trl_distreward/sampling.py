@@ -361,12 +361,7 @@ def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: 
 
 
 def _dopri5(velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
-    try:
-        from torchdiffeq import odeint
-    except ImportError as error:
-        raise ImportError(
-            "solver='dopri5' needs torchdiffeq: pip install 'trl-distreward[ode]', or choose solver='heun'."
-        ) from error
+    from torchdiffeq import odeint  # not a dependency: pip install 'trl-distreward[ode]'
 
     def backwards(elapsed: Tensor, x: Tensor) -> Tensor:
         return -velocity(x, (start - elapsed).to(x.dtype).expand(x.shape[0]))

@@ -221,12 +221,11 @@ def check_alike(members: Sequence[Checkpoint]) -> None:
     """Raises `ValueError` if a checkpoint differs from most of the others, or from the first if none agree."""
     kinds = [member.specs for member in members]
     usual = max(kinds, key=kinds.count)
-    odd = next((member for member in members if member.specs != usual), None)
-    if odd is None:
-        return
-    keys = sorted(key for key in {*odd.specs, *usual} if odd.specs.get(key) != usual.get(key))
-    first, other = keys[0], members[kinds.index(usual)].source
-    raise ValueError(
-        f"{odd.source} is not like {other} in {len(keys)} tensors: {first} is {odd.specs.get(first, 'absent')} in it, "
-        f"but {usual.get(first, 'absent')} there. Leave it out, or save it as the others were."
-    )
+    for member in members:
+        keys = [key for key in {*member.specs, *usual} if member.specs.get(key) != usual.get(key)]
+        if keys:
+            key, other = min(keys), members[kinds.index(usual)].source
+            raise ValueError(
+                f"{member.source} is not like {other}: {key} is {member.specs.get(key, 'absent')} in it, but "
+                f"{usual.get(key, 'absent')} there. Leave it out, or save it as the others were."
+            )

@@ -114,10 +114,7 @@ class EDM2Pipeline(DiffusionPipeline):
             class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`; zeros without classes.
             guidance_scale (`float`, *optional*, defaults to 1.0): scale of the guidance; 1.0 for none.
             num_inference_steps (`int`, *optional*, defaults to 32): steps, each of two evaluations but the last.
-            generator (`torch.Generator` or list of them, one per image, *optional*): source of the noise.
-            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise, standard normal.
-            output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (B, H, W, C), `"pt"` (B, C, H, W), both in [0, 1], or `"latent"`.
+            generator, latents, output_type: see [`SiTPipeline`].
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or a tuple whose first element is the images.

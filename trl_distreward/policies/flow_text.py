@@ -49,6 +49,7 @@ class PackedPolicy(TextFlowPolicy):
     """Base class for networks with packed tokens of 2x2 latent pixels, which may take guidance as an input."""
 
     patch = 2
+    packed = True
 
     def __init__(self, pipeline: Any, guidance_scale: float = 1.0, **kwargs: Any):
         super().__init__(pipeline, guidance_scale, **kwargs)
@@ -56,12 +57,8 @@ class PackedPolicy(TextFlowPolicy):
         self.guided = self.guided and not self.distilled
 
     @property
-    def native_size(self) -> tuple[int, int]:
-        return self.pipeline.default_sample_size, self.pipeline.default_sample_size
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.in_channels // 4
+    def native_size(self) -> int:
+        return self.pipeline.default_sample_size
 
     def guidance(self, x: Tensor) -> Tensor | None:
         """Guidance input `(B,)` of a distilled network."""
@@ -138,9 +135,8 @@ class ZImagePolicy(TextFlowPolicy):
     _counted: tuple[Tensor | None, list[int]] = (None, [])  # a batch's mask and its prompts' lengths
 
     @property
-    def native_size(self) -> tuple[int, int]:
-        side = 1024 // self.pipeline.vae_scale_factor
-        return side, side
+    def native_size(self) -> int:
+        return 1024 // self.pipeline.vae_scale_factor
 
     def embed(self, prompt: str | None) -> dict[str, Tensor]:
         row = super().embed(prompt)
@@ -162,7 +158,7 @@ class Lumina2Policy(TextFlowPolicy):
 
     @property
     def sequence_length(self) -> int:
-        return self.latent_channels  # the pipeline itself counts channels here
+        return self.sample_shape[0]  # the pipeline itself counts channels here
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return -self.call(model, x, 1 - t, inputs, encoder_attention_mask=inputs["mask"])

@@ -37,6 +37,7 @@ class TextToImagePolicy(PipelinePolicy):
     embeddings: dict[str, int] = {"prompt_embeds": 0}
     null_embeddings: dict[str, int] | None = {"prompt_embeds": 1}
     null_prompt = ""  # used if `encode_prompt` returns no null embeddings
+    packed = False  # whether the network's channels are those of 2x2 pixels of the latent
 
     def __init__(
         self,
@@ -48,14 +49,15 @@ class TextToImagePolicy(PipelinePolicy):
         offload_text_encoders: bool = False,
     ):
         super().__init__(pipeline, guidance_scale)
-        factor = pipeline.vae_scale_factor
-        native = tuple(side * factor for side in self.native_size)
-        self.size = (native[0] if height is None else height, native[1] if width is None else width)
+        factor, native = pipeline.vae_scale_factor, self.native_size
+        rows, columns = (native, native) if isinstance(native, int) else native
+        self.size = (rows * factor if height is None else height, columns * factor if width is None else width)
         if any(side < 1 or side % (factor * self.patch) for side in self.size):
             raise ValueError(
                 f"height={self.size[0]} and width={self.size[1]} must be multiples of {factor * self.patch}."
             )
-        self.sample_shape = (self.latent_channels, *(side // factor for side in self.size))
+        channels = self.config.in_channels // (4 if self.packed else 1)
+        self.sample_shape = (channels, *(side // factor for side in self.size))
         self.offload_text_encoders = offload_text_encoders
         self._embedding = lru_cache(cache_size)(self._compute_embedding)
         # the last batch's embeddings on the device: all steps of a rollout use the same batch
@@ -67,14 +69,9 @@ class TextToImagePolicy(PipelinePolicy):
             vae.float()  # float16 overflows
 
     @property
-    def native_size(self) -> tuple[int, int]:
-        """Native height and width of the latent."""
-        size = self.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.in_channels
+    def native_size(self) -> int | tuple[int, int]:
+        """Native height and width of the latent, or one number for both."""
+        return self.config.sample_size
 
     def _text_encoders(self) -> list[nn.Module]:
         parts = self.pipeline.components.items()
