@@ -43,7 +43,10 @@ class Checkpoint:
         specs (`dict[str, TensorSpec]`): shape and dtype of its tensors, sorted by name.
         adapter_config (`dict` or `None`): content of `adapter_config.json`, if there is one beside the weights.
         files (`dict[str, Path]`): local path of each weight file, by its name in the checkpoint's folder.
+        place (`dict[str, str]`): where it is, for a description that may be published.
     """
+
+    place: dict[str, str]
 
     def __init__(self, source: str, names: Collection[str], file: str | None):
         self.source = source
@@ -74,13 +77,10 @@ class Checkpoint:
         for name, path in self.files.items():
             with open(path, "rb") as file:
                 hashes[name] = file_digest(file, "sha256").hexdigest()
-        return {**self._place(), "files": hashes}
+        return {**self.place, "files": hashes}
 
     def _path(self, name: str) -> Path:
         """Local path of a file, which is downloaded if it is missing."""
-        raise NotImplementedError
-
-    def _place(self) -> dict[str, str]:
         raise NotImplementedError
 
     def _read_header(self, name: str) -> dict[str, TensorSpec]:
@@ -97,7 +97,8 @@ class LocalCheckpoint(Checkpoint):
     """A checkpoint in a folder or file of this machine."""
 
     def __init__(self, source: str):
-        path = self._asked = Path(source).expanduser().absolute()
+        path = Path(source).expanduser().absolute()
+        self.place = {"path": "/".join(path.parts[-2:])}  # without the folders above
         self._folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
         if file is not None and not file.endswith(WEIGHTS):
             raise ValueError(f"{source} is not a folder, a .safetensors file or a {INDEX} file; {NO_PICKLES}.")
@@ -106,9 +107,6 @@ class LocalCheckpoint(Checkpoint):
 
     def _path(self, name: str) -> Path:
         return self._folder / name
-
-    def _place(self) -> dict[str, str]:
-        return {"path": "/".join(self._asked.parts[-2:])}  # the folders above are not published
 
 
 class HubCheckpoint(Checkpoint):
@@ -125,9 +123,9 @@ class HubCheckpoint(Checkpoint):
         below, file = (match[3] or "").strip("/"), None
         if below.endswith(WEIGHTS):
             below, _, file = below.rpartition("/")
-        self.subfolder = below
-        prefix = f"{below}/" if below else ""
-        names = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+        self.subfolder, self._prefix = below, f"{below}/" if below else ""
+        self.place = {"repo_id": self.repo_id, "revision": self.revision, "subfolder": below}
+        names = {name.removeprefix(self._prefix) for name in found if name.startswith(self._prefix)}
         if not names or (file is not None and file not in names):
             folders = sorted({name.rpartition("/")[0] for name in found if name.endswith(WEIGHTS)})
             raise FileNotFoundError(f"{source} is not in {self.repo_id} at {self.revision[:12]}, but in {folders}.")
@@ -147,27 +145,20 @@ class HubCheckpoint(Checkpoint):
         folder = Path(download(self.repo_id, revision=self._branch, allow_patterns=[], **self._options))
         return folder.name, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
-    def _in_repo(self, name: str) -> str:
-        return f"{self.subfolder}/{name}".lstrip("/")
-
     def _path(self, name: str) -> Path:
         def download() -> Path:
             # by the branch's name, so that the cache knows it when there is no network
-            path = huggingface_hub.hf_hub_download(
-                self.repo_id, self._in_repo(name), revision=self._branch, **self._options
-            )
+            file = self._prefix + name
+            path = huggingface_hub.hf_hub_download(self.repo_id, file, revision=self._branch, **self._options)
             if self.revision not in Path(path).parts:
                 raise ConnectionError(f"{self._branch} moved while it was read")
             return Path(path)
 
         return self._call(download)
 
-    def _place(self) -> dict[str, str]:
-        return {"repo_id": self.repo_id, "revision": self.revision, "subfolder": self.subfolder}
-
     def _read_header(self, name: str) -> dict[str, TensorSpec]:
         """Reads the first bytes of a file on the Hub, unless the cache has the file."""
-        file, at = self._in_repo(name), {"revision": self.revision}
+        file, at = self._prefix + name, {"revision": self.revision}
         if isinstance(huggingface_hub.try_to_load_from_cache(self.repo_id, file, **at), str):
             return super()._read_header(name)
         try:
