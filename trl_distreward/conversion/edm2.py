@@ -48,7 +48,9 @@ def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
     """
     try:
         return _interpret(load_records(Path(path)))
-    except (pickle.UnpicklingError, RecursionError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a malformed snapshot can raise anything
         known = isinstance(error, pickle.UnpicklingError)
         reason = str(error) if known else f"it is not laid out as one ({type(error).__name__}: {error})"
         raise ValueError(f"{path} is refused as an EDM2 snapshot: {reason}. Nothing in it was executed.") from error

@@ -30,13 +30,11 @@ _IRRELEVANT |= {"revision", "task_type"}
 def concatenated_axis(key: str) -> int | None:
     """The dimension of a LoRA factor that is its rank: 0 for an A, 1 for a B, `None` for other tensors."""
     match = _LOW_RANK.search(key)
-    return None if match is None else 0 if match["factor"] == "A" else 1
+    return None if match is None else "AB".index(match["factor"])
 
 
-def concatenated(key: str, members: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def concatenated(members: Sequence[Tensor], weights: Sequence[float], axis: int) -> Tensor:
     """Concatenates all adapters' factors with one name, those of B times their weight, in float32 or better."""
-    axis = concatenated_axis(key)
-    assert axis is not None
     wide = torch.promote_types(members[0].dtype, torch.float32)
     if axis == 0:
         return torch.cat([member.to(wide) for member in members])

@@ -195,8 +195,8 @@ class CheckpointPool:
         return {key: rows[groups[key]] for key in self.weighted}
 
     def _sum(self, key: str, row: Sequence[float]) -> Tensor:
-        members = [tensors[key] for tensors in self._tensors]
-        return weighted_sum(members, row) if self._axis(key) is None else concatenated(key, members, row)
+        members, axis = [tensors[key] for tensors in self._tensors], self._axis(key)
+        return weighted_sum(members, row) if axis is None else concatenated(members, row, axis)
 
     def _state_of(self, network: nn.Module) -> dict[str, Tensor]:
         """The tensors of a network, or `ValueError` if it does not fit the pool."""
