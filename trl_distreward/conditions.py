@@ -20,11 +20,7 @@ def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Any:
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """
-    Repeats the labels `0, 1, …, num_classes - 1` to `count`.
-
-    The last, incomplete round spreads over all classes, because neighbouring classes are alike in ImageNet.
-    """
+    """Repeats all labels to `count`; the last round spreads over them, as neighbours are alike in ImageNet."""
     rounds, rest = divmod(count, num_classes)
     last = torch.arange(rest) * num_classes // max(rest, 1)
     return torch.cat([torch.arange(num_classes).repeat(rounds), last])

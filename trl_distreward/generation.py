@@ -32,7 +32,7 @@ TIME_GRIDS = ("auto", "uniform", "karras")
 @dataclass(frozen=True)
 class SamplingSchedule:
     """
-    How a policy is sampled.
+    Settings of the sampler.
 
     Args:
         num_steps (`int`): steps of the grid.

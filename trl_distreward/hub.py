@@ -29,15 +29,13 @@ _EXPLAINED: list[tuple[type[Exception], type[OSError], str]] = [
 
 
 def without_tokens(text: str) -> str:
-    """Returns the text without anything that looks like a token of the Hub."""
+    """Replaces anything that looks like a token of the Hub."""
     return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", text)
 
 
 def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
     """
-    Calls, and calls again after a server error, a timeout or a cut connection.
-
-    Messages say `what` is being done, such as `"reading org/model"`, and the repository.
+    Calls, and calls again after a server error, a timeout or a cut connection. `what` is named in errors.
 
     Raises:
         FileNotFoundError: there is no such repository, revision or file.

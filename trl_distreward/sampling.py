@@ -349,14 +349,13 @@ def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: 
         return _dopri5(velocity, x, times[0], times[-1])
     for t, t_next in pairwise(times):
         v = velocity(x, times_of_rows(t, x))
-        euler = x + v * (t_next - t)
-        if solver == "euler" or t_next == 0:
-            x = euler
-            continue
-        v_next = velocity(euler, times_of_rows(t_next, x))
-        if solver == "heun_sigma":  # the slope in σ at the step's end, written as a velocity at its start
-            v_next = (euler + (1 - t_next) * v_next - x) / (1 - t)
-        x = x + 0.5 * (v + v_next) * (t_next - t)
+        if solver != "euler" and t_next > 0:
+            euler = x + v * (t_next - t)
+            v_next = velocity(euler, times_of_rows(t_next, x))
+            if solver == "heun_sigma":  # the slope in σ at the step's end, written as a velocity at its start
+                v_next = (euler + (1 - t_next) * v_next - x) / (1 - t)
+            v = 0.5 * (v + v_next)
+        x = x + v * (t_next - t)
     return x
 
 

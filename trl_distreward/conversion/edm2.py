@@ -40,12 +40,7 @@ class OriginalEDM2:
 
 
 def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
-    """
-    Reads a snapshot (`.pkl`) that NVIDIA's code wrote. Nothing in it is executed.
-
-    Raises:
-        ValueError: the file is damaged, or holds something that such a snapshot does not have.
-    """
+    """Reads a snapshot (`.pkl`) that NVIDIA's code wrote, or raises `ValueError`. Nothing in it is executed."""
     try:
         return _interpret(load_records(Path(path)))
     except FileNotFoundError:

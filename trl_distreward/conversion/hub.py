@@ -14,9 +14,8 @@ from ..hub import with_retries
 
 def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
     """
-    Files with which `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` finds the classes.
-
-    They are `pipeline.py`, each network's module in its component's folder, and a `model_index.json` that names them.
+    Files with which `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` finds the classes: modules, and
+    a `model_index.json` that names them.
     """
     index = json.loads(pipeline.to_json_string())
     index["_class_name"] = ["pipeline", type(pipeline).__name__]
@@ -36,8 +35,7 @@ def push_with_code(
     """
     Pushes a [`SiTPipeline`] or [`EDM2Pipeline`], saved in `folder`, with the code of its classes.
 
-    A repository that does not exist is created. Returns the address of the commit; see [`~hub.with_retries`] for
-    errors, after which nothing is committed.
+    Creates a missing repository. Returns the address of the one commit.
     """
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     files: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}

@@ -41,22 +41,19 @@ class Items(dict):
         self.update(state)
 
 
-_RECORDS = (
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"),
-    ("torch.nn.modules.container", "ModuleDict"),
-    ("torch.nn.modules.container", "ModuleList"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch.storage", "_load_from_bytes"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-)
+_RECORDS = {
+    "torch_utils.persistence": ["_reconstruct_persistent_obj"],
+    "torch.nn.modules.container": ["ModuleDict", "ModuleList"],
+    "torch._utils": ["_rebuild_parameter", "_rebuild_tensor_v2"],
+    "torch.storage": ["_load_from_bytes"],
+    "numpy": ["ndarray", "dtype"],
+    "numpy.core.multiarray": ["_reconstruct"],
+    "numpy._core.multiarray": ["_reconstruct"],
+}
 GLOBALS: dict[tuple[str, str], type] = {
     ("dnnlib.util", "EasyDict"): Items,
     ("collections", "OrderedDict"): Items,
-    **{(module, name): type(name, (Record,), {}) for module, name in _RECORDS},
+    **{(module, name): type(name, (Record,), {}) for module, names in _RECORDS.items() for name in names},
 }
 
 

@@ -22,8 +22,7 @@ def load_original_sit(
     """
     Loads the network of a SiT checkpoint, in evaluation mode and in the checkpoint's dtype. Nothing is executed.
 
-    The configuration follows from the weights' shapes. Training checkpoints (`model`, `ema`, `opt`, `args`) give their
-    average.
+    The configuration follows from the weights' shapes. A training checkpoint gives its average, `ema`.
 
     Args:
         path_or_state_dict (`str` or `dict`): the `.pt` file, or its content.

@@ -16,10 +16,7 @@ from .posthoc import LARGEST_SIGMA_REL, posthoc_ema_coefficients, power_profile_
 
 
 def power_profile_grid(times: Sequence[float], count: int, stds: Sequence[float] | None = None) -> Tensor:
-    """
-    Coefficients `(count, N_c)` of averages with evenly spaced widths, up to the uniform average. Raw checkpoints have
-    no `stds`.
-    """
+    """Coefficients `(count, N_c)` of averages with evenly spaced widths; raw checkpoints have no `stds`."""
     widths = [LARGEST_SIGMA_REL * (i + 1) / count for i in range(count)]
     if stds is None:
         return torch.stack([power_profile_coefficients(times, width) for width in widths])

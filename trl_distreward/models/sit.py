@@ -5,7 +5,6 @@ The network is DiT's (arXiv 2212.09748), and its output is a velocity. diffusers
 the published weights: here all blocks share their embedders, and frequencies are `10000^(-k/128)`.
 """
 
-import math
 from collections import OrderedDict
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -37,9 +36,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
-        angles = t.float()[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
+        waves = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -81,8 +81,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """Decodes samples `(B, C, H, W)` to images `(B, channels, height, width)` in [0, 1], with gradients."""
         if self.vae is None:
             return (x.float() / 2 + 0.5).clamp(0, 1)
-        config = self.config
-        values = (config.latents_scale, config.latents_bias)
+        values = (self.config.latents_scale, self.config.latents_bias)
         scale, bias = (torch.tensor(value, device=x.device).view(1, -1, 1, 1) for value in values)
         raw = (x.float() - bias) / scale
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0].float().clamp(0, 1)

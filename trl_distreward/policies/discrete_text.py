@@ -55,12 +55,6 @@ class PixArtSigmaPolicy(TextToImagePolicy, DiscreteTimePolicy):
     null_embeddings = {"prompt_embeds": 2, "mask": 3}
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}  # only PixArt-α has them
-        return model(
-            z,
-            encoder_hidden_states=inputs["prompt_embeds"],
-            encoder_attention_mask=inputs["mask"],
-            timestep=timestep,
-            added_cond_kwargs=sizes,
-            return_dict=False,
-        )[0]
+        sizes = {"resolution": None, "aspect_ratio": None}  # only PixArt-α has them
+        texts = {"encoder_hidden_states": inputs["prompt_embeds"], "encoder_attention_mask": inputs["mask"]}
+        return model(z, timestep=timestep, added_cond_kwargs=sizes, return_dict=False, **texts)[0]

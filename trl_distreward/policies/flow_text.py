@@ -85,9 +85,7 @@ class FluxPolicy(PackedPolicy):
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         height, width = self.sample_shape[-2] // 2, self.sample_shape[-1] // 2
-        sides = (torch.arange(side, device=x.device) for side in (height, width))
-        rows, columns = torch.meshgrid(*sides, indexing="ij")
-        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
+        places = torch.cartesian_prod(*(torch.arange(side, device=x.device) for side in (1, height, width)))
         embeds = inputs["prompt_embeds"]
         ids = {"txt_ids": embeds.new_zeros(embeds.shape[1], 3), "img_ids": places.to(self.dtype)}
         pooled, guidance = inputs["pooled"], self.guidance(x)

@@ -20,11 +20,10 @@ class TextToImagePolicy(PipelinePolicy):
     """
     Base class for prompts as conditions.
 
-    An encoded prompt is its text, because embeddings would take megabytes for every image of a rollout. Embeddings are
-    cached once per prompt in CPU memory, and computed by the frozen text encoders when missing.
+    An encoded prompt is its text, because embeddings would take megabytes for every image of a rollout. The frozen
+    text encoders embed each prompt once. Embeddings are kept in CPU memory, and padded with zeros at the end.
 
-    A family names the outputs of its pipeline's `encode_prompt` in `embeddings` and `null_embeddings`. Prompts of
-    different lengths are padded with zeros at the end.
+    A family names the outputs of its pipeline's `encode_prompt` in `embeddings` and `null_embeddings`.
 
     Args:
         pipeline, guidance_scale: see [`~policies.PipelinePolicy`]; distilled guidance is an input of the network.
