@@ -159,7 +159,7 @@ def transition(
 
     Args:
         x, velocity (`torch.Tensor` of shape `(B, ...)`): sample at `t`, and the velocity predicted there.
-        t, t_next (`float` or `torch.Tensor` of shape `(B,)`): times with `0 <= t_next < t <= 1`.
+        t, t_next (`float` or `torch.Tensor` of shape `(B,)` beside `x`): times with `0 <= t_next < t <= 1`.
         noise_schedule (`str`): a row of the table.
         noise_level (`float`): η, at least 0; at most 1 for `"cps"`.
         start (`float`, *optional*, defaults to 0.999): first time of the grid; marks the first step of `"flow_grpo"`.
