@@ -46,7 +46,7 @@ def move(extractor: object, device: torch.device) -> None:
 
 
 def describe_extractor(extractor: object) -> dict[str, str | None]:
-    """What decides whether features can be compared: the extractor's name and resize, and a digest of its network."""
+    """Name and resize of an extractor and digest of its network, which decide whether features can be compared."""
     module = module_of(extractor)
     return {
         "extractor": getattr(extractor, "name", None),
