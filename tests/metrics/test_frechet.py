@@ -134,6 +134,16 @@ def test_a_subset_that_collapses(generated, real, dimension):
         assert distances[b].item() == pytest.approx(exact(changed(reference, indices[b], new[b]), target), rel=1e-7)
 
 
+def test_features_that_do_not_vary_in_the_set():
+    """Units that no generated image activates, but real and new images do."""
+    reference, target = correlated(300, 80, 2), correlated(400, 80, 3)
+    reference[:, :10] = 0
+    indices, new = subsets(300, 6, 5), correlated(30, 80, 4).view(6, 5, 80)
+    distances = logdet(target, reference).replaced(indices, new)
+    for b in range(6):
+        assert distances[b].item() == pytest.approx(exact(changed(reference, indices[b], new[b]), target), rel=1e-8)
+
+
 @pytest.mark.parametrize(("method", "dimension"), [("direct", 8), ("logdet", 8), ("logdet", 300)])
 def test_chunks_change_nothing(method, dimension):
     real = FeatureStatistics.from_features(heavy_tailed(400, dimension, 0))

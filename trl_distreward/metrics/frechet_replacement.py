@@ -149,6 +149,9 @@ class LogDeterminants:
         self.own = own
         eigenvalues, vectors = torch.linalg.eigh(own.product)
         self.eigenvalues = clean(eigenvalues, own.rank_of(own.count))  # Λ of A, (d,), ascending
+        # features that do not vary in the set leave eigenvalues of mere rounding: rows divided by them are noise
+        rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * self.eigenvalues[-1]
+        self.eigenvalues[self.eigenvalues <= rounding] = 0
         # P = Λ^-½ QᵀR, (d, d): features to the whitened basis; rows of the eigenvalue 0 stay undivided
         scale = torch.where(self.eigenvalues > 0, self.eigenvalues, 1.0).sqrt()
         self.projection = vectors.mT @ own.real.root / scale[:, None]
