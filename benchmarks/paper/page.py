@@ -231,6 +231,6 @@ def write_page(folder: Path) -> None:
     for path in pages():
         path.write_text(filled(path.read_text(), folder))
     for data in ("digits", "mnist"):
-        draw_training(Results(folder, "training", data), DOCS / "source" / "images" / f"training_{data}.png")
+        draw_training(Results(folder, "training", data), DOCS / "results" / "images" / f"training_{data}.png")
     panels = {title: Results(folder, name, "digits") for title, name in ABLATIONS.items()}
-    draw_arms(panels, DOCS / "source" / "images" / "ablations_digits.png")
+    draw_arms(panels, DOCS / "results" / "images" / "ablations_digits.png")
