@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""The interface of an estimator: how a reward becomes a gradient."""
+"""The base class of estimators: how a reward becomes a gradient."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,18 +26,15 @@ class Batch(Protocol):
         Yields micro-batches, equally many on every process, and whether each is the last. A micro-batch has the
         `weights` `(P,)` of its rows, which add up to 1 over all processes.
         """
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of a rollout's updates keeps."""
-        ...
 
 
 class Estimator:
     """
-    Base class: how a reward becomes a gradient. An estimator is a subclass in a file of its own, and a line in
-    `ESTIMATORS`. Of its trainer it uses `policy`, `args`, `rewards`, `accelerator`, `sampler`, `velocity`,
-    `initial_velocity`, `record` and `state`.
+    Base class. An estimator is a subclass in a file of its own, and a line in `ESTIMATORS`. Of its trainer it uses
+    `policy`, `args`, `rewards`, `accelerator`, `sampler`, `velocity`, `initial_velocity`, `record` and `state`.
     """
 
     # Whether `loss` passes the network once. Otherwise DDP sends gradients only after the last micro-batch.
@@ -63,16 +60,14 @@ class Estimator:
 
     def compute_advantages(self, rewards: list[Tensor]) -> Tensor:
         """Advantages `(B, 1)` or `(B, n)`: sums and normalizes rewards in the order the configuration asks for."""
-        args = self.args
-        total = self.rewards.total(rewards)
+        args, total = self.args, self.rewards.total(rewards)
 
         def normalize(values: Tensor) -> Tensor:
             return normalize_advantages(values, args.advantage_normalization, args.num_generations)
 
         if args.multi_objective_aggregation == "sum_then_normalize":
             return normalize(total)
-        normalized = [normalize(values).expand_as(total) for values in rewards]
-        return self.rewards.total(normalized)
+        return self.rewards.total([normalize(values).expand_as(total) for values in rewards])
 
     def select(self, rollout: Rollout, advantages: Tensor) -> Tensor:
         """Indices `(M,)` of the selected images among those of all processes, ascending."""
@@ -89,9 +84,7 @@ class Estimator:
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> Batch | None:
-        """
-        Turns rewards, one tensor `(B, 1)` or `(B, n)` per function, into a batch; `None` if there is nothing to learn.
-        """
+        """Makes a batch of rewards `(B, 1)` or `(B, n)`, one per function; `None` if there is nothing to learn."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -104,10 +97,9 @@ class Estimator:
 
     def num_selected(self) -> int:
         """Images that an update trains on, over all processes."""
-        args = self.args
-        share = args.top_advantage_quantile if args.selection != "all" else 1.0
-        ends = 2 if args.selection == "top_bottom" else 1
-        return round(args.num_subsets * min(1.0, ends * share)) * args.replace_size
+        args, share = self.args, self.args.top_advantage_quantile
+        shares = {"all": 1.0, "top": share, "top_bottom": min(1.0, 2 * share)}
+        return round(args.num_subsets * shares[args.selection]) * args.replace_size
 
     def restore(self, state: dict[str, Any]) -> Batch:
         """Rebuilds a batch from its `state_dict`."""

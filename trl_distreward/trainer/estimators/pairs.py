@@ -15,45 +15,25 @@ from .base import MicroBatch
 
 @dataclass
 class PairBatch:
-    """
-    Images of one process, K of them, paired with each trained step of their trajectories.
+    """Images of one process, K of them, paired with each of the S trained steps of their trajectories."""
 
-    Attributes:
-        cond (`dict[str, torch.Tensor]` of shapes `(K, ...)`): encoded conditions.
-        states (`dict[int, torch.Tensor]` of shapes `(K, ...)`): samples by grid index, at both ends of every step.
-        steps (`list[int]`): trained steps.
-        grid (`torch.Tensor` of shape `(T + 1,)`): time grid, float64.
-        log_probs (`torch.Tensor` of shape `(K, len(steps))`): as the rollout drew them.
-        advantages (`torch.Tensor` of shape `(K,)`): float32.
-        step_weights (`torch.Tensor` of shape `(len(steps),)`): weights of mean 1.
-        num_own (`int`): images that count; a process left without any holds one that does not.
-        num_images (`int`): images that count, over all processes.
-        old_log_probs (`torch.Tensor` of shape `(K, len(steps))` or `None`):
-            anchor of the ratio, written during the first of several updates; `None` for a single update.
-        old_means (`torch.Tensor` of shape `(K, len(steps), ...)` or `None`): means of the steps, written likewise.
-        times (`torch.Tensor` of shape `(K,)` or `None`): times that replace the grid's, for flow matching.
-        anchored (`bool`): whether the anchors are written.
-    """
-
-    cond: dict[str, Tensor]
-    states: dict[int, Tensor]
+    cond: dict[str, Tensor]  # (K, ...) encoded conditions
+    states: dict[int, Tensor]  # (K, ...) samples by grid index, at both ends of every step
     steps: list[int]
-    grid: Tensor
-    log_probs: Tensor
-    advantages: Tensor
-    step_weights: Tensor
-    num_own: int
-    num_images: int
+    grid: Tensor  # (T + 1,) times, float64
+    log_probs: Tensor  # (K, S) as the rollout drew them
+    advantages: Tensor  # (K,) float32
+    step_weights: Tensor  # (S,) of mean 1
+    num_own: int  # images that count; a process left without any holds one that does not
+    num_images: int  # images that count, over all processes
+    # anchor of the ratio (K, S) and means (K, S, ...), written during the first of several updates
     old_log_probs: Tensor | None = None
     old_means: Tensor | None = None
-    times: Tensor | None = None
-    anchored: bool = False
+    times: Tensor | None = None  # (K,) times that replace the grid's, for flow matching
+    anchored: bool = False  # whether the anchors are written
 
     def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
-        """
-        Cuts the pairs into micro-batches of at most `size`, equally many on every process. A process with fewer pairs
-        repeats its last one at weight 0.
-        """
+        """Cuts the pairs into micro-batches. A process with fewer than others repeats its last pair at weight 0."""
         device, steps = self.advantages.device, torch.tensor(self.steps)
         pairs = self.num_own * len(steps)
         most = math.ceil(self.num_images / processes) * len(steps)
@@ -106,17 +86,15 @@ class PairBatch:
             there = states_device if name in ("states", "old_means") else device
             if isinstance(value, dict):
                 moved[name] = {key: tensor.to(there) for key, tensor in value.items()}
-            elif isinstance(value, Tensor) and name != "grid":
+            elif isinstance(value, Tensor) and name != "grid":  # which the host reads
                 moved[name] = value.to(there)
         return cls(**moved)
 
 
 class Deal:
     """
-    Deals selected images out evenly: the k-th goes to process k modulo their number.
-
-    `kept` `(M,)` are the selected images, ascending: image `i` of all processes is image `i mod size` of process
-    `i div size`. `gather` concatenates a tensor's rows over processes.
+    Deals selected images out evenly: the k-th goes to process k modulo their number. `kept` `(M,)` are the selected
+    images, ascending: image `i` of all processes is image `i mod size` of process `i div size`.
     """
 
     def __init__(self, kept: Tensor, size: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int):

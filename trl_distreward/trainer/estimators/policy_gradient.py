@@ -2,9 +2,8 @@
 """The clipped policy gradient of the SDE's steps (Eq. 6 of arXiv 2607.02291)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +20,14 @@ if TYPE_CHECKING:
 
 class PolicyGradient(Estimator):
     """
-    Policy gradient for any reward. It trains the steps of the SDE, because only they have a density.
-
-    With a single update per rollout the ratio is anchored on the log-probability itself, so it is exactly 1. With
-    several, the first update writes the anchors of the others.
+    Policy gradient for any reward, on the steps of the SDE. With a single update per rollout the ratio is anchored on
+    the log-probability itself, so it is exactly 1. With several, the first update writes the anchors of the others.
     """
 
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:
         if args.sampler == "ode":
-            raise ValueError(
-                "sampler='ode': a policy gradient needs the density of each step, which the ODE does not have. Set "
-                "sampler='sde'; evaluation runs the ODE as well, see eval_samplers."
-            )
+            raise ValueError("sampler='ode': a policy gradient needs the density of each step. Set sampler='sde'.")
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
         keep_steps = self._trained_steps(self.sampler.schedule(step), step)
@@ -95,8 +89,7 @@ class PolicyGradient(Estimator):
 
     def restore(self, state: dict[str, Any]) -> PairBatch:
         device = self.accelerator.device
-        offloaded = self.args.offload_trajectories
-        return PairBatch.from_state(state, device, torch.device("cpu") if offloaded else device)
+        return PairBatch.from_state(state, device, torch.device("cpu") if self.args.offload_trajectories else device)
 
     def _trained_steps(self, schedule: SamplingSchedule, step: int) -> tuple[int, ...]:
         """Draws the share `timestep_fraction` of the steps with noise."""
@@ -108,22 +101,14 @@ class PolicyGradient(Estimator):
         return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
 
     def _score(self, velocity: Callable[..., Tensor], pairs: MicroBatch) -> Transition:
-        """Density of the taken steps under `velocity(x, t, cond)`."""
+        """Scores the taken steps under `velocity(x, t, cond)`."""
         x, t = pairs["x"], pairs["t"]
         return self._transition(x, velocity(x, t, pairs["cond"]), t, pairs["t_next"], pairs["next_x"])
 
     def _transition(self, x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, next_x: Tensor) -> Transition:
-        schedule = self.args.rollout_schedule
-        return transition(
-            x,
-            velocity,
-            t,
-            t_next,
-            noise_schedule=schedule.noise_schedule,
-            noise_level=schedule.noise_level,
-            start=schedule.times[0],
-            prev_sample=next_x,
-        )
+        s = self.args.rollout_schedule
+        step = partial(transition, noise_schedule=s.noise_schedule, noise_level=s.noise_level, start=s.times[0])
+        return step(x, velocity, t, t_next, prev_sample=next_x)
 
     def _step_weights(self, steps: tuple[int, ...]) -> Tensor:
         """Weights `(len(steps),)` of mean 1: even, or proportional to the steps' noise."""
@@ -136,8 +121,7 @@ class PolicyGradient(Estimator):
         return send((std / std.mean()).float(), device)
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(NamedTuple):
     """The loss of each (image, step) pair `(P,)`, and what is logged of it."""
 
     loss: Tensor
@@ -146,13 +130,7 @@ class PolicyLoss:
 
 
 def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, epsilon: float) -> PolicyLoss:
-    """
-    `-min(r A, clip(r, 1 - ε, 1 + ε) A)` with `r = exp(log_prob - old_log_prob)` (Eq. 6).
-
-    Args:
-        log_prob, old_log_prob, advantages (`torch.Tensor` of shape `(P,)`): per (image, step) pair.
-        epsilon (`float`): clip range ε; 1e-4 in the paper, for log-probabilities averaged over dimensions.
-    """
+    """`-min(r A, clip(r, 1 - ε, 1 + ε) A)` with `r = exp(log_prob - old_log_prob)` (Eq. 6), for pairs `(P,)`."""
     ratio = torch.exp(log_prob - old_log_prob)
     clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon)
     loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -162,15 +140,7 @@ def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tens
 
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
-    """
-    KL between `N(mean, std²)` and `N(reference_mean, std²)`, averaged over dimensions; `std` includes sqrt(dt).
-
-    Args:
-        mean, reference_mean (`torch.Tensor` of shape `(P, ...)`), std (`torch.Tensor` of shape `(P,)`).
-
-    Returns:
-        `torch.Tensor` of shape `(P,)`.
-    """
+    """KL `(P,)` of `N(mean, std²)` from `N(reference_mean, std²)`, averaged over dimensions; `std` has sqrt(dt)."""
     return (mean - reference_mean).square().flatten(1).mean(1) / (2 * std**2)
 
 
@@ -179,10 +149,6 @@ def normalize_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tens
     GRPO-Guard's ratio normalization (arXiv 2510.22319): puts the log-ratios of all time steps on one scale, around 0.
 
     A step's log-ratio is `(Δμ·ε)/std - |Δμ|²/(2 std²)`, averaged over dimensions, with `Δμ = mean - old_mean`: it is
-    biased below 0 and spreads as `1/std`. Returns `std (log_ratio + |Δμ|²/(2 std²)) = Δμ·ε`.
-
-    Args:
-        log_ratio (`torch.Tensor` of shape `(P,)`), mean, old_mean (`torch.Tensor` of shape `(P, ...)`),
-        std (`torch.Tensor` of shape `(P,)`).
+    biased below 0 and spreads as `1/std`. Returns `std (log_ratio + |Δμ|²/(2 std²)) = Δμ·ε`, `(P,)`.
     """
     return std * (log_ratio + gaussian_kl(mean, old_mean, std))
