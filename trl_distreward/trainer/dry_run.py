@@ -3,12 +3,13 @@
 
 import math
 import os
-import resource
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -37,87 +38,65 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    Arithmetic of a run.
-
-    Attributes:
-        steps, refreshes, evaluations, checkpoints (`int`): how often each happens in the run.
-        counts (`dict[str, float]`):
-            network evaluations of all processes per rollout, update, refresh and evaluation; guidance counts twice.
-    """
+    """How often what happens in a run, and network evaluations of all processes for each; guidance counts twice."""
 
     steps: int
     refreshes: int
     evaluations: int
     checkpoints: int
-    counts: dict[str, float]
+    counts: dict[str, int]  # per rollout, update, refresh and evaluation
 
     @classmethod
     def of(cls, trainer: "DistributionRewardTrainer") -> "Plan":
-        args, policy = trainer.args, trainer.policy
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * trainer.steps_per_epoch)
+        args, policy, per_epoch = trainer.args, trainer.policy, trainer.steps_per_epoch
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         interval = 10 if args.reference_refresh_steps == "auto" else int(args.reference_refresh_steps)
         interval = math.ceil(interval / args.num_iterations) * args.num_iterations
-        rolling = args.reference_update == "rolling"
         factor = 2 if getattr(policy, "guided", getattr(policy, "guidance_scale", 1.0) != 1.0) else 1
-        per_image = sum(s.num_evaluations or s.num_steps for s in args.eval_schedules.values())
+        sampled = factor * args.rollout_schedule.num_steps
+        evaluated = sum(factor * (s.num_evaluations or s.num_steps) for s in args.eval_schedules.values())
         counts = {
-            "rollout": args.num_subsets * args.replace_size * args.best_of_n * args.rollout_schedule.num_steps,
-            "update": trainer.estimator.num_passes(),
-            "refresh": args.reference_set_size * args.rollout_schedule.num_steps if trainer.rewards.of_sets else 0,
-            "evaluation": len(trainer.eval_conditions) * per_image,
+            "rollout": args.num_subsets * args.replace_size * args.best_of_n * sampled,
+            "update": factor * trainer.estimator.num_passes(),
+            "refresh": args.reference_set_size * sampled if trainer.rewards.of_sets else 0,
+            "evaluation": len(trainer.eval_conditions) * evaluated,
         }
 
         def times(strategy: str, every: float | None) -> int:
             if strategy == "no" or not every:
                 return 0
             every = every * steps if every < 1 else every  # transformers takes a share of all steps as well
-            return int(steps // (trainer.steps_per_epoch if strategy == "epoch" else every))
+            return int(steps // (per_epoch if strategy == "epoch" else every))
 
-        return cls(
-            steps,
-            1 if rolling else math.ceil(steps / interval),
-            times(args.eval_strategy, args.eval_steps) + bool(args.eval_on_start),
-            times(args.save_strategy, args.save_steps),
-            {name: factor * count for name, count in counts.items()},
-        )
+        refreshes = 1 if args.reference_update == "rolling" else math.ceil(steps / interval)
+        evaluations = times(args.eval_strategy, args.eval_steps) + bool(args.eval_on_start)
+        return cls(steps, refreshes, evaluations, times(args.save_strategy, args.save_steps), counts)
 
     def describe(self, args: Any) -> str:
-        """What a rollout, an update and the run consist of, in words."""
-        rollouts, c = math.ceil(self.steps / args.num_iterations), self.counts
-        total = c["rollout"] * rollouts + c["update"] * self.steps + c["refresh"] * self.refreshes
-        total += c["evaluation"] * self.evaluations
+        """Says what a rollout, an update and the run consist of."""
+        often = [math.ceil(self.steps / args.num_iterations), self.steps, self.refreshes, self.evaluations]
+        total = sum(count * times for count, times in zip(self.counts.values(), often, strict=True))
         return (
             f"One rollout: {args.num_subsets} subsets of {args.replace_size} = {args.num_subsets * args.replace_size} "
-            f"images, {c['rollout']:,.0f} network evaluations. One update: {c['update']:,.0f} with backward pass. The "
-            f"run: {self.steps} updates, {total:,.0f} network evaluations."
+            f"images, {self.counts['rollout']:,} network evaluations. One update: {self.counts['update']:,} with "
+            f"backward pass. The run: {self.steps} updates, {total:,} network evaluations."
         )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """
-    Cost of a run.
-
-    Attributes:
-        plan ([`Plan`]): how often what happens.
-        device (`str`), processes (`int`): device, and number of processes.
-        seconds (`dict[str, float]`): seconds of an average update, by phase.
-        memory, capacity (`float`): most bytes used on this process's device, and bytes that it has.
-        checkpoint, disk, free (`float`): bytes of one checkpoint, of the run's most on disk, and free on disk.
-        problems (`list[str]`): why the run does not fit, each with a remedy.
-    """
+    """Cost of a run. Memory and disk are in bytes."""
 
     plan: Plan
     device: str
     processes: int
-    seconds: dict[str, float]
-    memory: float
-    capacity: float
-    checkpoint: float
-    disk: float
-    free: float
-    problems: list[str]
+    seconds: dict[str, float]  # of an average update, by phase
+    memory: float  # most that is used on this process's device
+    capacity: float  # what the device has
+    checkpoint: float  # one of them on disk
+    disk: float  # most of the run on disk
+    free: float  # free on disk
+    problems: list[str]  # why the run does not fit, each with a remedy
 
     @property
     def fits(self) -> bool:
@@ -136,11 +115,11 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     The trainer cannot be used afterwards. All processes call it.
     """
     args, plan, device = trainer.args, Plan.of(trainer), trainer.accelerator.device
-    capacity, processes, on_gpu = memory_capacity(device), trainer.accelerator.num_processes, device.type == "cuda"
-    size = min(args.per_device_eval_batch_size * processes, len(trainer.conditions))
+    capacity, run = memory_capacity(device), trainer.describe_run()
+    size = min(args.per_device_eval_batch_size * run["processes"], len(trainer.conditions))
     args.max_steps, args.eval_strategy, args.save_strategy, args.eval_on_start = 1, "no", "no", False
     _shorten_refresh(trainer)
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     problems, output_dir = [], args.output_dir
     with TemporaryDirectory() as args.output_dir:  # the record of a real run stays
@@ -149,29 +128,19 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
         except torch.OutOfMemoryError:
             phase = next((name for name in REMEDIES if name not in trainer.run_record.seconds), "training")
             problems.append(f"{phase} runs out of the device's {capacity / GIB:.1f} GiB: {REMEDIES[phase]}.")
-    args.output_dir = output_dir
-    seconds = trainer.run_record.seconds
-    refresh = seconds["refresh"] * len(trainer.conditions) / size
+    args.output_dir, spent = output_dir, trainer.run_record.seconds
+    refresh = spent["refresh"] * len(trainer.conditions) / size
     per_pass = refresh / plan.counts["refresh"] if plan.counts["refresh"] else 0.0
-    checkpoint, disk, free = disk_bytes(trainer, plan)
-    return Prediction(
-        plan=plan,
-        device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
-        processes=processes,
-        seconds={
-            "rollout": seconds["rollout"] / args.num_iterations,
-            "reward": seconds["reward"] / args.num_iterations,
-            "update": seconds["training"],
-            "refresh": refresh * plan.refreshes / plan.steps,
-            "evaluation": per_pass * plan.counts["evaluation"] * plan.evaluations / plan.steps,
-        },
-        memory=torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident(),
-        capacity=capacity,
-        checkpoint=checkpoint,
-        disk=disk,
-        free=free,
-        problems=problems + disk_problems(checkpoint, disk, free),
-    )
+    seconds = {
+        "rollout": spent["rollout"] / args.num_iterations,
+        "reward": spent["reward"] / args.num_iterations,
+        "update": spent["training"],
+        "refresh": refresh * plan.refreshes / plan.steps,
+        "evaluation": per_pass * plan.counts["evaluation"] * plan.evaluations / plan.steps,
+    }
+    disk = disk_bytes(trainer, plan)
+    problems += disk_problems(*disk)
+    return Prediction(plan, run["device"], run["processes"], seconds, peak_memory(device), capacity, *disk, problems)
 
 
 def _shorten_refresh(trainer: "DistributionRewardTrainer") -> None:
@@ -198,40 +167,33 @@ def memory_capacity(device: torch.device) -> float:
     return psutil.virtual_memory().available / processes + psutil.Process().memory_info().rss
 
 
-def _peak_resident() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if os.uname().sysname == "Linux" else 1)
+def peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
-def _num_bytes(modules: Iterable[nn.Module | None]) -> int:
+def _num_bytes(*modules: nn.Module | None) -> int:
     return sum({id(t): t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers())}.values())
 
 
-def _parts(trainer: "DistributionRewardTrainer") -> list[nn.Module]:
-    components = getattr(getattr(trainer.policy, "pipeline", None), "components", {})
-    return [part for part in components.values() if isinstance(part, nn.Module) and part is not trainer.policy.model]
+def _frozen_parts(trainer: "DistributionRewardTrainer") -> list[nn.Module]:
+    components = getattr(getattr(trainer.policy, "pipeline", None), "components", {}).values()
+    return [part for part in components if isinstance(part, nn.Module) and part is not trainer.policy.model]
 
 
-def _state_bytes(trainer: "DistributionRewardTrainer", averages: int) -> int:
-    """Bytes of the optimizer's state, and of `averages` copies of the trained parameters if there is an average."""
+def _state_bytes(trainer: "DistributionRewardTrainer", copies: int) -> int:
+    """Bytes of the optimizer's state, and of `copies` of the trained parameters if there is an average."""
     trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
     optimizer = OPTIMIZER_BYTES.get(str(getattr(trainer.args.optim, "value", trainer.args.optim)), 2 * FLOAT)
-    return trained * (optimizer + (averages * FLOAT if trainer.args.ema_decay > 0 else 0))
-
-
-def device_bytes(trainer: "DistributionRewardTrainer") -> int:
-    """Bytes that stay on the device: networks, gradients, optimizer and average."""
-    extractors: list[Any] = [e for reward in trainer.rewards.of_sets for e in reward.extractors.values()]
-    extractors += [getattr(metric, "extractor", None) for metric in trainer.eval_metrics.values()]
-    frozen = _num_bytes([*_parts(trainer), *map(module_of, extractors), trainer.initial_model])
-    gradients = FLOAT * sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
-    return _num_bytes([trainer.network]) + frozen + gradients + _state_bytes(trainer, averages=1)
+    return trained * (optimizer + (copies * FLOAT if trainer.args.ema_decay > 0 else 0))
 
 
 def disk_bytes(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[float, float, float]:
     """Bytes of one checkpoint, the most bytes of the run on disk, and bytes free for it."""
-    args, pipeline = trainer.args, _num_bytes([trainer.network, *_parts(trainer)])
+    args, pipeline = trainer.args, _num_bytes(trainer.network, *_frozen_parts(trainer))
     features = sum(v.nbytes for reward in trainer.rewards.of_sets for v in reward.features.values())
-    checkpoint = pipeline + (0 if args.save_only_model else _state_bytes(trainer, averages=2) + features)
+    checkpoint = pipeline + (0 if args.save_only_model else _state_bytes(trainer, copies=2) + features)
     saves = plan.checkpoints
     if args.save_total_limit is not None:  # a new one is whole before an old one goes
         saves = min(saves, max(args.save_total_limit, 2 if args.load_best_model_at_end else 1) + 1)
@@ -244,22 +206,19 @@ def disk_bytes(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[float,
 def disk_problems(checkpoint: float, disk: float, free: float) -> list[str]:
     if disk <= HEADROOM * free:
         return []
-    return [
-        f"checkpoints take up to {disk / GIB:.2f} GiB of disk, one of them {checkpoint / GIB:.2f}, and "
-        f"{free / GIB:.2f} GiB are free: set save_total_limit, save_only_model=True, or another output_dir."
-    ]
+    sizes = f"{disk / GIB:.2f} GiB of disk, one of them {checkpoint / GIB:.2f}, and {free / GIB:.2f} GiB are free"
+    return [f"checkpoints take up to {sizes}: set save_total_limit, save_only_model=True, or another output_dir."]
 
 
 def check_resources(trainer: "DistributionRewardTrainer") -> None:
-    """
-    Refuses a run whose weights and optimizer do not fit the device, or whose checkpoints do not fit the disk.
-
-    Raises:
-        ValueError: with the numbers, and the settings to change.
-    """
+    """Raises `ValueError` if weights and optimizer do not fit the device, or checkpoints the disk, with a remedy."""
     problems = disk_problems(*disk_bytes(trainer, Plan.of(trainer)))
-    need, capacity = device_bytes(trainer), HEADROOM * memory_capacity(trainer.accelerator.device)
-    if need > capacity and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    extractors: list[Any] = [e for reward in trainer.rewards.of_sets for e in reward.extractors.values()]
+    extractors += [getattr(metric, "extractor", None) for metric in trainer.eval_metrics.values()]
+    held = _num_bytes(trainer.network, *_frozen_parts(trainer), *map(module_of, extractors), trainer.initial_model)
+    gradients = FLOAT * sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
+    need, capacity = held + gradients + _state_bytes(trainer, copies=1), memory_capacity(trainer.accelerator.device)
+    if need > HEADROOM * capacity and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         problems.append(
             f"networks, gradients and optimizer take {need / GIB:.2f} GiB of {capacity / GIB:.2f} GiB, before any "
             "activation: train an adapter, set ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml."
@@ -273,11 +232,9 @@ def format_prediction(prediction: Prediction) -> str:
     p, total = prediction, sum(prediction.seconds.values())
     lines = [f"{p.plan.steps} updates on {p.processes} x {p.device}: {p.device_hours:,.2f} device-hours", ""]
     lines += ["phase         seconds an update   share"]
-    for phase, seconds in p.seconds.items():
-        lines.append(f"{phase:12s}{seconds:19.3f}{seconds / total if total else 0:8.1%}")
+    lines += [f"{phase:12s}{s:19.3f}{s / total if total else 0:8.1%}" for phase, s in p.seconds.items()]
     lines += [f"{'all':12s}{total:19.3f}", ""]
-    named = ", ".join(f"{name} {value:,.0f}" for name, value in p.plan.counts.items() if value)
-    lines += [f"network evaluations: {named}"]
+    lines += ["network evaluations: " + ", ".join(f"{name} {v:,}" for name, v in p.plan.counts.items() if v)]
     lines += [f"peak memory: {p.memory / GIB:.2f} of {p.capacity / GIB:.2f} GiB"]
     lines += [f"a checkpoint: {p.checkpoint / GIB:.3f} GiB; disk: up to {p.disk / GIB:.2f} of {p.free / GIB:.2f} GiB"]
     lines += ["", *([f"does not fit: {problem}" for problem in p.problems] or ["fits"])]
