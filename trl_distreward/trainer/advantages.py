@@ -10,17 +10,10 @@ SELECTIONS = ("all", "top", "top_bottom")
 
 def normalize_advantages(rewards: Tensor, normalization: str = "batch", group_size: int = 1) -> Tensor:
     """
-    Advantages `(R - mean) / std` (Eq. 5).
+    Computes advantages `(R - mean) / std` of rewards `(B, k)` of all processes (Eq. 5); zero if they do not differ.
 
-    Args:
-        rewards (`torch.Tensor` of shape `(B, k)`): of all processes; k is 1 if a subset's images share a reward.
-        normalization (`str`, *optional*, defaults to `"batch"`):
-            `"batch"`: over everything. `"group"`: over runs of `group_size` subsets, which replace the same slots.
-            `"none"`: centred but not divided.
-        group_size (`int`, *optional*, defaults to 1): subsets of a group.
-
-    Returns:
-        `torch.Tensor` of shape `(B, k)`; zero if the rewards do not differ.
+    `"batch"` takes mean and std over everything, `"group"` over runs of `group_size` subsets, which replace the same
+    slots; `"none"` centres and does not divide. k is 1 if a subset's images share a reward.
     """
     if normalization == "none":
         return rewards - rewards.mean()
@@ -34,18 +27,10 @@ def normalize_advantages(rewards: Tensor, normalization: str = "batch", group_si
 
 def select(advantages: Tensor, selection: str, quantile: float, num_shares: int = 1) -> Tensor:
     """
-    Mask of the subsets that are trained on (Section 4.3).
+    Selects what is trained on (Section 4.3): a mask of advantages `(B, k)` of all processes.
 
-    Args:
-        advantages (`torch.Tensor` of shape `(B, k)`): of all processes.
-        selection (`str`): `"all"`; `"top"`: the share `quantile` with the highest advantage; `"top_bottom"`: that
-            share at either end.
-        quantile (`float`): in (0, 1]; keeps at least one. Ties go to the earlier subset.
-        num_shares (`int`, *optional*, defaults to 1):
-            number of equal parts that are selected from separately: 1 is global, the number of processes is local.
-
-    Returns:
-        `torch.BoolTensor` of shape `(B, k)`.
+    `"top"` keeps the share `quantile` with the highest advantage, at least one, `"top_bottom"` that share at either
+    end, `"all"` everything. Ties go to the earlier subset. `num_shares` equal parts are selected from one by one.
     """
     if selection == "all":
         return torch.ones_like(advantages, dtype=torch.bool)

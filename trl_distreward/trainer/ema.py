@@ -12,15 +12,8 @@ from .sharding import copy_whole, reshard, whole
 
 class PolicyEMA:
     """
-    Float32 average of a module's trainable parameters: `average = decay · average + (1 - decay) · parameter`.
-
-    The average is corrected for its start, like Adam's moments: the weights before the first update have no part in
-    it. Otherwise a short run would mostly average its start.
-
-    Args:
-        model (`torch.nn.Module`): its trainable parameters are averaged; before the first update, the averages are
-            their present values.
-        decay (`float`): in [0, 1).
+    Float32 average of a module's trainable parameters: `average = decay · average + (1 - decay) · parameter`. Like
+    Adam's moments it is corrected for its start, which would be most of the average of a short run.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -57,9 +50,6 @@ class PolicyEMA:
         return {name: average.cpu() for name, average in wholes if keep}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if set(state) != set(self.averages):
-            odd = sorted(set(self.averages) ^ set(state))[:3]
-            raise ValueError(f"the saved average belongs to another model: names differ, e.g. {odd}.")
         for name, average in self.averages.items():
             copy_whole(average, state[name])
 

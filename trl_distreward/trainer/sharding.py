@@ -66,29 +66,23 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
 
 
 def load_whole_state_dict(module: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-    """
-    Loads a state dict of whole tensors.
-
-    Raises:
-        RuntimeError: names differ, and `strict` is set.
-    """
+    """Loads a state dict of whole tensors; raises `RuntimeError` if names differ and `strict` is set."""
     if not is_split(module):
         module.load_state_dict(weights, strict=strict)
         return
     reshard(module)
-    targets = dict(module.state_dict())  # shares memory with the weights
-    odd = sorted(set(targets) ^ set(weights) if strict else set(weights) - set(targets))
+    targets = module.state_dict()  # shares memory with the weights
+    odd = set(targets) - set(weights) if strict else set()
     if odd:
-        raise RuntimeError(f"the weights belong to another model: names differ, e.g. {odd[:3]}.")
+        raise RuntimeError(f"the weights belong to another model: they lack {min(odd)}.")
     for name, value in weights.items():
         copy_whole(targets[name], value)
 
 
 def without_weights(module: nn.Module) -> nn.Module:
     """Copies a module without its parameters, which are on the meta device; buffers are real."""
-    return copy.deepcopy(module, {id(p): _empty_like(p) for p in module.parameters()})
-
-
-def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
-    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    copies = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, copies)
