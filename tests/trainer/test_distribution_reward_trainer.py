@@ -166,13 +166,13 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, caplo
     trainer = tiny_trainer(tmp_path, max_steps=3)
     if scale is not None:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=1e-30)
-    compute, factor = trainer.compute_loss, 1e6 if scale == 3e38 else float("nan")
+    compute, factor = trainer.estimator.loss, 1e6 if scale == 3e38 else float("nan")
 
-    def broken(*args, **kwargs):
-        loss, values = compute(*args, **kwargs)
+    def broken(*args):
+        loss, values = compute(*args)
         return loss * (factor if trainer.state.global_step == 0 else 1), values
 
-    trainer.compute_loss = broken
+    trainer.estimator.loss = broken
     before = weights(trainer.network)
     trainer.train()
     assert logged(trainer, "skipped_updates") == [1.0]
@@ -204,7 +204,7 @@ def reward_of(extractor, dimension=8):
         (
             {"metric_for_best_model": "ode_distance_features", "greater_is_better": True},
             ValueError,
-            "would keep the model with the worst .* set greater_is_better=False",
+            "would keep the worst model by .*: set it to False",
         ),
         (
             {
@@ -212,7 +212,7 @@ def reward_of(extractor, dimension=8):
                 "eval_metrics": {"score": MeanScore(lambda images, conditions: [0.0] * len(images))},
             },
             ValueError,
-            "would keep the model with the worst .* set greater_is_better=True",
+            "would keep the worst model by .*: set it to True",
         ),
         ({"sde_window_size": 9}, ValueError, "sde_window_size=9 must lie in 1 to 3, the number of steps with noise"),
         ({"num_inference_steps_eval": 1, "last_step_size": 0.1}, ValueError, "last_step_size needs at least 2 steps"),
@@ -261,5 +261,5 @@ def test_subsets_must_divide_among_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     tiny_trainer(tmp_path)
     monkeypatch.setattr(Accelerator, "num_processes", 4)
-    with pytest.raises(ValueError, match="num_subsets=6 is not divisible by 4 processes"):
+    with pytest.raises(ValueError, match="num_subsets=6 must be a multiple of the 4 processes"):
         tiny_trainer(tmp_path)

@@ -5,10 +5,10 @@ Base of both trainers: what `transformers.Trainer` takes for a language model, m
 All private names of transformers that this library overrides are overridden here.
 """
 
-import json
+import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -21,24 +21,24 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..conditions import conditions_of_slots
-from ..files import write_json
-from ..hub import with_retries, without_tokens
+from ..hub import with_retries
 from ..metrics.image_metrics import ImageMetric
-from ..policies import DiffusionPolicy
+from ..policies import as_policy
 from . import checkpointing
 from .base_config import DiffusionTrainerConfig
 from .callbacks import StopOnSIGTERM, UpdateWeights
-from .checks import check_launch
+from .checks import check_launch, check_rewards_and_metrics
 from .ema import PolicyEMA
 from .image_sets import evaluate_samplers
 from .network import prepare_network
-from .publishing import Publisher
-from .run_record import RUN_RECORD, RunRecord, describe_run, is_evaluation
+from .publishing import Publisher, write_model_card
+from .reference_set import conditions_and_slots
+from .reward_functions import RewardFunction, RewardFunctions
+from .run_record import RunRecord, describe_run, is_evaluation, write_record
 from .sharding import is_split, without_weights
 
 logger = get_logger(__name__)
@@ -46,44 +46,47 @@ logger = get_logger(__name__)
 # Values between two logs are averaged, but for these
 _REDUCTIONS: dict[str, Any] = {"skipped_updates": sum, "ratio/min": min, "ratio/max": max, "reward_best": max}
 
+_REMEDY = "lower the learning rate or noise_level, then resume from the last checkpoint"
+
 
 class DiffusionTrainer(_BaseTrainer):
     """
-    Base class for trainers of a [`DiffusionPolicy`]: preparation, pacing, logging, guards, evaluation and checkpoints.
+    Base class of the trainers: rewards and metrics, logging, guards, evaluation and checkpoints.
 
-    A subclass defines `training_step`. It may extend `training_state`, `process_state` and their `load_…`
-    counterparts, and replace `prepare_network`, `write_model`, `load_trained`, `load_best`, `sampled_model` and
-    `evaluation_weights`. `steps_per_epoch` optimizer steps count as an epoch.
+    A subclass defines `training_step`. It may extend `train`, `training_state`, `process_state` and their `load_…`
+    counterparts, `describe_run` and `card_parts`, and replace `prepare_network`, `write_model`, `load_trained`,
+    `load_best`, `sampled_model` and `evaluation_weights`. It sets `steps_per_epoch` before it calls `__init__`.
     """
 
-    # An update's losses are weighted before they are returned.
-    loss_is_scaled_for_ga = True
-    pipeline_tag = "unconditional-image-generation"
+    loss_is_scaled_for_ga = True  # an update's losses are weighted before they are returned
     _paper = {"title": "Optimizing Visual Generative Models via Distribution-wise Rewards", "id": "2607.02291"}
 
     args: Any
     control: Any
+    steps_per_epoch: int  # optimizer steps that count as an epoch
 
     def __init__(
         self,
-        policy: DiffusionPolicy,
+        model: Any,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: DiffusionTrainerConfig,
-        steps_per_epoch: int,
-        eval_metrics: dict[str, ImageMetric],
-        ema_decay: float = 0.0,
-        peft_config: PeftConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        eval_metrics: Mapping[str, ImageMetric] | None = None,
+        peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
-        self.policy, self.steps_per_epoch, self.eval_metrics = policy, steps_per_epoch, eval_metrics
-        if policy.num_conditions is None:
-            self.pipeline_tag = "text-to-image"
-            eval_dataset = train_dataset if eval_dataset is None else eval_dataset
+        channels = {} if args.guidance_channels is None else {"guidance_channels": args.guidance_channels}
+        self.policy = as_policy(model, args.guidance_scale, **channels)
+        args.bind(self.policy)
+        self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
+        self.eval_metrics = self.rewards.metrics() | dict(eval_metrics or {})
+        self.conditions, self.slot_sampler = conditions_and_slots(self.policy, train_dataset, args)
+        if eval_dataset is None and self.policy.num_conditions is None:
+            eval_dataset = train_dataset
         number = args.num_eval_images or args.reference_set_size
-        self.eval_conditions = conditions_of_slots(policy, eval_dataset, number, args.eval_seed)
-        self.ema: PolicyEMA | None = None
+        self.eval_conditions = conditions_of_slots(self.policy, eval_dataset, number, args.eval_seed)
         self.num_images = 0  # generated for training
         self.run_record = RunRecord()
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
@@ -91,7 +94,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._without_update = self._holds_best = False
         self._stop_on_sigterm = StopOnSIGTERM()
         self.publisher = Publisher(self)
-        network = self.prepare_network(policy.model, args, peft_config)
+        network = self.prepare_network(self.policy.model, args, peft_config)
         self.skeleton = without_weights(network)
         super().__init__(
             model=network,
@@ -103,13 +106,13 @@ class DiffusionTrainer(_BaseTrainer):
             callbacks=[UpdateWeights(self), self._stop_on_sigterm, *(callbacks or [])],
             optimizers=optimizers,
         )
-        check_launch(self, ema_decay)
-        policy.to(self.accelerator.device)
-        for metric in self.eval_metrics.values():
-            if hasattr(metric, "to"):
-                metric.to(self.accelerator.device)
-        if ema_decay > 0:
-            self.ema = PolicyEMA(self.network, ema_decay)
+        check_launch(self)
+        for part in (self.policy, self.rewards, *self.eval_metrics.values()):
+            if hasattr(part, "to"):
+                part.to(self.accelerator.device)
+        decay = getattr(args, "ema_decay", 0.0)
+        self.ema = PolicyEMA(self.network, decay) if decay > 0 else None
+        check_rewards_and_metrics(self)
 
     def prepare_network(self, network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
         """Makes the module that is trained, before processes share it."""
@@ -131,11 +134,9 @@ class DiffusionTrainer(_BaseTrainer):
         """The network that generates images, wrapped as in training."""
         return self.model_wrapped
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
+    def evaluation_weights(self) -> AbstractContextManager:
         """Puts the weights in place that are evaluated and saved: the average, if there is one."""
-        with self.ema.swapped_in(self.network) if self.ema is not None else nullcontext():
-            yield
+        return nullcontext() if self.ema is None else self.ema.swapped_in(self.network)
 
     def autocast(self) -> AbstractContextManager:
         """The context that the network runs in, in rollouts as in training; transitions stay in float32."""
@@ -146,22 +147,18 @@ class DiffusionTrainer(_BaseTrainer):
 
     # ---- pacing and logging ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} has no {TRAINER_STATE_NAME}: name a checkpoint-* "
-                "folder of a run, or pass True for the newest one in output_dir."
-            )
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint that is resumed from restores what is reset here. Evaluations of the start are kept.
         evaluations = [] if self.state.global_step else self.run_record.evaluations[-1:]
-        self.run_record = RunRecord()
-        self.run_record.evaluations = evaluations  # of the model that training starts from
+        self.run_record, self.num_images = RunRecord(evaluations=evaluations), 0
         self._without_update, self._holds_best, self.skipped_in_a_row = False, False, 0
         self._metrics.clear()
+        self.rewards.reset()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             self._stop_on_sigterm.restore()
-            self.write_record()
+            write_record(self)
 
     @property
     def weights_step(self) -> int:
@@ -191,32 +188,18 @@ class DiffusionTrainer(_BaseTrainer):
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Logs the seconds of a phase, and adds them to the record of the run."""
-        started = time.perf_counter()
-        yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        self.record(f"seconds/{phase}", seconds)
-        self.run_record.seconds[phase] += seconds
+        before = self.run_record.seconds.get(phase, 0.0)
+        with self.run_record.timed(phase):
+            yield
+        self.record(f"seconds/{phase}", self.run_record.seconds[phase] - before)
 
     def count_images(self, purpose: str, number: int) -> None:
         """Counts images generated for training."""
         self.num_images += number
         self.run_record.images[purpose] += number
 
-    def write_record(self) -> None:
-        """Writes `run.json` and `trainer_state.json`, which `trl-distreward report` reads."""
-        if not self.is_world_process_zero() or not self.state.global_step:
-            return
-        try:
-            text = without_tokens(json.dumps(self.describe_run(), default=str))
-            write_json(Path(self.args.output_dir, RUN_RECORD), json.loads(text))
-            self.state.save_to_json(str(Path(self.args.output_dir, TRAINER_STATE_NAME)))
-        except OSError as error:
-            logger.warning(f"{RUN_RECORD} could not be written to {self.args.output_dir}: {error}.")
-
     def describe_run(self) -> dict[str, Any]:
-        """The content of `run.json`; subclasses extend it."""
+        """The content of `run.json`."""
         return describe_run(self)
 
     # ---- guards ----
@@ -235,10 +218,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.record("skipped_updates", 1.0)
         logger.warning(f"Update {self.state.global_step} is skipped: {reason}.")
         if self.skipped_in_a_row > self.args.max_skipped_updates:
-            raise RuntimeError(
-                f"{self.skipped_in_a_row} updates in a row were skipped, more than max_skipped_updates, the last "
-                f"because {reason}: lower the learning rate or noise_level, then resume from the last checkpoint."
-            )
+            raise RuntimeError(f"{self.skipped_in_a_row} updates in a row were skipped, as {reason}: {_REMEDY}.")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Drops gradients that are not finite before the optimizer sees them."""
@@ -250,10 +230,7 @@ class DiffusionTrainer(_BaseTrainer):
         if norm is None or torch.isfinite(torch.as_tensor(norm)):
             self.skipped_in_a_row = 0
         elif self.is_deepspeed_enabled and not self.args.fp16:
-            raise RuntimeError(
-                "the gradient is not finite, and DeepSpeed has already taken the step: lower the learning rate or "
-                "noise_level, then resume from the last checkpoint."
-            )
+            raise RuntimeError(f"the gradient is not finite, and DeepSpeed has already taken the step: {_REMEDY}.")
         elif self.is_deepspeed_enabled or (scaler is not None and scaler.get_scale() >= 1):
             self.record("skipped_updates", 1.0)  # an overflow in float16: the scaler skips the step
         else:
@@ -277,7 +254,6 @@ class DiffusionTrainer(_BaseTrainer):
 
         Args:
             eval_dataset (`datasets.Dataset`, *optional*): conditions to use instead of the trainer's.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): prefix of the metrics' names.
             seed (`int`, *optional*): seed of the noise; `eval_seed` by default.
 
         Returns:
@@ -292,22 +268,21 @@ class DiffusionTrainer(_BaseTrainer):
         metrics.update(speed_metrics(metric_key_prefix, started, len(conditions) * len(self.args.eval_schedules)))
         metrics = broadcast_object_list([metrics])[0]  # the best model must be the same on every process
         if eval_dataset is None and seed is None and metric_key_prefix == "eval":
-            entry = {"step": self.weights_step, "num_images": self.num_images, "values": values}
-            self.run_record.evaluations.append(entry)
+            found = {"step": self.weights_step, "num_images": self.num_images, "values": values}
+            self.run_record.evaluations.append(found)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.write_record()
+        write_record(self)
         return metrics
 
     # ---- checkpoints ----
 
     def write_model(self, folder: Path) -> None:
         """Writes a pipeline that loads with `from_pretrained`. All processes call it, the main one writes."""
-        with self.evaluation_weights():
-            checkpointing.write_pipeline(self, folder)
+        checkpointing.write_pipeline(self, folder)
 
     def training_state(self) -> dict[str, Any]:
-        """State beyond what transformers saves; subclasses extend it. All processes call it."""
+        """State beyond what transformers saves. All processes call it."""
         return {"num_images": self.num_images, "run_record": self.run_record.state_dict()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -329,8 +304,6 @@ class DiffusionTrainer(_BaseTrainer):
     def load_best(self, folder: str) -> None:
         """Loads the best model from a checkpoint, into the average as well if there is one."""
         checkpointing.load_pipeline_weights(self, folder)
-        if self.ema is not None:
-            self.ema = PolicyEMA(self.network, self.ema.decay)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -339,7 +312,7 @@ class DiffusionTrainer(_BaseTrainer):
         """
         self.write_model(Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(commit_message="Model save")
 
     def push_to_hub(
         self,
@@ -355,32 +328,25 @@ class DiffusionTrainer(_BaseTrainer):
         processes call it. Failures that may pass are retried; after an error nothing was committed.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(self.args.hub_token if token is None else token, private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(model_name=kwargs.pop("model_name", None), **kwargs)
+        self.create_model_card(**kwargs)
         return self.publisher.push(commit_message, blocking, token, revision)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
-    ) -> None:
-        """Writes `README.md` with the settings and the evaluations."""
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes `README.md` with settings and evaluations, see [`~transformers.Trainer.create_model_card`]."""
         if self.is_world_process_zero():
-            self.publisher.write_card(model_name, dataset_name, tags, kwargs.get("license"))
+            write_model_card(self, *args, **kwargs)
 
-    def card_metadata(self) -> dict[str, Any]:
-        """Further metadata of the model card, see [`~huggingface_hub.ModelCardData`]."""
-        return {}
-
-    def card_sections(self) -> list[str]:
-        """Further sections of the model card, in Markdown."""
-        return []
+    def card_parts(self) -> tuple[dict[str, Any], list[str]]:
+        """Further metadata of the model card, see [`~huggingface_hub.ModelCardData`], and sections in Markdown."""
+        return {}, []
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        name = self.args.hub_model_id or self.publisher.model_name
+        name = self.args.hub_model_id or Path(self.args.output_dir).name
         with_retries(lambda: super(DiffusionTrainer, self).init_hf_repo(token, private), f"creating {name}", name)
 
     # ---- private names of transformers ----
@@ -405,30 +371,26 @@ class DiffusionTrainer(_BaseTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.interrupted:
-            return super()._finalize_training(*args, **kwargs)
-        # Trainer would load the best model, and with save_total_limit=1 delete the checkpoint to resume from.
-        loads_best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
-        self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.load_best_model_at_end, self.args.save_total_limit = loads_best, limit
+        asked = self.args
+        if self.interrupted:
+            # Trainer would load the best model, and with save_total_limit=1 delete the checkpoint to resume from.
+            self.args = copy.copy(asked)
+            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        output = super()._finalize_training(*args, **kwargs)
+        self.args = asked
+        return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
-        self.store_flos()
         run_dir = Path(self._get_output_dir(trial=trial))
         with self.run_record.timed("checkpoints"):
             written = checkpointing.write_checkpoint(self, run_dir)
         if self.args.push_to_hub:
             self.publisher.push_checkpoint(written)
-        if self.args.should_save:
-            if self.args.save_total_limit is not None:
-                self.publisher.finish()  # a folder must not go while it is being uploaded
-            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, best_model_checkpoint=best)
-        self.write_record()
+        if self.args.should_save and self.args.save_total_limit is not None:
+            self.publisher.finish()  # a folder must not go while it is being uploaded
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+        write_record(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_trained(resume_from_checkpoint)
@@ -442,9 +404,6 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.finish()
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs
 
     def _send_telemetry(self) -> None:
         """Sends nothing: TRL's telemetry reads a language model's config."""

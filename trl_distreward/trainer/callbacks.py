@@ -41,25 +41,17 @@ class UpdateWeights(TrainerCallback):
 
 
 class StopOnSIGTERM(TrainerCallback):
-    """
-    Ends the run after the current update with a checkpoint, which is what a cluster's scheduler asks for.
-
-    Attributes:
-        stopped (`bool`): whether it has ended the last run.
-    """
+    """Ends the run after the current update with a checkpoint, which is what a cluster's scheduler asks for."""
 
     def __init__(self) -> None:
-        self.requested = self.stopped = False
+        self.requested = self.stopped = False  # asked to stop; the last run was stopped
         self._previous: Any = None
         self._saved = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopped, self._saved = False, -1
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, *_: Any) -> None:
-        self.requested = True
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "requested", True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The signal may reach processes at different steps: they stop together once any has it.
@@ -86,19 +78,12 @@ class StopOnSIGTERM(TrainerCallback):
             self._previous, self.requested = None, False
 
 
-def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> Image.Image:
-    """
-    Puts images in a grid.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): gray or RGB.
-        columns (`int`, *optional*): images in a row; about a square by default.
-        padding (`int`, *optional*, defaults to 1): gray pixels around each image.
-    """
+def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Puts gray or RGB images `(N, C, H, W)`, uint8, in rows of `columns`; about a square by default."""
     columns = columns or math.ceil(len(images) ** 0.5)
     rows = math.ceil(len(images) / columns)
     blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 64)
-    padded = F.pad(torch.cat([images, blank]), [padding] * 4, value=64)
+    padded = F.pad(torch.cat([images, blank]), [1] * 4, value=64)
     channels, height, width = padded.shape[1:]
     grid = padded.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     grid = grid.reshape(rows * height, columns * width, channels).cpu()
@@ -108,18 +93,17 @@ def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> 
 class LogSamplesCallback(TrainerCallback):
     """
     Writes a grid of images before training, every few steps, and at the end. All grids start from the same noise, so
-    they differ by the model alone.
+    they differ by the model alone. They show the weights that are evaluated: the average, if there is one.
 
     Grids are saved as `samples/step-N.png` in the output folder, and sent to TensorBoard, Weights & Biases and Trackio
-    if the run reports to them. They show the weights that are evaluated: the average, if there is one.
+    if the run reports to them.
 
     Args:
-        trainer ([`DistributionRewardTrainer`]): whose policy is sampled.
+        trainer ([`DistributionRewardTrainer`] or [`MergeCoefficientTrainer`]): its policy is sampled.
         conditions: one per image; the first 64 of the reference set by default.
         freq (`int`, *optional*): steps between two grids; `eval_steps` or `save_steps` by default.
         sampler (`str`, *optional*, defaults to `"ode"`):
             an evaluated sampler, or the name of an evaluated schedule, e.g. `"sde_250"`.
-        seed (`int`, *optional*, defaults to 0): seed of the noise.
 
     Example:
 
@@ -128,21 +112,13 @@ class LogSamplesCallback(TrainerCallback):
     ```
     """
 
-    def __init__(
-        self, trainer: Any, conditions: Any = None, freq: int | None = None, sampler: str = "ode", seed: int = 0
-    ):
+    def __init__(self, trainer: Any, conditions: Any = None, freq: int | None = None, sampler: str = "ode"):
         schedules = trainer.args.eval_schedules
         found = [schedule for name, schedule in schedules.items() if sampler in (name, schedule.sampler)]
         if not found:
-            raise ValueError(
-                f"sampler={sampler!r} is not evaluated: choose one of {', '.join(schedules)}, or add it to "
-                "eval_samplers."
-            )
-        self.trainer, self.freq, self.schedule, self.seed = trainer, freq, found[0], seed
+            raise ValueError(f"sampler={sampler!r} is not evaluated: choose one of {', '.join(schedules)}.")
+        self.trainer, self.freq, self.schedule = trainer, freq, found[0]
         self.conditions = trainer.conditions[:64] if conditions is None else conditions
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._log(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         freq = self.freq or (state.eval_steps if args.eval_steps else state.save_steps)  # state has whole numbers
@@ -151,39 +127,33 @@ class LogSamplesCallback(TrainerCallback):
         if state.global_step % freq == 0 or control.should_training_stop:
             self._log(args, state)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log(args, state)
+
     def _log(self, args: Any, state: Any) -> None:
-        images, finite = self._images()
+        images = self._images()
         if not state.is_world_process_zero:
             return
-        if not finite:
+        if images is None:
             logger.warning(f"There is no grid of samples at step {state.global_step}: an image is not finite.")
             return
         grid, step = image_grid(images), state.global_step
         with written_whole(Path(args.output_dir) / "samples" / f"step-{step}.png") as file:
             grid.save(file, format="PNG")
-        self._report(args, grid, step)
-
-    @torch.no_grad()
-    def _images(self) -> tuple[Tensor, bool]:
-        """Images `(N, C, H, W)`, and whether all are finite."""
-        trainer, gather = self.trainer, self.trainer.accelerator.gather
-        trainer.run_record.images["samples"] += len(self.conditions)
-        with (
-            evaluating(trainer.sampled_model) as model,
-            trainer.run_record.timed("samples"),
-            trainer.evaluation_weights(),
-        ):
-            noise = (self.seed, "samples", 0)
-            batches = shared_images(trainer, model, self.conditions, self.schedule, noise, "Samples")
-            parts = [(gather(images)[:valid], gather(finite).all()) for images, _, valid, finite in batches]
-        return torch.cat([images for images, _ in parts]), all(bool(finite) for _, finite in parts)
-
-    def _report(self, args: Any, grid: Image.Image, step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:
-            writer = getattr(callback, "tb_writer", None)
-            if isinstance(callback, TensorBoardCallback) and writer is not None:
-                writer.add_image("samples", np.asarray(grid.convert("RGB")), step, dataformats="HWC")
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image("samples", np.asarray(grid.convert("RGB")), step, dataformats="HWC")
         for name in ("wandb", "trackio"):
             if name in args.report_to:
                 module = import_module(name)
                 module.log({"samples": module.Image(grid)})
+
+    @torch.no_grad()
+    def _images(self) -> Tensor | None:
+        """Images `(N, C, H, W)`; `None` if one is not finite."""
+        trainer, record, gather = self.trainer, self.trainer.run_record, self.trainer.accelerator.gather
+        record.images["samples"] += len(self.conditions)
+        with evaluating(trainer.sampled_model) as model, record.timed("samples"), trainer.evaluation_weights():
+            batches = shared_images(trainer, model, self.conditions, self.schedule, (0, "samples", 0), "Samples")
+            parts = [(gather(images)[:valid], gather(finite).all()) for images, _, valid, finite in batches]
+        return torch.cat([images for images, _ in parts]) if all(bool(finite) for _, finite in parts) else None

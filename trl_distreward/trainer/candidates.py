@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ..conditions import take
-from ..generation import generate, image_generators
+from ..generation import image_generators
 from ..merging.coefficients import samples_of
 from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
-from ..policies import decode_uint8
-from ..rewards.slots import SlotSampler, StratifiedSlotSampler
-from .reward_functions import call_per_image
+from .image_sets import decode_and_extract, generate_for
+from .reward_functions import call_per_image, joined
 
 if TYPE_CHECKING:
     from .merge_coefficient_config import MergeCoefficientConfig
@@ -22,16 +21,13 @@ if TYPE_CHECKING:
 
 class CandidateJudge:
     """
-    Merges, generates and rewards; each process takes a share of the candidates.
-
-    All candidates of a step get the same noise, conditions and replaced slots, so their rewards differ by the
-    coefficients alone.
+    Merges, generates and rewards; each process takes a share of the candidates. All of a step get the same noise,
+    conditions and replaced slots, so their rewards differ by the coefficients alone.
     """
 
-    def __init__(self, trainer: "MergeCoefficientTrainer", slots: SlotSampler | StratifiedSlotSampler):
-        self.trainer, self.slots = trainer, slots
-        self.policy, self.network, self.args = trainer.policy, trainer.merged_network, trainer.args
-        self.rewards, self.accelerator, self.conditions = trainer.rewards, trainer.accelerator, trainer.conditions
+    def __init__(self, trainer: "MergeCoefficientTrainer"):
+        self.trainer, self.args, self.rewards = trainer, trainer.args, trainer.rewards
+        self.network, self.accelerator = trainer.merged_network, trainer.accelerator
 
     def merge(self, coefficients: Tensor) -> None:
         """Merges the pool with coefficients `(G, N_c)` into the network."""
@@ -39,14 +35,10 @@ class CandidateJudge:
 
     @torch.no_grad()
     def judge(self, coefficients: Tensor, step: int) -> Tensor:
-        """
-        Computes rewards `(B, functions)` of coefficients `(B, G, N_c)`; float64 and the same on every process. They
-        are NaN where images or features are not finite.
-        """
-        mine = range(self.accelerator.process_index, len(coefficients), self.accelerator.num_processes)
+        """Rewards `(B, functions)` of coefficients `(B, G, N_c)`, float64, on every process; NaN if not finite."""
         values = torch.zeros(len(coefficients), len(self.rewards.all), dtype=torch.float64)
-        for index in mine:
-            values[index] = self.judge_set(coefficients[index], self.conditions, "candidate", step)
+        for index in range(self.accelerator.process_index, len(coefficients), self.accelerator.num_processes):
+            values[index] = self.judge_set(coefficients[index], self.trainer.conditions, "candidate", step)
             if self.args.num_replacements and bool(values[index].isfinite().all()):
                 values[index] = self._judge_replaced(values[index], step)
         # every other process has zeros where this one has values
@@ -54,24 +46,22 @@ class CandidateJudge:
 
     @torch.no_grad()
     def judge_set(self, coefficients: Tensor, conditions: Any, stream: str, step: int) -> Tensor:
-        """Computes rewards `(functions,)` of a set with one image per condition: minus its distance, or its mean."""
+        """Rewards `(functions,)` of a set with one image per condition: minus its distance, or its mean."""
         self.merge(coefficients)
         features, values = self._generate(conditions, stream, step)
-        if features is None:
-            return values
         for place, reward in enumerate(self.rewards.all):
-            if reward.of_sets:
+            if reward.of_sets and features is not None:
                 reward.function.set_reference(features[reward.index])
                 values[place] = reward.function.baseline
         return values
 
     def _judge_replaced(self, values: Tensor, step: int) -> Tensor:
         """Averages over N_s subsets of the set and N_r replacements of each (Eq. 10)."""
-        args = self.args
-        (generator,) = image_generators(args.seed, "subsets", self._noise_step(step), [0])
-        self.slots.generator.manual_seed(generator.initial_seed())  # the same for all candidates of a step
-        slots = self.slots.draw(args.num_subsets, args.replace_size).repeat_interleave(args.num_replacements, dim=0)
-        features, _ = self._generate(take(self.conditions, slots.flatten()), "replacement", step, single=False)
+        args, sampler = self.args, self.trainer.slot_sampler
+        (generator,) = image_generators(args.seed, "subsets", step, [0])
+        sampler.generator.manual_seed(generator.initial_seed())  # the same for all candidates of a step
+        slots = sampler.draw(args.num_subsets, args.replace_size).repeat_interleave(args.num_replacements, dim=0)
+        features, _ = self._generate(take(self.trainer.conditions, slots.flatten()), "replacement", step, single=False)
         if features is None:
             return torch.full_like(values, torch.nan)
         for place, reward in enumerate(self.rewards.all):
@@ -80,49 +70,28 @@ class CandidateJudge:
                 values[place] = reward.function.subset_rewards(there, features[reward.index]).mean()
         return values
 
-    def _noise_step(self, step: int) -> int:
-        return step if self.args.fresh_noise else 0
-
     def _generate(
         self, conditions: Any, stream: str, step: int, single: bool = True
     ) -> tuple[list[dict[str, Tensor]] | None, Tensor]:
         """
-        Features of new images per distribution reward, and means of the rewards of `single` images; no features and
-        NaN if images or features are not finite.
+        Generates images: their features per distribution reward, and means of the rewards of `single` images. No
+        features and NaN if images or features are not finite.
         """
+        trainer, args = self.trainer, self.args
         values = torch.zeros(len(self.rewards.all), dtype=torch.float64)
         chunks: list[list[dict[str, Tensor]]] = []
-        for batch in generate(
-            self.policy,
-            conditions,
-            self.args.rollout_schedule,
-            seed=self.args.seed,
-            stream=stream,
-            step=self._noise_step(step),
-            batch_size=self.args.per_device_eval_batch_size,
-            model=self.network,
-            autocast=self.trainer.autocast,
-        ):
-            images, finite = decode_uint8(self.policy, batch.sample, self.args.decode_batch_size)
-            features = [r.extract(images, batch.conditions, check_finite=False) for r in self.rewards.of_sets]
-            flags = [finite, *(rows.isfinite().all(dim=1) for spaces in features for rows in spaces.values())]
-            if not all(bool(flag.all()) for flag in flags):
+        noise, size = (args.seed, stream, step), args.per_device_eval_batch_size
+        for batch in generate_for(trainer, self.network, conditions, args.rollout_schedule, noise, batch_size=size):
+            features, finite, images = decode_and_extract(trainer, batch.sample, batch.conditions)
+            if not finite.all():
                 return None, torch.full_like(values, torch.nan)
             chunks.append(features)
+            slots = torch.tensor(batch.indices, device=finite.device)
             for place, reward in enumerate(self.rewards.all):
-                if single and not reward.of_sets:
-                    scores = call_per_image(
-                        reward,
-                        images=images,
-                        conditions=batch.conditions,
-                        slots=torch.tensor(batch.indices, device=images.device),
-                        trainer_state=self.trainer.state,
-                    )
+                if images is not None and single and not reward.of_sets:
+                    scores = call_per_image(reward, images, batch.conditions, slots, trainer.state)
                     values[place] += scores.sum().cpu() / len(conditions)
-        joined = [
-            {space: torch.cat([c[space] for c in parts]) for space in parts[0]} for parts in zip(*chunks, strict=True)
-        ]
-        return joined, values
+        return joined(torch.cat, chunks), values
 
 
 def build_search(args: "MergeCoefficientConfig", start: Tensor, times: Sequence[float]) -> Search | None:

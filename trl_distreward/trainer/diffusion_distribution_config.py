@@ -1,5 +1,4 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,46 +29,29 @@ PAPER: dict[str, Any] = {
     "ema_decay": 0.0,
 }
 
-_CHOICES: dict[str, Collection[str]] = {
-    "loss_type": ESTIMATORS,  # itself, so that estimators can be added from outside
-    "reference_update": ("refresh", "rolling"),
-    "advantage_normalization": ADVANTAGE_NORMALIZATIONS,
-    "selection": SELECTIONS,
-    "selection_scope": ("global", "local"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "sde_window": ("sliding", "random"),
-    "step_weighting": ("uniform", "noise"),
-}
-
 
 @dataclass
 class DiffusionDistributionConfig(DiffusionTrainerConfig):
     """
     Configuration of the [`DistributionRewardTrainer`]: the options below, those of [`DiffusionTrainerConfig`], and
-    those of [`~transformers.TrainingArguments`].
-
-    The paper's settings ([arXiv 2607.02291](https://huggingface.co/papers/2607.02291)) are `trl_distreward.PAPER`.
+    those of [`~transformers.TrainingArguments`]. `trl_distreward.PAPER` holds the settings of
+    [arXiv 2607.02291](https://huggingface.co/papers/2607.02291).
     """
 
     learning_rate: float = option(1e-5, "Initial learning rate; 1e-5 in the paper.")
     lr_scheduler_type: str = option("linear", "Learning rate schedule.")
-    max_steps: int = option(
-        450, "Optimizer steps. If not positive, num_train_epochs passes over the reference set's slots."
-    )
+    max_steps: int = option(450, "Optimizer steps. If not positive, num_train_epochs passes over the reference set.")
     save_steps: float = option(50, "Optimizer steps between two checkpoints.")
     ddp_find_unused_parameters: bool | None = option(False, "Whether DDP looks for unused parameters.")
 
     # Parameters that control the reward
-    num_subsets: int = option(
-        256, "Subsets B generated and judged per update, over all processes; a multiple of their number."
-    )
+    num_subsets: int = option(256, "Subsets B of an update, over all processes; a multiple of their number.")
     replace_size: int = option(1, "Images n of a subset. 1 gives every image its own reward; the paper uses 50.")
     reference_update: str = option(
         "rolling",
-        "'rolling': new images stay in the places they were judged in, so nothing is generated twice; slots are "
-        "drawn without replacement. 'refresh': the reference set is generated anew every reference_refresh_steps, "
-        "as in the paper.",
-        _CHOICES["reference_update"],
+        "'rolling': new images stay in the places they were judged in, and slots are drawn without replacement. "
+        "'refresh': the reference set is generated anew every reference_refresh_steps, as in the paper.",
+        ("refresh", "rolling"),
     )
     # a number after __post_init__; the command line knows one type
     reference_refresh_steps: str = option(
@@ -77,24 +59,17 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         "Optimizer steps between two refreshes. 'auto': refreshes when the mean reward has drifted by more than "
         "refresh_drift from that of the unchanged set.",
     )
-    refresh_drift: float = option(
-        0.5, "Drift that triggers an automatic refresh, in standard deviations of the rewards of one update."
-    )
-    best_of_n: int = option(
-        1, "Candidates generated per slot; the one with the best replaced distance by itself is kept (Appendix C)."
-    )
+    refresh_drift: float = option(0.5, "Drift that triggers a refresh, in standard deviations of an update's rewards.")
+    best_of_n: int = option(1, "Candidates per slot; the one with the best replaced distance is kept (Appendix C).")
     multi_objective_aggregation: str = option(
         "sum_then_normalize",
-        "Whether several rewards are summed before they are normalized to advantages, or normalized first "
-        "('normalize_then_sum').",
-        _CHOICES["multi_objective_aggregation"],
+        "Whether several rewards are summed before or after they are normalized to advantages.",
+        ("sum_then_normalize", "normalize_then_sum"),
     )
 
     # Parameters that control generation
     sampler: str = option(
-        "sde",
-        "Sampler of the rollouts. A policy gradient needs 'sde': the ODE's steps have no density.",
-        ["sde", "ode"],
+        "sde", "Sampler of the rollouts. A policy gradient needs 'sde', whose steps have a density.", ("sde", "ode")
     )
     num_inference_steps: int = option(50, "Steps of the rollouts and of the reference set.")
     sde_window_size: int | None = option(
@@ -106,24 +81,22 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         "sliding",
         "'sliding': the window moves from noise to data by one step every sde_window_interval rollouts, then "
         "starts again (MixGRPO, arXiv 2507.21802). 'random': drawn anew for each rollout.",
-        ["sliding", "random"],
+        ("sliding", "random"),
     )
     sde_window_interval: int = option(25, "Rollouts between two moves of the sliding window.")
     rollout_batch_size: int | None = option(
-        None, "Images at a time per process in rollouts; per_device_train_batch_size by default."
+        None, "Images at a time in rollouts; per_device_train_batch_size by default."
     )
 
     # Parameters that control the update
     loss_type: str = option(
         "grpo",
-        "'grpo': clipped policy gradient (Eq. 6). 'rft': rejection sampling, the flow-matching loss (Eq. 2) on "
-        "the selected images. 'backprop': gradient of the distance itself through the last backprop_steps of "
-        "sampling; all images of an update replace their slots at once.",
-        ESTIMATORS,
+        "'grpo': clipped policy gradient (Eq. 6). 'rft': flow-matching loss (Eq. 2) on the selected images. "
+        "'backprop': gradient of the distance itself through the last backprop_steps of sampling; all images of an "
+        "update replace their slots at once.",
+        ESTIMATORS.keys(),  # a view: estimators can be added from outside
     )
-    backprop_steps: int = option(
-        3, "Last sampling steps that 'backprop' goes back through. Memory grows with it, unless checkpoint_steps."
-    )
+    backprop_steps: int = option(3, "Last steps that 'backprop' goes through. Memory grows, unless checkpoint_steps.")
     checkpoint_steps: bool = option(False, "Recomputes each step's activations in the backward pass of 'backprop'.")
     advantage_normalization: str = option(
         "batch",
@@ -139,56 +112,47 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         SELECTIONS,
     )
     selection_scope: str = option(
-        "global", "Whether the share is taken over all processes ('global') or in each ('local').", ["global", "local"]
+        "global", "Whether the share is taken over all processes ('global') or in each ('local').", ("global", "local")
     )
     top_advantage_quantile: float = option(1.0, "Selected share; 1.0 keeps all, the paper uses 0.25.")
-    timestep_fraction: float = option(
-        1.0, "Share of the steps with noise that is trained, drawn anew for each rollout."
-    )
+    timestep_fraction: float = option(1.0, "Share of the steps with noise that is trained, drawn for each rollout.")
     step_weighting: str = option(
-        "uniform",
-        "'noise' weights steps by the standard deviation of their noise (TempFlow-GRPO, arXiv 2508.04324).",
-        ["uniform", "noise"],
+        "uniform", "'noise': by the noise's std (TempFlow-GRPO, arXiv 2508.04324).", ("uniform", "noise")
     )
     ratio_normalization: bool = option(
-        False, "Puts the log-ratios of all steps on one scale (GRPO-Guard, arXiv 2510.22319)."
+        False, "Puts log-ratios of all steps on one scale (GRPO-Guard, arXiv 2510.22319)."
     )
-    epsilon: float = option(
-        1e-4, "Clip range of the probability ratio, for log-probabilities averaged over dimensions."
-    )
+    epsilon: float = option(1e-4, "Clip range of the ratio, for log-probabilities averaged over dimensions.")
     beta: float = option(
         0.0,
         "Weight of the KL divergence from the initial model; 0 loads no reference model. Under 'backprop', weight "
         "of the mean squared difference of the two velocities.",
     )
     num_iterations: int = option(1, "Updates per rollout. 1 is strictly on-policy: the ratio is then exactly 1.")
-    ema_decay: float = option(
-        0.9, "Decay of a moving average of the weights, which is then evaluated and saved; 0 keeps none."
-    )
+    ema_decay: float = option(0.9, "Decay of an average of the weights, which is evaluated and saved; 0 keeps none.")
     offload_trajectories: bool = option(False, "Keeps the rollout's states in CPU memory until they are trained on.")
 
     # Parameters that control evaluation
     num_inference_steps_eval: list[int] = option(
         [250],
-        "Steps at evaluation. With several, their names tell them apart: eval_sde_50_…, eval_sde_250_…. The "
-        "paper's gains depend on them (Table 3).",
+        "Steps at evaluation; the paper's gains depend on them (Table 3). Several are told apart by name: "
+        "eval_sde_50_…, eval_sde_250_….",
     )
     eval_samplers: list[str] = option(["sde", "ode"], "Samplers that are evaluated.")
     eval_solver: str = option(
         "euler",
-        "Solver of the evaluated ODE: 'euler', 'heun', 'heun_sigma' or 'dopri5', see sampling.solve_ode. 'dopri5' "
-        "chooses its own steps, so it is evaluated once.",
+        "Solver of the evaluated ODE, see sampling.solve_ode. 'dopri5' chooses its own steps and is evaluated once.",
         ODE_SOLVERS,
     )
 
     def __post_init__(self) -> None:
-        self._check_choices(_CHOICES)
+        self._check_choices()
         self._check_reward()
         self._check_update()
         ESTIMATORS[self.loss_type].check_config(self)
         # rollouts and their ODE take Euler's steps
-        rollout = self._schedule(self.num_inference_steps, self.sampler, "euler")
-        self._set_schedules(rollout, self._evaluation_schedules())
+        self.rollout_schedule = self._schedule(self.num_inference_steps, self.sampler, "euler")
+        self.eval_schedules = self._evaluation_schedules()
         super().__post_init__()
 
     def bind(self, policy: DiffusionPolicy) -> None:
@@ -196,8 +160,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         steps, size = len(self.rollout_schedule.trainable_steps), self.sde_window_size
         if not steps and self.sampler == "sde":
             raise ValueError(
-                f"noise_level={self.noise_level} with num_inference_steps={self.num_inference_steps} leaves no step "
-                "with noise to train: raise either."
+                f"noise_level={self.noise_level} leaves no step with noise to train: raise it, or the steps."
             )
         if size is not None and not 1 <= size <= steps:
             raise ValueError(f"sde_window_size={size} must lie in 1 to {steps}, the number of steps with noise.")
@@ -208,29 +171,23 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             self._check_counts(("reference_refresh_steps",))
         elif self.reference_update == "refresh" and self.best_of_n > 1:
             raise ValueError(
-                f"best_of_n={self.best_of_n} with reference_refresh_steps='auto': chosen images are better than the "
-                "reference set without any drift of the policy. Use a number of steps, or reference_update='rolling'."
+                f"best_of_n={self.best_of_n} with reference_refresh_steps='auto': chosen images beat the reference "
+                "set without any drift of the policy. Give a number of steps, or reference_update='rolling'."
             )
         self._check_counts(("num_subsets",), least=2)
         self._check_counts(
             ("replace_size", "num_iterations", "best_of_n", "sde_window_interval", "rollout_batch_size")
         )
-        if self.replace_size >= self.reference_set_size:
-            raise ValueError(
-                f"replace_size={self.replace_size} must be smaller than reference_set_size={self.reference_set_size}: "
-                "lower one or raise the other."
-            )
+        n, size = self.replace_size, self.reference_set_size
+        if n >= size:
+            raise ValueError(f"replace_size={n} must be smaller than reference_set_size={size}.")
 
     def _check_update(self) -> None:
         if self.num_generations < 1 or self.num_subsets % self.num_generations:
-            raise ValueError(
-                f"num_generations={self.num_generations} must divide num_subsets={self.num_subsets}: so many subsets "
-                "replace the same slots."
-            )
+            raise ValueError(f"num_generations={self.num_generations} must divide num_subsets={self.num_subsets}.")
         if self.advantage_normalization == "group" and self.num_generations < 2:
             raise ValueError(
-                "advantage_normalization='group' compares subsets that replace the same slots: set num_generations "
-                "to 2 or more."
+                "advantage_normalization='group' with num_generations=1: set num_generations to 2 or more."
             )
         for name in ("top_advantage_quantile", "timestep_fraction"):
             if not 0 < getattr(self, name) <= 1:
@@ -243,13 +200,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     def _evaluation_schedules(self) -> dict[str, Any]:
         if isinstance(self.num_inference_steps_eval, int):
             self.num_inference_steps_eval = [self.num_inference_steps_eval]
-        counts = list(dict.fromkeys(self.num_inference_steps_eval))
-        if not self.eval_samplers or not counts or min(counts) < 1:
-            raise ValueError(
-                f"eval_samplers={self.eval_samplers}, num_inference_steps_eval={counts}: give at least one of each, "
-                "and at least 1 step."
-            )
-        schedules = {}
+        counts, schedules = list(dict.fromkeys(self.num_inference_steps_eval)), {}
         for name in self.eval_samplers:
             for count in counts:
                 schedule = self._schedule(count, name, self.eval_solver)

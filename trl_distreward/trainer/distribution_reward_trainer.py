@@ -13,18 +13,16 @@ from transformers import TrainerCallback
 
 from ..conditions import take
 from ..metrics.image_metrics import ImageMetric
-from ..policies import as_policy
 from .base import DiffusionTrainer
-from .checks import check_best_metric, check_on, images_of_noise
+from .checks import images_of_noise
 from .diffusion_distribution_config import DiffusionDistributionConfig
 from .dry_run import Plan
 from .estimators import ESTIMATORS
 from .estimators.base import Batch
 from .image_sets import shared_images
-from .reference_set import ReferenceSet, conditions_and_slots
-from .reward_functions import Reward, RewardFunction, RewardFunctions, call_per_image
+from .reference_set import ReferenceSet
+from .reward_functions import Reward, RewardFunction, call_per_image
 from .rollouts import Rollout, Sampler
-from .update_statistics import UpdateStatistics
 
 logger = get_logger(__name__)
 
@@ -60,13 +58,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
             Several are weighted by `reward_weights` and summed.
         args ([`DiffusionDistributionConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
-            Conditions of the reference set, in a column `class_labels`, or `prompt` for a text-to-image model. Every
-            slot keeps its condition. Without a dataset all classes are balanced. `stratify_by` names a further column.
+            Conditions of the reference set, in a column `class_labels`, or `prompt` for a text-to-image model, and
+            strata in the column `stratify_by`. Every slot keeps its condition. By default all classes are balanced.
         eval_dataset (`datasets.Dataset`, *optional*):
             Conditions of the evaluated images; for a text-to-image model the training prompts by default.
         eval_metrics (`dict[str, ImageMetric]`, *optional*):
-            Metrics to evaluate beside the reward's own distances, e.g. a [`FeatureDistance`] in a feature space that
-            the reward does not see.
+            Metrics to evaluate beside the reward's distances, e.g. a [`FeatureDistance`] that the reward does not see.
         peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter instead of the network's own weights.
         callbacks, optimizers: as in [`~transformers.Trainer`].
     """
@@ -89,47 +86,28 @@ class DistributionRewardTrainer(DiffusionTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args if args is not None else DiffusionDistributionConfig(output_dir="distribution-reward")
-        policy = as_policy(model, **args.guidance())
-        args.bind(policy)
-        self.conditions, self.slot_sampler = conditions_and_slots(policy, train_dataset, args)
-        self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
-        initial = None
-        if args.beta > 0 and peft_config is None:  # float32, like what is trained from half precision
-            initial = copy.deepcopy(policy.model).requires_grad_(False).float().eval()
-        rollouts_per_epoch = math.ceil(args.reference_set_size / (args.num_subsets * args.replace_size))
+        rollouts = math.ceil(args.reference_set_size / (args.num_subsets * args.replace_size))
+        self.steps_per_epoch = rollouts * args.num_iterations
         super().__init__(
-            policy=policy,
-            args=args,
-            steps_per_epoch=rollouts_per_epoch * args.num_iterations,
-            eval_metrics=self.rewards.metrics() | dict(eval_metrics or {}),
-            ema_decay=args.ema_decay,
-            peft_config=peft_config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
+            model, reward_funcs, args, train_dataset, eval_dataset, eval_metrics, peft_config, callbacks, optimizers
         )
-        device, processes = self.accelerator.device, self.accelerator.num_processes
+        processes = self.accelerator.num_processes
         if args.num_subsets % processes:
-            raise ValueError(
-                f"num_subsets={args.num_subsets} is not divisible by {processes} processes: choose a multiple."
-            )
+            raise ValueError(f"num_subsets={args.num_subsets} must be a multiple of the {processes} processes.")
         if args.best_of_n > 1 and not self.rewards.of_sets:
-            raise ValueError(
-                f"best_of_n={args.best_of_n} chooses by a replaced distance, but no reward is a SubsetReplaceReward: "
-                "set best_of_n=1."
-            )
-        self.initial_model = None if initial is None else initial.to(device)
-        self.rewards.to(device)
+            raise ValueError(f"best_of_n={args.best_of_n} chooses by a SubsetReplaceReward: give one, or best_of_n=1.")
         self.reference_set = ReferenceSet(self.rewards.of_sets, args, self.accelerator)
         self.batch: Batch | None = None
         self.sampler = Sampler(self)
         self.estimator = ESTIMATORS[args.loss_type](self)
-        images, conditions = images_of_noise(policy, self.conditions, device)
-        check_on(images, conditions, self.rewards, self.eval_metrics)
-        self.estimator.check_rewards(images, conditions)
-        check_best_metric(args, self.eval_metrics)
+        self.estimator.check_rewards(*images_of_noise(self.policy, self.conditions, self.accelerator.device))
         logger.info(Plan.of(self).describe(args))
+
+    def prepare_network(self, network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
+        self.initial_model: nn.Module | None = None
+        if args.beta > 0 and peft_config is None:  # float32, like what is trained from half precision
+            self.initial_model = copy.deepcopy(network).requires_grad_(False).float().eval().to(args.device)
+        return super().prepare_network(network, args, peft_config)
 
     # ---- one step ----
 
@@ -163,11 +141,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
     @torch.no_grad()
     def score(self, rollout: Rollout) -> list[Tensor] | None:
         """
-        Computes the rewards of a rollout.
-
-        Returns:
-            `list` of `torch.Tensor`: per function `(B, 1)` if a subset's images share a reward, else `(B, n)`; float64
-            and the same on every process. `None` if values are not finite: the update is then skipped.
+        Computes the rewards of a rollout: per function `(B, 1)` if a subset's images share a reward, else `(B, n)`;
+        float64 and the same on every process. `None` if values are not finite: the update is then skipped.
         """
         if not bool(self.accelerator.gather(rollout.finite).all()):
             self.skip_update("an image or its features are not finite")
@@ -182,11 +157,10 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if len(rewards) > 1:
             for reward, values in zip(self.rewards.all, rewards, strict=True):
                 self._record_reward(f"rewards/{reward.name}/mean", f"rewards/{reward.name}/std", values)
-        if self.args.reference_update == "refresh" and self.args.best_of_n == 1 and len(rollout.slots) > 1:
-            of_sets = [v for reward, v in zip(self.rewards.all, rewards, strict=True) if reward.of_sets]
-            drift = self.reference_set.watch_drift(of_sets)
-            if drift is not None:
-                self.record("reference_drift", drift)
+        of_sets = [v for reward, v in zip(self.rewards.all, rewards, strict=True) if reward.of_sets]
+        subsets = self.args.best_of_n == 1 and len(rollout.slots) > 1
+        if of_sets and subsets and self.args.reference_update == "refresh":
+            self.record("reference_drift", self.reference_set.watch_drift(of_sets))
         return rewards
 
     @torch.no_grad()
@@ -209,7 +183,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         processes, split = self.accelerator.num_processes, self.is_fsdp_enabled or self.is_deepspeed_enabled
         # DDP cannot follow several passes per backward: gradients are then summed without it, and sent at the end.
         apart = processes > 1 and not split and not self.estimator.single_pass
-        total, statistics = torch.zeros((), device=self.accelerator.device), UpdateStatistics()
+        total, logged = torch.zeros((), device=self.accelerator.device), []
         with self.timed("training"):
             for micro_batch, is_last in batch.micro_batches(self.args.per_device_train_batch_size, processes):
                 # split weights have split gradients: they do not wait for the last micro-batch
@@ -217,50 +191,46 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 with self.accelerator.no_sync(model) if defer else nullcontext():
                     self.accelerator.gradient_state._set_sync_gradients(is_last)
                     network = self.network if apart else model
-                    loss, values = self.compute_loss(network, micro_batch, return_outputs=True)
+                    loss, values = self.estimator.loss(network, micro_batch)
+                    loss = loss * processes  # because gradients are averaged over processes
                     self.accelerator.backward(loss)
-                statistics.add(micro_batch["weights"], values)
+                logged.append((micro_batch["weights"], {name: value.detach() for name, value in values.items()}))
                 total += loss.detach()
             if apart:
                 self._send_gradients(model)
-        for name, value in statistics.reduced(self.accelerator).items():
-            self.record(name, value)
+        self._record_values(logged)
         return total
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Computes the estimator's loss of one micro-batch, and values `(P,)` to log."""
-        loss, values = self.estimator.loss(model, inputs)
-        loss = loss * self.accelerator.num_processes  # because gradients are averaged over processes
-        return (loss, values) if return_outputs else loss
-
     def _score_one(self, reward: Reward, rollout: Rollout) -> Tensor:
-        slots, sampler = rollout.slots, self.sampler
+        slots = rollout.slots
         if not reward.of_sets:
-            values = call_per_image(
-                reward,
-                images=rollout.images,
-                conditions=take(self.conditions, rollout.local_slots.cpu()),
-                slots=rollout.local_slots,
-                trainer_state=self.state,
-            )
+            assert rollout.images is not None
+            values = call_per_image(reward, rollout.images, rollout.conditions, rollout.local_slots, self.state)
             return self.accelerator.gather(values).view(slots.shape)
-        if self._shared(slots):
-            local = sampler.local(slots).view(-1, slots.shape[1])
+        if len(slots) % self.accelerator.num_processes == 0:  # processes share out whole subsets
+            local = self.sampler.local(slots).view(-1, slots.shape[1])
             values = self.accelerator.gather(reward.function.score(local, rollout.features[reward.index]))
         else:  # a subset of images from all processes: each scores it
             values = reward.function.score(slots, rollout.gathered[reward.index])
         return values.view(len(slots), -1)
 
-    def _shared(self, slots: Tensor) -> bool:
-        """Whether processes share out whole subsets."""
-        return len(slots) % self.accelerator.num_processes == 0
-
     def _record_reward(self, mean: str, std: str, values: Tensor) -> None:
         self.record(mean, values.mean().item())
         if values.numel() > 1:
             self.record(std, values.std().item())
+
+    def _record_values(self, logged: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Records weighted means of micro-batches' values `(P,)` over all processes; of a ratio the extremes too."""
+        weights = torch.cat([weights for weights, _ in logged])
+        values = {name: torch.cat([found[name] for _, found in logged]) for name in logged[0][1]}
+        sums = [weights.double().sum(), *((value.double() * weights).sum() for value in values.values())]
+        weight, *totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        for name, total in zip(values, totals, strict=True):
+            self.record("ratio/mean" if name == "ratio" else name, total / weight)
+        if "ratio" in values:
+            ratios = self.accelerator.gather(torch.stack([values["ratio"].min(), values["ratio"].max()])[None])
+            self.record("ratio/min", ratios.min().item())
+            self.record("ratio/max", ratios.max().item())
 
     def _send_gradients(self, model: nn.Module) -> None:
         """Lets DDP average the gradients: its backward pass runs on one sample at weight 0."""
@@ -285,10 +255,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
     # ---- state ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        # A checkpoint that is resumed from restores all of this.
-        self.batch, self.num_images = None, 0
+        self.batch = None
         self.reference_set.reset()
-        self.rewards.reset()
         return super().train(*args, **kwargs)
 
     def training_state(self) -> dict[str, Any]:
@@ -313,11 +281,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def load_process_state(self, state: dict[str, Any]) -> None:
         if state["processes"] != self.accelerator.num_processes:
             raise ValueError(
-                f"this checkpoint was written between two updates of one rollout by {state['processes']} processes: "
-                f"resume on as many, not {self.accelerator.num_processes}, or from a checkpoint at a multiple of "
-                f"num_iterations={self.args.num_iterations} steps."
+                f"this checkpoint was written by {state['processes']} processes between two updates of a rollout: "
+                f"resume on as many, or from one at a multiple of num_iterations={self.args.num_iterations} steps."
             )
         self.batch = self.estimator.restore(state["batch"])
-
-    def describe_run(self) -> dict[str, Any]:
-        return super().describe_run() | {"rewards": {reward.name: reward.weight for reward in self.rewards.all}}

@@ -1,19 +1,35 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Sets of images that all processes generate together: reference sets and evaluations."""
+"""Sets of images that all processes generate together: reference sets, evaluations and samples."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..conditions import take
-from ..generation import SamplingSchedule, evaluating, generate, share_out
-from ..policies import decode_uint8
+from ..generation import Generated, SamplingSchedule, evaluating, generate, share_out
+from ..policies import decode_slices, decode_uint8
+from .reward_functions import joined
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
+
+
+def generate_for(
+    trainer: "DiffusionTrainer",
+    model: nn.Module,
+    conditions: Any,
+    schedule: SamplingSchedule,
+    noise: tuple[int, str, int],
+    **options: Any,
+) -> Iterator[Generated]:
+    """Calls [`~generation.generate`] for a trainer; `noise` is the seed, stream and step."""
+    seed, stream, step = noise
+    options |= {"seed": seed, "stream": stream, "step": step, "model": model, "autocast": trainer.autocast}
+    return generate(trainer.policy, conditions, schedule, **options)
 
 
 def shared_images(
@@ -25,29 +41,15 @@ def shared_images(
     name: str,
 ) -> Iterator[tuple[Tensor, Any, int, Tensor]]:
     """
-    Generates one image per condition, a share on each process, with a progress bar called `name`. `noise` is the
-    seed, stream and step of [`~generation.generate`].
+    Generates one image per condition, a share on each process, with a progress bar called `name`.
 
-    Yields:
-        this process's uint8 images and their conditions, how many rows of the gathered images count, and a mask of
-        finite images.
+    Yields this process's uint8 images and their conditions, how many rows of the gathered images count, and a mask of
+    finite images.
     """
     args, accelerator = trainer.args, trainer.accelerator
     size, total = args.per_device_eval_batch_size, len(conditions)
     own, valid = share_out(total, size, accelerator.process_index, accelerator.num_processes)
-    seed, stream, step = noise
-    batches = generate(
-        trainer.policy,
-        take(conditions, own),
-        schedule,
-        seed=seed,
-        stream=stream,
-        step=step,
-        indices=own,
-        batch_size=size,
-        model=model,
-        autocast=trainer.autocast,
-    )
+    batches = generate_for(trainer, model, take(conditions, own), schedule, noise, indices=own, batch_size=size)
     hidden = args.disable_tqdm or not accelerator.is_main_process
     with tqdm(total=total, desc=name, unit="image", leave=False, disable=hidden) as bar:
         for batch, count in zip(batches, valid, strict=True):
@@ -56,44 +58,50 @@ def shared_images(
             bar.update(count)
 
 
-def evaluate_images(
-    trainer: "DiffusionTrainer", model: nn.Module, conditions: Any, schedule: SamplingSchedule, seed: int, name: str
-) -> dict[str, float]:
-    """Computes the trainer's metrics of images from noise of `seed`; every process has the images of all."""
-    accelerator, metrics = trainer.accelerator, trainer.eval_metrics
-    for metric in metrics.values():
-        metric.reset()
-    for images, labels, valid, finite in shared_images(
-        trainer, model, conditions, schedule, (seed, "evaluation", 0), name
-    ):
-        if not bool(accelerator.gather(finite).all()):
-            raise ValueError(f"{name}: generated samples are not finite; the model has diverged.")
-        if isinstance(labels, Tensor):
-            everyone = accelerator.gather(labels.to(accelerator.device))
-        else:
-            everyone = gather_object(labels)
-        gathered = accelerator.gather(images)[:valid]
-        for metric in metrics.values():
-            metric.update(gathered, everyone[:valid])
-    values = {key: float(metric.compute()) for key, metric in metrics.items()}
-    for metric in metrics.values():
-        metric.reset()  # frees the features
-    return values
-
-
 def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Any, seed: int) -> dict[str, float]:
-    """Computes `{sampler}_{metric}` under every evaluated schedule, from noise of `seed`."""
-    schedules = trainer.args.eval_schedules
+    """Computes the trainer's metrics, `{sampler}_{metric}`, under every evaluated schedule from noise of `seed`."""
+    schedules, device = trainer.args.eval_schedules, trainer.accelerator.device
     if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and trainer.model is trainer.model_wrapped:
-        trainer.model.to(trainer.accelerator.device)  # before training they leave it where it was loaded
-    trainer.run_record.images["evaluation"] += len(conditions) * len(schedules)
+        trainer.model.to(device)  # before training they leave it where it was loaded
     values: dict[str, float] = {}
-    with (
-        evaluating(trainer.sampled_model) as model,
-        trainer.run_record.timed("evaluation"),
-        trainer.evaluation_weights(),
-    ):
+    record = trainer.run_record
+    record.images["evaluation"] += len(conditions) * len(schedules)
+    with evaluating(trainer.sampled_model) as model, record.timed("evaluation"), trainer.evaluation_weights():
         for sampler, schedule in schedules.items():
-            found = evaluate_images(trainer, model, conditions, schedule, seed, f"Evaluation, {sampler}")
-            values |= {f"{sampler}_{name}": value for name, value in found.items()}
+            name = f"Evaluation, {sampler}"
+            for metric in trainer.eval_metrics.values():
+                metric.reset()
+            batches = shared_images(trainer, model, conditions, schedule, (seed, "evaluation", 0), name)
+            for images, labels, valid, finite in batches:
+                if not bool(trainer.accelerator.gather(finite).all()):
+                    raise ValueError(f"{name}: generated samples are not finite; the model has diverged.")
+                tensors = isinstance(labels, Tensor)
+                everyone = trainer.accelerator.gather(labels.to(device)) if tensors else gather_object(labels)
+                gathered = trainer.accelerator.gather(images)[:valid]
+                for metric in trainer.eval_metrics.values():
+                    metric.update(gathered, everyone[:valid])
+            for key, metric in trainer.eval_metrics.items():
+                values[f"{sampler}_{key}"] = float(metric.compute())
+                metric.reset()  # frees the features
     return values
+
+
+@torch.no_grad()
+def decode_and_extract(
+    trainer: "DiffusionTrainer", x: Tensor, conditions: Any
+) -> tuple[list[dict[str, Tensor]], Tensor, Tensor | None]:
+    """
+    Decodes samples `decode_batch_size` at a time, and extracts their features before the next are decoded. Returns
+    features per distribution reward and space, a mask of finite images, and the images if a function looks at them.
+    """
+    rewards, start = trainer.rewards, 0
+    features, finite, images = [], [], []
+    for part, decoded in decode_slices(trainer.policy, x, trainer.args.decode_batch_size):
+        labels = take(conditions, range(start, start + len(part)))
+        start += len(part)
+        features.append([reward.extract(part, labels, check_finite=False) for reward in rewards.of_sets])
+        for values in (rows for spaces in features[-1] for rows in spaces.values()):
+            decoded = decoded & values.isfinite().all(dim=1)
+        finite.append(decoded)
+        images.append(part)
+    return joined(torch.cat, features), torch.cat(finite), torch.cat(images) if rewards.need_images else None

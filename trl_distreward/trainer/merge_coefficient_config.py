@@ -1,6 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from dataclasses import dataclass
-from typing import Any
 
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
 from ..sampling import ODE_SOLVERS
@@ -14,10 +13,8 @@ STARTS = ("post_hoc", "uniform", "last")
 class MergeCoefficientConfig(DiffusionTrainerConfig):
     """
     Configuration of the [`MergeCoefficientTrainer`]: the options below, those of [`DiffusionTrainerConfig`], and
-    those of [`~transformers.TrainingArguments`].
-
-    Each candidate generates `reference_set_size` images under the ODE, `per_device_eval_batch_size` at a time. The
-    SDE's noise is for evaluation alone.
+    those of [`~transformers.TrainingArguments`]. Each candidate generates `reference_set_size` images under the ODE,
+    `per_device_eval_batch_size` at a time; the SDE's noise is for evaluation alone.
     """
 
     learning_rate: float = option(0.01, "Learning rate of the EMANet.")
@@ -28,9 +25,8 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     # Parameters that control the search
     method: str = option(
         "cma",
-        "'cma': CMA-ES. 'emanet': a policy gradient on the mean of a Gaussian (Section 3.3 of arXiv "
-        "2607.02291). 'grid': power-function averages of all widths. "
-        "All judge equally many candidates.",
+        "'cma': CMA-ES. 'emanet': a policy gradient on the mean of a Gaussian (Section 3.3 of arXiv 2607.02291). "
+        "'grid': power-function averages of all widths. All judge equally many candidates.",
         METHODS,
     )
     num_generations: int = option(16, "Candidates B of a step, over all processes.")
@@ -42,8 +38,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     )
     granularity: str = option(
         "per_model",
-        "One set of coefficients for the whole model, as in the paper, for each block ('per_block'), or for each "
-        "kind of parameter ('per_parameter_group').",
+        "One set of coefficients for the whole model, as in the paper, for each block, or for each kind of parameter.",
         GRANULARITIES,
     )
     initial_coefficients: str = option(
@@ -51,10 +46,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         "Start of the search: 'post_hoc', a power-function average of width initial_std; 'uniform'; 'last'; or a "
         "number for each checkpoint, separated by commas on the command line.",
     )
-    initial_std: float = option(
-        0.1,
-        "Relative width (σ_rel of arXiv 2312.02696) of the average under 'post_hoc'.",
-    )
+    initial_std: float = option(0.1, "Relative width (σ_rel of arXiv 2312.02696) of the average under 'post_hoc'.")
     checkpoint_times: list[float] | None = option(
         None, "Training times of the checkpoints, in any unit; evenly spaced from 0 by default."
     )
@@ -65,39 +57,22 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         0.15, "Standard deviation of the samples; the first one under 'cma'. The paper uses 1 with 'softmax'."
     )
     sampling_std_decay: float = option(
-        0.3,
-        "Share of it that is left at the last step of 'emanet', after a linear fall; 1 is constant, as in the paper.",
+        0.3, "Share of it left at the last step of 'emanet', after a linear fall; 1 is constant, as in the paper."
     )
-    antithetic_sampling: bool = option(
-        True, "Draws samples of 'emanet' in pairs with opposite deviations from the mean."
-    )
-    advantage_normalization: str = option(
-        "batch",
-        "Advantages of 'emanet': 'batch': by mean and standard deviation of all rewards. 'rank': evenly spaced by "
-        "rank.",
-        ["batch", "rank"],
-    )
+    antithetic_sampling: bool = option(True, "Draws samples of 'emanet' in pairs, opposite about the mean.")
     policy_num_layers: int = option(3, "Layers of the EMANet; with 0 the mean itself is the parameter.")
-    policy_hidden_size: int = option(64, "Width of its layers and of its embedding.")
 
     # Parameters that control the reward
     scale_set_size: int | None = option(
         None,
-        "Images of the start's set, whose distances are the units of several feature spaces; reference_set_size "
-        "by default. Small sets overstate distances: use at least 1,000 if candidates have fewer.",
+        "Images of the start's set, whose distances are the units of several feature spaces; reference_set_size by "
+        "default. Use at least 1,000: small sets overstate distances.",
     )
     num_replacements: int = option(
-        0,
-        "New images N_r for each replaced subset (Eq. 10). 0: the reward is minus the distance of the candidate's "
-        "set.",
+        0, "New images N_r for each replaced subset (Eq. 10). 0: the reward is minus the distance of the whole set."
     )
     num_subsets: int = option(1, "Subsets N_s of the set that are replaced.")
     replace_size: int = option(50, "Images n of a subset.")
-    fresh_noise: bool = option(
-        True,
-        "Whether each step has noise of its own, shared by its candidates. With the same noise at every step, "
-        "coefficients can be fitted to it.",
-    )
 
     # Parameters that control generation
     num_inference_steps: int = option(32, "Steps of the ODE that generates a candidate's images.")
@@ -110,20 +85,12 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     eval_samplers: list[str] = option(["ode"], "Samplers that are evaluated.")
 
     def __post_init__(self) -> None:
-        choices: dict[str, Any] = {
-            "method": METHODS,
-            "coefficient_map": COEFFICIENT_MAPS,
-            "granularity": GRANULARITIES,
-            "advantage_normalization": ("batch", "rank"),
-        }
-        self._check_choices(choices)
+        self._check_choices()
         self._read_start()
         self._check_numbers()
         steps = self.num_inference_steps_eval or self.num_inference_steps
-        self._set_schedules(
-            self._schedule(self.num_inference_steps, "ode", self.solver),
-            {name: self._schedule(steps, name, self.solver) for name in self.eval_samplers},
-        )
+        self.rollout_schedule = self._schedule(self.num_inference_steps, "ode", self.solver)
+        self.eval_schedules = {name: self._schedule(steps, name, self.solver) for name in self.eval_samplers}
         super().__post_init__()
 
     def _read_start(self) -> None:
@@ -133,36 +100,25 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         try:
             numbers = [float(value) for value in (start.split(",") if isinstance(start, str) else start)]
         except (TypeError, ValueError):
-            raise ValueError(
-                f"initial_coefficients={start!r} is unknown: choose one of {', '.join(STARTS)}, or give a number for "
-                "each checkpoint."
-            ) from None
+            choices = f"choose one of {', '.join(STARTS)}, or give a number for each checkpoint"
+            raise ValueError(f"initial_coefficients={start!r} is unknown: {choices}.") from None
         setattr(self, "initial_coefficients", numbers)  # noqa: B010
 
     def _check_numbers(self) -> None:
-        self._check_counts(("num_subsets", "replace_size", "policy_hidden_size", "max_steps"))
+        self._check_counts(("num_subsets", "replace_size", "max_steps"))
         self._check_counts(("num_replacements", "policy_num_layers"), least=0)
         self._check_counts(("num_generations", "reference_set_size", "scale_set_size"), least=2)
-        if not self.sampling_std > 0:
-            raise ValueError(f"sampling_std={self.sampling_std} must be positive.")
-        if not 0 < self.sampling_std_decay <= 1:
-            raise ValueError(f"sampling_std_decay={self.sampling_std_decay} must lie in (0, 1]; 1 is constant.")
-        if self.num_replacements and self.replace_size >= self.reference_set_size:
-            raise ValueError(
-                f"replace_size={self.replace_size} must be smaller than reference_set_size={self.reference_set_size}: "
-                "lower it, or set num_replacements=0."
-            )
-        if self.method == "grid" and self.checkpoint_stds is not None and self.coefficient_map == "softmax":
-            raise ValueError(
-                "coefficient_map='softmax' makes positive coefficients, but a grid between averages of given "
-                "checkpoint_stds has negative ones: set coefficient_map='affine'."
-            )
+        std, decay = self.sampling_std, self.sampling_std_decay
+        if std <= 0 or not 0 < decay <= 1:
+            raise ValueError(f"sampling_std={std} must be positive, and sampling_std_decay={decay} lie in (0, 1].")
+        n, size = self.replace_size, self.reference_set_size
+        if self.num_replacements and n >= size:
+            raise ValueError(f"replace_size={n} must be smaller than reference_set_size={size}.")
         if self.fp16:
             raise ValueError("fp16=True scales gradients, but those of coefficients are not scaled: set bf16=True.")
         if self.save_only_model and self.load_best_model_at_end:
             raise ValueError(
-                "load_best_model_at_end=True needs the search's state, which save_only_model=True leaves out: set one "
-                "of them to False."
+                "load_best_model_at_end=True needs the search's state, which save_only_model=True leaves out: set one."
             )
 
     @property

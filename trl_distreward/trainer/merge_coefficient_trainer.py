@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,16 @@ from ..merging.coefficients import (
 )
 from ..merging.pool import CheckpointPool
 from ..metrics.image_metrics import ImageMetric
-from ..policies import DiffusionPolicy, as_policy
 from . import checkpointing
 from .advantages import normalize_advantages
 from .base import DiffusionTrainer
 from .candidates import CandidateJudge, build_search
-from .checks import check_best_metric, check_on, images_of_noise
 from .image_sets import evaluate_samplers
-from .merge_card import coefficient_section, comparison_table, describe_merge
 from .merge_coefficient_config import MergeCoefficientConfig
-from .model_card import recipe_of
 from .network import disable_dropout
-from .reference_set import conditions_and_slots
-from .reward_functions import RewardFunction, RewardFunctions
-from .run_record import is_evaluation
+from .publishing import comparison_table, table
+from .reward_functions import RewardFunction
+from .run_record import is_evaluation, write_record
 
 logger = get_logger(__name__)
 
@@ -72,19 +68,12 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     Args:
         model (pipeline, `str` or [`DiffusionPolicy`]):
-            A pipeline with the checkpoints' network, its folder or Hub id, or an object with the members of
-            [`DiffusionPolicy`]. Its own weights are overwritten.
+            A pipeline with the checkpoints' network, as in [`DistributionRewardTrainer`]. Its weights are overwritten.
         checkpoints (`list[str]` or [`~merging.CheckpointPool`]): checkpoints to merge, in the order of training.
-        reward_funcs (`Callable` or `list` of them):
-            [`SubsetReplaceReward`], or a function `reward(images=…, conditions=…, slots=…, **kwargs)` that returns one
-            float per image, whose mean counts. Several are weighted by `reward_weights` and summed.
+        reward_funcs, train_dataset, eval_dataset, eval_metrics, callbacks, optimizers:
+            As in [`DistributionRewardTrainer`]. For a function of single images the mean counts. `train_dataset` holds
+            the conditions of a candidate's images.
         args ([`MergeCoefficientConfig`], *optional*): configuration.
-        train_dataset (`datasets.Dataset`, *optional*):
-            Conditions of a candidate's images, in a column `class_labels`, or `prompt` for a text-to-image model.
-            Without a dataset all classes are balanced.
-        eval_dataset (`datasets.Dataset`, *optional*): conditions of the evaluated images, likewise.
-        eval_metrics (`dict[str, ImageMetric]`, *optional*): metrics to evaluate beside the reward's own distances.
-        callbacks, optimizers: as in [`~transformers.Trainer`].
     """
 
     _tag_names = ["trl-distreward", "model-merging"]
@@ -105,44 +94,18 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args if args is not None else MergeCoefficientConfig(output_dir="merge-coefficients")
-        policy = as_policy(model, **args.guidance())
-        args.bind(policy)
-        self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
+        self._given, self.steps_per_epoch = checkpoints, args.max_steps
+        super().__init__(
+            model, reward_funcs, args, train_dataset, eval_dataset, eval_metrics, None, callbacks, optimizers
+        )
         if any(reward.credit != "shared" or reward.control_variate for reward in self.rewards.of_sets):
             raise ValueError(
                 "a candidate has one reward, that of its whole set: set credit='shared' and control_variate=False."
             )
-        if isinstance(checkpoints, CheckpointPool):
-            self.pool = checkpoints
-        else:
-            buffers = [name for name, _ in policy.model.named_buffers()]
-            self.pool = CheckpointPool(checkpoints, buffers=buffers, token=args.hub_token)
-        files = [tuple(map(os.path.realpath, member.files.values())) for member in self.pool.members]
-        if len(set(files)) < max(2, len(files)):
-            raise ValueError(
-                f"{len(files)} checkpoints, of which {len(set(files))} differ: give at least 2 to merge, each once."
-            )
-        self.groups, self.group_names = coefficient_groups(self.pool.weighted, args.granularity)
-        start = initial_coefficients(
-            args.initial_coefficients, len(self.pool), args.checkpoint_times, args.checkpoint_stds, args.initial_std
-        )
-        self.initial_coefficients = start.expand(len(self.group_names), -1).clone()  # (G, N_c)
-        self.merged_network = self._prepare_merged_network(policy)
-        self.conditions, slots = conditions_and_slots(policy, train_dataset, args)
-        super().__init__(
-            policy=policy,
-            args=args,
-            steps_per_epoch=args.max_steps,
-            eval_metrics=self.rewards.metrics() | dict(eval_metrics or {}),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "FSDP and DeepSpeed split a network over processes, but here each process merges and runs candidates "
-                "of its own: launch with examples/accelerate_configs/multi_gpu.yaml."
+                "FSDP and DeepSpeed split networks, but here each process merges its own candidates: launch with "
+                "examples/accelerate_configs/multi_gpu.yaml."
             )
         times = args.checkpoint_times or [float(i + 1) for i in range(len(self.pool))]
         self.search = build_search(args, self.initial_coefficients, times)
@@ -150,33 +113,33 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self._shown: Tensor | None = None  # coefficients that are evaluated instead of the learnt ones
         device = self.accelerator.device
         self.merged_network.to(device)
-        self.rewards.to(device)
         if device.type == "cuda" and self.pool.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
             self.pool.load_resident(device)
-        self.judge = CandidateJudge(self, slots)
-        check_on(*images_of_noise(policy, self.conditions, device), self.rewards, self.eval_metrics)
-        check_best_metric(args, self.eval_metrics)
+        self.judge = CandidateJudge(self)
 
-    # ---- preparation ----
-
-    def _prepare_merged_network(self, policy: DiffusionPolicy) -> nn.Module:
-        network = policy.model
+    def prepare_network(self, network: nn.Module, args: Any, peft_config: Any) -> nn.Module:
+        """Makes what is trained: not the generator, but the policy of its coefficients."""
+        pool = self._given
+        if not isinstance(pool, CheckpointPool):
+            buffers = [name for name, _ in network.named_buffers()]
+            pool = CheckpointPool(pool, buffers=buffers, token=args.hub_token)
+        self.pool = pool
+        if len(pool) < 2:
+            raise ValueError(f"{len(pool)} checkpoints: give at least 2 to merge.")
+        self.groups, self.group_names = coefficient_groups(self.pool.weighted, args.granularity)
+        start = initial_coefficients(
+            args.initial_coefficients, len(self.pool), args.checkpoint_times, args.checkpoint_stds, args.initial_std
+        )
+        self.initial_coefficients = start.expand(len(self.group_names), -1).clone()  # (G, N_c)
         disable_dropout(network)
         network.float()  # half precision would round sums of checkpoints
         if self.pool.adapter_config is not None:
             network = get_peft_model(network, self.pool.adapter_config)
-        return network.requires_grad_(False).eval()
-
-    def prepare_network(self, network: nn.Module, args: Any, peft_config: Any) -> nn.Module:
-        """Makes the network that is trained: not the generator, but the policy of its coefficients."""
+        self.merged_network = network.requires_grad_(False).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # the same start on every process
-            return EMANet(
-                samples_of(self.initial_coefficients, args.coefficient_map),
-                num_layers=args.policy_num_layers,
-                hidden_size=args.policy_hidden_size,
-                scale=args.sampling_std,
-            )
+            means = samples_of(self.initial_coefficients, args.coefficient_map)
+            return EMANet(means, num_layers=args.policy_num_layers, scale=args.sampling_std)
 
     # ---- coefficients ----
 
@@ -192,21 +155,9 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     def _expanded(self, coefficients: Any) -> Tensor:
         """One row for each group, from coefficients `(N_c,)` or `(G, N_c)`."""
-        rows = torch.as_tensor(coefficients, dtype=torch.float64).cpu()
-        shape = self.initial_coefficients.shape
-        if rows.shape not in (shape, shape[1:]):
-            raise ValueError(
-                f"coefficients of shape {tuple(rows.shape)} must have shape {tuple(shape[1:])} or {tuple(shape)}."
-            )
-        return rows.expand(shape)
+        return torch.as_tensor(coefficients, dtype=torch.float64).cpu().expand(self.initial_coefficients.shape)
 
     # ---- one step ----
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        # A checkpoint that is resumed from restores both.
-        self.num_images = 0  # the start is judged first
-        self.rewards.reset()
-        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Draws candidates, judges them and learns from their rewards."""
@@ -219,9 +170,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         else:
             (generator,) = image_generators(args.seed, "coefficients", step, [0])
             samples = gaussian_samples(self.mean, std, args.num_generations, generator, args.antithetic_sampling)
-        candidates = coefficients_of(samples, args.coefficient_map)
         with self.timed("candidates"):
-            values = self.judge.judge(candidates, step)  # (B, functions)
+            values = self.judge.judge(coefficients_of(samples, args.coefficient_map), step)  # (B, functions)
         self.count_images("candidates", len(samples) * args.images_per_candidate)
         rewards = self.rewards.total(values.unbind(dim=1))
         finite = rewards.isfinite()
@@ -243,20 +193,16 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         values = self.judge.judge_set(self.initial_coefficients, conditions, "start", 0)
         if not bool(values.isfinite().all()):
             raise ValueError(
-                f"the rewards of the initial coefficients are {values.tolist()}: images, features and rewards of the "
-                "start must be finite. Choose other initial_coefficients."
+                f"rewards of the start must be finite, not {values.tolist()}: change initial_coefficients."
             )
         self.count_images("candidates", size)
 
     def _policy_gradient(self, model: nn.Module, samples: Tensor, rewards: Tensor, std: float) -> Tensor:
-        advantages = normalize_advantages(rewards[:, None])[:, 0]
+        advantages = normalize_advantages(rewards[:, None])[:, 0].to(self.accelerator.device)
         if not bool((advantages != 0).any()):
             logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
             self.record("skipped_updates", 1.0)
             return self.no_update()
-        if self.args.advantage_normalization == "rank":
-            advantages = normalize_advantages(rewards.argsort().argsort().double()[:, None])[:, 0]
-        advantages = advantages.to(self.accelerator.device)
         # All processes know all rewards and make the same update: nothing is sent.
         with self.accelerator.no_sync(model):
             log_probs = gaussian_log_prob(samples.to(self.accelerator.device), self.network(), std)
@@ -286,58 +232,41 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     def sampled_model(self) -> nn.Module:
         return self.merged_network
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
+    def evaluation_weights(self) -> AbstractContextManager:
         """Merges the checkpoints with the learnt coefficients, or with those that are evaluated instead."""
         self.judge.merge(self.coefficients if self._shown is None else self._shown)
-        yield
+        return nullcontext()
 
     def evaluate(self, *args: Any, coefficients: Any = None, **kwargs: Any) -> dict[str, float]:
         """
-        Evaluates the merge with the learnt coefficients, see [`DistributionRewardTrainer.evaluate`].
-
-        Args:
-            coefficients (`torch.Tensor` of shape `(N_c,)` or `(G, N_c)`, *optional*): to evaluate instead.
+        Evaluates the merge with the learnt coefficients, or with given ones of shape `(N_c,)` or `(G, N_c)`; see
+        [`DistributionRewardTrainer.evaluate`].
         """
-        if coefficients is not None:  # an evaluation with a given seed does not count as one of the run
-            kwargs.setdefault("seed", self.args.eval_seed)
-        with self._showing(coefficients):
-            return super().evaluate(*args, **kwargs)
-
-    @contextmanager
-    def _showing(self, coefficients: Any) -> Iterator[None]:
-        self._shown = None if coefficients is None else self._expanded(coefficients)
+        if coefficients is not None:
+            self._shown = self._expanded(coefficients)
+            kwargs.setdefault("seed", self.args.eval_seed)  # with a seed it does not count as one of the run
         try:
-            yield
+            return super().evaluate(*args, **kwargs)
         finally:
             self._shown = None
 
+    @torch.no_grad()
     def compare(self, others: Mapping[str, Any] | None = None, seed: int | None = None) -> dict[str, dict[str, float]]:
         """
-        Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise.
-        The model card shows the table.
+        Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise,
+        of `eval_seed` by default. Returns `{sampler}_{metric}` of each merge; the model card shows the table.
 
         Args:
             others (`dict[str, torch.Tensor]`, *optional*): further coefficients `(N_c,)` or `(G, N_c)` by name.
-            seed (`int`, *optional*): seed of the noise; `eval_seed` by default.
-
-        Returns:
-            `dict[str, dict[str, float]]`: `{sampler}_{metric}` of each merge.
         """
-        count = len(self.pool)
-        rows = {
-            "last": initial_coefficients("last", count),
-            "uniform": initial_coefficients("uniform", count),
-            "start": self.initial_coefficients,
-            **(others or {}),
-            "learnt": self.coefficients,
-        }
-        self.comparison = {}
+        simple = {name: initial_coefficients(name, len(self.pool)) for name in ("last", "uniform")}
+        rows = simple | {"start": self.initial_coefficients, **(others or {}), "learnt": self.coefficients}
+        seed, self.comparison = self.args.eval_seed if seed is None else seed, {}
         for name, coefficients in rows.items():
-            with self._showing(coefficients), torch.no_grad():
-                number = self.args.eval_seed if seed is None else seed
-                self.comparison[name] = evaluate_samplers(self, self.eval_conditions, number)
-        self.write_record()
+            self._shown = self._expanded(coefficients)
+            self.comparison[name] = evaluate_samplers(self, self.eval_conditions, seed)
+        self._shown = None
+        write_record(self)
         return self.comparison
 
     def merge(self, coefficients: Any = None) -> Any:
@@ -360,7 +289,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         network = self.merged_network
         return copy.deepcopy(network).merge_and_unload() if isinstance(network, PeftModel) else network
 
-    # ---- checkpoints ----
+    # ---- checkpoints and records ----
 
     @cached_property
     def pool_description(self) -> dict[str, Any]:
@@ -370,29 +299,26 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     def write_model(self, folder: Path) -> None:
         if not self.args.should_save:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        coefficients, recipe = self.coefficients, recipe_of(self.args)
+        coefficients = self.coefficients
         self.judge.merge(coefficients)
         if isinstance(self.merged_network, PeftModel):
             adapter = folder / checkpointing.ADAPTER_FOLDER / "adapter_model.safetensors"
             self.pool.save_merged(adapter, coefficients, self.groups)
         self.policy.save_pretrained(folder, model=self._plain_network())
         about = {
-            "coefficients": dict(zip(self.group_names, coefficients.tolist(), strict=True)),
+            "coefficients": self._by_group(coefficients),
             "pool": self.pool_description,
-            "recipe": recipe,
             "num_images": self.num_images,
         }
         write_json(folder / "coefficients.json", about)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def training_state(self) -> dict[str, Any]:
-        states = [reward.state_dict() for reward in self.rewards.of_sets]
         return super().training_state() | {
             "network": {name: value.cpu() for name, value in self.network.state_dict().items()},
             "search": None if self.search is None else self.search.state_dict(),
             # every candidate has a set of its own; the first distances stay
-            "rewards": [{**state, "features": {}} for state in states],
+            "rewards": [reward.state_dict() | {"features": {}} for reward in self.rewards.of_sets],
             "comparison": self.comparison,
             # only the process that writes reads the pool for its hashes
             "identity": self._identity if self.args.should_save else None,
@@ -420,28 +346,45 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             if state["identity"][name] != value:
                 raise ValueError(
                     f"the checkpoint was written by a run with other {name}: {state['identity'][name]}, not {value}. "
-                    "Resume with the pool and the configuration that the run was started with, or start a new run "
-                    "with initial_coefficients from its coefficients.json."
+                    "Resume the run as it was, or start a new one from the coefficients in its coefficients.json."
                 )
         self.network.load_state_dict(state["network"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
 
-    def load_best(self, folder: str) -> None:
-        self.load_trained(folder)
-
-    # ---- records ----
+    load_best = load_trained
 
     def describe_run(self) -> dict[str, Any]:
-        return describe_merge(self, super().describe_run())
+        described = super().describe_run()
+        described["model"]["parameters"] = sum(p.numel() for p in self.merged_network.parameters())
+        described["model"]["trained"] = self.initial_coefficients.numel()
+        return described | {
+            "coefficients": self._by_group(self.coefficients),
+            "initial_coefficients": self._by_group(self.initial_coefficients),
+            "pool": [_place_of(member) for member in self.pool_description["members"]],
+            "comparison": self.comparison,
+        }
 
-    def card_metadata(self) -> dict[str, Any]:
-        members = self.pool_description["members"]
+    def card_parts(self) -> tuple[dict[str, Any], list[str]]:
+        members, names = self.pool_description["members"], self.group_names
         repositories = sorted({member["repo_id"] for member in members if "repo_id" in member})
-        return {"base_model": repositories, "base_model_relation": "merge"} if repositories else {}
-
-    def card_sections(self) -> list[str]:
-        sections = [coefficient_section(self.coefficients, self.group_names, self.pool_description)]
+        metadata = {"base_model": repositories, "base_model_relation": "merge"} if repositories else {}
+        rows = []
+        for member, values in zip(members, self.coefficients.T.tolist(), strict=True):
+            hashes = ", ".join(f"`{value[:12]}`" for value in member["files"].values())
+            rows.append([f"`{_place_of(member)}`", hashes, *(f"{value:.4f}" for value in values)])
+        head = [f"`{name}`" for name in names] if len(names) > 1 else ["coefficient"]
+        sections = ["## Coefficients\n\n" + table(["checkpoint", "SHA-256", *head], rows)]
         if self.comparison:
             sections.append(f"## Comparison\n\n{comparison_table(self.comparison)}")
-        return sections
+        return metadata, sections
+
+    def _by_group(self, coefficients: Tensor) -> dict[str, list[float]]:
+        return dict(zip(self.group_names, coefficients.tolist(), strict=True))
+
+
+def _place_of(member: Mapping[str, Any]) -> str:
+    """Names a checkpoint's place in one word."""
+    if "repo_id" not in member:
+        return member["path"]
+    return f"{member['repo_id']}@{member['revision'][:7]}" + (f":{member['subfolder']}" if member["subfolder"] else "")

@@ -1,19 +1,21 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Pushing pipelines and their cards to the Hub, without anything that belongs to this machine."""
+"""Model cards, and pushes to the Hub without anything that belongs to this machine."""
 
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
-from huggingface_hub import CommitInfo, run_as_future
+from huggingface_hub import CommitInfo, EvalResult, ModelCard, ModelCardData, run_as_future
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from trl.trainer.base_config import _BaseConfig
 
 from ..hub import push_folder
 from .checkpointing import RAW_WEIGHTS, TRAINING_STATE
-from .model_card import build_model_card, recipe_of
 from .run_record import RUN_RECORD
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ _RESUME_ONLY += ["trainer_state.json", "process_state*", RAW_WEIGHTS, TRAINING_S
 # Files of the output folder that name folders of this machine, or that are results of other runs
 _NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", RUN_RECORD, "*.html"]
 _NOT_PUSHED += ["real_statistics.*", "*.work/*"]
+# Settings that the configuration inherits, and that make the result as much as its own
+_OPTIMIZER = ("learning_rate", "lr_scheduler_type", "max_grad_norm", "seed", "bf16", "fp16")
 
 
 class Publisher:
@@ -36,44 +40,34 @@ class Publisher:
         self.trainer = trainer
         self.uploads: list[Future] = []
 
-    @property
-    def model_name(self) -> str:
-        args = self.trainer.args
-        return Path(args.hub_model_id or args.output_dir).name
-
     def push_checkpoint(self, folder: Path) -> None:
         """Pushes a checkpoint's pipeline in the background; transformers would push a config without weights."""
-        trainer, args = self.trainer, self.trainer.args
-        if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        trainer, strategy = self.trainer, self.trainer.args.hub_strategy
+        if not trainer.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        if not args.hub_always_push and not all(upload.done() for upload in self.uploads):
+        if not trainer.args.hub_always_push and not all(upload.done() for upload in self.uploads):
             return
-        targets = [(".", _RESUME_ONLY)]
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = args.hub_strategy == HubStrategy.CHECKPOINT
-            targets.append(("last-checkpoint" if last else folder.name, []))
-        for path_in_repo, ignored in targets:
-            # One worker makes all uploads in turn, so that an older push never overtakes a newer one.
-            message = f"Training in progress, step {trainer.state.global_step}"
-            self.uploads.append(run_as_future(self._upload, folder, message, ignored, path_in_repo=path_in_repo))
-
-    def _upload(
-        self, folder: str | Path, message: str | None, ignored: list[str], token: str | None = None, **kwargs: Any
-    ) -> CommitInfo:
-        args = self.trainer.args
-        options = {"token": token or args.hub_token, "revision": args.hub_revision, **kwargs}
-        return push_folder(
-            folder, self.trainer.hub_model_id, commit_message=message, ignore_patterns=ignored, **options
-        )
+        # One worker makes all uploads in turn, so that an older push never overtakes a newer one.
+        message = f"Training in progress, step {trainer.state.global_step}"
+        upload = partial(run_as_future, self._upload, folder, message)
+        self.uploads.append(upload(_RESUME_ONLY))
+        whole = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        if strategy in whole:
+            self.uploads.append(upload([], path_in_repo=whole[strategy]))
 
     def push(self, message: str | None, blocking: bool, token: str | None, revision: str | None) -> Any:
         """Pushes the output folder as one commit; returns the commit, or a future of it."""
         self.finish()
-        args = self.trainer.args
-        upload = partial(
-            self._upload, args.output_dir, message, _NOT_PUSHED, token, revision=revision or args.hub_revision
-        )
+        folder, options = Path(self.trainer.args.output_dir), {"token": token, "revision": revision}
+        upload = partial(self._upload, folder, message, _NOT_PUSHED, **options)
         return upload() if blocking else run_as_future(upload)
+
+    def _upload(self, folder: Path, message: str | None, ignored: list[str], **options: str | None) -> CommitInfo:
+        args = self.trainer.args
+        given = {name: value for name, value in options.items() if value is not None}
+        options = {"token": args.hub_token, "revision": args.hub_revision, **given}
+        repository = self.trainer.hub_model_id
+        return push_folder(folder, repository, commit_message=message, ignore_patterns=ignored, **options)
 
     def finish(self) -> None:
         """Waits for the uploads in the background, and reports those that failed."""
@@ -82,27 +76,72 @@ class Publisher:
             if error is not None:
                 logger.error(f"A push during training failed: {error}. Call push_to_hub() to push again.")
 
-    def write_card(self, model_name: str | None, dataset_name: str | None, tags: Any, license: str | None) -> None:
-        """Writes `README.md` with the settings and the evaluations."""
-        trainer, args = self.trainer, self.trainer.args
-        given = [tags] if isinstance(tags, str) else list(tags or [])
-        source = getattr(getattr(trainer.policy, "pipeline", None), "config", {}).get("_name_or_path")
-        base_model = source if source and source.count("/") == 1 and not os.path.isdir(source) else None
-        metadata: dict[str, Any] = {"base_model": base_model, **trainer.card_metadata()}
-        card = build_model_card(
-            model_name or self.model_name,
-            trainer_name=type(trainer).__name__,
-            paper=trainer._paper,
-            num_updates=trainer.weights_step,
-            evaluations=[found for found in trainer.run_record.evaluations if found["step"] <= trainer.weights_step],
-            recipe=recipe_of(args),
-            num_eval_images=len(trainer.eval_conditions),
-            sections=trainer.card_sections(),
-            license=license,
-            library_name="diffusers",
-            pipeline_tag=trainer.pipeline_tag,
-            datasets=dataset_name,
-            tags=sorted({*given, *trainer._tag_names, "generated_from_trainer"}),
-            **metadata,
+
+def write_model_card(
+    trainer: "DiffusionTrainer",
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | Sequence[str] = (),
+    license: str | None = None,
+    **_: Any,
+) -> None:
+    """Writes `README.md`: the first and the last evaluation, the trainer's own sections, and the settings."""
+    args, paper = trainer.args, trainer._paper
+    title = model_name or Path(args.hub_model_id or args.output_dir).name
+    prompts = trainer.policy.num_conditions is None
+    pipeline_tag = "text-to-image" if prompts else "unconditional-image-generation"
+    evaluations = [found for found in trainer.run_record.evaluations if found["step"] <= trainer.weights_step]
+    results = [
+        EvalResult(
+            task_type=pipeline_tag,
+            dataset_type="custom",
+            dataset_name=f"{len(trainer.eval_conditions)} generated images against the run's real data",
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=round(value, 6),
         )
-        card.save(os.path.join(args.output_dir, "README.md"))
+        for last in evaluations[-1:]
+        for metric, value in last["values"].items()
+    ]
+    source = getattr(getattr(trainer.policy, "pipeline", None), "config", {}).get("_name_or_path")
+    from_hub = source and source.count("/") == 1 and not os.path.isdir(source)  # a path belongs to this machine
+    given = [tags] if isinstance(tags, str) else tags
+    metadata, sections = trainer.card_parts()
+    data = ModelCardData(
+        model_name=title,
+        eval_results=results or None,
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=pipeline_tag,
+        datasets=dataset_name,
+        tags=sorted({*given, *trainer._tag_names, "generated_from_trainer"}),
+        **{"base_model": source if from_hub else None, **metadata},
+    )
+    trained = f"Fine-tuned with the `{type(trainer).__name__}` of trl-distreward, {trainer.weights_step} updates"
+    lines = [f"# {title}", "", f"{trained}, after [{paper['title']}](https://huggingface.co/papers/{paper['id']})."]
+    if evaluations:
+        shown = [evaluations[0], evaluations[-1]]
+        values = [each["values"] for each in shown]
+        rows = [[name, *(f"{each[name]:.4g}" for each in values)] for name in values[1] if name in values[0]]
+        lines += ["", "## Evaluation", "", table(["metric", *(f"step {each['step']}" for each in shown)], rows)]
+    for section in sections:
+        lines += ["", section]
+    inherited = {field.name for field in fields(_BaseConfig)}
+    settings = [*(field.name for field in fields(args) if field.name not in inherited), *_OPTIMIZER]
+    rows = [[f"`{name}`", f"`{getattr(args, name)}`"] for name in settings]
+    lines += ["", "## Settings", "", table(["setting", "value"], rows)]
+    card = ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n".join(lines) + "\n")
+    card.save(os.path.join(args.output_dir, "README.md"))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Formats a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> str:
+    """A row for each merge, from the same noise; a column for each metric."""
+    metrics = list(next(iter(comparison.values())))
+    rows = [[name, *(f"{values[metric]:.4g}" for metric in metrics)] for name, values in comparison.items()]
+    return table(["merge", *metrics], rows)

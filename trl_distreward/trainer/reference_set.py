@@ -14,6 +14,7 @@ from ..conditions import Conditions, conditions_of_slots, strata_of_slots
 from ..policies import DiffusionPolicy
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward
+from .reward_functions import joined
 
 if TYPE_CHECKING:
     from .base_config import DiffusionTrainerConfig
@@ -40,7 +41,7 @@ class ReferenceSet:
     def __init__(
         self, rewards: Sequence[SubsetReplaceReward], args: "DiffusionDistributionConfig", accelerator: Accelerator
     ):
-        self.rewards, self.args, self.accelerator = list(rewards), args, accelerator
+        self.rewards, self.args, self.accelerator = rewards, args, accelerator
         self.reset()
 
     def reset(self) -> None:
@@ -55,10 +56,8 @@ class ReferenceSet:
 
     def is_due(self, step: int) -> bool:
         """Whether the set must be generated anew before the rollout of optimizer step `step`."""
-        if not self.rewards:
-            return False
-        if self.last_refresh is None:
-            return True
+        if not self.rewards or self.last_refresh is None:
+            return bool(self.rewards)
         if self.args.reference_update == "rolling":
             return False
         if self.args.reference_refresh_steps == "auto":
@@ -67,18 +66,17 @@ class ReferenceSet:
 
     def refresh(self, batches: Iterable[tuple[Tensor, Any, int, Tensor]], step: int) -> None:
         """Takes the images of [`~trainer.image_sets.shared_images`]; keeps the old set if values are not finite."""
-        features: list[dict[str, list[Tensor]]] = [{} for _ in self.rewards]
+        chunks = []
         for images, conditions, valid, finite in batches:
-            for reward, spaces in zip(self.rewards, features, strict=True):
-                for space, rows in reward.extract(images, conditions, check_finite=False).items():
-                    rows = torch.where(finite[:, None], rows, torch.nan)
-                    spaces.setdefault(space, []).append(self.accelerator.gather(rows)[:valid])
-        joined = [{space: torch.cat(parts) for space, parts in spaces.items()} for spaces in features]
-        bad = sum(int((~v.isfinite()).any(dim=1).sum()) for spaces in joined for v in spaces.values())
+            found = [reward.extract(images, conditions, check_finite=False) for reward in self.rewards]
+            marked = [{k: torch.where(finite[:, None], rows, torch.nan) for k, rows in each.items()} for each in found]
+            chunks.append([{k: self.accelerator.gather(rows)[:valid] for k, rows in each.items()} for each in marked])
+        features = joined(torch.cat, chunks)
+        bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for spaces in features for rows in spaces.values())
         if bad and self.last_refresh is not None:
             logger.warning(f"{bad} features of the new reference set are not finite: the old set stays.")
             return
-        for reward, values in zip(self.rewards, joined, strict=True):
+        for reward, values in zip(self.rewards, features, strict=True):
             reward.set_reference(values)  # refuses values that are not finite
         self.last_refresh, self.drifted = step, False
 
@@ -87,18 +85,11 @@ class ReferenceSet:
         for reward, spaces in zip(self.rewards, features, strict=True):
             reward.update_reference(slots, spaces, generator)
 
-    def watch_drift(self, rewards: Sequence[Tensor]) -> float | None:
+    def watch_drift(self, rewards: Sequence[Tensor]) -> float:
         """
-        Measures how far the mean reward is from that of the unchanged set, in standard deviations of the rewards.
-
-        Images of the policy that made the reference set change its distance either way and little on average. So a
-        difference of the means shows how far the policy has moved since.
-
-        Returns:
-            `float`: the largest drift over rewards, or `None` without any.
+        Returns how far the mean reward is from that of the unchanged set, in standard deviations of the rewards; the
+        most of all rewards. Images of the policy that made the set change its distance by little on average.
         """
-        if not self.rewards:
-            return None
         moved = [
             (values.mean() - reward.baseline).abs() / values.std().clamp(min=torch.finfo(values.dtype).tiny)
             for reward, values in zip(self.rewards, rewards, strict=True)
@@ -113,14 +104,10 @@ class ReferenceSet:
         return {"rewards": rewards, "last_refresh": self.last_refresh, "drifted": self.drifted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        size = self.args.reference_set_size
         for reward, saved in zip(self.rewards, state["rewards"], strict=True):
-            for values in saved["features"].values():
-                if len(values) != self.args.reference_set_size:
-                    raise ValueError(
-                        f"the checkpoint's reference set has {len(values)} images, but reference_set_size="
-                        f"{self.args.reference_set_size}: resume with the same number, or start a new run from the "
-                        "checkpoint's weights."
-                    )
             features = {space: values.to(self.accelerator.device) for space, values in saved["features"].items()}
+            if any(len(values) != size for values in features.values()):
+                raise ValueError(f"reference_set_size={size} is not the checkpoint's: resume with the same number.")
             reward.load_state_dict({**saved, "features": features})
         self.last_refresh, self.drifted = state["last_refresh"], state["drifted"]

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -18,46 +17,37 @@ RewardFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Reward:
-    """
-    One reward function: its name in the logs, its weight in the sum, whether it is a [`SubsetReplaceReward`]
-    (`of_sets`), and its place among the functions of its kind (`index`).
-    """
+    """One reward function."""
 
-    name: str
+    name: str  # in the logs
     function: Any
     weight: float
-    index: int
-    of_sets: bool
+    index: int  # among the functions of its kind
+    of_sets: bool  # whether it is a `SubsetReplaceReward`
 
 
 class RewardFunctions:
-    """
-    The reward functions of a trainer.
-
-    Attributes:
-        all (`list[Reward]`): all functions, in order; a second function of the same name is called `name_2`.
-        of_sets (`list[SubsetReplaceReward]`): the distribution rewards.
-    """
+    """All reward functions of a trainer, in order (`all`), and the distribution rewards among them (`of_sets`)."""
 
     def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
         listed = list(functions) if isinstance(functions, list | tuple) else [functions]
-        names = _distinct([getattr(f, "__name__", type(f).__name__) for f in listed])
         weights = list(weights) if weights is not None else [1.0] * len(listed)
         if len(weights) != len(listed):
             raise ValueError(
                 f"reward_weights has {len(weights)} entries for {len(listed)} reward functions: give one weight each."
             )
         self.all: list[Reward] = []
-        for name, function, weight in zip(names, listed, weights, strict=True):
-            of_sets = isinstance(function, SubsetReplaceReward)
+        names = [getattr(function, "__name__", type(function).__name__) for function in listed]
+        for i, (function, weight) in enumerate(zip(listed, weights, strict=True)):
+            earlier, of_sets = names[:i].count(names[i]), isinstance(function, SubsetReplaceReward)
+            name = f"{names[i]}_{earlier + 1}" if earlier else names[i]  # score, score_2, …
             index = sum(reward.of_sets == of_sets for reward in self.all)
             self.all.append(Reward(name, function, weight, index, of_sets))
         self.of_sets: list[SubsetReplaceReward] = [reward.function for reward in self.all if reward.of_sets]
         spaces = [space for reward in self.of_sets for space in reward.extractors]
         if len(set(spaces)) < len(spaces):
             raise ValueError(
-                f"feature spaces {spaces} of several rewards share names: pass extractors as dictionaries with "
-                "different names."
+                f"feature spaces {spaces} share names: pass each reward's extractors as a dictionary of other names."
             )
 
     @property
@@ -84,27 +74,24 @@ class RewardFunctions:
 
     def metrics(self) -> dict[str, ImageMetric]:
         """The distances of the distribution rewards, as metrics for evaluation."""
-        spaces = [item for reward in self.of_sets for item in reward.metrics().items()]
-        return {f"distance_{space}": metric for space, metric in spaces}
+        return {f"distance_{space}": metric for reward in self.of_sets for space, metric in reward.metrics().items()}
 
 
-def call_per_image(reward: Reward, **arguments: Any) -> Tensor:
-    """Calls a function of single images: one float64 per image, `(K,)`."""
-    images: Tensor = arguments["images"]
-    returned = reward.function(**arguments)
+def call_per_image(reward: Reward, images: Tensor, conditions: Any, slots: Tensor, trainer_state: Any) -> Tensor:
+    """Calls a function of single images `(K, C, H, W)`: one float64 per image, `(K,)`."""
+    returned = reward.function(images=images, conditions=conditions, slots=slots, trainer_state=trainer_state)
     values = torch.as_tensor(returned, dtype=torch.float64, device=images.device).flatten()
     if len(values) != len(images):
         raise ValueError(
-            f"reward function {reward.name!r} returned {len(values)} values for {len(images)} images: it must return "
-            "one float per image."
+            f"reward function {reward.name!r} returned {len(values)} values for {len(images)} images: return one "
+            "float per image."
         )
     return values
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Numbers repeated names: `score`, `score_2`, …"""
-    found: list[str] = []
-    for name in names:
-        numbered = (f"{name}_{number}" for number in count(2))
-        found.append(name if name not in found else next(n for n in numbered if n not in {*names, *found}))
-    return found
+def joined(
+    join: Callable[[list[Tensor]], Tensor], parts: Sequence[list[dict[str, Tensor]]]
+) -> list[dict[str, Tensor]]:
+    """Joins features `(K, d)` that several parts have per distribution reward and feature space."""
+    rewards = zip(*parts, strict=True)
+    return [{space: join([part[space] for part in group]) for space in group[0]} for group in rewards]

@@ -2,7 +2,7 @@
 """Rollouts: new images for slots of the reference set, with the states and features that training needs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..conditions import take
-from ..generation import SamplingSchedule, generate, image_generators
-from ..policies import decode_slices
-from ..rewards.subset_replace import SubsetReplaceReward
+from ..generation import SamplingSchedule, image_generators
+from .image_sets import decode_and_extract, generate_for
+from .reward_functions import joined
 
 if TYPE_CHECKING:
     from .distribution_reward_trainer import DistributionRewardTrainer
@@ -20,38 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rollout:
-    """
-    New images of one process, K of them, as training and rewards see them.
+    """New images of one process, K of them, as training and rewards see them."""
 
-    Attributes:
-        slots (`torch.LongTensor` of shape `(B, n)`): replaced places of all processes.
-        local_slots (`torch.LongTensor` of shape `(K,)`): places of this process's images.
-        schedule ([`~generation.SamplingSchedule`]): how they were sampled, with the step's window of noise.
-        conditions: one per image.
-        cond (`dict[str, torch.Tensor]` of shapes `(K, ...)`): the conditions, encoded.
-        sample (`torch.Tensor` of shape `(K, ...)`): final samples.
-        states (`dict[int, torch.Tensor]` of shapes `(K, ...)`): samples by grid index.
-        steps (`tuple[int, ...]`): steps whose densities were kept.
-        log_probs (`torch.Tensor` of shape `(K, len(steps))`): log-probabilities as drawn.
-        features (`list[dict[str, torch.Tensor]]` of shapes `(K, d)`): per distribution reward and feature space.
-        finite (`torch.BoolTensor` of shape `(K,)`): whether sample, image and features are finite.
-        images (`torch.Tensor` of shape `(K, C, H, W)`, uint8, or `None`): kept if a reward function looks at images.
-        gather (`Callable`): concatenates a tensor's rows over processes.
-    """
-
-    slots: Tensor
-    local_slots: Tensor
-    schedule: SamplingSchedule
-    conditions: Any
-    cond: dict[str, Tensor]
-    sample: Tensor
-    states: dict[int, Tensor]
-    steps: tuple[int, ...]
-    log_probs: Tensor
-    features: list[dict[str, Tensor]]
-    finite: Tensor
-    images: Tensor | None
-    gather: Callable[[Tensor], Tensor]
+    slots: Tensor  # (B, n) replaced places of all processes
+    local_slots: Tensor  # (K,) places of this process's images
+    schedule: SamplingSchedule  # how they were sampled, with the step's window of noise
+    conditions: Any  # one per image
+    cond: dict[str, Tensor]  # (K, ...) the conditions, encoded
+    sample: Tensor  # (K, ...) final samples
+    states: dict[int, Tensor]  # (K, ...) samples by grid index
+    steps: tuple[int, ...]  # steps whose densities were kept
+    log_probs: Tensor  # (K, len(steps)) log-probabilities as drawn
+    features: list[dict[str, Tensor]]  # (K, d) per distribution reward and feature space
+    finite: Tensor  # (K,) whether sample, image and features are finite
+    images: Tensor | None  # (K, C, H, W) uint8, kept if a reward function looks at images
+    gather: Callable[[Tensor], Tensor]  # concatenates a tensor's rows over processes
 
     @cached_property
     def gathered(self) -> list[dict[str, Tensor]]:
@@ -63,8 +46,7 @@ class Sampler:
     """Makes rollouts. It has no state: the result depends on the weights, the slots and the step alone."""
 
     def __init__(self, trainer: "DistributionRewardTrainer"):
-        self.policy, self.args, self.conditions = trainer.policy, trainer.args, trainer.conditions
-        self.rewards, self.accelerator, self.autocast = trainer.rewards, trainer.accelerator, trainer.autocast
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
 
     def schedule(self, step: int) -> SamplingSchedule:
         """The rollout's schedule at an optimizer step, with its window of noisy steps (MixGRPO, arXiv 2507.21802)."""
@@ -77,8 +59,7 @@ class Sampler:
             (generator,) = image_generators(self.args.seed, "window", step, [0])
             first = int(torch.randint(places, (1,), generator=generator))
         else:
-            generation = step // self.args.num_iterations
-            first = generation // self.args.sde_window_interval % places
+            first = step // self.args.num_iterations // self.args.sde_window_interval % places
         return replace(schedule, sde_steps=steps[first : first + size])
 
     def local(self, values: Tensor) -> Tensor:
@@ -98,40 +79,32 @@ class Sampler:
         Generates one image per slot of `slots` `(B, n)`, or the best of `best_of_n` candidates. Keeps the ends and
         log-probabilities of `keep_steps`, and the states at the grid indices `keep_states`.
         """
-        candidates = [
-            self._once(model, slots, step, keep_steps, keep_states, first=candidate * slots.numel())
-            for candidate in range(self.args.best_of_n)
-        ]
+        starts = [candidate * slots.numel() for candidate in range(self.args.best_of_n)]
+        candidates = [self._once(model, slots, step, keep_steps, keep_states, first=first) for first in starts]
         return candidates[0] if len(candidates) == 1 else self._best(candidates)
 
     def _once(
         self, model: nn.Module, slots: Tensor, step: int, keep_steps: Sequence[int], keep_states: range, first: int
     ) -> Rollout:
         args, local, schedule = self.args, self.local(slots), self.schedule(step)
-        conditions = take(self.conditions, local.cpu())
+        conditions = take(self.trainer.conditions, local.cpu())
         parts = []
-        for batch in generate(
-            self.policy,
+        for batch in generate_for(
+            self.trainer,
+            model,
             conditions,
             schedule,
-            seed=args.seed,
-            stream="rollout",
-            step=step,
+            (args.seed, "rollout", step),
             indices=self.image_indices(len(local), first),
             batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
-            model=model,
-            autocast=self.autocast,
             keep_steps=keep_steps,
             keep_states=keep_states,
         ):
-            trajectory = batch.trajectory
+            trajectory, cond = batch.trajectory, self.trainer.policy.encode(batch.conditions)
             if args.offload_trajectories:
                 trajectory.states = {i: state.cpu() for i, state in trajectory.states.items()}
-            parts.append(
-                (trajectory, self.policy.encode(batch.conditions), self._judge(batch.sample, batch.conditions))
-            )
-        trajectories, conds, found = zip(*parts, strict=True)
-        features, finite, images = zip(*found, strict=True)
+            parts.append((trajectory, cond, *decode_and_extract(self.trainer, batch.sample, batch.conditions)))
+        trajectories, conds, features, finite, images = zip(*parts, strict=True)
         return Rollout(
             slots=slots,
             local_slots=local,
@@ -143,27 +116,11 @@ class Sampler:
             states={i: torch.cat([t.states.pop(i) for t in trajectories]) for i in list(trajectories[0].states)},
             steps=trajectories[0].steps,
             log_probs=torch.cat([t.log_probs for t in trajectories]),
-            features=_joined(torch.cat, features),
+            features=joined(torch.cat, features),
             finite=torch.cat(finite),
             images=None if images[0] is None else torch.cat(images),
             gather=self.accelerator.gather,
         )
-
-    @torch.no_grad()
-    def _judge(self, x: Tensor, conditions: Any) -> tuple[list[dict[str, Tensor]], Tensor, Tensor | None]:
-        """Decodes samples a slice at a time and extracts each slice's features before the next is decoded."""
-        features, finite, images, start = [], [], [], 0
-        for part, decoded in decode_slices(self.policy, x, self.args.decode_batch_size):
-            labels = take(conditions, range(start, start + len(part)))
-            start += len(part)
-            found = [reward.extract(part, labels, check_finite=False) for reward in self.rewards.of_sets]
-            for values in (rows for spaces in found for rows in spaces.values()):
-                decoded = decoded & values.isfinite().all(dim=1)
-            features.append(found)
-            finite.append(decoded)
-            images.append(part)
-        kept = torch.cat(images) if self.rewards.need_images else None
-        return _joined(torch.cat, features), torch.cat(finite), kept
 
     def _best(self, candidates: list[Rollout]) -> Rollout:
         """Keeps the candidate of each slot whose replaced distance is best by itself (Appendix C)."""
@@ -176,29 +133,20 @@ class Sampler:
 
         first = candidates[0]
         picked: dict[str, Any] = {
-            field.name: pick([getattr(candidate, field.name) for candidate in candidates])
-            for field in fields(Rollout)
-            if field.name in ("sample", "log_probs", "finite", "images") and getattr(first, field.name) is not None
+            name: pick([getattr(candidate, name) for candidate in candidates])
+            for name in ("sample", "log_probs", "finite", "images")
+            if getattr(first, name) is not None
         }
         states = {i: pick([candidate.states[i] for candidate in candidates]) for i in first.states}
-        return replace(first, states=states, features=_joined(pick, [c.features for c in candidates]), **picked)
+        return replace(first, states=states, features=joined(pick, [c.features for c in candidates]), **picked)
 
     def _alone(self, rollout: Rollout) -> Tensor:
         """Distribution rewards `(K,)` of each image replaced by itself, float64; minus infinity if not finite."""
         slots = rollout.local_slots[:, None]
         total = torch.zeros(len(slots), dtype=torch.float64, device=slots.device)
-        for reward in self.rewards.all:
+        for reward in self.trainer.rewards.all:
             if reward.of_sets:
-                function: SubsetReplaceReward = reward.function
                 spaces = rollout.features[reward.index]
                 filled = {space: torch.where(rollout.finite[:, None], v, 0.0) for space, v in spaces.items()}
-                total += reward.weight * function.subset_rewards(slots, filled)
+                total += reward.weight * reward.function.subset_rewards(slots, filled)
         return torch.where(rollout.finite, total, -torch.inf)
-
-
-def _joined(
-    join: Callable[[list[Tensor]], Tensor], parts: Sequence[list[dict[str, Tensor]]]
-) -> list[dict[str, Tensor]]:
-    """Joins features that several parts have per reward and space."""
-    rewards = zip(*parts, strict=True)
-    return [{space: join([part[space] for part in group]) for space in group[0]} for group in rewards]

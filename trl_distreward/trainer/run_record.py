@@ -1,20 +1,53 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The record of a run: generated images and seconds by purpose, and evaluations. `trl-distreward report` reads it."""
 
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
+from ..files import write_json
+from ..hub import without_tokens
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
 
+logger = get_logger(__name__)
+
 RUN_RECORD = "run.json"
+
+
+@dataclass
+class RunRecord:
+    """Seconds and images by purpose, and evaluations: `step`, `num_images` until then, and `values`."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    images: dict[str, int] = field(default_factory=Counter)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[phase] += time.perf_counter() - started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": dict(self.seconds), "images": dict(self.images), "evaluations": list(self.evaluations)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seconds, self.images = defaultdict(float, state["seconds"]), Counter(state["images"])
+        self.evaluations = list(state["evaluations"])
 
 
 def is_evaluation(logs: Mapping[str, Any]) -> bool:
@@ -22,41 +55,8 @@ def is_evaluation(logs: Mapping[str, Any]) -> bool:
     return any(key.endswith("_runtime") and not key.startswith("train_") for key in logs)
 
 
-class RunRecord:
-    """
-    Sums over a run.
-
-    Attributes:
-        seconds (`dict[str, float]`): by phase.
-        images (`collections.Counter`): generated images, by purpose.
-        evaluations (`list[dict]`): `step`, `num_images` generated for training until then, and `values`.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.images: Counter[str] = Counter()
-        self.evaluations: list[dict[str, Any]] = []
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - started
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "seconds": dict(self.seconds),
-            "images": dict(self.images),
-            "evaluations": [dict(evaluation) for evaluation in self.evaluations],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seconds, self.images = defaultdict(float, state["seconds"]), Counter(state["images"])
-        self.evaluations = list(state["evaluations"])
-
-
 def describe_run(trainer: "DiffusionTrainer") -> dict[str, Any]:
-    """What is trained, on what, and the sums of the run, for `run.json`."""
+    """What is trained, on what, and the sums of the run."""
     pipeline = getattr(trainer.policy, "pipeline", None)
     parameters, device = list(trainer.skeleton.parameters()), trainer.accelerator.device
     return {
@@ -71,5 +71,19 @@ def describe_run(trainer: "DiffusionTrainer") -> dict[str, Any]:
             "parameters": sum(p.numel() for p in parameters),
             "trained": sum(p.numel() for p in parameters if p.requires_grad),
         },
+        "rewards": {reward.name: reward.weight for reward in trainer.rewards.all},
         **trainer.run_record.state_dict(),
     }
+
+
+def write_record(trainer: "DiffusionTrainer") -> None:
+    """Writes `run.json` and `trainer_state.json` into the output folder."""
+    if not trainer.is_world_process_zero() or not trainer.state.global_step:
+        return
+    folder = Path(trainer.args.output_dir)
+    try:
+        text = without_tokens(json.dumps(trainer.describe_run(), default=str))
+        write_json(folder / RUN_RECORD, json.loads(text))
+        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+    except OSError as error:  # no reason to end a run
+        logger.warning(f"{RUN_RECORD} could not be written to {folder}: {error}.")
