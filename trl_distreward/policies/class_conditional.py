@@ -85,6 +85,11 @@ class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
         super().__init__(pipeline, guidance_scale)
         self.num_conditions = self.config.num_embeds_ada_norm
         self.null_class = self.num_conditions  # DiTPipeline uses 1000, whatever the number of classes
+        names: dict[str, list[str]] = {}
+        for name, label in pipeline.labels.items():
+            names.setdefault(str(label), []).append(name)
+        if names:  # DiTPipeline reads them from its config but does not save them
+            pipeline.register_to_config(id2label={label: ", ".join(names[label]) for label in names})
         self.sample_shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
