@@ -2,16 +2,22 @@
 """Conditions of images: class labels or prompts, where they come from, and strata to keep their shares."""
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor
 
-Conditions = Tensor | Sequence[str] | Sequence[int]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .policies import DiffusionPolicy
+
+Conditions = Tensor | Sequence[str | int]  # class labels or prompts
+Rows = Union["Dataset", Sequence[Mapping[str, object]]]
 
 
-def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Any:
+def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Conditions:
     """Selects rows of a tensor or a list."""
     if isinstance(conditions, Tensor):
         rows = indices if isinstance(indices, Tensor) else torch.as_tensor(list(indices), dtype=torch.long)
@@ -26,16 +32,16 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
     return torch.cat([torch.arange(num_classes).repeat(rounds), last])
 
 
-def column_of(dataset: Any, column: str) -> list:
+def column_of(dataset: Rows, column: str) -> list:
     """A column of a dataset or of a list of rows, or `ValueError` if there is none."""
     names = getattr(dataset, "column_names", None) or list(dataset[0])
     if column not in names:
         raise ValueError(f"the dataset has no column {column!r}: it has {', '.join(names)}.")
-    rows = dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset]
+    rows = dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset]  # type: ignore[call-overload]
     return [plain(value) for value in rows]
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Hashable:
     """Turns a tensor without dimensions, which torch-formatted datasets hold, into a number that can be a key."""
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
@@ -88,18 +94,20 @@ def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashabl
     return torch.cat(rounds)[:count]
 
 
-def strata_of_slots(dataset: Any, column: str, count: int, seed: int, conditions: Conditions) -> list[Hashable]:
+def strata_of_slots(
+    dataset: Rows | None, column: str, count: int, seed: int, conditions: Conditions
+) -> list[Hashable]:
     """The stratum of each of `count` slots: a column of the dataset, or the slot's class if there is no dataset."""
     if dataset is None:
         if not isinstance(conditions, Tensor) or column != "class_labels":
             raise ValueError(f"stratify_by={column!r} needs a train_dataset with that column: pass one.")
         return conditions.tolist()
     strata = column_of(dataset, column)
-    return take(strata, rows_of_slots(len(strata), count, seed, strata))
+    return [strata[row] for row in rows_of_slots(len(strata), count, seed, strata).tolist()]
 
 
 def conditions_of_slots(
-    policy: Any, dataset: Any, count: int, seed: int, stratify_by: str | None = None
+    policy: "DiffusionPolicy", dataset: Rows | None, count: int, seed: int, stratify_by: str | None = None
 ) -> Conditions:
     """
     Conditions of `count` slots: the dataset's rows, or all classes in balance if there is no dataset.

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+State = dict[str, Any]  # of a checkpoint or a JSON file
+
 
 @contextmanager
 def written_whole(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
@@ -25,7 +27,7 @@ def written_whole(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
+def write_json(path: str | os.PathLike, content: object) -> None:
     """Writes JSON with one space of indentation, whole or not at all."""
     with written_whole(path, "w") as file:
         json.dump(content, file, indent=1)

@@ -8,6 +8,7 @@ from .base import decode_uint8 as decode_uint8
 from .base import to_uint8 as to_uint8
 from .class_conditional import ClassConditionalPolicy as ClassConditionalPolicy
 from .class_conditional import ClassLabelPolicy as ClassLabelPolicy
+from .loading import Model as Model
 from .loading import as_policy as as_policy
 from .loading import load_pipeline as load_pipeline
 from .paths import DiscreteTimePolicy as DiscreteTimePolicy

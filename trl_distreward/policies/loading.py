@@ -6,7 +6,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 from diffusers import DiffusionPipeline
@@ -42,6 +42,8 @@ _POLICIES: dict[str, Any] = {
     "ZImagePipeline": flow_text.ZImagePolicy,
     "Lumina2Pipeline": flow_text.Lumina2Policy,
 }
+
+Model: TypeAlias = str | os.PathLike | DiffusionPipeline | DiffusionPolicy
 
 
 def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any) -> DiffusionPipeline:
@@ -92,7 +94,7 @@ def _without_its_code(folder: Path, parts: dict[str, Any], **kwargs: Any) -> Dif
     return _PIPELINES[parts["_class_name"][-1]](**arguments)
 
 
-def as_policy(model: Any, guidance_scale: float = 1.0, **kwargs: Any) -> DiffusionPolicy:
+def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: Any) -> DiffusionPolicy:
     """
     Finds the policy for a pipeline, folder or Hub id. Returns a [`DiffusionPolicy`] unchanged.
 

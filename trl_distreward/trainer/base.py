@@ -9,6 +9,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -17,17 +18,19 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints, speed_metrics
+from transformers import TrainerCallback, TrainerControl
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..conditions import conditions_of_slots
+from ..conditions import Rows, conditions_of_slots
+from ..files import State
 from ..hub import with_retries
 from ..metrics.image_metrics import ImageMetric
-from ..policies import as_policy
+from ..policies import Model, as_policy
 from . import checkpointing
 from .base_config import DiffusionTrainerConfig
 from .callbacks import StopOnSIGTERM, UpdateWeights
@@ -61,21 +64,21 @@ class DiffusionTrainer(_BaseTrainer):
     loss_is_scaled_for_ga = True  # an update's losses are weighted before they are returned
     _paper = {"title": "Optimizing Visual Generative Models via Distribution-wise Rewards", "id": "2607.02291"}
 
-    args: Any
-    control: Any
+    args: DiffusionTrainerConfig
+    control: TrainerControl
     steps_per_epoch: int  # optimizer steps that count as an epoch
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: DiffusionTrainerConfig,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
         eval_metrics: Mapping[str, ImageMetric] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
         channels = {} if args.guidance_channels is None else {"guidance_channels": args.guidance_channels}
         self.policy = as_policy(model, args.guidance_scale, **channels)
@@ -114,7 +117,9 @@ class DiffusionTrainer(_BaseTrainer):
         self.ema = PolicyEMA(self.network, decay) if decay > 0 else None
         check_rewards_and_metrics(self)
 
-    def prepare_network(self, network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
+    def prepare_network(
+        self, network: nn.Module, args: DiffusionTrainerConfig, peft_config: PeftConfig | None
+    ) -> nn.Module:
         """Makes the module that is trained, before processes share it."""
         return prepare_network(network, args, peft_config)
 
@@ -147,7 +152,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     # ---- pacing and logging ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
         # A checkpoint that is resumed from restores what is reset here. Evaluations of the start are kept.
         evaluations = [] if self.state.global_step else self.run_record.evaluations[-1:]
         self.run_record, self.num_images = RunRecord(evaluations=evaluations), 0
@@ -155,7 +160,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._metrics.clear()
         self.rewards.reset()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._stop_on_sigterm.restore()
             write_record(self)
@@ -198,7 +203,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.num_images += number
         self.run_record.images[purpose] += number
 
-    def describe_run(self) -> dict[str, Any]:
+    def describe_run(self) -> State:
         """The content of `run.json`."""
         return describe_run(self)
 
@@ -220,7 +225,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.skipped_in_a_row > self.args.max_skipped_updates:
             raise RuntimeError(f"{self.skipped_in_a_row} updates in a row were skipped, as {reason}: {_REMEDY}.")
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Drops gradients that are not finite before the optimizer sees them."""
         norm, scaler = super()._get_grad_norm(model, grad_norm), self.accelerator.scaler
         if self._without_update:
@@ -244,7 +249,7 @@ class DiffusionTrainer(_BaseTrainer):
     @torch.no_grad()
     def evaluate(
         self,
-        eval_dataset: Any = None,
+        eval_dataset: Rows | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
         seed: int | None = None,
@@ -281,20 +286,20 @@ class DiffusionTrainer(_BaseTrainer):
         """Writes a pipeline that loads with `from_pretrained`. All processes call it, the main one writes."""
         checkpointing.write_pipeline(self, folder)
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self) -> State:
         """State beyond what transformers saves. All processes call it."""
         return {"num_images": self.num_images, "run_record": self.run_record.state_dict()}
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: State) -> None:
         """Takes back what `training_state` returned."""
         self.num_images = state["num_images"]
         self.run_record.load_state_dict(state["run_record"])
 
-    def process_state(self) -> dict[str, Any]:
+    def process_state(self) -> State:
         """State that differs between processes."""
         return {}
 
-    def load_process_state(self, state: dict[str, Any]) -> None:
+    def load_process_state(self, state: State) -> None:
         """Takes back what `process_state` returned."""
 
     def load_trained(self, folder: str) -> None:
@@ -322,7 +327,7 @@ class DiffusionTrainer(_BaseTrainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> CommitInfo | Future | None:
         """
         Saves the pipeline and its card, and pushes them as one commit, see [`~transformers.Trainer.push_to_hub`]. All
         processes call it. Failures that may pass are retried; after an error nothing was committed.
@@ -341,7 +346,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             write_model_card(self, *args, **kwargs)
 
-    def card_parts(self) -> tuple[dict[str, Any], list[str]]:
+    def card_parts(self) -> tuple[dict[str, object], list[str]]:
         """Further metadata of the model card, see [`~huggingface_hub.ModelCardData`], and sections in Markdown."""
         return {}, []
 
@@ -353,7 +358,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> Any:
+    ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.ema is not None and is_split(self.network):
             self.ema.share_out(self.network)
@@ -364,13 +369,13 @@ class DiffusionTrainer(_BaseTrainer):
                 self.load_process_state(own)
         return prepared
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         if self.state.global_step >= self.state.max_steps:  # a run that had ended: Trainer would make one more update
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, *args: object, **kwargs: object) -> TrainOutput:
         asked = self.args
         if self.interrupted:
             # Trainer would load the best model, and with save_total_limit=1 delete the checkpoint to resume from.
@@ -380,7 +385,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.args = asked
         return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.create_model_card()
         run_dir = Path(self._get_output_dir(trial=trial))
         with self.run_record.timed("checkpoints"):

@@ -6,7 +6,7 @@ import signal
 import threading
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,13 +14,17 @@ from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from ..conditions import Conditions
 from ..files import written_whole
 from ..generation import evaluating
 from .image_sets import shared_images
 from .network import asks_for_normalization
+
+if TYPE_CHECKING:
+    from .base import DiffusionTrainer
 
 logger = get_logger(__name__)
 
@@ -28,14 +32,14 @@ logger = get_logger(__name__)
 class UpdateWeights(TrainerCallback):
     """Normalizes weights after an optimizer step if the network's config says so, and updates their average."""
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
         if asks_for_normalization(self.trainer.network):
-            self.trainer.network.normalize_weights()
+            self.trainer.network.normalize_weights()  # type: ignore[operator]
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.network, state.global_step)
 
@@ -48,12 +52,12 @@ class StopOnSIGTERM(TrainerCallback):
         self._previous: Any = None
         self._saved = -1
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
         self.stopped, self._saved = False, -1
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "requested", True))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # The signal may reach processes at different steps: they stop together once any has it.
         flag = torch.tensor(float(self.requested), device=args.device)
         if args.world_size > 1:
@@ -68,7 +72,7 @@ class StopOnSIGTERM(TrainerCallback):
 
     on_epoch_end = on_step_end  # Trainer may ask for an evaluation at the end of an epoch
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._saved = state.global_step
 
     def restore(self) -> None:
@@ -112,7 +116,13 @@ class LogSamplesCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: Any, conditions: Any = None, freq: int | None = None, sampler: str = "ode"):
+    def __init__(
+        self,
+        trainer: "DiffusionTrainer",
+        conditions: Conditions | None = None,
+        freq: int | None = None,
+        sampler: str = "ode",
+    ):
         schedules = trainer.args.eval_schedules
         found = [schedule for name, schedule in schedules.items() if sampler in (name, schedule.sampler)]
         if not found:
@@ -120,17 +130,17 @@ class LogSamplesCallback(TrainerCallback):
         self.trainer, self.freq, self.schedule = trainer, freq, found[0]
         self.conditions = trainer.conditions[:64] if conditions is None else conditions
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         freq = self.freq or (state.eval_steps if args.eval_steps else state.save_steps)  # state has whole numbers
         if self.trainer.interrupted:  # the checkpoint comes first, and the resumed run begins with a grid
             return
         if state.global_step % freq == 0 or control.should_training_stop:
             self._log(args, state)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
         self._log(args, state)
 
-    def _log(self, args: Any, state: Any) -> None:
+    def _log(self, args: TrainingArguments, state: TrainerState) -> None:
         images = self._images()
         if not state.is_world_process_zero:
             return
