@@ -41,9 +41,6 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)  # for the policy
 
 
-# ---- class labels ----
-
-
 def dit(num_classes: int = 1000) -> diffusers.DiTPipeline:
     config = {"in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 4, "norm_elementwise_affine": False}
     # DiTPipeline knows no other null class than 1000
@@ -98,9 +95,6 @@ def ldm() -> diffusers.LDMPipeline:
     sizes = {"block_out_channels": (4, 4), "latent_channels": 3, "num_vq_embeddings": 8, "norm_num_groups": 1}
     codes = diffusers.VQModel(**coder_blocks(2), **sizes, scaling_factor=0.5)
     return diffusers.LDMPipeline(randomized(codes), unet2d(), ddim(set_alpha_to_one=True))
-
-
-# ---- prompts ----
 
 
 def unet_condition(**kwargs: Any) -> diffusers.UNet2DConditionModel:

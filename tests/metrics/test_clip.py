@@ -67,9 +67,6 @@ def test_folders_without_all_weights_or_tokenizer_are_refused(tmp_path):
         load_clip(str(tmp_path / "nothing"))
 
 
-# ---- joint features ----
-
-
 def test_the_joint_distance_sees_prompts_and_the_marginal_one_does_not(clip):
     real, captions = coloured(300, seed=1)
     joint = JointTextFeatures(clip, clip.prompts)

@@ -95,9 +95,7 @@ def test_subsets_are_independent_and_leave_no_graph(make):
     for b in range(2):
         torch.testing.assert_close(distance.gradient(indices[b : b + 1], new[b : b + 1])[0], gradient[b])
     single = new.detach().float()
-    torch.testing.assert_close(
-        distance.gradient(indices, single), distance.gradient(indices, single.double()), rtol=0, atol=0
-    )
+    assert torch.equal(distance.gradient(indices, single), distance.gradient(indices, single.double()))
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -114,9 +112,6 @@ def test_blocks_change_nothing(name, monkeypatch):
 def test_all_rows_but_one_replaced(name):
     indices = torch.arange(N)[None, 1:]
     assert_exact(DISTANCES[name]().fit(sample(N, 1)), indices, sample(N - 1, 2)[None], step=1e-5)
-
-
-# ---- Fréchet ----
 
 
 # (N, real rows): with d = 8 fewer rows than features in the set, the real data, both, one as far as the other
@@ -139,17 +134,14 @@ def test_real_moments_of_unknown_count_below_full_rank():
 @pytest.mark.parametrize("method", ["direct", "logdet"])
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_repeated_eigenvalues(spread, method):
-    """The updated set has covariance I and the real data a multiple of it: G = (1 - √spread) I."""
+    """The updated set has covariance I and the real data a multiple of it."""
     rows = sample(N, 1)
     rows = torch.linalg.qr(rows - rows.mean(0))[0] * (N - 1) ** 0.5
     real = FeatureStatistics.from_moments(torch.full((D,), 0.3), spread * torch.eye(D))
     for indices in subsets(N).split(1):
         before, new = rows.clone(), rows[indices]
         before[indices[0]] = sample(SIZE, 2)
-        distance = FrechetDistance(real, method=method).fit(before)
-        expected = 2 * (1 - spread**0.5) / (N - 1) * new - 2 / N * real.mean
-        torch.testing.assert_close(distance.gradient(indices, new), expected, rtol=1e-11, atol=1e-14)
-        assert_exact(distance, indices, new)
+        assert_exact(FrechetDistance(real, method=method).fit(before), indices, new)
 
 
 def collapsed(kind):
@@ -186,18 +178,6 @@ def test_a_feature_that_does_not_vary_on_an_axis_of_the_real_data():
     torch.testing.assert_close(gradient[..., 5], expected, rtol=1e-11, atol=0)
 
 
-def test_frechet_equals_autograd_through_the_nuclear_norm():
-    real, reference, indices = sample(40, 0, offset=0.3), sample(N, 1), subsets(N)
-    new = sample(2 * SIZE, 2).view(2, SIZE, D).requires_grad_()
-    by_nuclear_norm(reference, real)(indices, new).sum().backward()
-    for method in ("direct", "logdet"):
-        gradient = frechet(real, method=method).fit(reference).gradient(indices, new)
-        torch.testing.assert_close(gradient, new.grad, rtol=1e-10, atol=1e-12)
-
-
-# ---- kernel ----
-
-
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("options", [{}, GAUSSIAN])
 def test_kernels_far_from_the_origin_and_with_copies(options, unbiased):
@@ -215,9 +195,6 @@ def test_kernel_with_float32_products(options, monkeypatch):
     single = kernel(**options).fit(reference).gradient(indices, new)
     assert single.dtype == torch.float64 and not torch.equal(single, double)
     torch.testing.assert_close(single, double, rtol=1e-5, atol=1e-7)
-
-
-# ---- errors of every method ----
 
 
 @every_distance

@@ -66,9 +66,6 @@ def test_an_eigenvalue_that_falls_below_is_noticed():
     assert eigenvalues_above(grams, 1).tolist() == [True, False]
 
 
-# ---- quadrature ----
-
-
 @pytest.mark.parametrize("ratio", [0.5, 1e-2, 1e-5, 1e-8])
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-7, 1e-10])
 def test_error_of_one_number_is_just_below_the_bound(ratio, tolerance):
@@ -79,16 +76,3 @@ def test_error_of_one_number_is_just_below_the_bound(ratio, tolerance):
     for weights, bound in ((rule.weights, rule.bound), (rule.coarse, rule.coarse_bound)):
         error = ((slopes * weights).sum(1) - 1).abs().max().item()
         assert 0.9 * bound - 2e-15 < error < bound + 2e-15
-
-
-def test_nodes_keep_all_digits_and_mirror():
-    rule = elliptic_quadrature(1e-9, 1.0)
-    assert (rule.nodes.diff() > 0).all()
-    expected = torch.full_like(rule.nodes, 1e-9)
-    torch.testing.assert_close(rule.nodes * rule.nodes.flip(0), expected, rtol=1e-14, atol=0)
-
-
-def test_bound_falls_exponentially_at_the_known_rate():
-    lower, upper = 1e-5, 1.0
-    rate = math.log(error_bound(lower, upper, 20) / error_bound(lower, upper, 30)) / 10
-    assert rate == pytest.approx(math.pi**2 / math.log(4 * upper / lower), rel=1e-4)

@@ -47,9 +47,6 @@ def test_slot_sampler_resumes_in_the_middle_of_a_round():
         assert torch.equal(sampler.draw(5, 3, distinct), other.draw(5, 3, distinct))
 
 
-# ---- strata ----
-
-
 def test_every_subset_keeps_the_strata_in_proportion():
     sampler, share = StratifiedSlotSampler(STRATA, seed=1), torch.tensor([10, 6, 2.6, 1.4])
     for distinct in (False, True):

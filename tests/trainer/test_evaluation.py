@@ -102,9 +102,6 @@ def test_the_average_is_evaluated_and_saved_and_the_trained_weights_come_back(tm
     assert torch.equal(weights(trainer.network)[name], history[-1][name])
 
 
-# ---- the model card and the record ----
-
-
 def test_the_model_card_has_the_settings_and_the_change(tmp_path):
     trainer = trained(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_on_start=True)
     trainer.create_model_card(model_name="tiny", tags="mine", license="apache-2.0")

@@ -48,9 +48,6 @@ def weighted(pool, coefficients):
     return {name: sum(w * f[name] for w, f in zip(coefficients, files, strict=True)) for name in files[0]}
 
 
-# ---- what is learnt ----
-
-
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "grid"])  # a grid has averages alone
 def test_every_method_finds_a_better_merge_with_equally_many_images(tmp_path, pool, method):
     settings = {"max_steps": 5, "sampling_std": 0.3, "reference_set_size": 40, "num_eval_images": 40, "seed": 0}
@@ -80,9 +77,6 @@ def test_a_policy_gradient_without_a_network_is_natural_evolution(tmp_path, pool
 def test_samples_come_closer_together_over_the_run(tmp_path):
     config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=5, sampling_std=0.1)
     assert [config.sampling_std_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.1, 0.065, 0.03, 0.03])
-
-
-# ---- the reward of a candidate ----
 
 
 def test_candidates_of_a_step_share_noise_and_steps_differ(tmp_path, pool):
@@ -145,12 +139,14 @@ def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
 
 
 def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts_distances(tmp_path, pool):
-    def brightness(images, conditions, slots, **kwargs):
+    def brightness(images, conditions, slots, trainer_state):
+        steps.append(trainer_state.global_step)
         return images.float().mean((1, 2, 3)).tolist()
 
     settings = {"reward_funcs": [two_spaces(), brightness], "reward_weights": [1.0, 0.01], "scale_set_size": 30}
-    trainer = merged(tmp_path, pool, max_steps=1, **settings)
-    assert trainer.num_images == 30 + 5 * 20
+    steps = []
+    trainer = merged(tmp_path, pool, max_steps=2, **settings)
+    assert trainer.num_images == 30 + 2 * 5 * 20 and set(steps) == {0, 1}
     start = trainer.judge.judge_set(trainer.initial_coefficients, balanced_labels(30, 3), "start", step=0)
     assert start[0].item() == pytest.approx(-2)  # each space's distance, divided by itself
     assert 0 < start[1] < 255
@@ -165,10 +161,14 @@ def test_a_reward_forgets_the_units_of_an_earlier_run(tmp_path, pool):
     alone = merged(tmp_path, pool, reward_funcs=two_spaces(), **settings)
     assert logged(trainer, "reward") == logged(alone, "reward")
     scales, images = dict(reward.first_distances), trainer.num_images
-    other.train()
-    assert reward.first_distances != scales
-    trainer.train()  # goes on from what it has learnt, in its own units
-    assert reward.first_distances == scales and trainer.num_images == images
+    for again in (other, trainer):
+        again.train()  # goes on from what it has learnt, in its own units
+        assert (reward.first_distances == scales) == (again is trainer)
+    assert trainer.num_images == images
+
+
+def judged_as(trainer, values):
+    trainer.judge.judge = lambda candidates, step: torch.full((len(candidates), 1), values, dtype=torch.float64)
 
 
 def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
@@ -181,15 +181,17 @@ def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
     assert not torch.equal(trainer.coefficients, trainer.initial_coefficients)
 
 
-def test_training_stops_where_no_candidate_makes_images(tmp_path, pool):
-    trainer = tiny_merge_trainer(tmp_path, pool, max_skipped_updates=1)
-    trainer.judge.judge = lambda candidates, step: torch.full((len(candidates), 1), torch.nan, dtype=torch.float64)
+def test_equal_rewards_skip_the_update_and_a_run_without_images_ends(tmp_path, pool):
+    trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", max_steps=2, max_skipped_updates=1)
+    judged_as(trainer, 0.0)
+    trainer.args.max_skipped_updates = 2
+    trainer.train()
+    assert logged(trainer, "skipped_updates") == [1.0, 1.0]
+    judged_as(trainer, torch.nan)
+    trainer.args.max_skipped_updates = 1
     with pytest.raises(RuntimeError, match="no candidate's images"):
         trainer.train()
     assert torch.equal(trainer.coefficients, trainer.initial_coefficients)
-
-
-# ---- results ----
 
 
 def test_the_saved_pipeline_is_the_merge_and_records_how_it_was_made(tmp_path, pool):
@@ -214,14 +216,13 @@ def test_the_saved_pipeline_is_the_merge_and_records_how_it_was_made(tmp_path, p
     assert f"{coefficients[0, 3]:.4f}" in card and "step-3.safetensors" in card
 
 
-def test_grid_of_stored_averages(tmp_path, pool):
-    """The pool has two widths at each of two times. One point of the grid is a stored average."""
-    stds = [LARGEST_SIGMA_REL / 4, LARGEST_SIGMA_REL / 2] * 2
+def test_a_point_of_the_grid_is_a_stored_average(tmp_path, pool):
+    stds = [LARGEST_SIGMA_REL / 4, LARGEST_SIGMA_REL / 2] * 2  # two widths at each of two times
     settings = {"method": "grid", "checkpoint_times": [1.0, 1.0, 2.0, 2.0], "checkpoint_stds": stds}
     trainer = tiny_merge_trainer(tmp_path, pool, num_generations=4, **settings)
     expected = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(trainer.search.points[1], expected, atol=1e-9, rtol=0)
-    with pytest.raises(ValueError, match="be positive with 'softmax'"):
+    with pytest.raises(ValueError, match="positive"):
         tiny_merge_trainer(tmp_path, pool, coefficient_map="softmax", **settings)
 
 
@@ -240,40 +241,16 @@ def test_a_log_of_several_steps_has_the_best_reward_of_them(tmp_path, pool):
     assert logged(few, "num_images")[:2] == [20 * (1 + 5 * 2), 20 * (1 + 5 * 4)]
 
 
-def test_equal_rewards_are_a_skipped_update(tmp_path, pool):
-    trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", max_steps=2)
-    trainer.judge.judge = lambda candidates, step: torch.zeros(len(candidates), 1, dtype=torch.float64)
-    trainer.train()
-    assert logged(trainer, "skipped_updates") == [1.0, 1.0]
-    assert torch.equal(trainer.coefficients, trainer.initial_coefficients)
-
-
-def test_reward_functions_get_the_trainers_state(tmp_path, pool):
-    def steps(images, conditions, slots, trainer_state):
-        return [float(trainer_state.global_step)] * len(images)
-
-    assert logged(merged(tmp_path, pool, reward_funcs=steps, method="cma"), "reward") == [0, 1, 2]
-
-
-def test_rewards_of_the_start_must_be_finite(tmp_path, pool):
-    rewards = [tiny_reward(), lambda images, **kwargs: [0.0] * (len(images) - 1) + [float("nan")]]
-    trainer = tiny_merge_trainer(tmp_path, pool, reward_funcs=rewards)
-    with pytest.raises(ValueError, match=r"rewards of the start must be finite, not \[-.*, nan\]"):
-        trainer.train()
-
-
 def test_comparison_is_in_the_card(tmp_path, pool):
     trainer = merged(tmp_path, pool, max_steps=1, eval_samplers=["sde", "ode"])
     rows = trainer.compare({"first": [1.0, 0.0, 0.0, 0.0]})
     assert list(rows) == ["last", "uniform", "start", "first", "learnt"]
     assert set(rows["learnt"]) == {"sde_distance_features", "ode_distance_features"}
-    learnt, last = (trainer.evaluate(coefficients=given) for given in (None, [0, 0, 0, 1.0]))
-    assert rows["learnt"]["ode_distance_features"] == learnt["eval_ode_distance_features"]
-    assert rows["last"]["ode_distance_features"] == pytest.approx(last["eval_ode_distance_features"])
+    for name, given in (("learnt", None), ("last", [0, 0, 0, 1.0])):
+        alone = trainer.evaluate(coefficients=given)["eval_ode_distance_features"]
+        assert rows[name]["ode_distance_features"] == pytest.approx(alone)
     trainer.create_model_card()
     assert f"| learnt | {rows['learnt']['sde_distance_features']:.4g}" in (tmp_path / "README.md").read_text()
-    with pytest.raises(RuntimeError, match=r"must match the existing size \(3\)"):
-        trainer.evaluate(coefficients=[1.0, 0.0, 0.0])
 
 
 def test_adapters_are_merged_and_saved_in_both_forms(tmp_path):
@@ -293,27 +270,19 @@ def test_adapters_are_merged_and_saved_in_both_forms(tmp_path):
     torch.testing.assert_close(weights(saved)[name], expected, atol=1e-5, rtol=1e-4)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     pipeline = trainer.merge()
-    pipeline.save_pretrained(tmp_path / "merged")
-    again = load_pipeline(tmp_path / "merged").transformer
-    assert_same_weights(again, saved)
-    assert pipeline is not trainer.policy.pipeline  # its network still has the adapter's layers
-    trainer.merge([0.0, 0.0, 1.0])
-    assert_same_weights(pipeline.transformer, again)
+    trainer.merge([0.0, 0.0, 1.0])  # changes no earlier merge
+    assert_same_weights(pipeline.transformer, saved)
 
 
-# ---- resuming ----
+RUNS = [
+    {"method": "emanet", "lr_scheduler_type": "linear"},
+    {"method": "cma", "num_replacements": 1, "replace_size": 3},
+    {"method": "grid"},
+    {"method": "cma", "granularity": "per_block"},
+]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"method": "emanet", "lr_scheduler_type": "linear"},
-        {"method": "cma", "num_replacements": 1, "replace_size": 3},
-        {"method": "grid"},
-        {"method": "cma", "granularity": "per_block"},
-    ],
-    ids=lambda settings: settings["method"],
-)
+@pytest.mark.parametrize("settings", RUNS, ids=lambda settings: settings["method"])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
     """Also if a step is skipped."""
     settings = {"max_steps": 4, **SAVE_EVERY_STEP, **settings}
@@ -347,7 +316,7 @@ def test_best_coefficients_come_back(tmp_path, pool, method):
 
 
 def with_other_weights(path):
-    """The path of a checkpoint with other weights, made beside the given one."""
+    """Writes a checkpoint with other weights beside the given one."""
     changed = path.replace(".safetensors", "-changed.safetensors")
     save_file({n: v + 1 if v.is_floating_point() else v for n, v in load_file(path).items()}, changed)
     return changed
@@ -363,50 +332,44 @@ def stopped(tmp_path_factory, pool):
 @pytest.mark.parametrize(
     ("settings", "change", "message"),
     [
-        ({"method": "emanet"}, None, "method: grid, not emanet"),
-        ({"coefficient_map": "none"}, None, "coefficient_map: affine, not none"),
-        ({"granularity": "per_block"}, None, r"groups: \['all'\], not"),
-        ({}, lambda pool: pool[:3], "checkpoints: "),
-        ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "checkpoints: "),
-        ({}, lambda pool: [*pool[:3], with_other_weights(pool[0])], "checkpoints: "),
+        ({"method": "emanet"}, list, "method: grid, not emanet"),
+        ({"coefficient_map": "none"}, list, "coefficient_map: affine, not none"),
+        ({"granularity": "per_block"}, list, "groups"),
+        ({}, lambda pool: pool[:3], "checkpoints"),
+        ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "checkpoints"),
+        ({}, lambda pool: [*pool[:3], with_other_weights(pool[0])], "checkpoints"),
     ],
 )
 def test_a_checkpoint_of_another_search_is_refused(tmp_path, pool, stopped, settings, change, message):
-    other = tiny_merge_trainer(tmp_path, change(pool) if change else pool, **{"method": "grid", **settings})
+    other = tiny_merge_trainer(tmp_path, change(pool), **{"method": "grid", **settings})
     with pytest.raises(ValueError, match=f"written by a run with other {message}"):
         other.train(resume_from_checkpoint=stopped)
-
-
-def test_a_resumed_network_has_the_same_mean_with_narrower_samples(tmp_path, pool):
-    settings = {"method": "emanet", "policy_num_layers": 0, "learning_rate": 0.5, "max_steps": 1}
-    first = tiny_merge_trainer(tmp_path, pool, **SAVE_EVERY_STEP, **settings)
-    first.train()
-    assert not torch.equal(first.coefficients, first.initial_coefficients)
-    narrower = tiny_merge_trainer(tmp_path, pool, sampling_std=first.args.sampling_std / 10, **settings)
-    narrower.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert torch.equal(narrower.coefficients, first.coefficients)
-
-
-# ---- errors ----
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "adam"}, "method='adam' is unknown: choose one of"),
+        ({"method": "adam"}, "method='adam' is unknown"),
         ({"initial_coefficients": "first"}, "initial_coefficients='first' is unknown"),
-        ({"fp16": True}, "fp16=True scales gradients.*set bf16=True"),
+        ({"initial_coefficients": 1.0}, "initial_coefficients=1.0 is unknown"),
+        ({"fp16": True}, "bf16=True"),
         ({"save_only_model": True, "load_best_model_at_end": True}, "needs the search's state"),
-        ({"num_generations": 1}, "num_generations=1 must be at least 2"),
-        ({"sampling_std": 0.0}, "sampling_std=0.0 must be positive"),
-        ({"method": "emanet", "sampling_std_decay": 0.0}, r"sampling_std_decay=0.0 lie in \(0, 1\]"),
-        ({"num_replacements": 1, "reference_set_size": 40}, "replace_size=50 must be smaller"),
-        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"num_generations": 1}, "num_generations=1"),
+        ({"sampling_std": 0.0}, "sampling_std=0.0"),
+        ({"method": "emanet", "sampling_std_decay": 0.0}, "sampling_std_decay=0.0"),
+        ({"num_replacements": 1, "reference_set_size": 40}, "replace_size=50"),
+        ({"max_steps": 0}, "max_steps=0"),
     ],
 )
 def test_contradicting_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize("given", ["0.5, -0.5,1", [0.5, -0.5, 1]])
+def test_the_start_may_be_numbers(tmp_path, given):
+    config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=given)
+    assert config.initial_coefficients == [0.5, -0.5, 1.0]
 
 
 def test_candidates_are_decoded_in_slices_and_guided_as_sit_guides(tmp_path, pool):
@@ -417,21 +380,16 @@ def test_candidates_are_decoded_in_slices_and_guided_as_sit_guides(tmp_path, poo
     assert sum(sizes) == 20 and max(sizes) == 3 and trainer.policy.guidance_channels == 1
 
 
-def test_the_start_is_a_word_or_numbers(tmp_path):
-    for given in ("0.5, -0.5,1", [0.5, -0.5, 1]):
-        config = MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=given)
-        assert config.initial_coefficients == [0.5, -0.5, 1.0]
-    with pytest.raises(ValueError, match=r"initial_coefficients=1.0 is unknown: choose one of .* number for each"):
-        MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True, initial_coefficients=1.0)
-
-
 def test_misfits_are_refused_before_training(tmp_path, pool):
     for settings, message in (
-        ({"checkpoints": pool[:1]}, "1 checkpoints: give at least 2 to merge"),
+        ({"checkpoints": pool[:1]}, "at least 2"),
         ({"reward_funcs": tiny_reward(credit="leave_one_in")}, "set credit='shared'"),
         ({"coefficient_map": "softmax", "initial_coefficients": "last"}, "positive"),
         ({"initial_coefficients": [0.5, 0.25, 0.25]}, "3 .*4 checkpoints"),
-        ({"guidance_scale": 1.5, "guidance_channels": 5}, "guidance_channels=5 must lie in 1 to 1"),
+        ({"guidance_scale": 1.5, "guidance_channels": 5}, "guidance_channels=5"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_merge_trainer(tmp_path, **{"checkpoints": pool, **settings})
+    rewards = [tiny_reward(), lambda images, **kwargs: [0.0] * (len(images) - 1) + [float("nan")]]
+    with pytest.raises(ValueError, match="rewards of the start must be finite"):
+        merged(tmp_path, pool, reward_funcs=rewards)

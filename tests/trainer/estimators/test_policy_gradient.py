@@ -56,9 +56,6 @@ def test_normalized_log_ratio_is_centred_and_on_one_scale_for_all_noise():
     assert spreads[0] == pytest.approx(spreads[1], rel=1e-9)
 
 
-# ---- updates ----
-
-
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 1e-3)])
 def test_on_policy_ratio_is_exactly_one_even_with_label_dropout_configured(tmp_path, bf16, tolerance):
     trainer = trained(tmp_path, model=tiny_pipeline(class_dropout_prob=0.5), max_steps=2, bf16=bf16)
