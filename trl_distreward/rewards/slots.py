@@ -1,13 +1,13 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Samplers of slots: the places of the reference set that new images are judged in."""
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..conditions import members_of, proportional_subsets
+from ..files import State
 
 
 class SlotSampler:
@@ -52,10 +52,10 @@ class SlotSampler:
             taken = torch.cat([taken, fresh[:missing]])
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"generator": self.generator.get_state(), "pending": self._pending.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         if not isinstance(state["pending"], Tensor):
             raise ValueError("the checkpoint's slots were drawn from strata: resume with the same stratify_by.")
         self.generator.set_state(state["generator"])
@@ -91,11 +91,11 @@ class StratifiedSlotSampler:
         # shuffled, so that the first images of a subset are not all from the first strata
         return torch.stack([s[torch.randperm(replace_size, generator=self.generator)] for s in subsets])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         pending = [sampler._pending.clone() for sampler in self._samplers]
         return {"generator": self.generator.get_state(), "pending": pending}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         pending = state["pending"]
         if isinstance(pending, Tensor) or len(pending) != len(self.members):
             raise ValueError("the checkpoint's slots have other strata: resume with the same stratify_by and dataset.")

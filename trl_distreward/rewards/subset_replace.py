@@ -8,12 +8,12 @@ new images g' take the places of n of them, g, that have the same conditions. `R
 import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..conditions import Conditions
+from ..files import State
 from ..metrics.distance import Distance, RealData, build_distance
 from ..metrics.extractors import FeatureExtractor, describe_extractor, extract_features, freeze, move
 from ..metrics.image_metrics import FeatureDistance
@@ -223,7 +223,7 @@ class SubsetReplaceReward:
 
     # ---- checkpoints ----
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The reference set's features, the first distances and the identity of the extractors."""
         state = {"features": dict(self.features), "first_distances": dict(self.first_distances)}
         return {**state, "extractors": self._identities}
@@ -232,7 +232,7 @@ class SubsetReplaceReward:
     def _identities(self) -> dict[str, dict[str, str | None]]:
         return {space: describe_extractor(extractor) for space, extractor in self.extractors.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restores a reference set, whose features must come from the same extractors."""
         if state["extractors"] != self._identities:
             both = f"{state['extractors']}, and this reward has {self._identities}"

@@ -339,14 +339,14 @@ class DiffusionTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        return self.publisher.push(commit_message, blocking, token, revision)
+        return self.publisher.push(commit_message, blocking, token=token, revision=revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes `README.md` with settings and evaluations, see [`~transformers.Trainer.create_model_card`]."""
         if self.is_world_process_zero():
             write_model_card(self, *args, **kwargs)
 
-    def card_parts(self) -> tuple[dict[str, object], list[str]]:
+    def card_parts(self) -> tuple[Mapping[str, object], list[str]]:
         """Further metadata of the model card, see [`~huggingface_hub.ModelCardData`], and sections in Markdown."""
         return {}, []
 

@@ -2,12 +2,12 @@
 """Judging merging coefficients by the images that the merged model generates."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..conditions import take
+from ..conditions import Conditions, take
 from ..generation import image_generators
 from ..merging.coefficients import samples_of
 from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
@@ -45,7 +45,7 @@ class CandidateJudge:
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     @torch.no_grad()
-    def judge_set(self, coefficients: Tensor, conditions: Any, stream: str, step: int) -> Tensor:
+    def judge_set(self, coefficients: Tensor, conditions: Conditions, stream: str, step: int) -> Tensor:
         """Rewards `(functions,)` of a set with one image per condition: minus its distance, or its mean."""
         self.merge(coefficients)
         features, values = self._generate(conditions, stream, step)
@@ -71,7 +71,7 @@ class CandidateJudge:
         return values
 
     def _generate(
-        self, conditions: Any, stream: str, step: int, single: bool = True
+        self, conditions: Conditions, stream: str, step: int, single: bool = True
     ) -> tuple[list[dict[str, Tensor]] | None, Tensor]:
         """
         Generates images: their features per distribution reward, and means of the rewards of `single` images. No

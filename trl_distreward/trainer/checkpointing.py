@@ -9,7 +9,7 @@ import copy
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -21,6 +21,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files import State
 from .ema import PolicyEMA
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict
 
@@ -142,7 +143,7 @@ def _merged(trainer: "DiffusionTrainer", network: PeftModel) -> nn.Module:
 # ---- reading ----
 
 
-def read_training_state(trainer: "DiffusionTrainer", folder: str) -> dict[str, Any]:
+def read_training_state(trainer: "DiffusionTrainer", folder: str) -> State:
     """Reads what `training_state` returned when the checkpoint was written."""
     state = _read(trainer, folder, TRAINING_STATE)
     if state is None:
@@ -153,12 +154,12 @@ def read_training_state(trainer: "DiffusionTrainer", folder: str) -> dict[str, A
     return state
 
 
-def read_process_state(trainer: "DiffusionTrainer", folder: str) -> dict[str, Any] | None:
+def read_process_state(trainer: "DiffusionTrainer", folder: str) -> State | None:
     """Reads this process's own state, if the checkpoint has one."""
     return _read(trainer, folder, PROCESS_STATE.format(trainer.args.process_index))
 
 
-def _read(trainer: "DiffusionTrainer", folder: str, name: str) -> dict[str, Any] | None:
+def _read(trainer: "DiffusionTrainer", folder: str, name: str) -> State | None:
     path = os.path.join(folder, name)
     found = torch.tensor([os.path.isfile(path)], device=trainer.accelerator.device)
     everyone = trainer.accelerator.gather(found)

@@ -2,12 +2,12 @@
 """Checks at construction, so that a misfit shows before any work is done."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..conditions import take
+from ..conditions import Conditions, take
 from ..generation import image_generators
 from ..policies import DiffusionPolicy, to_uint8
 from .network import asks_for_normalization
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def images_of_noise(policy: DiffusionPolicy, conditions: Any, device: torch.device) -> tuple[Tensor, Any]:
+def images_of_noise(
+    policy: DiffusionPolicy, conditions: Conditions, device: torch.device
+) -> tuple[Tensor, Conditions]:
     """Decodes pure noise to two uint8 images `(2, C, H, W)`; returns them with their conditions."""
     tried = take(conditions, [0, 1])
     noise = policy.noise(tried, image_generators(0, "check", 0, [0, 1]))

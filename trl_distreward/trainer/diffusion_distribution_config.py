@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..generation import SamplingSchedule
 from ..policies import DiffusionPolicy
 from ..sampling import ODE_SOLVERS
 from .advantages import ADVANTAGE_NORMALIZATIONS, SELECTIONS
@@ -197,7 +198,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         if self.epsilon <= 0 or self.beta < 0:
             raise ValueError(f"epsilon={self.epsilon} must be positive, and beta={self.beta} not negative.")
 
-    def _evaluation_schedules(self) -> dict[str, Any]:
+    def _evaluation_schedules(self) -> dict[str, SamplingSchedule]:
         if isinstance(self.num_inference_steps_eval, int):
             self.num_inference_steps_eval = [self.num_inference_steps_eval]
         counts, schedules = list(dict.fromkeys(self.num_inference_steps_eval)), {}

@@ -3,16 +3,18 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from ..conditions import take
+from ..conditions import Rows, take
+from ..files import State
 from ..metrics.image_metrics import ImageMetric
+from ..policies import Model
 from .base import DiffusionTrainer
 from .checks import images_of_noise
 from .diffusion_distribution_config import DiffusionDistributionConfig
@@ -75,15 +77,15 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: DiffusionDistributionConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
         eval_metrics: Mapping[str, ImageMetric] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
         args = args if args is not None else DiffusionDistributionConfig(output_dir="distribution-reward")
         rollouts = math.ceil(args.reference_set_size / (args.num_subsets * args.replace_size))
@@ -103,7 +105,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.estimator.check_rewards(*images_of_noise(self.policy, self.conditions, self.accelerator.device))
         logger.info(Plan.of(self).describe(args))
 
-    def prepare_network(self, network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
+    def prepare_network(
+        self, network: nn.Module, args: DiffusionDistributionConfig, peft_config: PeftConfig | None
+    ) -> nn.Module:
         self.initial_model: nn.Module | None = None
         if args.beta > 0 and peft_config is None:  # float32, like what is trained from half precision
             self.initial_model = copy.deepcopy(network).requires_grad_(False).float().eval().to(args.device)
@@ -111,7 +115,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     # ---- one step ----
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: object = None) -> Tensor:
         """One update. The first update of a rollout generates, scores and prepares; all of them update."""
         model.train()
         if self.batch is None or self.state.global_step % self.args.num_iterations == 0:
@@ -254,31 +258,31 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     # ---- state ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
         self.batch = None
         self.reference_set.reset()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self) -> State:
         return super().training_state() | {
             "reference_set": self.reference_set.state_dict(),
             "slots": self.slot_sampler.state_dict(),
             "estimator": self.estimator.state_dict(),
         }
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: State) -> None:
         super().load_training_state(state)
         self.reference_set.load_state_dict(state["reference_set"])
         self.slot_sampler.load_state_dict(state["slots"])
         self.estimator.load_state_dict(state["estimator"])
 
-    def process_state(self) -> dict[str, Any]:
+    def process_state(self) -> State:
         """The prepared batch, if further updates will be made from it."""
         if self.batch is None or self.state.global_step % self.args.num_iterations == 0:
             return {}
         return {"batch": self.batch.state_dict(), "processes": self.accelerator.num_processes}
 
-    def load_process_state(self, state: dict[str, Any]) -> None:
+    def load_process_state(self, state: State) -> None:
         if state["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"this checkpoint was written by {state['processes']} processes between two updates of a rollout: "

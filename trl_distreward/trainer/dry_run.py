@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..metrics.extractors import module_of
+from .image_sets import ImageBatch
 
 if TYPE_CHECKING:
+    from .diffusion_distribution_config import DiffusionDistributionConfig
     from .distribution_reward_trainer import DistributionRewardTrainer
 
 GIB = 2**30
@@ -72,7 +74,7 @@ class Plan:
         evaluations = times(args.eval_strategy, args.eval_steps) + bool(args.eval_on_start)
         return cls(steps, refreshes, evaluations, times(args.save_strategy, args.save_steps), counts)
 
-    def describe(self, args: Any) -> str:
+    def describe(self, args: "DiffusionDistributionConfig") -> str:
         """Says what a rollout, an update and the run consist of."""
         often = [math.ceil(self.steps / args.num_iterations), self.steps, self.refreshes, self.evaluations]
         total = sum(count * times for count, times in zip(self.counts.values(), often, strict=True))
@@ -147,7 +149,7 @@ def _shorten_refresh(trainer: "DistributionRewardTrainer") -> None:
     """Makes the reference set from its first batch, repeated with other low bits in its pixels."""
     refresh, total = trainer.reference_set.refresh, trainer.args.reference_set_size
 
-    def repeated(batches: Iterable[tuple[Tensor, Any, int, Tensor]]) -> Iterator[tuple[Tensor, Any, int, Tensor]]:
+    def repeated(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
         for images, conditions, valid, finite in islice(batches, 1):
             for count in range(0, total, valid):
                 noise = torch.randint_like(images, 0, 8) * (count > 0)

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..conditions import take
+from ..conditions import Conditions, take
 from ..generation import Generated, SamplingSchedule, evaluating, generate, share_out
 from ..policies import decode_slices, decode_uint8
 from .reward_functions import joined
@@ -17,11 +17,13 @@ from .reward_functions import joined
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
 
+ImageBatch = tuple[Tensor, Conditions, int, Tensor]  # images, conditions, how many count, mask of finite ones
+
 
 def generate_for(
     trainer: "DiffusionTrainer",
     model: nn.Module,
-    conditions: Any,
+    conditions: Conditions,
     schedule: SamplingSchedule,
     noise: tuple[int, str, int],
     **options: Any,
@@ -35,11 +37,11 @@ def generate_for(
 def shared_images(
     trainer: "DiffusionTrainer",
     model: nn.Module,
-    conditions: Any,
+    conditions: Conditions,
     schedule: SamplingSchedule,
     noise: tuple[int, str, int],
     name: str,
-) -> Iterator[tuple[Tensor, Any, int, Tensor]]:
+) -> Iterator[ImageBatch]:
     """
     Generates one image per condition, a share on each process, with a progress bar called `name`.
 
@@ -58,9 +60,9 @@ def shared_images(
             bar.update(count)
 
 
-def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Any, seed: int) -> dict[str, float]:
+def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Conditions, seed: int) -> dict[str, float]:
     """Computes the trainer's metrics, `{sampler}_{metric}`, under every evaluated schedule from noise of `seed`."""
-    schedules, device = trainer.args.eval_schedules, trainer.accelerator.device
+    schedules, device, gather = trainer.args.eval_schedules, trainer.accelerator.device, trainer.accelerator.gather
     if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and trainer.model is trainer.model_wrapped:
         trainer.model.to(device)  # before training they leave it where it was loaded
     values: dict[str, float] = {}
@@ -73,11 +75,10 @@ def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Any, seed: int) -
                 metric.reset()
             batches = shared_images(trainer, model, conditions, schedule, (seed, "evaluation", 0), name)
             for images, labels, valid, finite in batches:
-                if not bool(trainer.accelerator.gather(finite).all()):
+                if not bool(gather(finite).all()):
                     raise ValueError(f"{name}: generated samples are not finite; the model has diverged.")
-                tensors = isinstance(labels, Tensor)
-                everyone = trainer.accelerator.gather(labels.to(device)) if tensors else gather_object(labels)
-                gathered = trainer.accelerator.gather(images)[:valid]
+                everyone = gather(labels.to(device)) if isinstance(labels, Tensor) else gather_object(labels)
+                gathered = gather(images)[:valid]
                 for metric in trainer.eval_metrics.values():
                     metric.update(gathered, everyone[:valid])
             for key, metric in trainer.eval_metrics.items():
@@ -88,7 +89,7 @@ def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Any, seed: int) -
 
 @torch.no_grad()
 def decode_and_extract(
-    trainer: "DiffusionTrainer", x: Tensor, conditions: Any
+    trainer: "DiffusionTrainer", x: Tensor, conditions: Conditions
 ) -> tuple[list[dict[str, Tensor]], Tensor, Tensor | None]:
     """
     Decodes samples `decode_batch_size` at a time, and extracts their features before the next are decoded. Returns

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from peft import PeftModel, get_peft_model
+from diffusers import DiffusionPipeline
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..conditions import conditions_of_slots
-from ..files import write_json
+from ..conditions import Rows, conditions_of_slots
+from ..files import State, write_json
 from ..generation import image_generators
 from ..merging.coefficients import (
     EMANet,
@@ -27,6 +28,7 @@ from ..merging.coefficients import (
 )
 from ..merging.pool import CheckpointPool
 from ..metrics.image_metrics import ImageMetric
+from ..policies import DiffusionPolicy, Model
 from . import checkpointing
 from .advantages import normalize_advantages
 from .base import DiffusionTrainer
@@ -39,6 +41,8 @@ from .reward_functions import RewardFunction
 from .run_record import is_evaluation, write_record
 
 logger = get_logger(__name__)
+
+Coefficients = Tensor | Sequence[float]  # (N_c,) or (G, N_c)
 
 
 class MergeCoefficientTrainer(DiffusionTrainer):
@@ -83,15 +87,15 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         checkpoints: Sequence[str | os.PathLike] | CheckpointPool,
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: MergeCoefficientConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
         eval_metrics: Mapping[str, ImageMetric] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
         args = args if args is not None else MergeCoefficientConfig(output_dir="merge-coefficients")
         self._given, self.steps_per_epoch = checkpoints, args.max_steps
@@ -117,7 +121,9 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             self.pool.load_resident(device)
         self.judge = CandidateJudge(self)
 
-    def prepare_network(self, network: nn.Module, args: Any, peft_config: Any) -> nn.Module:
+    def prepare_network(
+        self, network: nn.Module, args: MergeCoefficientConfig, peft_config: PeftConfig | None
+    ) -> nn.Module:
         """Makes what is trained: not the generator, but the policy of its coefficients."""
         pool = self._given
         if not isinstance(pool, CheckpointPool):
@@ -153,13 +159,13 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """The learnt coefficients `(G, N_c)`, float64; one row for each of `group_names`."""
         return coefficients_of(self.mean, self.args.coefficient_map)
 
-    def _expanded(self, coefficients: Any) -> Tensor:
+    def _expanded(self, coefficients: Coefficients) -> Tensor:
         """One row for each group, from coefficients `(N_c,)` or `(G, N_c)`."""
         return torch.as_tensor(coefficients, dtype=torch.float64).cpu().expand(self.initial_coefficients.shape)
 
     # ---- one step ----
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: object = None) -> Tensor:
         """Draws candidates, judges them and learns from their rewards."""
         args, step = self.args, self.state.global_step
         if not self.num_images:
@@ -237,7 +243,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self.judge.merge(self.coefficients if self._shown is None else self._shown)
         return nullcontext()
 
-    def evaluate(self, *args: Any, coefficients: Any = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, coefficients: Coefficients | None = None, **kwargs: Any) -> dict[str, float]:
         """
         Evaluates the merge with the learnt coefficients, or with given ones of shape `(N_c,)` or `(G, N_c)`; see
         [`DistributionRewardTrainer.evaluate`].
@@ -251,7 +257,9 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             self._shown = None
 
     @torch.no_grad()
-    def compare(self, others: Mapping[str, Any] | None = None, seed: int | None = None) -> dict[str, dict[str, float]]:
+    def compare(
+        self, others: Mapping[str, Tensor] | None = None, seed: int | None = None
+    ) -> dict[str, dict[str, float]]:
         """
         Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise,
         of `eval_seed` by default. Returns `{sampler}_{metric}` of each merge; the model card shows the table.
@@ -269,7 +277,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         write_record(self)
         return self.comparison
 
-    def merge(self, coefficients: Any = None) -> Any:
+    def merge(self, coefficients: Coefficients | None = None) -> DiffusionPipeline | DiffusionPolicy:
         """
         Merges the checkpoints, by the learnt coefficients or by those given, and returns the pipeline.
 
@@ -292,7 +300,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     # ---- checkpoints and records ----
 
     @cached_property
-    def pool_description(self) -> dict[str, Any]:
+    def pool_description(self) -> State:
         """Sources and hashes of the checkpoints."""
         return self.pool.describe()
 
@@ -313,7 +321,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         write_json(folder / "coefficients.json", about)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self) -> State:
         return super().training_state() | {
             "network": {name: value.cpu() for name, value in self.network.state_dict().items()},
             "search": None if self.search is None else self.search.state_dict(),
@@ -325,7 +333,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         }
 
     @property
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> State:
         """What gives learnt coefficients their meaning."""
         return {
             "method": self.args.method,
@@ -334,7 +342,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             "checkpoints": [sorted(member["files"].values()) for member in self.pool_description["members"]],
         }
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: State) -> None:
         super().load_training_state(state)
         for reward, saved in zip(self.rewards.of_sets, state["rewards"], strict=True):
             reward.load_state_dict(saved)
@@ -354,7 +362,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     load_best = load_trained
 
-    def describe_run(self) -> dict[str, Any]:
+    def describe_run(self) -> State:
         described = super().describe_run()
         described["model"]["parameters"] = sum(p.numel() for p in self.merged_network.parameters())
         described["model"]["trained"] = self.initial_coefficients.numel()
@@ -365,7 +373,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             "comparison": self.comparison,
         }
 
-    def card_parts(self) -> tuple[dict[str, Any], list[str]]:
+    def card_parts(self) -> tuple[Mapping[str, object], list[str]]:
         members, names = self.pool_description["members"], self.group_names
         repositories = sorted({member["repo_id"] for member in members if "repo_id" in member})
         metadata = {"base_model": repositories, "base_model_relation": "merge"} if repositories else {}
@@ -383,7 +391,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         return dict(zip(self.group_names, coefficients.tolist(), strict=True))
 
 
-def _place_of(member: Mapping[str, Any]) -> str:
+def _place_of(member: State) -> str:
     """Names a checkpoint's place in one word."""
     if "repo_id" not in member:
         return member["path"]

@@ -2,7 +2,6 @@
 """Preparing a network for training: precision, dropout, adapter, and what transformers expects of a model."""
 
 import json
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -11,7 +10,9 @@ from diffusers.configuration_utils import FrozenDict
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
+from ..files import State
 from ..merging.adapters import changes_base
+from .base_config import DiffusionTrainerConfig
 
 logger = get_logger(__name__)
 
@@ -19,17 +20,17 @@ logger = get_logger(__name__)
 class _NetworkConfig(FrozenDict):
     """A diffusers config with the methods that transformers' callbacks call on a model's config."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> State:
         return dict(self)
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, default=str) + "\n"
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # Trainer sets `use_cache`, which must not reach the saved config
 
 
-def prepare_network(network: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
+def prepare_network(network: nn.Module, args: DiffusionTrainerConfig, peft_config: PeftConfig | None) -> nn.Module:
     """Prepares a policy's network for training; with an adapter, returns peft's wrapper of it."""
     if args.activation_checkpointing:
         if not getattr(network, "_supports_gradient_checkpointing", False):
@@ -74,6 +75,6 @@ def disable_dropout(model: nn.Module) -> None:
                 vars(module)[name] = 0.0
 
 
-def asks_for_normalization(network: Any) -> bool:
+def asks_for_normalization(network: nn.Module) -> bool:
     """Whether the network's config has `forced_weight_normalization=True`."""
     return bool(getattr(getattr(network, "config", None), "forced_weight_normalization", False))

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, EvalResult, ModelCard, ModelCardData, run_as_future
@@ -55,11 +55,10 @@ class Publisher:
         if strategy in whole:
             self.uploads.append(upload([], path_in_repo=whole[strategy]))
 
-    def push(self, message: str | None, blocking: bool, token: str | None, revision: str | None) -> Any:
+    def push(self, message: str | None, blocking: bool, **options: str | None) -> CommitInfo | Future:
         """Pushes the output folder as one commit; returns the commit, or a future of it."""
         self.finish()
-        folder, options = Path(self.trainer.args.output_dir), {"token": token, "revision": revision}
-        upload = partial(self._upload, folder, message, _NOT_PUSHED, **options)
+        upload = partial(self._upload, Path(self.trainer.args.output_dir), message, _NOT_PUSHED, **options)
         return upload() if blocking else run_as_future(upload)
 
     def _upload(self, folder: Path, message: str | None, ignored: list[str], **options: str | None) -> CommitInfo:
@@ -83,7 +82,7 @@ def write_model_card(
     dataset_name: str | None = None,
     tags: str | Sequence[str] = (),
     license: str | None = None,
-    **_: Any,
+    **_: object,
 ) -> None:
     """Writes `README.md`: the first and the last evaluation, the trainer's own sections, and the settings."""
     args, paper = trainer.args, trainer._paper

@@ -2,7 +2,7 @@
 """The generated reference set that subsets are judged in, and when it is generated anew."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -10,10 +10,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from ..conditions import Conditions, conditions_of_slots, strata_of_slots
+from ..conditions import Conditions, Rows, conditions_of_slots, strata_of_slots
+from ..files import State
 from ..policies import DiffusionPolicy
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..rewards.subset_replace import SubsetReplaceReward
+from .image_sets import ImageBatch
 from .reward_functions import joined
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ logger = get_logger(__name__)
 
 
 def conditions_and_slots(
-    policy: DiffusionPolicy, dataset: Any, args: "DiffusionTrainerConfig"
+    policy: DiffusionPolicy, dataset: Rows | None, args: "DiffusionTrainerConfig"
 ) -> tuple[Conditions, SlotSampler | StratifiedSlotSampler]:
     """Conditions of a generated set, and the sampler of its subsets; both keep the shares of strata."""
     size, column = args.reference_set_size, args.stratify_by
@@ -64,7 +66,7 @@ class ReferenceSet:
             return self.drifted
         return step - self.last_refresh >= int(self.args.reference_refresh_steps)
 
-    def refresh(self, batches: Iterable[tuple[Tensor, Any, int, Tensor]], step: int) -> None:
+    def refresh(self, batches: Iterable[ImageBatch], step: int) -> None:
         """Takes the images of [`~trainer.image_sets.shared_images`]; keeps the old set if values are not finite."""
         chunks = []
         for images, conditions, valid, finite in batches:
@@ -99,11 +101,11 @@ class ReferenceSet:
         self.drifted = drift > self.args.refresh_drift
         return drift
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         rewards = [reward.state_dict() for reward in self.rewards]
         return {"rewards": rewards, "last_refresh": self.last_refresh, "drifted": self.drifted}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         size = self.args.reference_set_size
         for reward, saved in zip(self.rewards, state["rewards"], strict=True):
             features = {space: values.to(self.accelerator.device) for space, values in saved["features"].items()}

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
+from ..conditions import Conditions
 from ..metrics.extractors import module_of
 from ..metrics.image_metrics import ImageMetric
 from ..rewards.subset_replace import SubsetReplaceReward
@@ -77,7 +79,9 @@ class RewardFunctions:
         return {f"distance_{space}": metric for reward in self.of_sets for space, metric in reward.metrics().items()}
 
 
-def call_per_image(reward: Reward, images: Tensor, conditions: Any, slots: Tensor, trainer_state: Any) -> Tensor:
+def call_per_image(
+    reward: Reward, images: Tensor, conditions: Conditions, slots: Tensor, trainer_state: TrainerState
+) -> Tensor:
     """Calls a function of single images `(K, C, H, W)`: one float64 per image, `(K,)`."""
     returned = reward.function(images=images, conditions=conditions, slots=slots, trainer_state=trainer_state)
     values = torch.as_tensor(returned, dtype=torch.float64, device=images.device).flatten()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..conditions import take
+from ..conditions import Conditions, take
 from ..generation import SamplingSchedule, image_generators
 from .image_sets import decode_and_extract, generate_for
 from .reward_functions import joined
@@ -25,7 +25,7 @@ class Rollout:
     slots: Tensor  # (B, n) replaced places of all processes
     local_slots: Tensor  # (K,) places of this process's images
     schedule: SamplingSchedule  # how they were sampled, with the step's window of noise
-    conditions: Any  # one per image
+    conditions: Conditions  # one per image
     cond: dict[str, Tensor]  # (K, ...) the conditions, encoded
     sample: Tensor  # (K, ...) final samples
     states: dict[int, Tensor]  # (K, ...) samples by grid index

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
-from ..files import write_json
+from ..files import State, write_json
 from ..hub import without_tokens
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class RunRecord:
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     images: dict[str, int] = field(default_factory=Counter)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[State] = field(default_factory=list)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -42,20 +42,20 @@ class RunRecord:
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - started
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"seconds": dict(self.seconds), "images": dict(self.images), "evaluations": list(self.evaluations)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         self.seconds, self.images = defaultdict(float, state["seconds"]), Counter(state["images"])
         self.evaluations = list(state["evaluations"])
 
 
-def is_evaluation(logs: Mapping[str, Any]) -> bool:
+def is_evaluation(logs: Mapping[str, object]) -> bool:
     """Whether a log entry comes from an evaluation."""
     return any(key.endswith("_runtime") and not key.startswith("train_") for key in logs)
 
 
-def describe_run(trainer: "DiffusionTrainer") -> dict[str, Any]:
+def describe_run(trainer: "DiffusionTrainer") -> State:
     """What is trained, on what, and the sums of the run."""
     pipeline = getattr(trainer.policy, "pipeline", None)
     parameters, device = list(trainer.skeleton.parameters()), trainer.accelerator.device

@@ -6,7 +6,6 @@ All processes must call these functions, in the same order.
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def _in_deepspeed(tensor: Any) -> bool:
+def _in_deepspeed(tensor: Tensor) -> bool:
     # `_hp_mapping` is None on processes that own no part of the tensor
     return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 

@@ -10,19 +10,19 @@ gradients, and weights its features by that gradient. Memory does not grow with 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...conditions import take
+from ...conditions import Conditions, take
 from ...rewards.slots import SlotSampler, StratifiedSlotSampler
 from ...rewards.subset_replace import SubsetReplaceReward
 from ...sampling import replay, send
 from ..reward_functions import Reward
 from ..rollouts import Rollout
-from .base import Estimator, MicroBatch
+from .base import Estimator, MicroBatch, State
 
 if TYPE_CHECKING:
     from ..diffusion_distribution_config import DiffusionDistributionConfig
@@ -54,7 +54,7 @@ class TailBatch:
             }
             yield micro, stop == count
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         raise TypeError("back-propagation makes a single update per rollout: there is no batch to save.")
 
 
@@ -148,13 +148,13 @@ class Backprop(Estimator):
             loss = loss + args.beta * penalty.sum() / number
         return loss, values
 
-    def _scores(self, reward: Reward, images: Tensor, conditions: Any, slots: Tensor) -> Tensor:
+    def _scores(self, reward: Reward, images: Tensor, conditions: Conditions, slots: Tensor) -> Tensor:
         return reward.function(images=images, conditions=conditions, slots=slots, trainer_state=self.trainer.state)
 
     def num_passes(self) -> int:
         return self.args.num_subsets * self.args.replace_size * self.args.backprop_steps
 
-    def check_rewards(self, images: Tensor, conditions: Any) -> None:
+    def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
         """Back-propagates every reward to two images."""
         tracked = 64 + images.float() / 2  # avoids 0 and 255, where rounding or clamping hides the gradient
         tracked.requires_grad_()
@@ -187,7 +187,7 @@ def _check_distance(reward: SubsetReplaceReward) -> None:
         raise ValueError(f"the distances of {', '.join(lacking)} have no gradient: {_REMEDY}.")
 
 
-def _has_gradient(values: Any, tracked: Tensor) -> bool:
+def _has_gradient(values: object, tracked: Tensor) -> bool:
     if not isinstance(values, Tensor) or values.shape[:1] != tracked.shape[:1] or not values.requires_grad:
         return False
     # Uneven weights: the plain sum may be the same for all images, and squares have no gradient at 0.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...conditions import Conditions
+from ...files import State
 from ...rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..advantages import normalize_advantages, select
 from ..rollouts import Rollout
@@ -27,7 +29,7 @@ class Batch(Protocol):
         `weights` `(P,)` of its rows, which add up to 1 over all processes.
         """
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """What a checkpoint in the middle of a rollout's updates keeps."""
 
 
@@ -48,7 +50,7 @@ class Estimator:
     def check_config(args: "DiffusionDistributionConfig") -> None:
         """Raises `ValueError` for settings that contradict the estimator."""
 
-    def check_rewards(self, images: Tensor, conditions: Any) -> None:
+    def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
         """Tries the rewards on two uint8 images `(2, C, H, W)`; raises `ValueError` if they do not fit."""
 
     def draw_slots(self, sampler: SlotSampler | StratifiedSlotSampler) -> Tensor:
@@ -101,13 +103,13 @@ class Estimator:
         shares = {"all": 1.0, "top": share, "top_bottom": min(1.0, 2 * share)}
         return round(args.num_subsets * shares[args.selection]) * args.replace_size
 
-    def restore(self, state: dict[str, Any]) -> Batch:
+    def restore(self, state: State) -> Batch:
         """Rebuilds a batch from its `state_dict`."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """State of the estimator's own, such as an old policy."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Takes back what `state_dict` returned."""

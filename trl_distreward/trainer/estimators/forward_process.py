@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Estimators on the forward process: regression of the velocity on noised samples, whatever sampler made them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...generation import image_generators
 from ...sampling import send
 from ..rollouts import Rollout
-from .base import Estimator, MicroBatch
+from .base import Estimator, MicroBatch, State
 from .pairs import Deal, PairBatch
 
 if TYPE_CHECKING:
@@ -71,6 +71,6 @@ class ForwardProcess(Estimator):
     def num_passes(self) -> int:
         return self.num_selected()
 
-    def restore(self, state: dict[str, Any]) -> PairBatch:
+    def restore(self, state: State) -> PairBatch:
         device = self.accelerator.device
         return PairBatch.from_state(state, device, device)

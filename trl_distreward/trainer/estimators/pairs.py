@@ -4,13 +4,12 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...sampling import send
-from .base import MicroBatch
+from .base import MicroBatch, State
 
 
 @dataclass
@@ -75,11 +74,11 @@ class PairBatch:
             device = self.old_means.device
             self.old_means[image.to(device), column.to(device)] = mean.detach().to(device)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device, states_device: torch.device) -> "PairBatch":
+    def from_state(cls, state: State, device: torch.device, states_device: torch.device) -> "PairBatch":
         """Rebuilds a saved batch; states and means go to `states_device`."""
         moved = dict(state)
         for name, value in state.items():

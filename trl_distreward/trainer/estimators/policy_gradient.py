@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...generation import SamplingSchedule, image_generators
 from ...sampling import Transition, send, transition
 from ..rollouts import Rollout
-from .base import Estimator, MicroBatch
+from .base import Estimator, MicroBatch, State
 from .pairs import Deal, PairBatch
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class PolicyGradient(Estimator):
         noisy = args.sde_window_size or len(args.rollout_schedule.trainable_steps)
         return self.num_selected() * max(1, round(args.timestep_fraction * noisy))
 
-    def restore(self, state: dict[str, Any]) -> PairBatch:
+    def restore(self, state: State) -> PairBatch:
         device = self.accelerator.device
         return PairBatch.from_state(state, device, torch.device("cpu") if self.args.offload_trajectories else device)
 
