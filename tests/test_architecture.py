@@ -86,3 +86,12 @@ def test_no_file_has_more_than_450_lines():
 
 def test_the_package_has_at_most_13000_lines():
     assert sum(LINES.values()) <= 13_000
+
+
+def test_at_most_20_annotations_of_parameters_and_returns_say_any():
+    nodes = [node for path in FILES.values() for node in ast.walk(ast.parse(path.read_text()))]
+    annotations = [node.annotation for node in nodes if isinstance(node, ast.arg)]
+    annotations += [node.returns for node in nodes if isinstance(node, ast.FunctionDef)]
+    names = [{n.id for n in ast.walk(each) if isinstance(n, ast.Name)} for each in annotations if each is not None]
+    assert len(names) > 1000
+    assert sum("Any" in each for each in names) <= 20

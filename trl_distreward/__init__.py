@@ -2,7 +2,7 @@
 """Post-train diffusion and flow-matching image generators on distribution-wise rewards."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 
@@ -76,7 +76,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer as MergeCoefficientTrainer
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -94,14 +94,12 @@ def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashabl
     return torch.cat(rounds)[:count]
 
 
-def strata_of_slots(
-    dataset: Rows | None, column: str, count: int, seed: int, conditions: Conditions
-) -> list[Hashable]:
+def strata_of_slots(dataset: Rows | None, column: str, count: int, seed: int, labels: Conditions) -> list[Hashable]:
     """The stratum of each of `count` slots: a column of the dataset, or the slot's class if there is no dataset."""
     if dataset is None:
-        if not isinstance(conditions, Tensor) or column != "class_labels":
+        if not isinstance(labels, Tensor) or column != "class_labels":
             raise ValueError(f"stratify_by={column!r} needs a train_dataset with that column: pass one.")
-        return conditions.tolist()
+        return labels.tolist()
     strata = column_of(dataset, column)
     return [strata[row] for row in rows_of_slots(len(strata), count, seed, strata).tolist()]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditions import take
+from .conditions import Conditions, take
 from .policies import DiffusionPolicy, decode_uint8
 from .sampling import (
     ODE_SOLVERS,
@@ -137,7 +137,7 @@ def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) 
 def sample(
     policy: DiffusionPolicy,
     model: nn.Module,
-    conditions: Any,
+    conditions: Conditions,
     schedule: SamplingSchedule,
     generator: Generators = None,
     keep_steps: Sequence[int] = (),
@@ -187,7 +187,7 @@ class Generated:
     """A batch of samples, with the index and the condition of each."""
 
     indices: list[int]
-    conditions: Any
+    conditions: Conditions
     trajectory: Trajectory
 
     @property
@@ -197,7 +197,7 @@ class Generated:
 
 def generate(
     policy: DiffusionPolicy,
-    conditions: Any,
+    conditions: Conditions,
     schedule: SamplingSchedule,
     *,
     seed: int = 0,
@@ -238,12 +238,12 @@ def generate(
 
 def generate_images(
     policy: DiffusionPolicy,
-    conditions: Any,
+    conditions: Conditions,
     schedule: SamplingSchedule,
     *,
     decode_batch_size: int | None = None,
     **options: Any,
-) -> Iterator[tuple[Tensor, Any]]:
+) -> Iterator[tuple[Tensor, Conditions]]:
     """
     Generates and decodes one image per condition, with the policy's network in evaluation mode.
 

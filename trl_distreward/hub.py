@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub import errors as hf
@@ -66,7 +66,7 @@ def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
     raise ConnectionError(f"{what}: the Hub failed in {ATTEMPTS} attempts, lastly with {last}: try again later.")
 
 
-def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> CommitInfo:
+def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: object) -> CommitInfo:
     """Uploads a folder to an existing repository as one commit; see [`~huggingface_hub.HfApi.upload_folder`]."""
     upload = partial(HfApi().upload_folder, repo_id=repo_id, folder_path=folder, **kwargs)
     return with_retries(upload, f"pushing to {repo_id}", repo_id)

@@ -56,7 +56,7 @@ class RealSet:
             self.statistics = self.statistics or collected.statistics("real")
             self.features = collected.features("real") if self.needs_features else None
 
-    def compare(self, generated: Tensor, seed: int, spread: int) -> dict[str, Any]:
+    def compare(self, generated: Tensor, seed: int, spread: int) -> dict[str, object]:
         """Computes one of the results in a report from features `(N, d)`; see [`feature_metrics`]."""
         statistics = self.statistics
         assert statistics is not None

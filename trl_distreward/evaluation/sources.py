@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
@@ -120,7 +119,7 @@ def _read_row(rows: Dataset, columns: list[str], source: str, index: int) -> Sto
     return StoredImage(f"row {index} of {source}", *map(row.get, columns))
 
 
-def read_dataset(source: str, split: str | None, **options: Any) -> tuple[Dataset | IterableDataset, str | None]:
+def read_dataset(source: str, split: str | None, **options: object) -> tuple[Dataset | IterableDataset, str | None]:
     """Reads one split of a dataset, from a folder or with `datasets.load_dataset`; also returns the split's name."""
     try:
         rows = load_from_disk(source) if _is_saved_dataset(Path(source)) else load_dataset(source, **options)

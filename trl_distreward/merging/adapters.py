@@ -8,7 +8,7 @@ weights gives another model, with the cross terms `w_i w_j B_i A_j`.
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def concatenated(members: Sequence[Tensor], weights: Sequence[float], axis: int)
     return torch.cat([member.to(wide) * weight for member, weight in zip(members, weights, strict=True)], dim=1)
 
 
-def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, Any] | None:
+def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, object] | None:
     """
     Builds the `adapter_config.json` of the merged adapter, or `None` if the checkpoints are whole models. Raises
     `ValueError` if only some are LoRA adapters, or their configurations differ.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import State
 from .precision import full_precision
 from .preprocessing import resize_pillow, to_rgb
 
@@ -119,7 +120,7 @@ def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[str]:
     return known.get((tuple(mean), tuple(std)), written)
 
 
-def load_backbone(source: str, name: str, given: dict[str, Any]) -> BackboneFeatures:
+def load_backbone(source: str, name: str, given: State) -> BackboneFeatures:
     """A backbone with the settings `given`; the preprocessor's configuration supplies a missing size, mean or std."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
@@ -150,7 +151,7 @@ def load_backbone(source: str, name: str, given: dict[str, Any]) -> BackboneFeat
     return BackboneFeatures(model, name, **settings)
 
 
-def _preprocessor_settings(source: str, at: dict[str, str]) -> dict[str, Any]:
+def _preprocessor_settings(source: str, at: dict[str, str]) -> State:
     """Size, mean, std and mode in the preprocessor's configuration; empty if there is none."""
     from transformers.image_processing_base import ImageProcessingMixin
 

@@ -6,14 +6,14 @@ magnitude on expectation, with pixel norms as the only normalization layers.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -92,7 +92,7 @@ class EDM2Block(nn.Module):
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: FrozenDict,
         emb_channels: int,
         in_channels: int,
         out_channels: int,
@@ -148,7 +148,7 @@ class EDM2Block(nn.Module):
 class EDM2UNet(nn.Module):
     """The raw network `F(x; c_noise, class)`, before preconditioning; `config` is that of [`EDM2UNet2DModel`]."""
 
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: FrozenDict):
         super().__init__()
         sample_size, in_channels, num_classes = config["sample_size"], config["in_channels"], config["num_classes"]
         widths = [config["model_channels"] * multiplier for multiplier in config["channel_mult"]]
@@ -284,7 +284,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         self.logvar_linear.requires_grad_(False)
 
     @classmethod
-    def from_size(cls, size: str, **kwargs: Any) -> "EDM2UNet2DModel":
+    def from_size(cls, size: str, **kwargs: object) -> "EDM2UNet2DModel":
         """Builds a published size, `"XXS"` to `"XXL"`, with random weights; `kwargs` are those of the constructor."""
         if size not in EDM2_SIZES:
             raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(EDM2_SIZES)}.")

@@ -157,7 +157,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.initialize_weights()
 
     @classmethod
-    def from_size(cls, size: str, **kwargs: Any) -> "SiTTransformer2DModel":
+    def from_size(cls, size: str, **kwargs: object) -> "SiTTransformer2DModel":
         """Builds a published size, e.g. `"XL/2"`, with random weights; `kwargs` are those of the constructor."""
         name, _, patch = size.partition("/")
         if name not in SIT_SIZES or (patch and not patch.isdigit()):

@@ -3,12 +3,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from ..conditions import Conditions
 from ..sampling import Generators, gaussian_noise
 
 # What diffusers needs to rebuild an adapter; more would tie the file to one release of peft
@@ -38,13 +40,13 @@ class DiffusionPolicy(Protocol):
     def to(self, device: torch.device) -> None:
         """Moves everything but the network, such as a VAE; the trainer moves the network."""
 
-    def check_conditions(self, conditions: Any) -> None:
+    def check_conditions(self, conditions: Conditions) -> None:
         """Raises `ValueError` for conditions that the model does not know."""
 
-    def encode(self, conditions: Any) -> dict[str, Tensor]:
+    def encode(self, conditions: Conditions) -> dict[str, Tensor]:
         """Encodes conditions as tensors whose first dimension is the batch."""
 
-    def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
+    def noise(self, conditions: Conditions, generator: Generators = None) -> Tensor:
         """Draws starting noise `(B, ...)` at `t = 1`."""
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -75,7 +77,7 @@ class PipelinePolicy:
     num_conditions: int | None = None
     sample_shape: tuple[int, ...]
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+    def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0):
         self.pipeline = pipeline
         self.guidance_scale = guidance_scale
         self.model: nn.Module = getattr(pipeline, self.component)
@@ -107,7 +109,7 @@ class PipelinePolicy:
         for part in self._frozen_parts():
             part.to(device)
 
-    def noise(self, conditions: Any, generator: Generators = None) -> Tensor:
+    def noise(self, conditions: Conditions, generator: Generators = None) -> Tensor:
         return gaussian_noise((len(conditions), *self.sample_shape), generator, self.device, torch.float32)
 
     def inputs(self, cond: dict[str, Tensor], guided: bool) -> dict[str, Tensor]:

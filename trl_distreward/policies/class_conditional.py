@@ -1,9 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Policies of class-conditional and unconditional pipelines."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..sampling import karras_grid, send
@@ -17,7 +18,7 @@ class ClassLabelPolicy(PipelinePolicy):
     num_conditions: int
     null_class: int | None = None
 
-    def check_conditions(self, conditions: Any) -> None:
+    def check_conditions(self, conditions: Tensor | Sequence[int]) -> None:
         labels, count = torch.as_tensor(conditions), self.num_conditions
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(f"labels of shape {tuple(labels.shape)} and {labels.dtype}: pass a list of integers.")
@@ -25,7 +26,7 @@ class ClassLabelPolicy(PipelinePolicy):
             span = f"{labels.min().item()} to {labels.max().item()}"
             raise ValueError(f"class labels span {span}: this model's labels must lie in 0 to {count - 1}.")
 
-    def encode(self, conditions: Any) -> dict[str, Tensor]:
+    def encode(self, conditions: Tensor | Sequence[int]) -> dict[str, Tensor]:
         labels = torch.as_tensor(conditions)
         if labels.device.type == "cpu":  # on a GPU the check would wait for the device
             self.check_conditions(labels)
@@ -48,7 +49,7 @@ class ClassConditionalPolicy(ClassLabelPolicy):
         guidance_channels (`int`, *optional*): guides only the first channels; SiT's own code guides 3 of 4.
     """
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, guidance_channels: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0, guidance_channels: int | None = None):
         pipeline.check_guidance(guidance_scale)
         super().__init__(pipeline, guidance_scale)
         channels = self.config.in_channels
@@ -81,7 +82,7 @@ class EDM2Policy(ClassConditionalPolicy):
 class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
     """Policy of a [`~diffusers.DiTPipeline`]: noise prediction; a learned variance is dropped."""
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+    def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0):
         super().__init__(pipeline, guidance_scale)
         self.num_conditions = self.config.num_embeds_ada_norm
         self.null_class = self.num_conditions  # DiTPipeline uses 1000, whatever the number of classes
@@ -107,7 +108,7 @@ class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
 
     component = "unet"
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, null_class: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0, null_class: int | None = None):
         super().__init__(pipeline, guidance_scale)
         classes = self.config.num_class_embeds
         if null_class is not None and (classes is None or null_class != classes - 1):

@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .paths import DiscreteTimePolicy
@@ -15,7 +16,7 @@ class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
 
     component = "unet"
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, **kwargs: Any):
+    def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0, **kwargs: Any):
         super().__init__(pipeline, guidance_scale, **kwargs)
         if self.config.get("time_cond_proj_dim") is not None:
             raise ValueError(

@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .paths import FlowPolicy
@@ -13,10 +14,10 @@ from .text_to_image import TextToImagePolicy, latent_moments
 class TextFlowPolicy(TextToImagePolicy, FlowPolicy):
     """Base class for prompts on the rectified-flow path."""
 
-    def call(self, model: nn.Module, x: Tensor, timestep: Tensor, inputs: dict[str, Tensor], **extra: Any) -> Tensor:
+    def call(self, model: nn.Module, x: Tensor, time: Tensor, inputs: dict[str, Tensor], **extra: object) -> Tensor:
         """Calls the network with what all families share, and with `extra` arguments."""
         embeds = inputs["prompt_embeds"]
-        shared = {"hidden_states": x.to(self.dtype), "timestep": timestep, "encoder_hidden_states": embeds}
+        shared = {"hidden_states": x.to(self.dtype), "timestep": time, "encoder_hidden_states": embeds}
         return model(**shared, **extra, return_dict=False)[0]
 
 
@@ -51,7 +52,7 @@ class PackedPolicy(TextFlowPolicy):
     patch = 2
     packed = True
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0, **kwargs: Any):
+    def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0, **kwargs: Any):
         super().__init__(pipeline, guidance_scale, **kwargs)
         self.distilled = bool(self.config.guidance_embeds)
         self.guided = self.guided and not self.distilled

@@ -12,6 +12,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
+from ..files import State
 from ..hub import with_retries
 from ..models.edm2 import EDM2UNet2DModel
 from ..models.sit import SiTTransformer2DModel
@@ -46,7 +47,7 @@ _POLICIES: dict[str, Any] = {
 Model: TypeAlias = str | os.PathLike | DiffusionPipeline | DiffusionPolicy
 
 
-def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any) -> DiffusionPipeline:
+def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: object) -> DiffusionPipeline:
     """
     Loads a pipeline from a folder or the Hub, including the pipelines of this library.
 
@@ -79,7 +80,7 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
     return pipeline
 
 
-def _without_its_code(folder: Path, parts: dict[str, Any], **kwargs: Any) -> DiffusionPipeline:
+def _without_its_code(folder: Path, parts: State, **kwargs: object) -> DiffusionPipeline:
     """Loads a folder that carries a copy of this library's code, without running that code."""
     arguments = {name: kwargs.pop(name) for name in parts if name in kwargs}
     for name, value in parts.items():
@@ -94,7 +95,7 @@ def _without_its_code(folder: Path, parts: dict[str, Any], **kwargs: Any) -> Dif
     return _PIPELINES[parts["_class_name"][-1]](**arguments)
 
 
-def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: Any) -> DiffusionPolicy:
+def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> DiffusionPolicy:
     """
     Finds the policy for a pipeline, folder or Hub id. Returns a [`DiffusionPolicy`] unchanged.
 

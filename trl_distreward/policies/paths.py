@@ -3,10 +3,10 @@
 
 import copy
 import inspect
-from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .base import PipelinePolicy
@@ -26,7 +26,7 @@ class DiscreteTimePolicy(PipelinePolicy):
 
     velocity_at_data = False
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0):
+    def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0):
         super().__init__(pipeline, guidance_scale)
         scheduler = pipeline.scheduler
         if not hasattr(scheduler, "alphas_cumprod"):

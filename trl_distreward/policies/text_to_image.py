@@ -1,12 +1,12 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Base class for prompts: how they become tensors, and when they are embedded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -40,7 +40,7 @@ class TextToImagePolicy(PipelinePolicy):
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: DiffusionPipeline,
         guidance_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
@@ -60,7 +60,7 @@ class TextToImagePolicy(PipelinePolicy):
         self.offload_text_encoders = offload_text_encoders
         self._embedding = lru_cache(cache_size)(self._compute_embedding)
         # the last batch's embeddings on the device: all steps of a rollout use the same batch
-        self._last: tuple[Any, dict[str, Tensor]] = (None, {})
+        self._last: tuple[tuple | None, dict[str, Tensor]] = (None, {})
         # the last encoded batch and its prompts: reading prompts from the device would wait for its queue
         self._read: tuple[Tensor | None, list[str]] = (None, [])
         vae = pipeline.vae
@@ -82,7 +82,7 @@ class TextToImagePolicy(PipelinePolicy):
             if part is not None:
                 part.to(device)
 
-    def check_conditions(self, conditions: Any) -> None:
+    def check_conditions(self, conditions: Sequence[str]) -> None:
         if isinstance(conditions, str):
             raise ValueError(f"{conditions!r} is one prompt: pass a list of them.")
         for prompt in conditions:
@@ -91,7 +91,7 @@ class TextToImagePolicy(PipelinePolicy):
             if len(prompt.encode()) > MAX_BYTES or "\0" in prompt:
                 raise ValueError(f"prompt {prompt[:40]!r}… needs at most {MAX_BYTES} UTF-8 bytes, none of them zero.")
 
-    def encode(self, conditions: Any) -> dict[str, Tensor]:
+    def encode(self, conditions: Sequence[str]) -> dict[str, Tensor]:
         self.check_conditions(conditions)
         padded = b"".join(prompt.encode().ljust(MAX_BYTES, b"\0") for prompt in conditions)
         texts = torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(-1, MAX_BYTES)
@@ -145,7 +145,7 @@ class TextToImagePolicy(PipelinePolicy):
             returned, places = self.encode_prompt(text, do_classifier_free_guidance=False), self.embeddings
         return {name: returned[at][0].cpu() for name, at in places.items()}
 
-    def encode_prompt(self, prompt: str, **options: Any) -> tuple:
+    def encode_prompt(self, prompt: str, **options: object) -> tuple:
         """Calls the pipeline's `encode_prompt` with the arguments that the pipeline itself uses."""
         called = signature(type(self.pipeline).__call__).parameters
         known = signature(self.pipeline.encode_prompt).parameters
@@ -156,7 +156,7 @@ class TextToImagePolicy(PipelinePolicy):
         return self.pipeline.encode_prompt(prompt=[prompt], **options)
 
 
-def latent_moments(config: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def latent_moments(config: Mapping[str, Sequence[float]], x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of a VAE's latents, to broadcast with `x` `(B, C, H, W)`."""
     mean, std = (torch.tensor(config[name], device=x.device) for name in ("latents_mean", "latents_std"))
     return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)

@@ -7,7 +7,6 @@ floating-point images in [0, 255]. Arguments of the named rewards are those of [
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +67,12 @@ class HeadScore(nn.Module):
             return self.head(features).view(len(images))
 
 
-def clip_score(source: str | os.PathLike = "openai/clip-vit-base-patch32", **kwargs: Any) -> PromptScore:
+def clip_score(source: str | os.PathLike = "openai/clip-vit-base-patch32", **kwargs: str) -> PromptScore:
     """CLIPScore (Hessel et al., arXiv 2104.08718, Eq. 1): 2.5 cos(image, "A photo depicts …"), at least 0."""
     return PromptScore(load_clip(source, **kwargs), 2.5, "A photo depicts ", at_least=0.0, name="clip_score")
 
 
-def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwargs: Any) -> PromptScore:
+def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwargs: str) -> PromptScore:
     """
     PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the temperature that the model has learned.
 
@@ -85,7 +84,7 @@ def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwarg
     return PromptScore(clip, clip.model.logit_scale.exp().item(), name="pick_score")
 
 
-def hps_score(source: str | os.PathLike, **kwargs: Any) -> PromptScore:
+def hps_score(source: str | os.PathLike, **kwargs: str) -> PromptScore:
     """
     Human Preference Score v2 (Wu et al., arXiv 2306.09341): the cosine by a CLIP model fine-tuned on preferences.
 

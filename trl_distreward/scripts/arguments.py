@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..metrics.statistics import FeatureStatistics
 from ..rewards.per_image import clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..trainer.base import DiffusionTrainer
+from ..trainer.base_config import option
 from ..trainer.callbacks import LogSamplesCallback
 from .common import EXTRACTOR_HELP, find_extractor, split_spec
 from .statistics import write_statistics
@@ -28,13 +29,6 @@ Model = str | DiffusionPipeline
 Reward = SubsetReplaceReward | Callable[..., Any]
 # rewards of single images by name
 REWARDS: dict[str, Callable[..., Any]] = {"clip_score": clip_score, "pick_score": pick_score, "hps_score": hps_score}
-
-
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """Returns a field of a dataclass of options, with its text for `--help`."""
-    if isinstance(default, list):
-        return field(default_factory=list, metadata={"help": text, **metadata})
-    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass

@@ -14,6 +14,7 @@ from ..evaluation.measure import NamedExtractor
 from ..metrics.clip import JointTextFeatures, load_clip
 from ..metrics.extractors import load_feature_extractor
 
+Options = dict[str, Any]  # of a function, by name
 EXTRACTOR_HELP = (
     "inception, dinov2, clip, folder or Hub id of a vision backbone, or dotted path of a callable; with options after "
     "commas, such as inception,resize=clean or ./backbone,pooling=mean,size=256,mean=0.5:0.5:0.5,std=0.5:0.5:0.5"
@@ -47,7 +48,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--image-column", help="column of images, if there are several")
 
 
-def image_options(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+def image_options(arguments: argparse.Namespace) -> tuple[Options, Options]:
     """Returns options of [`~evaluation.open_images`] for datasets, and of [`~evaluation.collect_features`]."""
     given = vars(arguments)
     dataset = ("split", "config", "revision", "data_files", "streaming", "image_column")
@@ -55,10 +56,10 @@ def image_options(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[s
     return {name: given[name] for name in dataset}, {name: given[name] for name in images}
 
 
-def split_spec(spec: str) -> tuple[str, dict[str, Any]]:
+def split_spec(spec: str) -> tuple[str, Options]:
     """Splits `NAME[,option=value…]`; a size is a number, and `0.5:0.5:0.5` a value for each colour."""
     name, *pairs = spec.split(",")
-    options: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs)
+    options: Options = dict(pair.partition("=")[::2] for pair in pairs)
     options |= {key: int(options[key]) for key in ("size",) if key in options}
     options |= {key: tuple(map(float, options[key].split(":"))) for key in ("mean", "std") if key in options}
     return name, options

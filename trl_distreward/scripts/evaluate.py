@@ -17,7 +17,6 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -34,7 +33,7 @@ from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
 from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS
 from . import cli
-from .common import EXTRACTOR_HELP, add_image_options, find_extractor, image_options, start_processes
+from .common import EXTRACTOR_HELP, Options, add_image_options, find_extractor, image_options, start_processes
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -100,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
 
 
-def open_reals(arguments: argparse.Namespace, options: dict[str, Any]) -> list[RealSet]:
+def open_reals(arguments: argparse.Namespace, options: Options) -> list[RealSet]:
     """Opens the real data of each feature extractor."""
     names, paths = arguments.feature_extractor, arguments.real
     if len(paths) not in (1, len(names)):

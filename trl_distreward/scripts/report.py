@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import __version__
-from ..files import written_whole
+from ..files import State, written_whole
 from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.merge_coefficient_config import MergeCoefficientConfig
 from ..trainer.run_record import RUN_RECORD
@@ -104,7 +104,7 @@ def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def chart_lines(logs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Lines]:
+def chart_lines(logs: list[State], evaluations: list[State]) -> dict[str, Lines]:
     """Returns the lines of every chart: `ratio/max` is `max` of `ratio`, `eval_ode_kid` is `ODE` of `eval_kid`."""
     charts: defaultdict[str, Lines] = defaultdict(dict)
     entries = [(log["step"], key, value) for log in logs for key, value in log.items()]
@@ -162,7 +162,7 @@ def summary_rows(charts: Mapping[str, Lines]) -> list[tuple[str, str, float, flo
     return rows
 
 
-def record_tables(record: Mapping[str, Any]) -> dict[str, Table]:
+def record_tables(record: State) -> dict[str, Table]:
     """Returns the tables of what a run records: costs, and coefficients and comparison of a merge."""
     tables: dict[str, Table] = {}
     if "coefficients" in record:

@@ -25,7 +25,7 @@ from ..evaluation.measure import NamedExtractor
 from ..evaluation.sources import open_images
 from ..metrics.extractors import describe_extractor
 from . import cli
-from .common import EXTRACTOR_HELP, add_image_options, find_extractor, image_options, start_processes
+from .common import EXTRACTOR_HELP, Options, add_image_options, find_extractor, image_options, start_processes
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def write_statistics(
     extractor: NamedExtractor,
     output: str | os.PathLike,
     *,
-    images: dict[str, Any],
+    images: Options,
     features: bool = False,
     work_dir: str | None = None,
     **options: Any,

@@ -13,7 +13,7 @@ from ..sampling import NOISE_SCHEDULES
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
-def option(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
+def option(default: object, help: str, choices: Collection[str] | None = None) -> Any:
     """A dataclass field with a line for `--help`; a list is copied for each configuration."""
     metadata = {"help": help} if choices is None else {"help": help, "choices": choices}
     if isinstance(default, list):

@@ -257,9 +257,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             self._shown = None
 
     @torch.no_grad()
-    def compare(
-        self, others: Mapping[str, Tensor] | None = None, seed: int | None = None
-    ) -> dict[str, dict[str, float]]:
+    def compare(self, others: dict[str, Tensor] | None = None, seed: int | None = None) -> dict[str, dict[str, float]]:
         """
         Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise,
         of `eval_seed` by default. Returns `{sampler}_{metric}` of each merge; the model card shows the table.

@@ -10,7 +10,6 @@ from diffusers.configuration_utils import FrozenDict
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from ..files import State
 from ..merging.adapters import changes_base
 from .base_config import DiffusionTrainerConfig
 
@@ -20,7 +19,7 @@ logger = get_logger(__name__)
 class _NetworkConfig(FrozenDict):
     """A diffusers config with the methods that transformers' callbacks call on a model's config."""
 
-    def to_dict(self) -> State:
+    def to_dict(self) -> dict[str, object]:
         return dict(self)
 
     def to_json_string(self) -> str:
