@@ -9,6 +9,8 @@ import diffusers
 import torch
 import transformers
 
+from tests.edm2 import tiny_edm2_pipeline
+from tests.helpers import tiny_pipeline
 from tests.policies_parts import (
     PROMPTS,
     clip,
@@ -91,6 +93,17 @@ def call_ddpm(pipeline, conditions, guidance_scale, generator, num_inference_ste
     return (x / 2 + 0.5).clamp(0, 1)
 
 
+def ddpm() -> diffusers.DDPMPipeline:
+    return diffusers.DDPMPipeline(unet2d(), diffusers.DDPMScheduler())
+
+
+def call_ddpm_as_ddim(pipeline, conditions, guidance_scale, **kwargs):
+    deterministic = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)  # takes over the scheduler's config
+    deterministic.set_progress_bar_config(disable=True)
+    call = call_unconditional(use_clipped_model_output=True)
+    return call(deterministic, conditions, guidance_scale, **kwargs)
+
+
 def ldm() -> diffusers.LDMPipeline:
     sizes = {"block_out_channels": (4, 4), "latent_channels": 3, "num_vq_embeddings": 8, "norm_num_groups": 1}
     codes = diffusers.VQModel(**coder_blocks(2), **sizes, scaling_factor=0.5)
@@ -112,6 +125,23 @@ def stable_diffusion(scheduler: Any) -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
         vae(), clip(), tokenizer(), unet_condition(), scheduler, None, None, requires_safety_checker=False
     )
+
+
+def rescheduled(kind: str, **options: Any) -> diffusers.StableDiffusionPipeline:
+    return stable_diffusion(getattr(diffusers, kind).from_config(ddim(set_alpha_to_one=True).config, **options))
+
+
+def call_with(kind: str, **options: Any):
+    """Calls a pipeline with another scheduler of the same config."""
+
+    def call(pipeline, conditions, guidance_scale, **kwargs):
+        scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+        parts = {**pipeline.components, "scheduler": scheduler}
+        other = type(pipeline)(**parts, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        return call_pipeline(other, conditions, guidance_scale, **kwargs)
+
+    return call
 
 
 def v_prediction() -> diffusers.StableDiffusionPipeline:
@@ -269,3 +299,20 @@ TEXT_FAMILIES = [
     Family("lumina2", lumina2, call_pipeline),
 ]
 FAMILIES = CLASS_FAMILIES + TEXT_FAMILIES
+# Own pipelines, and schedulers that draw noise or have a memory: those are called as DDIM or Euler of the same config
+MORE_SAMPLERS = [
+    Family("sit", tiny_pipeline, call_pipeline, LABELS),
+    Family("edm2", tiny_edm2_pipeline, call_pipeline, LABELS),
+    Family("ddpm", ddpm, call_ddpm_as_ddim, [0, 0, 0], (1.0,)),
+    Family("pndm", lambda: rescheduled("PNDMScheduler", skip_prk_steps=True), call_with("DDIMScheduler")),
+    Family(
+        "dpm",
+        lambda: rescheduled("DPMSolverMultistepScheduler"),
+        call_with("DPMSolverMultistepScheduler", solver_order=1),  # DDIM at the times of DPM-Solver
+    ),
+    Family(
+        "euler-ancestral",
+        lambda: rescheduled("EulerAncestralDiscreteScheduler"),
+        call_with("EulerDiscreteScheduler"),
+    ),
+]

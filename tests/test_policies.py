@@ -13,12 +13,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from tests.edm2 import tiny_edm2_pipeline
 from tests.helpers import tiny_pipeline
 from tests.policies_parts import ddim
-from tests.policies_tiny import dit, stable_diffusion
+from tests.policies_tiny import dit, flux, stable_diffusion
 from trl_distreward import DiffusionPolicy
 from trl_distreward.conditions import conditions_of_slots
-from trl_distreward.generation import SamplingSchedule, generate_images, image_generators
+from trl_distreward.generation import SamplingSchedule, generate_images, image_generators, sample
 from trl_distreward.policies import ClassConditionalPolicy, DiscreteTimePolicy, as_policy
-from trl_distreward.sampling import time_grid
+from trl_distreward.sampling import time_grid, transition
 
 
 def pixels(scheduler):
@@ -71,7 +71,7 @@ def test_dopri5_is_refused_for_models_without_a_velocity_at_data():
     for pipeline in (stable_diffusion(ddim()), tiny_edm2_pipeline()):
         with pytest.raises(ValueError, match=r"solver='dopri5' needs the velocity at t = 0, where .*Policy has none"):
             schedule.on(as_policy(pipeline))
-    assert schedule.on(as_policy(tiny_pipeline())) is schedule
+    assert schedule.on(as_policy(tiny_pipeline())).solver == "dopri5"
 
 
 def test_streams_of_noise_do_not_meet():
@@ -140,20 +140,49 @@ def test_every_scheduler_has_a_grid(name):
     pipeline = pixels(DDIMScheduler())
     settings = {"skip_prk_steps": True} if name == "PNDM" else {}
     pipeline.scheduler = getattr(diffusers, f"{name}Scheduler")(**settings)
-    schedule = SamplingSchedule(20, "ode", time_grid="auto").on(as_policy(pipeline))
+    schedule = SamplingSchedule(20, "ode").on(as_policy(pipeline))
     assert len(schedule.times) == 21 and schedule.times[-1] == 0
     assert all(a > b for a, b in pairwise(schedule.times))
     assert 0.9 < schedule.times[0] < 1 and 0.9 < schedule.noise_scale < 1.01
     pipeline.scheduler = diffusers.PNDMScheduler()
-    with pytest.raises(ValueError, match="takes 23 steps for num_inference_steps=20"):
-        SamplingSchedule(20, "ode", time_grid="auto").on(as_policy(pipeline))
+    with pytest.raises(ValueError, match="the scheduler takes 23 steps for num_inference_steps=20"):
+        SamplingSchedule(20, "ode").on(as_policy(pipeline))
 
 
 def test_a_grid_of_the_scheduler_takes_no_other_settings():
+    pipeline = pixels(DDIMScheduler())
     for settings in ({"time_shift": 2.0}, {"last_step_size": 0.04}):
         with pytest.raises(ValueError, match="time_grid='auto' fixes all steps"):
-            SamplingSchedule(4, time_grid="auto", **settings)
-    assert SamplingSchedule(4, time_grid="auto").on(ClassConditionalPolicy(tiny_pipeline())).times == time_grid(4)
+            SamplingSchedule(4, **settings).on(as_policy(pipeline))
+        even = SamplingSchedule(4, time_grid="uniform", **settings)
+        assert even.on(as_policy(pipeline)).times == even.times
+    with pytest.raises(ValueError, match="solver='heun_sigma' cannot start from t = 1"):
+        SamplingSchedule(4, "ode", solver="heun_sigma").on(as_policy(flux(False), height=8, width=8))
+
+
+def test_sit_is_sampled_in_even_steps():
+    policy = ClassConditionalPolicy(tiny_pipeline())
+    assert SamplingSchedule(4, "ode").on(policy).times == time_grid(4)
+    schedule = SamplingSchedule(4).on(policy)
+    assert schedule.times == SamplingSchedule(4).times == time_grid(4, last_step_size=0.04)
+    shifted = SamplingSchedule(4, time_shift=3.0, last_step_size=0.1)
+    assert shifted.on(policy).times == time_grid(4, shift=3.0, last_step_size=0.1)
+    assert SamplingSchedule(4, last_step_size=0).on(policy).times == time_grid(4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [lambda: pixels(DDIMScheduler()), tiny_edm2_pipeline, tiny_pipeline])
+def test_the_last_sde_step_has_noise_only_if_asked(build):
+    policy = as_policy(build())
+    for last_step_size, steps in (("auto", (0, 1, 2)), (0, (0, 1, 2, 3)), (None, (0, 1, 2, 3))):
+        schedule = SamplingSchedule(4, last_step_size=last_step_size).on(policy)
+        assert schedule.trainable_steps == steps
+        generators, labels = image_generators(0, "last step", 0, [0, 1]), torch.tensor([0, 0])
+        drawn = sample(policy, policy.model, labels, schedule, generators, keep_states=[3])
+        x, t = drawn.states[3], schedule.times[3]
+        v = policy.velocity(policy.model, x, torch.full((2,), t), policy.encode(labels))
+        mean = transition(x, v, t, 0.0, noise_schedule="sit", noise_level=1.0).mean
+        assert torch.equal(drawn.sample, mean) == (last_step_size == "auto")
 
 
 def test_pipelines_without_the_asked_velocity_are_refused():

@@ -9,13 +9,13 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.helpers import tiny_config, weights
-from tests.policies_tiny import FAMILIES, TEXT_FAMILIES
+from tests.policies_tiny import FAMILIES, MORE_SAMPLERS, TEXT_FAMILIES
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import SamplingSchedule, sample
 from trl_distreward.policies import as_policy
 from trl_distreward.sampling import transition
 
-ODE = SamplingSchedule(4, "ode", time_grid="auto")
+ODE = SamplingSchedule(4, "ode")
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
@@ -40,7 +40,7 @@ def generated(policy, conditions, schedule=ODE):
     return policy.decode(sample(policy, policy.model, conditions, schedule, generators(len(conditions))).sample)
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES + MORE_SAMPLERS, ids=lambda family: family.name)
 def test_the_ode_equals_the_pipelines_deterministic_sampler(family):
     pipeline, images = build(family), {}
     for scale in family.guidance_scales:
@@ -70,7 +70,7 @@ def test_a_stochastic_rollout_replays(family):
     pipeline, noise = build(family), {"noise_schedule": "sit", "noise_level": 0.7}
     for scale in family.guidance_scales:
         policy = as_policy(pipeline, scale, **family.options)
-        schedule = SamplingSchedule(3, time_grid="auto", **noise).on(policy)
+        schedule = SamplingSchedule(3, last_step_size=0, **noise).on(policy)
         steps, count = schedule.trainable_steps, len(family.conditions)
         rollout = sample(policy, policy.model, family.conditions, schedule, generators(count), keep_steps=steps)
         cond, times = policy.encode(family.conditions), schedule.times
@@ -119,12 +119,11 @@ def test_one_update_moves_what_is_trained_and_saves_a_pipeline(family, lora, tmp
     shape = generated(policy, family.conditions).shape
     real = projection(torch.randint(0, 256, (30, *shape[1:])).to(torch.uint8))
     sizes = {"max_steps": 1, "reference_set_size": 8, "num_subsets": 4, "replace_size": 1, "num_inference_steps": 2}
-    grid = {"num_inference_steps_eval": 4, "time_grid": "auto", "last_step_size": None}
     column = "class_labels" if policy.num_conditions else "prompt"
     trainer = DistributionRewardTrainer(
         model=policy,
         reward_funcs=SubsetReplaceReward(projection, FeatureStatistics.from_features(real)),
-        args=tiny_config(tmp_path, **sizes, **grid, learning_rate=1e-2),
+        args=tiny_config(tmp_path, **sizes, num_inference_steps_eval=4, learning_rate=1e-2),
         train_dataset=Dataset.from_dict({column: list(family.conditions)}),
         peft_config=LoraConfig(r=2, lora_alpha=3, init_lora_weights=False) if lora else None,
     )

@@ -33,14 +33,16 @@ def test_no_step_reads_from_the_device_or_waits_for_it(family, schedule):
     """On the meta device, which has no values, reading one is an error."""
     policy = as_policy(family.build(), guidance_scale=3.0, **family.options)
     policy.inputs(policy.encode(family.conditions), guided=True)  # embeds prompts while there are values
+    # the policy's grid, which a trainer asks for once
+    schedules = [SamplingSchedule(steps, last_step_size=0, **schedule).on(policy) for steps in (2, 2, 4)]
     policy.model.to("meta")
     policy.to(torch.device("meta"))
     counts = []
-    for steps in (2, 2, 4):  # the first time, embeddings are sent and kept
+    for bound in schedules:  # the first time, embeddings are sent and kept
         generators = image_generators(0, "rollout", 0, range(len(family.conditions)))
         keep = () if schedule else (0, 1)
         with BlockingCopies() as copies:
-            sample(policy, policy.model, family.conditions, SamplingSchedule(steps, **schedule), generators, keep)
+            sample(policy, policy.model, family.conditions, bound, generators, keep)
         counts.append(copies.count)
     assert counts[1] == counts[2] <= 1  # the conditions
 

@@ -27,24 +27,29 @@ from .sampling import (
 )
 
 TIME_GRIDS = ("auto", "uniform", "karras")
+SOLVERS = ("auto", *ODE_SOLVERS)
+LAST_STEP_SIZE = 0.04  # of SiT's own SDE sampler
 
 
 @dataclass(frozen=True)
 class SamplingSchedule:
     """
-    Settings of the sampler.
+    Settings of the sampler. By default the policy decides where the steps are, see [`~SamplingSchedule.on`].
 
     Args:
         num_steps (`int`): steps of the grid.
         sampler (`str`, *optional*, defaults to `"sde"`): `"sde"` or `"ode"`.
         noise_schedule, noise_level: noise of the SDE, see [`~sampling.transition`].
-        last_step_size (`float`, *optional*): ends an even SDE grid with a noiseless step of this size, as SiT does.
-        solver (`str`, *optional*, defaults to `"euler"`): solver of the ODE, see [`~sampling.solve_ode`].
+        last_step_size (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            ends an even SDE grid with a noiseless step of this size; 0 or `None`: all steps have noise. `"auto"`: 0.04
+            on an even grid, as SiT takes it. On any other grid the last step has no noise, which would stay visible.
+        solver (`str`, *optional*, defaults to `"auto"`):
+            solver of the ODE, see [`~sampling.solve_ode`]. `"auto"`: the policy's own; Euler's method if it has none.
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of an even grid.
         sde_steps (`tuple[int, ...]`, *optional*): steps of the SDE with noise; all by default.
-        time_grid (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: even steps from 1 to 0. `"karras"`: EDM's noise levels. `"auto"`: the policy's own grid; even
-            steps if it has none.
+        time_grid (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: the policy's own grid; even steps if it has none. `"uniform"`: even steps from 1 to 0.
+            `"karras"`: EDM's noise levels.
         grid, noise_scale: the policy's own times, and scale of its starting noise; `on` fills them in.
     """
 
@@ -52,37 +57,47 @@ class SamplingSchedule:
     sampler: str = "sde"
     noise_schedule: str = "sit"
     noise_level: float = 1.0
-    last_step_size: float | None = None
-    solver: str = "euler"
+    last_step_size: float | str | None = "auto"
+    solver: str = "auto"
     time_shift: float = 1.0
     sde_steps: tuple[int, ...] | None = None
-    time_grid: str = "uniform"
+    time_grid: str = "auto"
     grid: tuple[float, ...] | None = None
     noise_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("sampler", ("sde", "ode")), ("solver", ODE_SOLVERS), ("time_grid", TIME_GRIDS)):
+        for name, allowed in (("sampler", ("sde", "ode")), ("solver", SOLVERS), ("time_grid", TIME_GRIDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         check_noise(self.noise_schedule, self.noise_level)
-        ends_alone = self.sampler == "sde" and self.last_step_size is not None
-        if self.time_grid != "uniform" and (self.time_shift != 1.0 or ends_alone):
+        fixed = self.time_grid == "karras" or self.grid is not None
+        ends_alone = self.sampler == "sde" and self.last_step_size not in ("auto", None, 0)
+        if fixed and (self.time_shift != 1.0 or ends_alone):
             raise ValueError(
                 f"time_grid={self.time_grid!r} fixes all steps, but time_shift={self.time_shift} and last_step_size="
-                f"{self.last_step_size}: set time_shift=1.0 and last_step_size=0, or time_grid='uniform'."
+                f"{self.last_step_size}: set time_shift=1.0 and last_step_size='auto', or time_grid='uniform'."
             )
-        if self.time_grid == "uniform" and self.solver == "heun_sigma" and self.sampler == "ode":
-            raise ValueError("solver='heun_sigma' cannot start from t = 1: set time_grid='karras'.")
 
     def on(self, policy: DiffusionPolicy) -> "SamplingSchedule":
-        """Fills in the policy's own grid; raises `ValueError` if the grid or the solver does not suit the policy."""
+        """Replaces `"auto"` by what the policy has; raises `ValueError` if grid or solver do not suit the policy."""
+        schedule = self
+        if self.time_grid == "auto" and self.grid is None:
+            own = getattr(policy, "grid", None)
+            schedule = self._on_grid(*own(self.num_steps)) if own else replace(self, time_grid="uniform")
+        is_even = schedule.time_grid == "uniform"
+        if is_even and self.last_step_size == "auto":
+            schedule = replace(schedule, last_step_size=LAST_STEP_SIZE)
+        if self.solver == "auto":
+            schedule = replace(schedule, solver="euler" if is_even else getattr(policy, "solver", "euler"))
         if self.sampler == "ode" and self.solver == "dopri5" and not getattr(policy, "velocity_at_data", True):
             raise ValueError(
                 f"solver='dopri5' needs the velocity at t = 0, where {type(policy).__name__} has none: choose 'heun'."
             )
-        if self.time_grid != "auto" or self.grid is not None or not hasattr(policy, "grid"):
-            return self
-        times, noise_scale = policy.grid(self.num_steps)
+        if self.sampler == "ode" and schedule.solver == "heun_sigma" and schedule.times[0] == 1:
+            raise ValueError("solver='heun_sigma' cannot start from t = 1: set time_grid='karras'.")
+        return schedule
+
+    def _on_grid(self, times: list[float], noise_scale: float) -> "SamplingSchedule":
         if len(times) != self.num_steps + 1 or not all(a > b for a, b in pairwise(times)):
             raise ValueError(
                 f"the scheduler takes {len(times) - 1} steps for num_inference_steps={self.num_steps}, or its times "
@@ -92,18 +107,19 @@ class SamplingSchedule:
 
     @property
     def times(self) -> list[float]:
-        """Decreasing times, one more than there are steps."""
+        """Decreasing times, one more than there are steps; even steps until a policy has replaced `"auto"`."""
         if self.grid is not None:
             return list(self.grid)
         if self.time_grid == "karras":
             return karras_grid(self.num_steps)
-        last_step_size = self.last_step_size if self.sampler == "sde" else None
+        last = LAST_STEP_SIZE if self.last_step_size == "auto" else float(self.last_step_size or 0)
+        last_step_size = last if last and self.sampler == "sde" else None
         return time_grid(self.num_steps, shift=self.time_shift, last_step_size=last_step_size)
 
     @property
     def final_step(self) -> str:
         """`"mean"` if the SDE ends with a noiseless step, else `"sample"`."""
-        return "sample" if self.last_step_size is None else "mean"
+        return "mean" if self.last_step_size else "sample"
 
     @property
     def trainable_steps(self) -> tuple[int, ...]:
@@ -121,7 +137,7 @@ class SamplingSchedule:
     @property
     def num_evaluations(self) -> int | None:
         """Network evaluations per image; `None` for a solver that chooses its own steps."""
-        if self.sampler == "sde" or self.solver == "euler":
+        if self.sampler == "sde" or self.solver in ("auto", "euler"):
             return self.num_steps
         return None if self.solver == "dopri5" else 2 * self.num_steps - 1
 

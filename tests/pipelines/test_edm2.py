@@ -63,7 +63,7 @@ def test_policy_predicts_the_velocity_of_the_denoised_sample():
 @torch.no_grad()
 def test_stochastic_rollout_replays_exactly(time_grid):
     policy, labels = as_policy(tiny_edm2_pipeline(), 1.5), torch.tensor([0, 3, 4])
-    schedule = SamplingSchedule(5, "sde", "sit", 0.8, time_grid=time_grid)
+    schedule = SamplingSchedule(5, "sde", "sit", 0.8, last_step_size=0, time_grid=time_grid)
     drawn = sample(policy, policy.model, labels, schedule, generators(), keep_steps=range(4))
     for column, i in enumerate(drawn.steps):
         t, t_next = schedule.times[i : i + 2]
@@ -83,15 +83,15 @@ def test_update_changes_trained_parameters_only(tmp_path):
             tmp_path,
             max_steps=1,
             guidance_scale=1.5,
-            time_grid="karras",
-            last_step_size=None,
-            eval_solver="heun_sigma",
             eval_samplers=["ode"],
             num_eval_images=3,
             num_inference_steps_eval=8,
             activation_checkpointing=True,
         ),
     )
+    evaluated = trainer.args.eval_schedules["ode"]
+    assert (evaluated.times, evaluated.solver) == (EDM.times, "heun_sigma")
+    assert trainer.args.rollout_schedule.times == karras_grid(4)
     assert not any(p.requires_grad for p in pipeline.guider.parameters())
     trainer.train()
     log = trainer.state.log_history[0]
@@ -184,13 +184,13 @@ def test_errors(kwargs, message):
     [
         ({"time_grid": "karras", "time_shift": 2.0}, "time_shift=2.0"),
         ({"time_grid": "karras", "last_step_size": 0.04}, "last_step_size=0.04"),
-        ({"sampler": "ode", "solver": "heun_sigma"}, "time_grid='karras'"),
+        ({"sampler": "ode", "solver": "heun_sigma", "time_grid": "uniform"}, "time_grid='karras'"),
         ({"time_grid": "quadratic"}, "time_grid='quadratic'"),
     ],
 )
 def test_impossible_grids_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        SamplingSchedule(4, **kwargs)
+        SamplingSchedule(4, **kwargs).on(as_policy(tiny_edm2_pipeline()))
 
 
 def test_guidance_without_a_guider_is_refused():

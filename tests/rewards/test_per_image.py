@@ -122,8 +122,6 @@ def test_a_text_to_image_policy_trains_on_joint_and_sample_wise_rewards(tmp_path
             tmp_path,
             max_steps=2,
             loss_type=loss_type,
-            time_grid="auto",
-            last_step_size=None,
             num_inference_steps=3,
             num_inference_steps_eval=3,
             stratify_by="topic",

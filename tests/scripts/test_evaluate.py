@@ -105,10 +105,10 @@ def test_two_reports_are_compared(folder, capsys):
 def test_both_families_of_grids_can_be_asked_for(folder):
     for options, expected in (
         ([], {"last_step_size": 0.04}),
-        (["--last-step-size", "0"], {"last_step_size": None}),
+        (["--last-step-size", "0"], {"last_step_size": 0}),
         (
             ["--sampler", "ode", "--solver", "heun_sigma", "--time-grid", "karras"],
-            {"last_step_size": None, "solver": "heun_sigma", "time_grid": "karras"},
+            {"last_step_size": "auto", "solver": "heun_sigma", "time_grid": "karras"},
         ),
     ):
         schedule = run("--model", "base", "--real", "real.npz", *SMALL, *options)["settings"]["schedule"]

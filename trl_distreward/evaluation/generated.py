@@ -34,7 +34,7 @@ class GeneratedImages(ImageSource):
         seed: int = 0,
         settings: Mapping[str, object] | None = None,
     ):
-        self.policy, self.count, self.schedule, self.seed = policy, num_images, schedule, seed
+        self.policy, self.count, self.schedule, self.seed = policy, num_images, schedule.on(policy), seed
         classes = policy.num_conditions
         if classes is None:
             raise ValueError("this pipeline has no classes: generate its images yourself and evaluate their folder.")
@@ -43,7 +43,7 @@ class GeneratedImages(ImageSource):
         components = getattr(getattr(policy, "pipeline", None), "components", {"model": policy.model})
         networks = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
         self.description = {"num_images": num_images, "labels": labels, "seed": seed, **(settings or {})}
-        self.description |= {"schedule": asdict(schedule), "weights": network_digest(networks)}
+        self.description |= {"schedule": asdict(self.schedule), "weights": network_digest(networks)}
 
     def num_shards(self, batch_size: int) -> int:
         return -(-self.count // batch_size)

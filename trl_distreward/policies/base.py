@@ -25,9 +25,9 @@ class DiffusionPolicy(Protocol):
     Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, with data at `t = 0`. `velocity`
     takes the network as an argument, because wrapped, initial, averaged and merged networks take its place.
 
-    Two members are optional. `grid(num_steps)` returns the times of the model's own sampler, from noise to 0, and the
-    scale of its starting noise, for `time_grid="auto"`. `velocity_at_data = False` says that the model has no velocity
-    at `t = 0`, which the solver `"dopri5"` needs.
+    Three members are optional. `grid(num_steps)` returns the times of the model's own sampler, from noise to 0, and
+    the scale of its starting noise, for `time_grid="auto"`; `solver` names its ODE solver. `velocity_at_data = False`
+    says that the model has no velocity at `t = 0`, which the solver `"dopri5"` needs.
 
     Attributes:
         model (`torch.nn.Module`): the trained network.

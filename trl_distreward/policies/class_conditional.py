@@ -73,6 +73,7 @@ class EDM2Policy(ClassConditionalPolicy):
 
     component = "unet"
     velocity_at_data = False  # the denoiser takes log σ
+    solver = "heun_sigma"  # on its own grid
 
     def grid(self, num_steps: int) -> tuple[list[float], float]:
         times = karras_grid(num_steps)

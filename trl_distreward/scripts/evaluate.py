@@ -28,10 +28,10 @@ from ..evaluation.measure import RealSet
 from ..evaluation.report import check_comparable, markdown_table
 from ..evaluation.sources import ImageSource, open_images
 from ..files import write_json
-from ..generation import TIME_GRIDS, SamplingSchedule
+from ..generation import SOLVERS, TIME_GRIDS, SamplingSchedule
 from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
-from ..sampling import NOISE_SCHEDULES, ODE_SOLVERS
+from ..sampling import NOISE_SCHEDULES
 from . import cli
 from .common import EXTRACTOR_HELP, Options, add_image_options, find_extractor, image_options, start_processes
 
@@ -60,10 +60,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--guidance-channels", type=int, help="guide the first channels only; SiT guides 3")
     add("--noise-schedule", default="sit", choices=list(NOISE_SCHEDULES), help="noise of the SDE (default: sit)")
     add("--noise-level", type=float, default=1.0, help="noise level of the SDE (default: 1)")
-    add("--last-step-size", type=float, help="noiseless last step of the SDE (default: 0.04 on a uniform grid)")
-    add("--solver", default="euler", choices=ODE_SOLVERS, help="solver of the ODE (default: euler)")
-    add("--time-grid", default="uniform", choices=TIME_GRIDS, help="times of the steps; auto: the pipeline's own")
+    last = "noiseless last step of the SDE, 0 for none (default: auto, 0.04 on even steps, else the grid's own)"
+    add("--last-step-size", type=step_size, default="auto", metavar="SIZE", help=last)
+    add("--solver", default="auto", choices=SOLVERS, help="solver of the ODE (default: auto, the pipeline's own)")
+    add("--time-grid", default="auto", choices=TIME_GRIDS, help="times (default: auto, the pipeline's own)")
     return parser
+
+
+def step_size(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,17 +122,15 @@ def open_reals(arguments: argparse.Namespace, options: Options) -> list[RealSet]
 
 def open_model(arguments: argparse.Namespace, state: PartialState) -> ImageSource:
     """Opens the images to evaluate; those of a pipeline are generated when they are read."""
-    path, last_step_size = Path(arguments.model), arguments.last_step_size
+    path = Path(arguments.model)
     if path.exists() and not (path / "model_index.json").is_file():
         return open_images(path)
-    if last_step_size is None and arguments.time_grid == "uniform":
-        last_step_size = 0.04
     schedule = SamplingSchedule(
         arguments.num_inference_steps,
         arguments.sampler,
         noise_schedule=arguments.noise_schedule,
         noise_level=arguments.noise_level,
-        last_step_size=last_step_size or None,
+        last_step_size=arguments.last_step_size,
         solver=arguments.solver,
         time_grid=arguments.time_grid,
     )

@@ -44,16 +44,19 @@ class DiffusionTrainerConfig(_BaseConfig):
     # Parameters that control generation
     noise_schedule: str = option("sit", "Noise of the SDE, see sampling.transition.", NOISE_SCHEDULES)
     noise_level: float = option(1.0, "Level η of the noise; with 'sit', 1 is SiT's own sampler.")
-    last_step_size: float = option(
-        0.04, "Size of a last SDE step without noise, as SiT takes it; it is not trained. 0: all steps are equal."
+    # a number after __post_init__; the command line knows one type
+    last_step_size: str = option(
+        "auto",
+        "Size of a last SDE step without noise, which is not trained; 0: all steps have noise. 'auto': 0.04 on even "
+        "steps, as SiT takes it; on any other grid the grid's own last step.",
     )
     time_grid: str = option(
-        "uniform",
-        "'uniform': even steps. 'karras': EDM's noise levels. 'auto': the grid of the pipeline's scheduler. The "
-        "SDE on the latter two needs last_step_size=0.",
+        "auto",
+        "Times of the steps. 'auto': those of the pipeline's own sampler: its scheduler's, EDM's for EDM2, even steps "
+        "for SiT. 'uniform': even steps. 'karras': EDM's noise levels.",
         TIME_GRIDS,
     )
-    time_shift: float = option(1.0, "Resolution shift of an even grid; 1 is none.")
+    time_shift: float = option(1.0, "Resolution shift of even steps; 1 is none.")
     guidance_scale: float = option(1.0, "Classifier-free guidance in training and evaluation; 1 is none.")
     guidance_channels: int | None = option(
         None, "Guides only the first channels; all by default. SiT's own code guides 3 of its latent's 4."
@@ -81,7 +84,7 @@ class DiffusionTrainerConfig(_BaseConfig):
         super().__post_init__()
 
     def bind(self, policy: DiffusionPolicy) -> None:
-        """Takes over what the policy decides: its guidance, and its grid under `time_grid="auto"`."""
+        """Takes over what the policy decides: its guidance, and what `"auto"` stands for in the schedules."""
         for name, none in (("guidance_scale", 1.0), ("guidance_channels", None)):
             asked, held = getattr(self, name), getattr(policy, name, none)
             if asked not in (none, held):
@@ -95,13 +98,21 @@ class DiffusionTrainerConfig(_BaseConfig):
         for schedule in evaluated.values():
             len(schedule.times)  # a grid that cannot be made fails now, and not at the first evaluation
 
+    def _read_number(self, name: str, kind: type) -> None:
+        """Turns an option that is a number or the word "auto" into the number."""
+        value = getattr(self, name)
+        try:
+            setattr(self, name, value if value in ("auto", None) else kind(value))
+        except ValueError:
+            raise ValueError(f"{name}={value!r} must be a number, or 'auto'.") from None
+
     def _schedule(self, num_steps: int, sampler: str, solver: str) -> SamplingSchedule:
         return SamplingSchedule(
             num_steps,
             sampler,
             noise_schedule=self.noise_schedule,
             noise_level=self.noise_level,
-            last_step_size=self.last_step_size or None,
+            last_step_size=self.last_step_size,
             solver=solver,
             time_grid=self.time_grid,
             time_shift=self.time_shift,

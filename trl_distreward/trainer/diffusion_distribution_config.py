@@ -2,9 +2,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..generation import SamplingSchedule
+from ..generation import SOLVERS, SamplingSchedule
 from ..policies import DiffusionPolicy
-from ..sampling import ODE_SOLVERS
 from .advantages import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 from .base_config import DiffusionTrainerConfig, option
 from .estimators import ESTIMATORS
@@ -141,13 +140,15 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
     eval_samplers: list[str] = option(["sde", "ode"], "Samplers that are evaluated.")
     eval_solver: str = option(
-        "euler",
-        "Solver of the evaluated ODE, see sampling.solve_ode. 'dopri5' chooses its own steps and is evaluated once.",
-        ODE_SOLVERS,
+        "auto",
+        "Solver of the evaluated ODE, see sampling.solve_ode. 'auto': 'heun_sigma' for EDM2 on its own grid, else "
+        "'euler'. 'dopri5' chooses its own steps and is evaluated once.",
+        SOLVERS,
     )
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._read_number("last_step_size", float)
         self._check_reward()
         self._check_update()
         ESTIMATORS[self.loss_type].check_config(self)
@@ -167,8 +168,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             raise ValueError(f"sde_window_size={size} must lie in 1 to {steps}, the number of steps with noise.")
 
     def _check_reward(self) -> None:
+        self._read_number("reference_refresh_steps", int)
         if self.reference_refresh_steps != "auto":
-            setattr(self, "reference_refresh_steps", int(self.reference_refresh_steps))  # noqa: B010
             self._check_counts(("reference_refresh_steps",))
         elif self.reference_update == "refresh" and self.best_of_n > 1:
             raise ValueError(

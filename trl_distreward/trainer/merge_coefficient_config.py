@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from dataclasses import dataclass
 
+from ..generation import SOLVERS
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
-from ..sampling import ODE_SOLVERS
 from .base_config import DiffusionTrainerConfig, option
 
 METHODS = ("emanet", "cma", "grid")
@@ -77,7 +77,9 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     # Parameters that control generation
     num_inference_steps: int = option(32, "Steps of the ODE that generates a candidate's images.")
     solver: str = option(
-        "euler", "Solver of the ODE, see sampling.solve_ode; EDM2 is sampled with 'heun_sigma'.", ODE_SOLVERS
+        "auto",
+        "Solver of the ODE, see sampling.solve_ode. 'auto': 'heun_sigma' for EDM2 on its own grid, else 'euler'.",
+        SOLVERS,
     )
 
     # Parameters that control evaluation
@@ -86,6 +88,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._read_number("last_step_size", float)
         self._read_start()
         self._check_numbers()
         steps = self.num_inference_steps_eval or self.num_inference_steps
