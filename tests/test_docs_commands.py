@@ -82,7 +82,9 @@ def check_launcher(parser, words):
 
 
 def check_python(words):
-    if words[0] == "-m" and words[1] != "pytest":
+    if words[:2] == ["-m", "trl_distreward"]:
+        assert (ROOT / "trl_distreward" / "__main__.py").is_file() and len(words) == 2, words
+    elif words[0] == "-m" and words[1] != "pytest":
         parse(parser_of(words[1].removeprefix("trl_distreward.scripts.")), words[2:])
     elif words[0] == "-m":
         assert all((ROOT / word).exists() for word in words[2:]), words
@@ -135,7 +137,7 @@ def test_recipes_are_known(text):
 
 @pytest.mark.parametrize("line", ["trl-distreward train --learnign_rate 1", "python examples/digits.py --sede 0"])
 def test_a_wrong_command_is_noticed(line):
-    with pytest.raises((AssertionError, SystemExit)):
+    with pytest.raises((AssertionError, SystemExit, ValueError)):
         check(*commands(line))
 
 

@@ -42,9 +42,16 @@ def test_command_lists_its_commands(capsys, monkeypatch):
             "convert: taken is not empty: name a folder that does not exist yet.",
         ),
         (["train", "--model", "m", *CPU], "train: there is no reward"),
-        (["train", "--model", "m", *CPU, *REWARD, "--oops", "1"], "train: "),
-        (["train", "--model", "m", *CPU, *REWARD, "--num_subset", "8"], "train: "),  # options are not abbreviated
+        (["train", "--oops", "1"], "train: --oops: no such option, see --help."),
+        (["train", "--num_subset", "8"], "train: --num_subset: did you mean --num_subsets?"),  # and not abbreviated
+        (["train", "--config=typos.yaml"], "train: max_step: did you mean max_steps? flying: no such option"),
         (["train", "--config", "bad.yaml"], "train: mapping values are not allowed here"),
+        (["train", "--config", "types.yaml"], "train: argument --max_steps/--max-steps: invalid int value: '[2]'"),
+        (["train", "--config"], "train: --config: name a YAML file"),
+        (["train", "--model", "m", "--max_steps", "x", *CPU, *REWARD], "train: argument --max_steps/--max-steps: inv"),
+        (["train", *CPU, *REWARD], "train: the following arguments are required: --model; see --help."),
+        (["evaluate", "--modell", "m"], "evaluate: --modell: did you mean --model?"),
+        (["convert", "sit", "a", "b", "--privat"], "convert: --privat: did you mean --private?"),
         (["convert", "sit", "taken", "out"], "convert: [Errno 21] Is a directory: 'taken'"),
         (["train", "--model", "out", *CPU, *REWARD], "train: output_dir='out' is the folder of the model"),
         (["merge", "--model", "m", *CPU], "merge: there is no reward"),
@@ -56,16 +63,31 @@ def test_errors_are_told_in_a_line_and_may_be_traced(argv, message, tmp_path, mo
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     (tmp_path / "bad.yaml").write_text("model: a: b")
+    (tmp_path / "typos.yaml").write_text("max_step: 2\nflying: true\nmodel: m")
+    (tmp_path / "types.yaml").write_text("max_steps: [2]\nmodel: m\noutput_dir: out")
     error = outcome(monkeypatch, *argv)
     assert isinstance(error, SystemExit) and error.code.startswith(f"trl-distreward {message}"), error
     assert "\n" not in error.code
-    monkeypatch.setenv("TRL_DISTREWARD_TRACEBACK", "1")
-    assert not isinstance(outcome(monkeypatch, *argv), SystemExit)
+    assert not isinstance(outcome(monkeypatch, *argv, "--debug"), SystemExit)
+
+
+def test_a_recipe_may_name_one_value_where_several_may_be(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: m\nreward_funcs: clip_score\nlearning_rate: 2e-5\noutput_dir: {tmp_path}\nuse_cpu: true")
+    arguments, config = train.make_parser().parse_args_and_config(["--config", str(path)])
+    assert arguments.reward_funcs == ["clip_score"] and config.learning_rate == 2e-5
 
 
 def test_faults_keep_their_trace(monkeypatch):
     monkeypatch.setattr(evaluate, "main", lambda _: 1 + "")
     assert isinstance(outcome(monkeypatch, "evaluate"), TypeError)
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "trl_distreward", "report", "--outptu", "none"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "trl-distreward report: --outptu: did you mean --output?\n"
 
 
 def test_commands_of_launchers_tell_errors_in_a_line_too(tmp_path):

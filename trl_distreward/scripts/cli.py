@@ -11,15 +11,15 @@ Commands:
   report      write an HTML page of a run
 
 `trl-distreward COMMAND --help` shows the options of a command, `trl-distreward --version` the version. Errors are
-printed in one line; set TRL_DISTREWARD_TRACEBACK=1 to see where they were raised.
+printed in one line; with --debug a command shows where they were raised.
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from yaml import YAMLError
 
@@ -43,18 +43,48 @@ def main() -> None:
 
 def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
     """Runs a command; prints the errors that options, files and missing packages cause in one line."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
+        command([argument for argument in given if argument != "--debug"])
     except (ValueError, OSError, ImportError, YAMLError) as error:
-        if os.environ.get("TRL_DISTREWARD_TRACEBACK"):
+        if "--debug" in given:
             raise
         sys.exit(f"{name}: {' '.join(str(error).split())}")
 
 
-def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Raises `ValueError` where argparse would print its usage and exit, and names options that are nearly right."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        given = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # else the command's own parser checks them
+            names = [argument.partition("=")[0] for argument in given if argument[:2] == "--" != argument]
+            refuse_unknown(names, self._option_string_actions)
+        return super().parse_known_args(given, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help.")
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `ValueError` for the names that are not known, each with the nearest that is."""
+    bare, errors = {option.lstrip("-"): None for option in known}, []
+    for name in names:
+        word = name.lstrip("-")
+        if word not in bare:
+            dashes, nearest = name.removesuffix(word), get_close_matches(word, bare, n=1)
+            remedy = f"did you mean {dashes}{nearest[0]}?" if nearest else "no such option, see --help."
+            errors.append(f"{name}: {remedy}")
+    if errors:
+        raise ValueError(" ".join(errors))
+
+
+def make_parser(command: str, description: str | None) -> Parser:
     """Returns a parser that shows the module's docstring as it is written."""
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    return argparse.ArgumentParser(f"trl-distreward {command}", description=description, **style)
+    return Parser(f"trl-distreward {command}", description=description, **style)
 
 
 if __name__ == "__main__":

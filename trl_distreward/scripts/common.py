@@ -2,7 +2,8 @@
 """Options and helpers that several commands share."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from trl import TrlParser
 from ..evaluation.measure import NamedExtractor
 from ..metrics.clip import JointTextFeatures, load_clip
 from ..metrics.extractors import load_feature_extractor
+from . import cli
 
 Options = dict[str, Any]  # of a function, by name
 EXTRACTOR_HELP = (
@@ -25,11 +27,34 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Shows the description as it is written, and the default of every option."""
 
 
+class RecipeParser(cli.Parser, TrlParser):
+    """Parser of options on the command line and in a YAML file, which are checked alike."""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **options: bool) -> tuple:
+        given = list(sys.argv[1:] if args is None else args)
+        parts = (each.split("=", 1) if each.startswith("--config=") else [each] for each in given)
+        given = [part for each in parts for part in each]
+        if given[-1:] == ["--config"]:
+            self.error("--config: name a YAML file")
+        return super().parse_args_and_config(given, **options)
+
+    def set_defaults_with_config(self, **given: object) -> list[str]:
+        actions = {action.dest: action for action in self._actions}
+        cli.refuse_unknown(given, actions)
+        for name, value in given.items():
+            action = actions[name]
+            if action.nargs == "+" and isinstance(value, str):
+                given[name] = [value]
+            elif action.nargs is None and action.type in (int, float) and value is not None:
+                given[name] = str(value)  # argparse checks strings alone
+        return super().set_defaults_with_config(**given)
+
+
 def make_trl_parser(dataclasses: Sequence[type], description: str | None, prog: str | None = None) -> TrlParser:
     """Returns a parser whose options are fields of dataclasses, on the command line or in a YAML file."""
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"  # there are about two hundred options
-    shown = {"prog": prog, "usage": usage, "description": description, "formatter_class": HelpFormatter}
-    return TrlParser(dataclasses, allow_abbrev=False, **shown)
+    shown: dict[str, Any] = {"prog": prog, "usage": usage, "description": description, "dataclass_types": dataclasses}
+    return RecipeParser(formatter_class=HelpFormatter, allow_abbrev=False, **shown)
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
