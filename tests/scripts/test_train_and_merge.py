@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import json
 import os
+import re
 import signal
 from dataclasses import replace
+from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,13 @@ from tests.clip import coloured, save_tiny_clip
 from tests.evaluation.images import pixels
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
 from tests.policies_tiny import sd3
-from trl_distreward import DistributionRewardTrainer, FeatureStatistics, MergeCoefficientTrainer, load_pipeline
+from trl_distreward import (
+    DistributionRewardTrainer,
+    FeatureStatistics,
+    MergeCoefficientConfig,
+    MergeCoefficientTrainer,
+    load_pipeline,
+)
 from trl_distreward.metrics.extractors import load_feature_extractor
 from trl_distreward.metrics.statistics import load_features
 from trl_distreward.rewards import clip_score, hps_score, pick_score
@@ -73,6 +81,16 @@ def test_merge_follows_its_recipe_and_compares_with_what_is_cheap(recipe, tmp_pa
     learnt = json.loads((tmp_path / "out" / "coefficients.json").read_text())
     assert len(learnt["coefficients"]["all"]) == 4 and "| learnt |" in (tmp_path / "out" / "README.md").read_text()
     assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
+
+
+def test_merging_needs_no_settings_but_models_and_a_reward(recipe, tmp_path, capsys):
+    reward = ["--feature_extractor", "tests.helpers.features", "--real_statistics", str(tmp_path / "real.safetensors")]
+    small = "--max_steps 2 --reference_set_size 24 --num_inference_steps 4 --use_cpu True".split()
+    models = ["--model", str(tmp_path / "base"), "--checkpoints", *tiny_pool(tmp_path)]
+    merge.main([*models, *reward, *small, "--output_dir", str(tmp_path / "out")])
+    assert "| learnt |" in capsys.readouterr().out and (tmp_path / "out" / "coefficients.json").is_file()
+    needed = {re.split(r"[<>=!~ ]", each)[0] for each in requires("trl-distreward") if "extra ==" not in each}
+    assert MergeCoefficientConfig(output_dir=str(tmp_path), use_cpu=True).method == "cma" and "cma" in needed
 
 
 def write_merge_recipe(recipe, folder):
