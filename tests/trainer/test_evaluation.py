@@ -18,7 +18,6 @@ from tests.helpers import (
     logged,
     real_images,
     tiny_merge_trainer,
-    tiny_pipeline,
     tiny_trainer,
     trained,
     weights,
@@ -113,14 +112,6 @@ def test_the_model_card_has_the_settings_and_the_change(tmp_path):
     assert results["ode_distance_features"] == pytest.approx(last, abs=1e-6)
     assert "2607.02291" in card.text and "| ode_distance_features |" in card.text and "step 0 | step 2" in card.text
     assert "| `replace_size` | `2` |" in card.text and "| `learning_rate` | `0.001` |" in card.text
-
-
-def test_a_model_may_be_a_folder_and_the_card_names_no_path(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "base")
-    model = str(tmp_path / "base")
-    trained(tmp_path / "run", model=model, max_steps=2, **SAVE_EVERY_STEP)
-    assert (tmp_path / "run" / "checkpoint-2" / "model_index.json").is_file()
-    assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_an_evaluation_with_another_prefix_is_not_a_log_of_training(tmp_path):

@@ -16,7 +16,7 @@ from trl import TrlParser
 
 from ..trainer.merge_coefficient_config import MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
-from ..trainer.publishing import comparison_table
+from ..trainer.model_card import comparison_table
 from . import cli
 from .arguments import Model, RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
 from .common import make_trl_parser

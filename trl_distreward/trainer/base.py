@@ -37,8 +37,9 @@ from .callbacks import StopOnSIGTERM, UpdateWeights
 from .checks import check_launch, check_rewards_and_metrics
 from .ema import PolicyEMA
 from .image_sets import evaluate_samplers
+from .model_card import write_model_card
 from .network import prepare_network
-from .publishing import Publisher, write_model_card
+from .publishing import Publisher
 from .reference_set import conditions_and_slots
 from .reward_functions import RewardFunction, RewardFunctions
 from .run_record import RunRecord, describe_run, is_evaluation, write_record

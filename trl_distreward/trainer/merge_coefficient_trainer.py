@@ -35,8 +35,8 @@ from .base import DiffusionTrainer
 from .candidates import CandidateJudge, build_search
 from .image_sets import evaluate_samplers
 from .merge_coefficient_config import MergeCoefficientConfig
+from .model_card import comparison_table, table
 from .network import disable_dropout
-from .publishing import comparison_table, table
 from .reward_functions import RewardFunction
 from .run_record import is_evaluation, write_record
 
@@ -392,5 +392,5 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 def _place_of(member: State) -> str:
     """Names a checkpoint's place in one word."""
     if "repo_id" not in member:
-        return member["path"]
+        return Path(member["path"]).name  # the folder belongs to this machine
     return f"{member['repo_id']}@{member['revision'][:7]}" + (f":{member['subfolder']}" if member["subfolder"] else "")

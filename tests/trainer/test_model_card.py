@@ -1,0 +1,116 @@
+# Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+"""The model card says how the model was made, and its code runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+
+from tests.helpers import (
+    SAVE_EVERY_STEP,
+    tiny_config,
+    tiny_merge_trainer,
+    tiny_pipeline,
+    tiny_pool,
+    tiny_trainer,
+    trained,
+    two_spaces,
+)
+from tests.policies_tiny import sd3
+from trl_distreward import DistributionRewardTrainer, LogSamplesCallback
+
+
+def brightness(images, **kwargs):
+    return images.float().mean(dim=(1, 2, 3)) / 255
+
+
+def card_of(trainer):
+    trainer.create_model_card()
+    return Path(trainer.args.output_dir, "README.md").read_text()
+
+
+def test_a_model_may_be_a_folder_and_the_card_names_no_path(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    trained(tmp_path / "run", model=str(tmp_path / "base"), max_steps=2, **SAVE_EVERY_STEP)
+    assert (tmp_path / "run" / "checkpoint-2" / "model_index.json").is_file()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert str(tmp_path) not in card
+
+
+def test_the_card_of_a_merge_names_no_path(tmp_path):
+    (tmp_path / "pool").mkdir()
+    trainer = tiny_merge_trainer(tmp_path / "run", tiny_pool(tmp_path / "pool"))
+    card = card_of(trainer)
+    assert str(tmp_path) not in card and "| `step-3.safetensors` |" in card
+    assert "with the `MergeCoefficientTrainer` of trl-distreward: 0 updates of 4 trained numbers" in card
+
+
+def test_the_card_tells_what_was_trained_and_by_which_reward(tmp_path):
+    trainer = trained(tmp_path, reward_funcs=[two_spaces(), brightness], reward_weights=[2.0, 0.5])
+    card = card_of(trainer)
+    size = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
+    assert "from a `SiTPipeline` with the `DistributionRewardTrainer` of trl-distreward: 1 update" in card
+    assert f" of {size:,} trained numbers" in card
+    assert "| `subset_replace` | 2 | `features`: `features` | `FrechetDistance` | 1 |" in card
+    assert "| `subset_replace` | 2 | `squares`: `<lambda>` | `FrechetDistance` | 1 |" in card
+    assert "| `brightness` | 0.5 | single images |" in card
+
+
+def snippet_of(card):
+    return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0]
+
+
+def image_of_the_snippet(card):
+    """Runs the card's code in the current folder."""
+    torch.manual_seed(0)
+    exec(snippet_of(card), {})
+    return np.asarray(Image.open("image.png"))
+
+
+def test_the_code_of_the_card_loads_the_saved_pipeline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = trained(tmp_path / "run", num_inference_steps_eval=3, guidance_scale=2.0)
+    trainer.save_model()
+    card = card_of(trainer)
+    call = "class_labels=[0], num_inference_steps=3, guidance_scale=2.0"
+    assert f'load_pipeline("run")\nimage = pipeline({call}).images[0]' in card
+    torch.manual_seed(0)
+    expected = trainer.policy.pipeline([0], num_inference_steps=3, guidance_scale=2.0).images[0]
+    assert np.array_equal(image_of_the_snippet(card), np.asarray(expected))
+
+
+def test_the_code_of_the_card_loads_an_adapter_on_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline = sd3()
+    pipeline.save_pretrained("org/base")
+    pipeline.register_to_config(_name_or_path="org/base")
+    trainer = DistributionRewardTrainer(
+        pipeline,
+        brightness,
+        tiny_config("org/adapted", hub_model_id="org/adapted", time_grid="auto", last_step_size=0, learning_rate=1.0),
+        Dataset.from_dict({"prompt": ["a"] * 4}),
+        peft_config=LoraConfig(r=2, target_modules=["to_q"]),
+    )
+    trainer.save_model()
+    with monkeypatch.context() as elsewhere:  # where org/base is a repository, and no folder
+        elsewhere.chdir(tmp_path / "org")
+        trainer.args.output_dir = str(tmp_path / "org" / "adapted")
+        code = snippet_of(card_of(trainer))
+    assert 'from_pretrained("org/base")\npipeline.load_lora_weights("org/adapted", subfolder="adapter"' in code
+    names = {}
+    exec(code, names)
+    assert names["pipeline"].get_list_adapters() and names["image"].size
+
+
+def test_the_card_shows_small_grids_of_samples(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.add_callback(LogSamplesCallback(trainer, freq=1))
+    trainer.train()
+    card = card_of(trainer)
+    assert "![step-0](samples/step-0.png) ![step-1](samples/step-1.png)" in card
+    (tmp_path / "samples" / "step-1.png").write_bytes(bytes(2**21))
+    assert "samples/" not in card_of(trainer)
