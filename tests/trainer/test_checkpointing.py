@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.helpers import (
     EVALUATE_EVERY_STEP,
     SAVE_EVERY_STEP,
+    Rising,
     assert_same_weights,
     logged,
     real_images,
@@ -28,7 +29,7 @@ from tests.helpers import (
     two_spaces,
     weights,
 )
-from trl_distreward import FeatureStatistics, SiTPipeline, SubsetReplaceReward, load_pipeline
+from trl_distreward import CheckpointPool, FeatureStatistics, SiTPipeline, SubsetReplaceReward, load_pipeline
 
 # (settings, steps at which the run is interrupted)
 CASES = {
@@ -48,9 +49,13 @@ CASES = {
 }
 
 
+LORA = LoraConfig(r=2, target_modules=["qkv", "fc1"])
+
+
 def trainer_for(output_dir, lora=False, **settings):
-    peft_config = LoraConfig(r=2, target_modules=["qkv", "fc1"]) if lora else None
-    return tiny_trainer(output_dir, peft_config=peft_config, **{"max_steps": 6, **SAVE_EVERY_STEP, **settings})
+    return tiny_trainer(
+        output_dir, peft_config=LORA if lora else None, **{"max_steps": 6, **SAVE_EVERY_STEP, **settings}
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -146,6 +151,31 @@ def test_checkpoints_are_pipelines_and_old_ones_are_deleted(tmp_path):
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
     assert_same_weights(load_pipeline(tmp_path / "checkpoint-6").transformer, trainer.network)
+
+
+def test_a_checkpoint_of_an_adapter_holds_no_pipeline_and_loads_on_the_base(tmp_path):
+    trainer = trainer_for(tmp_path, lora=True, max_steps=2, ema_decay=0.5, learning_rate=1e-2)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["adapter"]
+    assert not list(folder.glob("**/diffusion_pytorch_model*"))
+    loaded = PeftModel.from_pretrained(tiny_pipeline().transformer, folder / "adapter")
+    with trainer.evaluation_weights():
+        assert_same_weights(loaded, trainer.network)
+    pool = CheckpointPool([tmp_path / "checkpoint-1", folder])
+    assert pool.adapter_config.r == 2 * 2  # ranks of both
+    trainer.save_model()
+    assert_same_weights(load_pipeline(tmp_path).transformer, loaded.merge_and_unload())
+
+
+def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
+    best = {"metric_for_best_model": "ode_rising", "load_best_model_at_end": True, **EVALUATE_EVERY_STEP}
+    trainer = tiny_trainer(
+        tmp_path, peft_config=LORA, max_steps=3, eval_metrics={"rising": Rising()}, **SAVE_EVERY_STEP, **best
+    )
+    trainer.train()
+    assert trainer.weights_step == 1
+    assert_same_weights(trainer.network, PeftModel.from_pretrained(tiny_sit(), tmp_path / "checkpoint-1" / "adapter"))
 
 
 def test_a_saved_model_is_a_pipeline_with_the_trained_weights(tmp_path):

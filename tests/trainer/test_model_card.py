@@ -45,7 +45,7 @@ def test_the_card_of_a_merge_names_no_path(tmp_path):
     (tmp_path / "pool").mkdir()
     trainer = tiny_merge_trainer(tmp_path / "run", tiny_pool(tmp_path / "pool"))
     card = card_of(trainer)
-    assert str(tmp_path) not in card and "| `step-3.safetensors` |" in card
+    assert str(tmp_path) not in card and "| `pool/step-3.safetensors` |" in card
     assert "with the `MergeCoefficientTrainer` of trl-distreward: 0 updates of 4 trained numbers" in card
 
 

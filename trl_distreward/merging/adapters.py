@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .sources import Checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FOLDER = "adapter"  # where this library's trainers save one
 _LOW_RANK = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
 # names of factors by peft, diffusers and kohya, before and after peft
 _FACTOR = re.compile(r"(^|[._])lora_(embedding_)?[AB](\.|$)|[._]lora[._](up|down)\.|lora_linear_layer\.(up|down)\.")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..hub import with_retries
-from .adapters import ADAPTER_CONFIG
+from .adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
 
 T = TypeVar("T")
 
@@ -191,6 +191,8 @@ def find_weights(names: Collection[str], source: str) -> str:
                 f"the pipeline {source} has no single 'transformer' or 'unet': name the network's folder."
             )
         folder = networks[0]
+    elif f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}" in names:  # a checkpoint of a run that trains an adapter
+        folder = ADAPTER_FOLDER
     safe = sorted(name for name in names if name.rpartition("/")[0] == folder and name.endswith(WEIGHTS))
     usual = [name for name in safe if name.rpartition("/")[2] in USUAL]
     found = usual or [name for name in safe if name.endswith(INDEX)] or safe

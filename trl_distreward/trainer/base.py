@@ -283,9 +283,12 @@ class DiffusionTrainer(_BaseTrainer):
 
     # ---- checkpoints ----
 
-    def write_model(self, folder: Path) -> None:
-        """Writes a pipeline that loads with `from_pretrained`. All processes call it, the main one writes."""
-        checkpointing.write_pipeline(self, folder)
+    def write_model(self, folder: Path, adapter_alone: bool = False) -> None:
+        """
+        Writes a pipeline that loads with `from_pretrained`; with PEFT and `adapter_alone`, only the adapter. All
+        processes call it, the main one writes.
+        """
+        checkpointing.write_pipeline(self, folder, adapter_alone)
 
     def training_state(self) -> State:
         """State beyond what transformers saves. All processes call it."""

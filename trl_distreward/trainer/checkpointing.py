@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Checkpoints: each is a pipeline that loads, is written whole or not at all, and resumes exactly.
+Checkpoints: each is a pipeline that loads, or an adapter of one, is written whole or not at all, and resumes exactly.
 
 `transformers.Trainer` would save a bare state dict, and its arguments as a pickle that contains the Hub token.
 """
@@ -22,13 +22,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import State
+from ..merging.adapters import ADAPTER_FOLDER
 from .ema import PolicyEMA
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
 
-ADAPTER_FOLDER = "adapter"
 RAW_WEIGHTS = "trained_weights.safetensors"
 TRAINING_STATE = "diffusion_state.pt"
 PROCESS_STATE = "process_state_{}.pt"
@@ -56,7 +56,7 @@ def write_checkpoint(trainer: "DiffusionTrainer", run_dir: Path) -> Path:
 
 def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
     state, writes = trainer.state, trainer.args.should_save
-    trainer.write_model(folder)
+    trainer.write_model(folder, adapter_alone=True)
     if not trainer.args.save_only_model:
         if trainer.is_fsdp_enabled:  # without the weights, which transformers would write once more
             plugin = trainer.accelerator.state.fsdp_plugin
@@ -99,8 +99,11 @@ def _write_training_state(trainer: "DiffusionTrainer", folder: Path) -> None:
         torch.save(own, folder / PROCESS_STATE.format(trainer.args.process_index))
 
 
-def write_pipeline(trainer: "DiffusionTrainer", folder: Path) -> None:
-    """Writes the pipeline with the weights to evaluate; with PEFT the merged network, and the adapter beside it."""
+def write_pipeline(trainer: "DiffusionTrainer", folder: Path, adapter_alone: bool) -> None:
+    """
+    Writes the pipeline with the weights to evaluate; with PEFT the adapter and, unless `adapter_alone`, the pipeline
+    with the merged network.
+    """
     with trainer.evaluation_weights():
         network = _whole_network(trainer)
         if not trainer.args.should_save:
@@ -111,6 +114,8 @@ def write_pipeline(trainer: "DiffusionTrainer", folder: Path) -> None:
         if isinstance(network, PeftModel):
             save_adapter = getattr(trainer.policy, "save_adapter", lambda path, adapted: adapted.save_pretrained(path))
             save_adapter(os.path.join(folder, ADAPTER_FOLDER), network)
+            if adapter_alone:
+                return
             network = _merged(trainer, network)
         trainer.policy.save_pretrained(folder, model=network)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..metrics.extractors import module_of
@@ -194,8 +195,10 @@ def _state_bytes(trainer: "DistributionRewardTrainer", copies: int) -> int:
 def disk_bytes(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[float, float, float]:
     """Bytes of one checkpoint, the most bytes of the run on disk, and bytes free for it."""
     args, pipeline = trainer.args, _num_bytes(trainer.network, *_frozen_parts(trainer))
+    adapter = sum(p.nbytes for p in trainer.network.parameters() if p.requires_grad)
     features = sum(v.nbytes for reward in trainer.rewards.of_sets for v in reward.features.values())
-    checkpoint = pipeline + (0 if args.save_only_model else _state_bytes(trainer, copies=2) + features)
+    model = adapter if isinstance(trainer.network, PeftModel) else pipeline
+    checkpoint = model + (0 if args.save_only_model else _state_bytes(trainer, copies=2) + features)
     saves = plan.checkpoints
     if args.save_total_limit is not None:  # a new one is whole before an old one goes
         saves = min(saves, max(args.save_total_limit, 2 if args.load_best_model_at_end else 1) + 1)

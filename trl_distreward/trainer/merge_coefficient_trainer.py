@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from ..conditions import Rows, conditions_of_slots
 from ..files import State, write_json
 from ..generation import image_generators
+from ..merging.adapters import ADAPTER_FOLDER
 from ..merging.coefficients import (
     EMANet,
     coefficient_groups,
@@ -302,13 +303,13 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """Sources and hashes of the checkpoints."""
         return self.pool.describe()
 
-    def write_model(self, folder: Path) -> None:
+    def write_model(self, folder: Path, adapter_alone: bool = False) -> None:
         if not self.args.should_save:
             return
         coefficients = self.coefficients
         self.judge.merge(coefficients)
         if isinstance(self.merged_network, PeftModel):
-            adapter = folder / checkpointing.ADAPTER_FOLDER / "adapter_model.safetensors"
+            adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
             self.pool.save_merged(adapter, coefficients, self.groups)
         self.policy.save_pretrained(folder, model=self._plain_network())
         about = {
@@ -392,5 +393,5 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 def _place_of(member: State) -> str:
     """Names a checkpoint's place in one word."""
     if "repo_id" not in member:
-        return Path(member["path"]).name  # the folder belongs to this machine
+        return member["path"]
     return f"{member['repo_id']}@{member['revision'][:7]}" + (f":{member['subfolder']}" if member["subfolder"] else "")

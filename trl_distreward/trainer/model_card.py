@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from trl.trainer.base_config import _BaseConfig
 
-from .checkpointing import ADAPTER_FOLDER
+from ..merging.adapters import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
