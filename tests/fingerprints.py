@@ -16,29 +16,29 @@ import tempfile
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests.helpers import (
-    features,
-    launch,
-    real_images,
-    tiny_merge_trainer,
-    tiny_reward,
-    tiny_trainer,
-    weights,
-)
+from tests.edm2 import tiny_edm2_pipeline
+from tests.helpers import features, real_images, tiny_config, tiny_merge_trainer, tiny_reward, tiny_trainer
 from tests.metrics.test_gradients import sample as feature_sample
 from tests.metrics.test_gradients import subsets
+from tests.policies_tiny import FAMILIES, Family
+from tests.runs import launch, logged, weights
+from tests.test_policy_families import build, generators, projection
 from trl_distreward import (
+    DistributionRewardTrainer,
     FeatureStatistics,
     FrechetDistance,
     KernelDistance,
+    SubsetReplaceReward,
     feature_metrics,
     precision_recall_density_coverage,
 )
 from trl_distreward.merging.posthoc import posthoc_ema_coefficients
 from trl_distreward.metrics import cmmd, inception_score, kernel_inception_distance
+from trl_distreward.policies import as_policy
 from trl_distreward.sampling import karras_grid, rollout, solve_ode, time_grid, transition
 
 # Every value that a recipe of version 0.1.0 filled in, so that runs do not depend on defaults
@@ -85,24 +85,21 @@ def digest(*values):
 
 
 def distances():
-    slots = subsets(21)
+    slots, rows = subsets(21), feature_sample(30, 0, offset=0.3)
     new = torch.stack([feature_sample(3, 5 + i, offset=0.1) for i in range(2)])
-    real = FeatureStatistics.from_features(feature_sample(30, 0, offset=0.3))
+    real = FeatureStatistics.from_features(rows)
     for name, distance in {
         "frechet": FrechetDistance(real),
         "frechet direct": FrechetDistance(real, method="direct"),
         "frechet logdet": FrechetDistance(real, method="logdet"),
-        "kernel": KernelDistance(feature_sample(30, 0, offset=0.3)),
-        "kernel gaussian": KernelDistance(
-            feature_sample(30, 0, offset=0.3), kernel="gaussian", bandwidths=(0.7, 2.0, 20.0)
-        ),
+        "kernel": KernelDistance(rows),
+        "kernel gaussian": KernelDistance(rows, kernel="gaussian", bandwidths=(0.7, 2.0, 20.0)),
     }.items():
         distance.fit(feature_sample(21, 3))
         yield f"{name}: value", digest(distance.value)
-        yield f"{name}: replaced", digest(distance.replaced(slots, new))
-        yield f"{name}: gradient", digest(distance.gradient(slots, new))
-        yield f"{name}: leave one in", digest(distance.leave_one_in(slots, new))
         yield f"{name}: delete one", digest(distance.delete_one(torch.arange(21)))
+        for method in ("replaced", "gradient", "leave_one_in"):
+            yield f"{name}: {method.replace('_', ' ')}", digest(getattr(distance, method)(slots, new))
 
 
 def samplers():
@@ -112,72 +109,50 @@ def samplers():
         return torch.tanh(x) * t.view(-1, 1, 1) - 0.3 * x
 
     for schedule, level in (("sit", 1.0), ("flow_grpo", 0.7), ("dance", 0.3), ("cps", 0.8)):
-        times = time_grid(6, shift=2.0)
+        noise, times = {"noise_schedule": schedule, "noise_level": level}, time_grid(6, shift=2.0)
         for i in (0, 3, 5):
-            options = {"noise_schedule": schedule, "noise_level": level, "start": times[0]}
             t = torch.full((5,), times[i])
-            drawn = transition(
-                x, velocity(x, t), t, times[i + 1], generator=torch.Generator().manual_seed(i), **options
-            )
-            scored = transition(x, velocity(x, t), t, times[i + 1], prev_sample=drawn.prev_sample, **options)
+            step, options = (x, velocity(x, t), t, times[i + 1]), {"start": times[0], **noise}
+            drawn = transition(*step, generator=torch.Generator().manual_seed(i), **options)
+            scored = transition(*step, prev_sample=drawn.prev_sample, **options)
             yield f"{schedule} {i}: drawn", digest(*vars(drawn).values())
             yield f"{schedule} {i}: scored", digest(*vars(scored).values())
-        walked = rollout(
-            velocity,
-            x,
-            time_grid(6, last_step_size=0.04),
-            noise_schedule=schedule,
-            noise_level=level,
-            keep_steps=(1, 2),
-            final_step="mean",
-            generator=torch.Generator().manual_seed(2),
-        )
+        kept = {"keep_steps": (1, 2), "final_step": "mean", "generator": torch.Generator().manual_seed(2)}
+        walked = rollout(velocity, x, time_grid(6, last_step_size=0.04), **noise, **kept)
         yield f"{schedule}: rollout", digest(walked.sample, walked.log_probs)
     for solver in ("euler", "heun", "heun_sigma"):
         yield f"ode {solver}", digest(solve_ode(velocity, x, karras_grid(5), solver=solver))
 
 
-def _run(folder, **settings):
-    trainer = tiny_trainer(folder, **{**PAPER, "max_steps": 10, **settings})
-    trainer.train()
+def run(resume=None, folder=None, **settings):
+    with tempfile.TemporaryDirectory() as own:
+        trainer = tiny_trainer(folder or own, **{**PAPER, "max_steps": 10, **settings})
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def trained():
     for name, settings in RUNS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = _run(folder, **settings)
-            yield f"{name}: weights", digest(*weights(trainer.network).values())
-            rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-            yield f"{name}: rewards", digest(torch.tensor(rewards, dtype=torch.float64))
-            if trainer.ema is not None:
-                yield f"{name}: averages", digest(*trainer.ema.averages.values())
-    with tempfile.TemporaryDirectory() as folder:
-        lora = LoraConfig(r=2, target_modules=["qkv", "fc1"])
-        trainer = _run(folder, peft_config=lora, beta=0.1, **ROLLING)
-        yield "grpo, adapter: weights", digest(*weights(trainer.network).values())
-    credits = {
-        "leave one in": {"credit": "leave_one_in"},
-        "control variate": {"control_variate": True},
-        "kernel": {"distance": "kernel"},
+        trainer = run(**settings)
+        yield f"{name}: weights", digest(*weights(trainer.network).values())
+        yield f"{name}: rewards", digest(torch.tensor(logged(trainer, "reward"), dtype=torch.float64))
+        if trainer.ema is not None:
+            yield f"{name}: averages", digest(*trainer.ema.averages.values())
+    lora = LoraConfig(r=2, target_modules=["qkv", "fc1"])
+    others = {
+        "grpo, adapter": {"peft_config": lora, "beta": 0.1, **ROLLING},
+        "leave one in": {"reward_funcs": tiny_reward(credit="leave_one_in")},
+        "control variate": {"reward_funcs": tiny_reward(control_variate=True)},
+        "kernel": {"reward_funcs": SubsetReplaceReward(features, features(real_images()), distance="kernel")},
     }
-    for name, options in credits.items():
-        with tempfile.TemporaryDirectory() as folder:
-            reward = tiny_reward(**options) if name != "kernel" else _kernel_reward()
-            trainer = _run(folder, reward_funcs=reward)
-            yield f"{name}: weights", digest(*weights(trainer.network).values())
+    for name, settings in others.items():
+        yield f"{name}: weights", digest(*weights(run(**settings).network).values())
+    updates = {"num_iterations": 2, "epsilon": 0.2, **ROLLING}
     with tempfile.TemporaryDirectory() as folder:
-        whole = _run(folder, save_strategy="steps", save_steps=5, num_iterations=2, epsilon=0.2, **ROLLING)
-        resumed = tiny_trainer(folder, **{**PAPER, "max_steps": 10, "num_iterations": 2, "epsilon": 0.2, **ROLLING})
-        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-5")
-        yield "resumed: weights", digest(*weights(resumed.network).values())
-        yield "uninterrupted: weights", digest(*weights(whole.network).values())
-
-
-def _kernel_reward():
-    from trl_distreward import SubsetReplaceReward
-
-    return SubsetReplaceReward(features, features(real_images()), distance="kernel")
+        whole = run(folder=folder, save_strategy="steps", save_steps=5, **updates)
+        resumed = run(f"{folder}/checkpoint-5", folder=folder, **updates)
+    yield "resumed: weights", digest(*weights(resumed.network).values())
+    yield "uninterrupted: weights", digest(*weights(whole.network).values())
 
 
 def processes():
@@ -192,50 +167,26 @@ def processes():
 
 
 def families():
-    from tests.edm2 import tiny_edm2_pipeline
-    from tests.policies_tiny import FAMILIES, Family
-    from tests.test_policy_families import build, generators, projection
-    from trl_distreward import SubsetReplaceReward
-    from trl_distreward.policies import as_policy
-
     for family in [*FAMILIES, Family("edm2", tiny_edm2_pipeline, None, [0, 2, 1])]:
-        pipeline = build(family)
-        policy = as_policy(pipeline, **family.options)
+        policy, conditions = as_policy(build(family), **family.options), family.conditions
         with torch.no_grad():
-            noise = policy.noise(family.conditions, generators(len(family.conditions)))
+            noise = policy.noise(conditions, generators(len(conditions)))
             images = (policy.decode(noise) * 255).round().to(torch.uint8)
         other = torch.randint(0, 256, (20, *images.shape[1:]), generator=torch.Generator().manual_seed(0))
         reward = SubsetReplaceReward(projection, FeatureStatistics.from_features(projection(other.to(torch.uint8))))
+        dataset = None
+        if policy.num_conditions is None:
+            dataset = Dataset.from_dict({"prompt": [conditions[i % len(conditions)] for i in range(6)]})
+        grid = {"time_grid": "karras" if family.name == "edm2" else "auto", "last_step_size": 0}
+        sizes = {"reference_set_size": 6, "num_subsets": 2, "replace_size": 1, "num_inference_steps": 3}
         with tempfile.TemporaryDirectory() as folder:
-            trainer = _family_trainer(folder, policy, reward, family)
+            args = tiny_config(folder, **{**PAPER, "max_steps": 1, **sizes, **grid})
+            trainer = DistributionRewardTrainer(policy, reward, args, train_dataset=dataset)
             before = digest(*weights(trainer.network).values())
             trainer.train()
-            after = digest(*weights(trainer.network).values())
-            assert before != after, family.name
-            yield f"{family.name}: one update", after
-
-
-def _family_trainer(folder, policy, reward, family):
-    from datasets import Dataset
-
-    from tests.helpers import tiny_config
-    from trl_distreward import DistributionRewardTrainer
-
-    dataset = None
-    if policy.num_conditions is None:
-        dataset = Dataset.from_dict({"prompt": [family.conditions[i % len(family.conditions)] for i in range(6)]})
-    settings = {
-        **PAPER,
-        "max_steps": 1,
-        "reference_set_size": 6,
-        "num_subsets": 2,
-        "replace_size": 1,
-        "num_inference_steps": 3,
-        "time_grid": "karras" if family.name == "edm2" else "auto",
-        "last_step_size": 0,
-    }
-    args = tiny_config(folder, **settings)
-    return DistributionRewardTrainer(model=policy, reward_funcs=reward, args=args, train_dataset=dataset)
+        after = digest(*weights(trainer.network).values())
+        assert before != after, family.name
+        yield f"{family.name}: one update", after
 
 
 def merges():
@@ -255,9 +206,7 @@ def metrics():
     found = {"fid": feature_metrics(real, made)["frechet"], "cmmd": cmmd(real, made)}
     found["kid"], found["kid_std"] = kernel_inception_distance(real, made, subset_size=20)
     found["inception_score"], found["inception_score_std"] = inception_score(logits, splits=5, seed=0)
-    for name, value in found.items():
-        yield f"metric {name}", digest(torch.tensor(value, dtype=torch.float64))
-    for name, value in precision_recall_density_coverage(real, made).items():
+    for name, value in {**found, **precision_recall_density_coverage(real, made)}.items():
         yield f"metric {name}", digest(torch.tensor(value, dtype=torch.float64))
 
 

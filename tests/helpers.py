@@ -1,16 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Small models, rewards and trainers that tests share."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainerCallback
 
 from trl_distreward import (
     DiffusionDistributionConfig,
@@ -153,81 +147,8 @@ def tiny_merge_trainer(
     )
 
 
-SAVE_EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
-EVALUATE_EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
-
-
-class Rising:
-    """A metric that is worse at every evaluation."""
-
-    count = 0
-
-    def reset(self):
-        pass
-
-    def update(self, images, conditions):
-        pass
-
-    def compute(self):
-        self.count += 1
-        return float(self.count)
-
-
 def two_spaces():
     """A reward in two feature spaces, whose units are their first distances."""
     extractors = {"features": features, "squares": lambda x: features(x) ** 2}
     real = {name: FeatureStatistics.from_features(extract(real_images())) for name, extract in extractors.items()}
     return SubsetReplaceReward(extractors, real)
-
-
-def calls_of(owner, name):
-    """A list to which every further call of a method adds its arguments and result."""
-    calls, method = [], getattr(owner, name)
-
-    def noted(*args, **kwargs):
-        calls.append((args, method(*args, **kwargs)))
-        return calls[-1][1]
-
-    setattr(owner, name, noted)
-    return calls
-
-
-def weights(model):
-    """Copies of a network's parameters."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def logged(trainer, key):
-    """Every value of a key that a run has logged."""
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def assert_same_weights(first, second):
-    """Asserts that two networks have the same parameters, to the last bit."""
-    expected = weights(second)
-    for name, value in weights(first).items():
-        assert torch.equal(value, expected[name]), name
-
-
-def first_gradients(trainer):
-    """Trains, and returns the gradients of the first update."""
-    found = []
-
-    class Keep(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-    trainer.add_callback(Keep())
-    trainer.train()
-    return found[0]
-
-
-def launch(*command, processes=2, **environment):
-    """Runs a script, or `-m` and a module, in several processes, and returns the completed process."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        launcher += [str(Path(__file__).with_name("launched.py"))]
-    given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
-    command = [*launcher, *map(str, command)]
-    return subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, timeout=120)

@@ -13,6 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+from huggingface_hub import constants
+
+from trl_distreward import hub
+
 
 class HubServer(ThreadingHTTPServer):
     """
@@ -57,8 +62,8 @@ class HubServer(ThreadingHTTPServer):
 
     def add(self, repo_id, files, branch="main"):
         """Commits files and returns the commit's hash."""
-        encoded = {path: base64.b64encode(data).decode() for path, data in files.items()}
-        operations = [{"key": "file", "value": {"path": path, "content": data}} for path, data in encoded.items()]
+        values = [{"path": path, "content": base64.b64encode(data)} for path, data in files.items()]
+        operations = [{"key": "file", "value": value} for value in values]
         self.repos.setdefault(repo_id, [])
         return self.commit(repo_id, operations, branch)
 
@@ -223,39 +228,29 @@ def git_oid(commit, path):
 
 def run_code(server, home, code, *arguments, **environment):
     """Runs Python code in a process whose Hub is the stand-in, with an empty cache."""
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        **environment,
-    }
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    address = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    python = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**kept, **address, **python, **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def connect(monkeypatch, server, home):
     """Points huggingface_hub in this process to a stand-in with an empty cache, and shortens its waits."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    import trl_distreward.hub
-
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
-    monkeypatch.setattr(constants, "DEFAULT_REQUEST_TIMEOUT", 0.3)
-    monkeypatch.setattr(trl_distreward.hub, "BACKOFF", 0.0)
+    address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    settings = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        **dict.fromkeys(("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DEFAULT_REQUEST_TIMEOUT"), 0.3),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hub, "BACKOFF", 0.0)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     huggingface_hub.close_session()

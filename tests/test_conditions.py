@@ -3,13 +3,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_distreward.conditions import (
-    column_of,
-    members_of,
-    proportional_counts,
-    proportional_subsets,
-    rows_of_slots,
-)
+from trl_distreward.conditions import column_of, members_of, proportional_counts, proportional_subsets, rows_of_slots
 
 SIZES = torch.tensor([50, 31, 1, 17, 1])
 
@@ -53,8 +47,3 @@ def test_strata_held_as_tensors_are_the_same_strata():
         assert [m.tolist() for m in members_of(held)] == expected
     for rows in (dataset.with_format("torch"), [{"topic": x} for x in tensors]):
         assert column_of(rows, "topic") == labels
-
-
-def test_a_missing_column_is_refused():
-    with pytest.raises(ValueError, match="no column 'topic': it has prompt"):
-        column_of([{"prompt": "a"}], "topic")

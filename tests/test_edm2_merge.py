@@ -50,24 +50,24 @@ def test_snapshots_become_one_merged_pipeline(example, tmp_path, monkeypatch):
     real = torch.randint(0, 256, (100, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     FeatureStatistics.from_features(mean_features(real)).save(tmp_path / "real.safetensors")
     settings = {
-        "snapshots": files,
-        "pool_dir": [tmp_path / "pool"],
-        "vae": [tmp_path / "vae"],
-        "feature_extractor": ["tests.test_edm2_merge.mean_features"],
-        "real_statistics": [tmp_path / "real.safetensors"],
-        "output_dir": [tmp_path / "merged"],
-        "time_grid": ["karras"],
-        "solver": ["heun_sigma"],
-        "num_inference_steps": [2],
-        "max_steps": [1],
-        "num_generations": [3],
-        "reference_set_size": [16],
-        "compare": ["False"],
-        "use_cpu": ["True"],
-        "report_to": ["none"],
-        "disable_tqdm": ["True"],
+        "pool_dir": tmp_path / "pool",
+        "vae": tmp_path / "vae",
+        "feature_extractor": "tests.test_edm2_merge.mean_features",
+        "real_statistics": tmp_path / "real.safetensors",
+        "output_dir": tmp_path / "merged",
+        "time_grid": "karras",
+        "solver": "heun_sigma",
+        "num_inference_steps": 2,
+        "max_steps": 1,
+        "num_generations": 3,
+        "reference_set_size": 16,
+        "compare": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
     }
-    example.main([word for name, values in settings.items() for word in (f"--{name}", *map(str, values))])
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    example.main(["--snapshots", *map(str, files), *options])
     merged = EDM2Pipeline.from_pretrained(tmp_path / "merged")
     assert merged.vae is not None
     recipe = json.loads((tmp_path / "merged" / "coefficients.json").read_text())
@@ -85,9 +85,9 @@ def test_snapshots_become_one_merged_pipeline(example, tmp_path, monkeypatch):
 
 def test_names_without_time_and_width_are_refused(example, tmp_path):
     given = {"pool_dir": str(tmp_path), "feature_extractor": "inception", "real_statistics": "img512.pkl"}
-    arguments = example.EDM2MergeArguments(snapshots=["edm2.pkl", "b.pkl"], **given)
-    with pytest.raises(ValueError, match="keep the published name"):
-        example.convert_snapshots(arguments)
-    arguments = example.EDM2MergeArguments(snapshots=["a-2147483-0.100.pkl"], **given)
-    with pytest.raises(ValueError, match="give at least 2"):
-        example.convert_snapshots(arguments)
+    for names, message in (
+        (["edm2.pkl", "b.pkl"], "keep the published name"),
+        (["a-2147483-0.100.pkl"], "at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            example.convert_snapshots(example.EDM2MergeArguments(snapshots=names, **given))

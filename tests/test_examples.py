@@ -35,13 +35,9 @@ def parsed(example, recipe, *options):
 
 def launch(script, *options):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    result = subprocess.run(
-        [*command, f"examples/{script}.py", *map(str, options)],
-        capture_output=True,
-        text=True,
-        cwd=EXAMPLES.parent,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-    )
+    command += [f"examples/{script}.py", *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -85,13 +81,9 @@ def test_sit_loads_from_a_folder_and_from_an_original_checkpoint(example, tmp_pa
     pipeline = load_model("random:S/8", "random")
     assert pipeline.decode(torch.zeros(1, 4, 32, 32)).shape == (1, 3, 256, 256)
     pipeline.save_pretrained(tmp_path / "sit")
-    loaded = load_model(str(tmp_path / "sit"), "random")
     torch.save(pipeline.transformer.state_dict(), tmp_path / "original.pt")
-    converted = load_model(str(tmp_path / "original.pt"), "random")
-    x, t, label = torch.randn(1, 4, 32, 32), torch.tensor([0.3]), torch.tensor([7])
-    with torch.no_grad():
-        velocities = [p.transformer.eval()(x, t, label).sample for p in (pipeline, loaded, converted)]
-    assert torch.equal(velocities[0], velocities[1]) and torch.equal(velocities[0], velocities[2])
+    for name in ("sit", "original.pt"):
+        assert not changed(load_model(str(tmp_path / name), "random").transformer, pipeline.transformer)
 
 
 @pytest.mark.slow

@@ -16,12 +16,14 @@ import sys
 from pathlib import Path
 import trl_distreward.hub
 trl_distreward.hub.BACKOFF = 0.0
-from tests.helpers import tiny_trainer
-trainer = tiny_trainer(sys.argv[1], max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True,
-                       hub_model_id="org/tiny", hub_token=sys.argv[2], hub_always_push=True, **eval(sys.argv[3]))
+from tests.helpers import tiny_merge_trainer, tiny_trainer
+kind, folder, token, strategy = sys.argv[1:]
+make = tiny_merge_trainer if kind == "merge" else tiny_trainer
+trainer = make(Path(folder), max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True,
+               hub_model_id="org/tiny", hub_token=token, hub_always_push=True, hub_strategy=strategy)
 trainer.train()
-Path(sys.argv[1], "real_statistics.safetensors").write_bytes(b"of real data")
-Path(sys.argv[1], "report.html").write_text("names folders")
+Path(folder, "real_statistics.safetensors").write_bytes(b"of real data")
+Path(folder, "report.html").write_text("names folders")
 trainer.push_to_hub()
 """
 LOAD = """
@@ -44,37 +46,38 @@ def hub(tmp_path):
     server.shutdown()
 
 
+def pushed(hub, folder, strategy, kind="train"):
+    """Runs a training that pushes; neither it nor its files tell the token."""
+    result = run_code(hub, folder / "home", RUN, kind, folder / "run", TOKEN, strategy)
+    assert TOKEN not in result.stdout + result.stderr
+    assert all(TOKEN.encode() not in data for _, files, _ in hub.repos["org/tiny"] for data in files.values())
+    assert all(TOKEN.encode() not in path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file())
+    return result
+
+
 def weight(files):
     tensors = load_safetensors(files["transformer/diffusion_pytorch_model.safetensors"])
     return tensors["blocks.0.attn.qkv.weight"]
 
 
 def test_every_save_pushes_weights_that_load_back(hub, tmp_path):
-    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
+    result = pushed(hub, tmp_path, "every_save")
     assert result.returncode == 0, result.stderr[-3000:]
     commits = hub.repos["org/tiny"]
-    assert [message for _, _, message in commits] == [
-        "Training in progress, step 1",
-        "Training in progress, step 2",
-        "End of training",
-    ]
+    during = [f"Training in progress, step {step}" for step in (1, 2)]
+    assert [message for _, _, message in commits] == [*during, "End of training"]
     assert not weight(commits[0][1]).equal(weight(commits[1][1]))
     assert weight(commits[1][1]).equal(weight(commits[2][1]))
     names = set(commits[-1][1])
     assert {"model_index.json", "transformer/config.json", "README.md"} <= names
     assert not any(name.startswith(("optimizer", "rng_state", "scheduler", "diffusion", "_")) for name in names)
     assert not {"run.json", "report.html", "real_statistics.safetensors"} & names
-    # the token is not printed, uploaded or written to disk
-    assert TOKEN not in result.stdout + result.stderr
-    assert all(TOKEN.encode() not in data for data in commits[-1][1].values())
-    assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
-
     result = run_code(hub, tmp_path / "home", LOAD, tmp_path / "run", commits[0][0])
     assert result.returncode == 0 and "loaded" in result.stdout, result.stderr[-3000:]
 
 
 def test_checkpoint_strategy_pushes_what_resuming_needs(hub, tmp_path):
-    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'checkpoint'}")
+    result = pushed(hub, tmp_path, "checkpoint")
     assert result.returncode == 0, result.stderr[-3000:]
     names = set(hub.repos["org/tiny"][-1][1])
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/diffusion_state.pt"} <= names
@@ -82,10 +85,8 @@ def test_checkpoint_strategy_pushes_what_resuming_needs(hub, tmp_path):
 
 def test_failed_push_is_logged_and_made_up_for_by_the_last(hub, tmp_path):
     hub.misbehave("POST", "/commit/", 500, times=ATTEMPTS)  # the first of three pushes
-    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'every_save'}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "push during training failed" in result.stderr and "500" in result.stderr
-    assert TOKEN not in result.stdout + result.stderr
+    result = pushed(hub, tmp_path, "every_save")
+    assert result.returncode == 0 and "push during training failed" in result.stderr, result.stderr[-3000:]
     assert hub.repos["org/tiny"][-1][2] == "End of training"
 
 
@@ -120,26 +121,14 @@ def test_failed_push_leaves_the_branch(hub, tmp_path, monkeypatch, fault):
 
 def test_failed_last_push_fails_the_run(hub, tmp_path):
     hub.misbehave("POST", "/commit/", 500, times=100)
-    result = run_code(hub, tmp_path / "home", RUN, tmp_path / "run", TOKEN, "{'hub_strategy': 'end'}")
-    assert result.returncode != 0 and "500" in result.stderr and TOKEN not in result.stderr
-
-
-MERGE = """
-import sys
-from pathlib import Path
-from tests.helpers import tiny_merge_trainer
-trainer = tiny_merge_trainer(Path(sys.argv[1]), max_steps=1, push_to_hub=True, hub_model_id="org/merged",
-                             hub_token=sys.argv[2])
-trainer.train()
-trainer.push_to_hub()
-"""
+    result = pushed(hub, tmp_path, "end")
+    assert result.returncode != 0 and "500" in result.stderr
 
 
 def test_merged_model_is_pushed_with_its_coefficients(hub, tmp_path):
-    result = run_code(hub, tmp_path / "home", MERGE, tmp_path / "run", TOKEN)
+    result = pushed(hub, tmp_path, "end", kind="merge")
     assert result.returncode == 0, result.stderr[-3000:]
-    files = hub.repos["org/merged"][-1][1]
+    files = hub.repos["org/tiny"][-1][1]
     coefficients = json.loads(files["coefficients.json"])["coefficients"]["all"]
     assert len(coefficients) == 4 and "transformer/diffusion_pytorch_model.safetensors" in files
     assert f"{coefficients[3]:.4f}" in files["README.md"].decode()
-    assert all(TOKEN.encode() not in content for content in files.values())

@@ -74,14 +74,6 @@ def test_frechet_distance_takes_statistics_of_the_real_images(tmp_path):
     assert result == {"frechet_distance": feature_metrics(statistics, torch.from_numpy(generated))["frechet"]}
 
 
-def test_errors_say_what_is_missing_or_wrong():
-    module = evaluate.load(str(HUB / "frechet_distance"))
-    with pytest.raises(ValueError, match="there are no references"):
-        module.compute(predictions=rows(10, 1))
-    with pytest.raises(ValueError, match="must lie in 1 to 4, below"):
-        evaluate.load(str(HUB / "prdc")).compute(predictions=rows(5, 1), references=rows(10, 2))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_card_shows_an_example_that_runs(name, monkeypatch):
     card = (HUB / name / "README.md").read_text()

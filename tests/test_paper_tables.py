@@ -49,7 +49,7 @@ def test_results_are_compact():
         assert content["rows"] and content["versions"]["torch"] and content["command"].startswith("python benchmarks/")
 
 
-def test_interval_of_the_mean(module):
+def test_the_interval_of_a_mean_is_that_of_its_resamples(module):
     interval = module("results").interval
     # 1 of all 3,125 resamples has mean 1; 2.5% have at most 1.8
     assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == (1.8, 4.2)
@@ -57,19 +57,17 @@ def test_interval_of_the_mean(module):
 
 
 def test_images_to_target_are_interpolated(module):
-    def run(**values):
-        return {"seed": 0, **values}
+    def run(last, images, *curve):
+        return [{"seed": 0, "images": images, "d": last, "curve": [{"images": i, "d": d} for i, d in curve]}]
 
     runs = {
-        "base": [run(images=0, d=10.0)],
-        "reaches": [run(images=4000, d=1.0, curve=[{"images": 2000, "d": 8.0}, {"images": 3000, "d": 6.0}])],
-        "at once": [run(images=3000, d=1.0, curve=[{"images": 2000, "d": 4.0}])],  # the first 1,000 train nothing
-        "misses": [run(images=4000, d=9.0, curve=[{"images": 2000, "d": 8.0}, {"images": 3000, "d": 7.5}])],
+        "base": run(10.0, 0),
+        "reaches": run(1.0, 4000, (2000, 8.0), (3000, 6.0)),
+        "at once": run(1.0, 3000, (2000, 4.0)),  # the first 1,000 train nothing
+        "misses": run(9.0, 4000, (2000, 8.0), (3000, 7.5)),
     }
-    images_to_target = module("summary").images_to_target
-    assert images_to_target(runs, "reaches", "d") == pytest.approx([2500])
-    assert images_to_target(runs, "at once", "d") == pytest.approx([1500])
-    assert images_to_target(runs, "misses", "d") == [None]
+    for arm, expected in (("reaches", pytest.approx(2500)), ("at once", pytest.approx(1500)), ("misses", None)):
+        assert module("summary").images_to_target(runs, arm, "d") == [expected]
 
 
 def test_changes_compare_runs_of_the_same_seed(module):

@@ -83,12 +83,6 @@ def test_streams_of_noise_do_not_meet():
     assert len(seeds) == 4 * 6400
 
 
-def test_a_policy_meets_the_protocol_and_passes_through():
-    policy = as_policy(tiny_pipeline(), guidance_scale=1.5)
-    assert isinstance(policy, DiffusionPolicy) and policy.guidance_scale == 1.5
-    assert as_policy(policy) is policy
-
-
 class PointData(DiscreteTimePolicy):
     """The exact network of data in one point, `μ = 0.3`, for every prediction type."""
 

@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.helpers import tiny_config, weights
+from tests.helpers import tiny_config
 from tests.policies_tiny import FAMILIES, MORE_SAMPLERS, TEXT_FAMILIES
+from tests.runs import weights
 from trl_distreward import DistributionRewardTrainer, FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import SamplingSchedule, sample
 from trl_distreward.policies import as_policy

@@ -26,9 +26,7 @@ def test_counted_operations_match_the_matrix_products_of_the_network(step):
 @pytest.mark.parametrize(("budget", "expected"), [(1e9, (128, 50, 50)), (4000, (5, 50, 50)), (20, (4, 1, 17))])
 def test_the_step_is_cut_to_the_budget(step, budget, expected):
     args = step.make_parser().parse_args(["--budget", str(budget)])
-    per_image = {"rollout": 4.0, "reward": 0.5, "update": 0.5}
-    cut = step.within_budget(args, per_image)
+    cut = step.within_budget(args, {"rollout": 4.0, "reward": 0.5, "update": 0.5})
     assert (cut.subsets, cut.replace_size, cut.steps) == expected and args.subsets == 128
-    images = cut.subsets * cut.replace_size
-    cost = args.updates * images * sum(per_image.values()) + cut.reference_set * per_image["rollout"]
-    assert cut.reference_set > cut.replace_size and (cost * cut.steps / 50 <= budget + 10)
+    cost = args.updates * cut.subsets * cut.replace_size * 5 + cut.reference_set * 4
+    assert cut.reference_set > cut.replace_size and cost * cut.steps / 50 <= budget + 10

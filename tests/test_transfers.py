@@ -45,12 +45,3 @@ def test_no_step_reads_from_the_device_or_waits_for_it(family, schedule):
             sample(policy, policy.model, family.conditions, bound, generators, keep)
         counts.append(copies.count)
     assert counts[1] == counts[2] <= 1  # the conditions
-
-
-def test_sit_uses_fused_attention(monkeypatch):
-    pipeline = tiny_pipeline()
-    calls, fused = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a: calls.append(1) or fused(*a))
-    policy = as_policy(pipeline)
-    sample(policy, policy.model, [0, 1], SamplingSchedule(3))
-    assert len(calls) == 3 * pipeline.transformer.config.num_layers

@@ -43,12 +43,8 @@ class Persistent:
 @contextmanager
 def original_modules():
     """Adds modules with the names in the pickle, and nothing else in them."""
-    contents = {
-        "dnnlib.util": {"EasyDict": EasyDict},
-        "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
-        "dnnlib": {},
-        "torch_utils": {},
-    }
+    contents = {"dnnlib": {}, "torch_utils": {}, "dnnlib.util": {"EasyDict": EasyDict}}
+    contents["torch_utils.persistence"] = {"_reconstruct_persistent_obj": _reconstruct_persistent_obj}
     for name, content in contents.items():
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(content)

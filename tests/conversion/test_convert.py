@@ -88,15 +88,6 @@ def test_vae_that_is_not_embedded_is_named(originals, capsys):
     assert pipeline.unet.dtype == torch.bfloat16 and pipeline.unet.unet.out_gain.dtype == torch.float32
 
 
-def test_existing_files_are_not_overwritten(originals):
-    command = convert_both(originals)[0]
-    (originals / "sit").mkdir()
-    (originals / "sit" / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"):
-        convert.main(command)
-    assert [path.name for path in (originals / "sit").iterdir()] == ["mine.txt"]
-
-
 def test_pushed_pipelines_load_with_the_library_and_without(originals):
     hub = HubServer()
     for command in convert_both(originals):
@@ -123,9 +114,15 @@ def test_pushed_pipelines_load_with_the_library_and_without(originals):
 
 
 @pytest.mark.parametrize("family", ["sit", "edm2"])
-def test_refused_files_leave_no_folder(originals, family):
-    (originals / "sit.pt").write_bytes(b"nothing")
-    (originals / "edm2.pkl").write_bytes(b"nothing")
+def test_refused_files_leave_no_folder_and_existing_ones_stay(originals, family):
+    command = convert_both(originals)[family == "edm2"]
+    for name in ("sit.pt", "edm2.pkl"):
+        (originals / name).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is refused as"):
-        convert.main(convert_both(originals)[family == "edm2"])
+        convert.main(command)
     assert not (originals / family).exists()
+    (originals / family).mkdir()
+    (originals / family / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        convert.main(command)
+    assert [path.name for path in (originals / family).iterdir()] == ["mine.txt"]

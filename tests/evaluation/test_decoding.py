@@ -1,5 +1,4 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-import io
 import struct
 import zlib
 
@@ -98,10 +97,3 @@ def test_crop_is_centred_and_keeps_proportions(height, width):
         values = cropped[..., axis].mean(axis=1 - axis)
         assert abs(values.mean() - 100) < 200 * 1.5 / 8  # a pixel and a half of the result
         assert (values[-1] - values[0]) / 7 == pytest.approx(200 / size * short / 8, rel=0.2)
-
-
-def test_halving_averages_pixels():
-    image = np.zeros((16, 16, 3), np.uint8)
-    image[::2] = 200
-    assert (np.array(center_crop(Image.fromarray(image), 8)) == 100).all()
-    assert np.array_equal(np.array(Image.open(io.BytesIO(encoded(image)))), image)

@@ -37,12 +37,6 @@ def test_features_are_in_the_order_of_the_images(tmp_path, num_workers):
     torch.testing.assert_close(statistics.covariance, whole.covariance, rtol=1e-12, atol=1e-14)
 
 
-def test_several_extractors_see_the_images_in_one_pass(tmp_path):
-    source, extractors = sample(tmp_path / "s.npz", pixels(20)), {"f": project, "mean": Network()}
-    collected = collect_features(source, extractors, tmp_path / "work", num_workers=0)
-    assert collected.features("f").shape == (20, 5) and collected.features("mean").shape == (20, 4)
-
-
 def test_interrupted_work_continues_and_ends_the_same(tmp_path):
     source = sample(tmp_path / "s.npz", pixels(200))
     whole = collect(source, tmp_path / "whole", batch_size=1)
@@ -66,15 +60,14 @@ def test_interrupted_work_continues_and_ends_the_same(tmp_path):
 def test_work_of_other_settings_is_not_continued(tmp_path):
     images, work = tmp_path / "images", tmp_path / "work"
     write_folder(images)
-    collect(open_images(images), work)
-    with pytest.raises(ValueError, match="work of other settings: batch_size was 8 and is 4. Name another folder"):
-        collect(open_images(images), work, batch_size=4)
-    first, second = Network(), Network()
-    collect(open_images(images), tmp_path / "network", first)
-    with pytest.raises(ValueError, match="extractors was"):
-        collect(open_images(images), tmp_path / "network", second)
-    changed = images / "a" / "000.png"
-    os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 10**12))
+    collect(open_images(images), work, Network())
+    for options, message in (
+        ({"batch_size": 4}, "work of other settings: .*batch_size was 8 and is 4"),
+        ({"extractor": Network()}, "extractors was"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collect(open_images(images), work, **options)
+    os.utime(images / "a" / "000.png", (0, 4e9))
     with pytest.raises(ValueError, match="images was"):
         collect(open_images(images), work)
 
@@ -105,15 +98,3 @@ def test_images_of_several_sizes_need_a_resize(tmp_path):
     with pytest.raises(ValueError, match=r"b/odd.png has the shape \(3, 10, 12\), others have \(3, 8, 8\): pass --re"):
         collect(source, tmp_path / "work")
     assert len(collect(source, tmp_path / "resized", resize=6).features("f")) == 21
-
-
-def test_features_must_be_finite(tmp_path):
-    images = pixels(20)
-    images[13] = 0
-
-    def divides(images):
-        means = images.float().flatten(1).mean(1, keepdim=True)
-        return torch.cat([means, means / means], dim=1)
-
-    with pytest.raises(ValueError, match="NaN or infinite values in 1 of 8 rows"):
-        collect(sample(tmp_path / "s.npz", images), tmp_path / "work", divides)

@@ -34,13 +34,8 @@ def test_images_are_those_of_the_seed():
 def test_processes_share_the_shards(tmp_path, monkeypatch):
     whole = collect(generated(), tmp_path / "one")
     for rank in (0, 2):
-        state = SimpleNamespace(
-            process_index=rank,
-            num_processes=3,
-            is_main_process=rank == 0,
-            wait_for_everyone=lambda: None,
-            device="cpu",
-        )
+        state = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=rank == 0, device="cpu")
+        state.wait_for_everyone = lambda: None
         monkeypatch.setattr("trl_distreward.evaluation.features.PartialState", lambda state=state: state)
         with pytest.raises(FileNotFoundError):  # the second process is missing
             collect(generated(), tmp_path / "three")
@@ -62,11 +57,9 @@ def test_images_of_other_weights_or_settings_are_not_mixed(tmp_path, other):
 
 
 def test_labels_are_balanced_or_drawn():
-    policy = as_policy(tiny_pipeline())
     assert generated().labels.tolist() == [i % 3 for i in range(23)]
-    drawn = GeneratedImages(policy, 3000, SCHEDULE, labels="random").labels
+    drawn, again = (GeneratedImages(as_policy(tiny_pipeline()), 3000, SCHEDULE, "random").labels for _ in range(2))
     counts = drawn.bincount()
-    assert len(set(counts.tolist())) > 1 and counts.min() > 900
-    assert torch.equal(drawn, GeneratedImages(policy, 3000, SCHEDULE, labels="random").labels)
+    assert len(set(counts.tolist())) > 1 and counts.min() > 900 and torch.equal(drawn, again)
     with pytest.raises(ValueError, match="has no classes"):
         GeneratedImages(SimpleNamespace(num_conditions=None), 3, SCHEDULE)

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.helpers import tiny_pipeline, tiny_sit, tiny_trainer
 from trl_distreward import CheckpointPool
 from trl_distreward.merging import pool as pool_module
 
@@ -190,17 +189,6 @@ def test_all_kinds_of_sources_make_one_pool(tmp_path, monkeypatch):
     assert all(torch.equal(merged[key], Small(0).state_dict()[key]) for key in NAMES)
     assert [len(member.files) for member in pool.members] == [1, 2, 2, 1, 2]
     assert pool.members[0].source == "model"
-
-
-def test_checkpoint_of_a_trainer_merges_into_its_network(tmp_path):
-    tiny_trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1, ema_decay=0.5).train()
-    tiny_pipeline(3).save_pretrained(tmp_path / "other")
-    saved = tmp_path / "run" / "checkpoint-1"
-    pool, network = CheckpointPool([saved, tmp_path / "other"]), tiny_sit(9)
-    stored = load_file(saved / "transformer" / "diffusion_pytorch_model.safetensors")
-    for row, expected in ([0.0, 1.0], tiny_sit(3).state_dict()), ([1.0, 0.0], stored):
-        pool.merge_into(network, torch.tensor(row))
-        assert all(torch.equal(value, network.state_dict()[key]) for key, value in expected.items())
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_blocks_change_nothing(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fréchet", "fréchet, logdet", "kid", "gaussian"])
-def test_all_rows_but_one_replaced(name):
+def test_gradient_is_exact_where_all_rows_but_one_are_replaced(name):
     indices = torch.arange(N)[None, 1:]
     assert_exact(DISTANCES[name]().fit(sample(N, 1)), indices, sample(N - 1, 2)[None], step=1e-5)
 
@@ -117,12 +117,12 @@ def test_all_rows_but_one_replaced(name):
 # (N, real rows): with d = 8 fewer rows than features in the set, the real data, both, one as far as the other
 @pytest.mark.parametrize("method", ["direct", "logdet"])
 @pytest.mark.parametrize(("count", "real"), [(30, 40), (6, 40), (30, 5), (7, 5), (6, 6), (5, 7)])
-def test_frechet_below_full_rank(count, real, method):
+def test_frechet_gradient_is_exact_below_full_rank(count, real, method):
     distance = frechet(sample(real, 0, 8, offset=0.3), method=method).fit(sample(count, 1, 8))
     assert_exact(distance, subsets(count), sample(2 * SIZE, 2, 8).view(2, SIZE, 8))
 
 
-def test_real_moments_of_unknown_count_below_full_rank():
+def test_gradient_is_exact_for_moments_of_unknown_count_below_full_rank():
     """Statistics files of other libraries: only rounding tells which eigenvalues are 0."""
     real, reference = sample(5, 0, 8, offset=0.3), sample(30, 1, 8)
     moments = FeatureStatistics.from_features(real)
@@ -133,7 +133,7 @@ def test_real_moments_of_unknown_count_below_full_rank():
 
 @pytest.mark.parametrize("method", ["direct", "logdet"])
 @pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_repeated_eigenvalues(spread, method):
+def test_gradient_is_exact_at_repeated_eigenvalues(spread, method):
     """The updated set has covariance I and the real data a multiple of it."""
     rows = sample(N, 1)
     rows = torch.linalg.qr(rows - rows.mean(0))[0] * (N - 1) ** 0.5
@@ -180,21 +180,11 @@ def test_a_feature_that_does_not_vary_on_an_axis_of_the_real_data():
 
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("options", [{}, GAUSSIAN])
-def test_kernels_far_from_the_origin_and_with_copies(options, unbiased):
+def test_kernel_gradient_is_exact_far_from_the_origin_and_with_copies(options, unbiased):
     real, reference = sample(30, 0, offset=10.0), sample(N, 1, offset=10.3)
     indices, new = subsets(N), sample(2 * SIZE, 2, offset=10.0).view(2, SIZE, D)
     new[0, 1], new[1, 0] = new[0, 0], reference[indices[0, 0]]
     assert_exact(KernelDistance(real, unbiased=unbiased, **options).fit(reference), indices, new)
-
-
-@pytest.mark.parametrize("options", [{}, GAUSSIAN])
-def test_kernel_with_float32_products(options, monkeypatch):
-    reference, indices, new = sample(N, 1), subsets(N), sample(2 * SIZE, 2).view(2, SIZE, D)
-    double = kernel(**options).fit(reference).gradient(indices, new)
-    monkeypatch.setattr(KernelDistance, "float64_elements", 0)
-    single = kernel(**options).fit(reference).gradient(indices, new)
-    assert single.dtype == torch.float64 and not torch.equal(single, double)
-    torch.testing.assert_close(single, double, rtol=1e-5, atol=1e-7)
 
 
 @every_distance

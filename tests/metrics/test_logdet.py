@@ -4,47 +4,20 @@ import math
 import pytest
 import torch
 
-from trl_distreward.metrics.logdet import (
-    ShiftedGrams,
-    eigenvalues_above,
-    elliptic_quadrature,
-    error_bound,
-    factorize,
-)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("rank", [3, 9])
-@pytest.mark.parametrize("zeros", [0, 40])
-def test_grams_of_many_shifts(rank, zeros):
-    generator = torch.Generator().manual_seed(0)
-    dimension = 700
-    eigenvalues = torch.logspace(-9, 2, dimension, dtype=torch.float64)
-    eigenvalues[:zeros] = 0
-    shifts = torch.logspace(-11, 3, 25, dtype=torch.float64)
-    shifts[0] = -eigenvalues[zeros].item() / 4
-    rows = torch.randn(4, rank, dimension, generator=generator, dtype=torch.float64)
-    grams = ShiftedGrams(eigenvalues, shifts)
-    assert rank <= 7 or sum(f.numel() for _, f in grams.blocks) < 0.75 * dimension * len(shifts)
-    white = torch.where(eigenvalues > 0, eigenvalues, 1.0)
-    for got, shift in zip(grams(rows), shifts, strict=True):
-        expected = (rows * (white / (eigenvalues + shift))) @ rows.mT
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+from trl_distreward.metrics.logdet import elliptic_quadrature, error_bound, factorize
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_factors_at_any_number_of_threads(count, threads):
-    threads(count)
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(128, 201, 260, generator=generator, dtype=torch.float64) / 40
-    grams = rows @ rows.mT
-    factors = factorize(grams, 100)
+def test_factors_at_any_number_of_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randn(128, 201, 260, generator=generator, dtype=torch.float64) / 40
+        grams = rows @ rows.mT
+        factors = factorize(grams, 100)
+    finally:
+        torch.set_num_threads(before)
     assert not factors.failed.any()
     signs = torch.ones(201, dtype=torch.float64)
     signs[100:] = -1
@@ -56,14 +29,6 @@ def test_factors_at_any_number_of_threads(count, threads):
     for b in (0, 127):
         expected = (vectors[b] * torch.linalg.solve(grams[b] + torch.diag(signs), vectors[b])).sum(0)
         torch.testing.assert_close(forms[b], expected)
-
-
-def test_an_eigenvalue_that_falls_below_is_noticed():
-    eigenvalues = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    removed = torch.zeros(2, 2, 3, dtype=torch.float64)
-    removed[0, 1, 0], removed[1, 1, 0] = 0.7, 0.9  # 1 - 0.49 stays above 0.25 · 1, 1 - 0.81 does not
-    grams = (removed / (eigenvalues - 0.25)) @ removed.mT
-    assert eigenvalues_above(grams, 1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1e-2, 1e-5, 1e-8])

@@ -1,5 +1,4 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-import math
 from functools import partial
 
 import numpy as np
@@ -43,13 +42,6 @@ def test_kid_is_the_mean_over_the_subsets_torch_fidelity_draws():
     assert score == pytest.approx((np.mean(values), np.std(values)), rel=1e-9)
 
 
-def test_kid_over_many_subsets_is_near_that_of_the_whole_sets():
-    mean, std = kernel_inception_distance(REAL, GENERATED, num_subsets=400, subset_size=60)
-    whole = KernelDistance(REAL).fit(GENERATED).value
-    assert abs(mean - whole) < 4 * std / math.sqrt(400)
-    assert whole == pytest.approx(unbiased_mmd(GENERATED, REAL), rel=1e-9)
-
-
 def test_cmmd_is_the_biased_gaussian_mmd_of_normalised_rows():
     x, y = (rows.double() / rows.double().norm(dim=1, keepdim=True) for rows in (REAL, GENERATED))
     kernel = lambda a, b: (-torch.cdist(a, b).square() / 200).exp().mean()  # noqa: E731
@@ -57,15 +49,6 @@ def test_cmmd_is_the_biased_gaussian_mmd_of_normalised_rows():
     assert cmmd(REAL, GENERATED) == pytest.approx(expected, rel=1e-10)
     assert cmmd(8 * REAL, GENERATED / 8) == pytest.approx(expected, rel=1e-10)
     assert cmmd(REAL, REAL) == pytest.approx(0, abs=1e-12)
-
-
-def test_inception_score_is_one_without_difference_and_the_number_of_classes_at_best():
-    assert inception_score(torch.ones(50, 10), 5) == pytest.approx((1.0, 0.0))
-    sure = 1e3 * torch.eye(10).repeat(20, 1)
-    assert inception_score(sure, 10) == pytest.approx((10.0, 0.0))
-    by_class = sure.view(20, 10, 10).transpose(0, 1).reshape(200, 10)
-    assert inception_score(by_class, 10) == pytest.approx((1.0, 0.0))  # each split has seen one class
-    assert inception_score(by_class, 10, seed=0)[0] > 5
 
 
 def test_inception_score_is_its_formula():

@@ -22,13 +22,10 @@ def test_plain_slots_are_distinct_within_subsets_and_repeatable():
 
 def test_distinct_slots_come_in_rounds_without_replacement():
     sampler = SlotSampler(20, seed=1)
-    slots = sampler.draw(10, 3, distinct=True)  # 30 slots: one round and a half
-    assert sorted(slots.flatten()[:20].tolist()) == list(range(20))
-    assert all(len(set(row.tolist())) == 3 for row in slots)
-    rest = sampler.draw(10, 3, distinct=True)
-    counts = torch.bincount(torch.cat([slots, rest]).flatten(), minlength=20)
-    assert (counts == 3).all()
-    assert all(len(set(row.tolist())) == 3 for row in rest)
+    first, rest = (sampler.draw(10, 3, distinct=True) for _ in range(2))  # 30 slots: one round and a half
+    assert sorted(first.flatten()[:20].tolist()) == list(range(20))
+    assert all(len(set(row.tolist())) == 3 for row in torch.cat([first, rest]))
+    assert (torch.bincount(torch.cat([first, rest]).flatten(), minlength=20) == 3).all()
 
 
 def test_distinct_slots_stay_distinct_over_a_batch_that_crosses_a_round():
@@ -37,14 +34,6 @@ def test_distinct_slots_stay_distinct_over_a_batch_that_crosses_a_round():
         for _ in range(20):
             slots = sampler.draw(num_subsets, size, distinct=True).flatten()
             assert len(slots.unique()) == num_subsets * size
-
-
-def test_slot_sampler_resumes_in_the_middle_of_a_round():
-    sampler, other = SlotSampler(20, seed=1), SlotSampler(20, seed=2)
-    sampler.draw(3, 4, distinct=True)
-    other.load_state_dict(sampler.state_dict())
-    for distinct in (True, False, True):
-        assert torch.equal(sampler.draw(5, 3, distinct), other.draw(5, 3, distinct))
 
 
 def test_every_subset_keeps_the_strata_in_proportion():
@@ -93,18 +82,11 @@ def test_resumes_in_the_middle_of_a_round_and_refuses_other_strata():
         SlotSampler(100).load_state_dict(sampler.state_dict())
 
 
-def test_one_stratum_draws_like_none():
-    slots = StratifiedSlotSampler([0] * 12, seed=0).draw(3, 4, distinct=True)
-    assert sorted(slots.flatten().tolist()) == list(range(12))
-
-
 def test_the_trainer_draws_from_strata(tmp_path):
     trainer = tiny_trainer(tmp_path, stratify_by="class_labels", replace_size=3)
     trainer.train()
     for _ in range(3):
-        assert all(
-            sorted(trainer.conditions[row].tolist()) == [0, 1, 2]
-            for row in trainer.estimator.draw_slots(trainer.slot_sampler)
-        )
+        labels = trainer.conditions[trainer.estimator.draw_slots(trainer.slot_sampler)]
+        assert (labels.sort(dim=1).values == torch.arange(3)).all()
     with pytest.raises(ValueError, match="stratify_by='topic' needs a train_dataset with that column"):
         tiny_trainer(tmp_path, stratify_by="topic")

@@ -91,25 +91,21 @@ def test_state_round_trip_gives_the_same_rewards():
         foreign.load_state_dict(reward.state_dict())
 
 
-def test_extractor_modules_are_frozen():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5))
-    SubsetReplaceReward(lambda x: network(x.float()), FeatureStatistics.from_features(torch.randn(20, 8)))
-    SubsetReplaceReward(network, FeatureStatistics.from_features(torch.randn(20, 8)))
-    assert not network.training and not any(p.requires_grad for p in network.parameters())
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    def features(self, images):
+        return self.layer(images.float().flatten(1))
+
+    forward = features
 
 
-def test_modules_behind_methods_and_wrappers_are_found():
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(16, 8)
-
-        def features(self, images):
-            return self.layer(images.float().flatten(1))
-
-    real = FeatureStatistics.from_features(torch.randn(40, 11))
+@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: n.features, lambda n: JointFeatures(n.features, 3)])
+def test_networks_are_frozen_and_moved_behind_methods_and_wrappers_too(wrap):
     network = Network()
-    reward = SubsetReplaceReward(JointFeatures(network.features, num_classes=3), real)
+    reward = SubsetReplaceReward(wrap(network), FeatureStatistics.from_features(torch.randn(40, 8)))
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     reward.to(torch.device("meta"))
     assert network.layer.weight.is_meta

@@ -8,7 +8,8 @@ import torch
 from accelerate import PartialState
 
 from tests.evaluation.images import pixels, project, project_pixels, write_folder
-from tests.helpers import launch, tiny_pipeline
+from tests.helpers import tiny_pipeline
+from tests.runs import launch
 from trl_distreward import FeatureStatistics, frechet_distance
 from trl_distreward.metrics.scores import inception_score
 from trl_distreward.scripts import evaluate, statistics
@@ -103,16 +104,14 @@ def test_two_reports_are_compared(folder, capsys):
 
 
 def test_both_families_of_grids_can_be_asked_for(folder):
+    karras = {"solver": "heun_sigma", "time_grid": "karras"}
     for options, expected in (
-        ([], {"last_step_size": 0.04}),
-        (["--last-step-size", "0"], {"last_step_size": 0}),
-        (
-            ["--sampler", "ode", "--solver", "heun_sigma", "--time-grid", "karras"],
-            {"last_step_size": "auto", "solver": "heun_sigma", "time_grid": "karras"},
-        ),
+        ("", {"last_step_size": 0.04}),
+        ("--last-step-size 0", {"last_step_size": 0}),
+        ("--sampler ode --solver heun_sigma --time-grid karras", {"last_step_size": "auto", **karras}),
     ):
-        schedule = run("--model", "base", "--real", "real.npz", *SMALL, *options)["settings"]["schedule"]
-        assert expected.items() <= schedule.items()
+        report = run("--model", "base", "--real", "real.npz", *SMALL, *options.split())
+        assert expected.items() <= report["settings"]["schedule"].items()
 
 
 def test_guidance_acts_on_as_many_channels_as_asked(folder):

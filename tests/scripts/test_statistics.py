@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.clip import coloured, save_tiny_clip
 from tests.evaluation.images import pixels, project, project_pixels, write_folder
-from tests.helpers import launch
+from tests.runs import launch
 from trl_distreward import FeatureStatistics, JointTextFeatures, load_clip
 from trl_distreward.metrics.statistics import load_features
 from trl_distreward.scripts import statistics
@@ -45,10 +45,7 @@ def test_file_holds_moments_features_and_their_origin(tmp_path, capsys):
 
 def test_features_are_joined_to_prompts(tmp_path):
     clip, (images, prompts) = load_clip(save_tiny_clip(tmp_path / "clip")), coloured(9)
-    columns = {
-        "picture": [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images],
-        "caption": prompts,
-    }
+    columns = {"picture": [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], "caption": prompts}
     dataset = Dataset.from_dict(columns, features=Features({"picture": ImageColumn(), "caption": Value("string")}))
     dataset.save_to_disk(tmp_path / "saved")
     dataset.to_parquet(tmp_path / "part.parquet")
@@ -84,17 +81,3 @@ def test_killed_processes_end_with_the_file_of_one_undisturbed_process(tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     one = load_file(tmp_path / "one.safetensors")
     assert all(torch.equal(value, one[name]) for name, value in load_file(output).items())
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("inception,size=3", "inception has no option size: it takes source, resize, output"),
-        ("dinov2,output=spatial", "dinov2 has no option output"),
-        ("./backbone,size=large", "invalid literal"),
-    ],
-)
-def test_wrong_options_of_extractors_are_told(tmp_path, spec, message):
-    np.savez(tmp_path / "s.npz", pixels(4))
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "s.npz", tmp_path / "r.safetensors", extractor=["--feature-extractor", spec])

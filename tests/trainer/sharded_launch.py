@@ -42,8 +42,5 @@ def use_fsdp2() -> None:
 
 def use_deepspeed(stage: int) -> None:
     os.environ |= DEEPSPEED[stage] | {"DS_ACCELERATOR": "cpu"}
-    PartialState._prepare_backend = lambda self, cpu=False, sagemaker=False, backend=None: (
-        "gloo",
-        DistributedType.MULTI_CPU,
-    )
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True

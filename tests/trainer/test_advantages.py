@@ -6,14 +6,6 @@ from tests.helpers import tiny_reward, tiny_trainer
 from trl_distreward.trainer.advantages import normalize_advantages, select
 
 
-def test_batch_advantages_are_standardized_over_everything():
-    rewards = torch.randn(12, 3, dtype=torch.float64) * 0.02 - 13.6  # a spread of 0.1 % as in the paper
-    advantages = normalize_advantages(rewards)
-    assert advantages.shape == (12, 3)
-    assert advantages.mean().item() == pytest.approx(0, abs=1e-9)
-    assert advantages.std().item() == pytest.approx(1, rel=1e-9)
-
-
 def test_group_advantages_compare_only_within_groups():
     rewards = torch.tensor([1.0, 3.0, 10.0, 14.0], dtype=torch.float64)[:, None]
     half = 0.5**0.5
@@ -47,14 +39,11 @@ def test_selection_keeps_the_asked_share(selection, quantile, shares, kept):
 
 
 def test_several_rewards_are_summed_before_or_after_normalization(tmp_path):
-    def big(images, **kwargs):
-        return images.double().mean((1, 2, 3)) * 100
-
     rewards = [torch.tensor([[1.0], [2.0], [4.0]]).double(), torch.tensor([[500.0], [100.0], [0.0]]).double()]
     found = {}
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
         settings = {"num_subsets": 3, "reward_weights": [1.0, 0.5], "multi_objective_aggregation": aggregation}
-        trainer = tiny_trainer(tmp_path, reward_funcs=[tiny_reward(), big], **settings)
+        trainer = tiny_trainer(tmp_path, reward_funcs=[tiny_reward(), lambda images, **_: images.sum()], **settings)
         found[aggregation] = trainer.estimator.compute_advantages(rewards)
     assert found["sum_then_normalize"].argmax() == 0  # the large reward drowns the other
     expected = sum(w * (r - r.mean()) / r.std() for w, r in zip([1.0, 0.5], rewards, strict=True))

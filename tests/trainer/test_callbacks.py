@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import calls_of, tiny_trainer
+from tests.helpers import tiny_trainer
 from trl_distreward import LogSamplesCallback
 from trl_distreward.trainer.callbacks import image_grid
 
@@ -17,13 +17,6 @@ def test_grid_puts_images_in_rows():
         row, column = divmod(i, 4)
         assert (grid[row * 4 + 1 : row * 4 + 3, column * 5 + 1 : column * 5 + 4] == i * 10).all()
     assert image_grid(images.expand(6, 3, 2, 3)).mode == "RGB"
-
-
-def test_a_share_of_the_steps_as_eval_steps_sets_the_interval(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=0.5)
-    trainer.add_callback(LogSamplesCallback(trainer))
-    trainer.train()
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{i}.png" for i in (0, 2, 4)}
 
 
 def test_samples_come_from_the_same_noise_and_the_evaluated_weights(tmp_path):
@@ -50,14 +43,6 @@ def test_a_grid_that_cannot_be_made_does_not_end_training(tmp_path, caplog):
     trainer.train()
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-0.png"]
     assert "There is no grid of samples at step 2: an image is not finite" in caplog.text
-
-
-def test_grids_are_decoded_in_slices(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=1, decode_batch_size=3, per_device_eval_batch_size=8)
-    trainer.add_callback(LogSamplesCallback(trainer, freq=1))
-    calls = calls_of(trainer.policy, "decode")
-    trainer.train()
-    assert max(len(x) for (x,), _ in calls) == 3
 
 
 def test_a_sampler_that_is_not_evaluated_is_refused(tmp_path):

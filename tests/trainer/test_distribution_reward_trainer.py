@@ -5,21 +5,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
-from tests.helpers import (
-    SAVE_EVERY_STEP,
-    assert_same_weights,
-    calls_of,
-    features,
-    first_gradients,
-    logged,
-    real_images,
-    tiny_config,
-    tiny_pipeline,
-    tiny_reward,
-    tiny_trainer,
-    trained,
-    weights,
-)
+from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_reward, tiny_trainer, trained
+from tests.runs import SAVE_EVERY_STEP, assert_same_weights, calls_of, first_gradients, logged, weights
 from trl_distreward import DistributionRewardTrainer, FeatureDistance, FeatureStatistics, SubsetReplaceReward
 from trl_distreward.metrics.image_metrics import MeanScore
 from trl_distreward.policies import as_policy
@@ -95,11 +82,8 @@ def test_images_of_a_subset_share_a_reward_unless_each_has_its_credit(tmp_path, 
 
 
 def test_functions_of_single_images_train_without_a_reference_set(tmp_path):
-    def brightness(images, **kwargs):
-        return images.float().mean((1, 2, 3))
-
-    settings = {"learning_rate": 3e-3, "num_subsets": 24, "num_inference_steps": 6}
-    trainer = trained(tmp_path, reward_funcs=brightness, max_steps=30, **settings)
+    settings = {"learning_rate": 3e-3, "num_subsets": 24, "num_inference_steps": 6, "max_steps": 30}
+    trainer = trained(tmp_path, reward_funcs=lambda images, **kwargs: images.float().mean((1, 2, 3)), **settings)
     assert not logged(trainer, "seconds/refresh")
     rewards = logged(trainer, "reward")
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 10
@@ -129,11 +113,9 @@ def test_images_that_are_not_finite_are_not_taken_for_black_ones(tmp_path, part)
     whole = getattr(trainer.policy, part)
 
     def broken(*args):
-        values = whole(*args)
-        if trainer.state.global_step == 1:
-            values = values.clone()
-            values[0] = torch.nan
-        return values
+        factors = torch.ones(len(args[-1]) if part == "decode" else len(args[1]), 1, 1, 1)
+        factors[0] = torch.nan if trainer.state.global_step == 1 else 1.0
+        return whole(*args) * factors
 
     setattr(trainer.policy, part, broken)
     trainer.train()
@@ -220,8 +202,8 @@ def test_a_reward_function_that_returns_another_number_of_values_is_named(tmp_pa
 
 def test_guidance_is_that_of_a_given_policy(tmp_path):
     policy = as_policy(tiny_pipeline(), guidance_scale=2.0)
-    assert tiny_trainer(tmp_path, model=policy).args.guidance_scale == 2.0  # as the card says
-    assert tiny_trainer(tmp_path, model=policy, guidance_scale=2.0).policy is policy
+    trainer = tiny_trainer(tmp_path, model=policy)
+    assert trainer.args.guidance_scale == 2.0 and trainer.policy is policy  # as the card says
     with pytest.raises(ValueError, match="guidance_scale=4.0, but the policy was made with 2.0"):
         tiny_trainer(tmp_path, model=policy, guidance_scale=4.0)
 

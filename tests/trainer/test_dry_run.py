@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.helpers import SAVE_EVERY_STEP, calls_of, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
+from tests.runs import SAVE_EVERY_STEP, calls_of
 from trl_distreward.trainer import dry_run as module
 from trl_distreward.trainer.dry_run import Plan, check_resources, dry_run, format_prediction
 
@@ -58,14 +59,13 @@ def test_evaluations_and_checkpoints_are_counted_as_transformers_makes_them(tmp_
     "settings", [{"ema_decay": 0.9}, {"peft_config": LoraConfig(r=16)}, {"save_only_model": True}]
 )
 def test_predicted_checkpoint_has_the_size_of_a_real_one(tmp_path, settings):
-    def trainer(folder):
+    def trainer():
         pipeline = tiny_pipeline(hidden_size=128, num_layers=3)
-        return tiny_trainer(tmp_path / folder, pipeline, max_steps=1, **SAVE_EVERY_STEP, **settings)
+        return tiny_trainer(tmp_path, pipeline, max_steps=1, **SAVE_EVERY_STEP, **settings)
 
-    prediction = dry_run(trainer("dry"))
-    trainer("real").train()
-    folder = tmp_path / "real" / "checkpoint-1"
-    real = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    prediction = dry_run(trainer())
+    trainer().train()
+    real = sum(file.stat().st_size for file in (tmp_path / "checkpoint-1").rglob("*") if file.is_file())
     assert prediction.checkpoint == pytest.approx(real, rel=0.1)
 
 
@@ -84,14 +84,8 @@ def test_a_dry_run_predicts_every_phase_and_leaves_no_files(tmp_path):
     assert "4 updates on 1 x CPU" in printed and printed.endswith("fits")
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ("rollout", "rollout runs out of the device's .* GiB: lower rollout_batch_size"),
-        ("loss", "training runs out of the device's .* GiB: lower per_device_train_batch_size"),
-    ],
-)
-def test_a_phase_that_does_not_fit_in_memory_is_named_with_what_to_lower(tmp_path, part, message):
+@pytest.mark.parametrize(("part", "lower"), [("rollout", "rollout"), ("loss", "per_device_train")])
+def test_a_phase_that_does_not_fit_in_memory_is_named_with_what_to_lower(tmp_path, part, lower):
     trainer = tiny_trainer(tmp_path, reference_refresh_steps=2)
 
     def full(*_, **__):
@@ -99,19 +93,20 @@ def test_a_phase_that_does_not_fit_in_memory_is_named_with_what_to_lower(tmp_pat
 
     setattr(trainer.estimator, part, full)
     prediction = dry_run(trainer)
-    assert not prediction.fits and re.search(f"does not fit: {message}", format_prediction(prediction))
+    assert not prediction.fits
+    assert re.search(f"does not fit: .* runs out .* lower {lower}_batch_size", format_prediction(prediction))
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path / "not" / "there", ema_decay=0.9, **SAVE_EVERY_STEP)
     check_resources(trainer)
-    monkeypatch.setattr(module, "memory_capacity", lambda _: 1000.0)
-    with pytest.raises(ValueError, match="networks, gradients and optimizer take .* set ema_decay=0"):
-        check_resources(trainer)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "memory_capacity", lambda _: 1000.0)
+        with pytest.raises(ValueError, match="set ema_decay=0"):
+            check_resources(trainer)
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ValueError, match="checkpoints take up to .* set save_total_limit, save_only_model=True"):
+    with pytest.raises(ValueError, match="set save_total_limit, save_only_model=True"):
         check_resources(trainer)
     old = tmp_path / "not" / "there" / "checkpoint-5"
     old.mkdir(parents=True)

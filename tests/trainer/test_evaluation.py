@@ -9,19 +9,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
-from tests.helpers import (
-    EVALUATE_EVERY_STEP,
-    SAVE_EVERY_STEP,
-    Rising,
-    assert_same_weights,
-    features,
-    logged,
-    real_images,
-    tiny_merge_trainer,
-    tiny_trainer,
-    trained,
-    weights,
-)
+from tests.helpers import features, real_images, tiny_merge_trainer, tiny_trainer, trained
+from tests.runs import EVALUATE_EVERY_STEP, SAVE_EVERY_STEP, Rising, assert_same_weights, logged, weights
 from trl_distreward import FeatureDistance, FeatureStatistics, load_pipeline
 from trl_distreward.generation import generate_images
 

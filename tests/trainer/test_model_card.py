@@ -10,17 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 
-from tests.helpers import (
-    SAVE_EVERY_STEP,
-    tiny_config,
-    tiny_merge_trainer,
-    tiny_pipeline,
-    tiny_pool,
-    tiny_trainer,
-    trained,
-    two_spaces,
-)
+from tests.helpers import tiny_config, tiny_merge_trainer, tiny_pipeline, tiny_pool, tiny_trainer, trained, two_spaces
 from tests.policies_tiny import sd3
+from tests.runs import SAVE_EVERY_STEP
 from trl_distreward import DistributionRewardTrainer, LogSamplesCallback
 
 

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from tests.helpers import calls_of, features, logged, tiny_pipeline, tiny_trainer, trained
+from tests.helpers import features, tiny_pipeline, tiny_trainer, trained
+from tests.runs import calls_of, logged
 from trl_distreward.generation import generate_images
 from trl_distreward.policies import as_policy
 
@@ -64,10 +65,3 @@ def test_the_first_set_must_be_finite(tmp_path):
     trainer.policy.decode = lambda x: decode(x) * torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         trainer.train()
-
-
-def test_another_run_of_a_trainer_generates_its_own_set(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=2)
-    trainer.train()
-    trainer.train()
-    assert len(logged(trainer, "seconds/refresh")) == 1

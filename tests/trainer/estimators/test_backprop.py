@@ -3,22 +3,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.helpers import (
-    SAVE_EVERY_STEP,
-    assert_same_weights,
-    calls_of,
-    features,
-    first_gradients,
-    logged,
-    real_images,
-    tiny_config,
-    tiny_reward,
-    tiny_trainer,
-    weights,
-)
+from tests.helpers import features, real_images, tiny_config, tiny_reward, tiny_trainer
+from tests.runs import SAVE_EVERY_STEP, assert_same_weights, calls_of, first_gradients, logged, weights
 from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
-from trl_distreward.sampling import replay, rollout
 from trl_distreward.trainer.estimators.backprop import _has_gradient
 
 BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3, "top_advantage_quantile": 1.0}
@@ -110,22 +98,6 @@ def test_penalty_compares_velocities_where_the_samples_are(tmp_path):
     (4.0 * torch.stack(penalties).mean()).backward()
     expected = gradients(network)
     assert_gradients({name: found[4.0][name] - found[0.0][name] for name in expected}, expected)
-
-
-def test_replayed_steps_have_the_values_of_the_rollout_and_a_gradient():
-    weight = torch.tensor(0.7, requires_grad=True)
-
-    def velocity(x, t):
-        return weight * x * t.view(-1, 1)
-
-    times, noise = [1.0, 0.8, 0.5, 0.2, 0.0], {"noise_schedule": "flow_grpo", "noise_level": 0.6}
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    taken = rollout(velocity, x, times, keep_states=range(1, 5), generator=torch.Generator().manual_seed(1), **noise)
-    assert set(taken.states) == {1, 2, 3, 4}
-    again = replay(velocity, taken.states, times, 1, **noise)
-    assert torch.equal(again, taken.sample)
-    (gradient,) = torch.autograd.grad(again.sum(), weight)
-    assert gradient != 0
 
 
 def held_for_backward(folder, **kwargs):

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from tests.helpers import logged, tiny_config, tiny_pipeline, trained
+from tests.helpers import tiny_config, tiny_pipeline, trained
+from tests.runs import logged
 
 
 def test_rejection_sampling_fits_the_selected_images(tmp_path):

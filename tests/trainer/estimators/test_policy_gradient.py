@@ -1,25 +1,16 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.helpers import calls_of, first_gradients, logged, tiny_pipeline, tiny_trainer, trained, weights
+from tests.helpers import tiny_pipeline, tiny_trainer, trained
+from tests.runs import calls_of, first_gradients, logged
 from trl_distreward.sampling import transition
 from trl_distreward.trainer.estimators.policy_gradient import clipped_policy_loss, gaussian_kl, normalize_ratio
 
 # ---- the loss ----
-
-
-def test_on_policy_gradient_is_the_policy_gradient():
-    log_prob = torch.randn(6, requires_grad=True)
-    advantages = torch.randn(6)
-    result = clipped_policy_loss(log_prob, log_prob.detach(), advantages, epsilon=1e-4)
-    result.loss.sum().backward()
-    assert (result.ratio == 1).all() and not result.clipped.any()
-    torch.testing.assert_close(log_prob.grad, -advantages)
 
 
 def test_clipping_stops_the_gradient_only_beyond_the_range_and_in_the_direction_of_gain():
@@ -68,11 +59,6 @@ def test_on_policy_ratio_is_exactly_one_even_with_label_dropout_configured(tmp_p
     assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
 
 
-def test_bfloat16_rounds_the_network(tmp_path):
-    rounded, whole = (weights(trained(tmp_path, bf16=bf16).network) for bf16 in (True, False))
-    assert any(not torch.equal(value, rounded[name]) for name, value in whole.items())
-
-
 def test_steps_are_scored_with_the_noise_they_were_drawn_with(tmp_path):
     class Quieter(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -104,16 +90,6 @@ def test_gradient_is_that_of_the_objective(tmp_path, kwargs):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-3)
-
-
-def test_update_raises_the_density_of_rewarded_trajectories(tmp_path):
-    trainer = trained(tmp_path, top_advantage_quantile=1.0)
-    velocity = partial(trainer.velocity, trainer.network)
-    with torch.no_grad():
-        micro_batches = [micro for micro, _ in trainer.batch.micro_batches(7, 1)]
-        gains = [trainer.estimator._score(velocity, m).log_prob - m["log_probs"] for m in micro_batches]
-        advantages = torch.cat([micro["advantages"] for micro in micro_batches])
-    assert (torch.cat(gains) * advantages).mean() > 0
 
 
 @pytest.mark.parametrize("ratio_normalization", [False, True])

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.helpers import assert_same_weights, logged, tiny_config, tiny_trainer, weights
+from tests.helpers import tiny_config, tiny_trainer
+from tests.runs import assert_same_weights, logged, weights
 from trl_distreward.trainer.estimators import ESTIMATORS, Estimator
 
 
