@@ -71,13 +71,16 @@ def tiny_config(output_dir, **kwargs):
     return DiffusionDistributionConfig(output_dir=str(output_dir), **settings)
 
 
-def tiny_trainer(output_dir, model=None, reward_funcs=None, peft_config=None, eval_metrics=None, **kwargs):
+def tiny_trainer(
+    output_dir, model=None, reward_funcs=None, peft_config=None, eval_metrics=None, eval_dataset=None, **kwargs
+):
     return DistributionRewardTrainer(
         model=tiny_pipeline() if model is None else model,
         reward_funcs=tiny_reward() if reward_funcs is None else reward_funcs,
         args=tiny_config(output_dir, **kwargs),
         peft_config=peft_config,
         eval_metrics=eval_metrics,
+        eval_dataset=eval_dataset,
     )
 
 
@@ -129,7 +132,14 @@ def tiny_pool(folder, count=4):
 
 
 def tiny_merge_trainer(
-    output_dir, checkpoints=None, reward_funcs=None, callbacks=None, eval_metrics=None, train_dataset=None, **kwargs
+    output_dir,
+    checkpoints=None,
+    reward_funcs=None,
+    callbacks=None,
+    eval_metrics=None,
+    train_dataset=None,
+    eval_dataset=None,
+    **kwargs,
 ):
     if checkpoints is None:
         (output_dir / "pool").mkdir(parents=True, exist_ok=True)
@@ -142,6 +152,7 @@ def tiny_merge_trainer(
         reward_funcs=tiny_reward() if reward_funcs is None else reward_funcs,
         args=MergeCoefficientConfig(output_dir=str(output_dir), **{**defaults, **kwargs}),
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         eval_metrics=eval_metrics,
         callbacks=callbacks,
     )

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 Conditions = Tensor | Sequence[str | int]  # class labels or prompts
 Rows = Union["Dataset", Sequence[Mapping[str, object]]]
+EvalRows = Rows | Mapping[str, Rows]  # several datasets by name
+
+LABEL_COLUMNS = ("label", "labels", "class_label", "class_labels")
+TEXT_COLUMNS = ("prompt", "prompts", "text", "caption")
 
 
 def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Conditions:
@@ -32,13 +36,54 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
     return torch.cat([torch.arange(num_classes).repeat(rounds), last])
 
 
+def column_names(dataset: Rows) -> list[str]:
+    """Columns of a dataset or of a list of rows; `ValueError` says what to pass instead of anything else."""
+    names = getattr(dataset, "column_names", None)
+    if isinstance(names, Mapping):
+        raise ValueError(f"the dataset has splits: pass one of them, dataset[{next(iter(names))!r}].")
+    if not hasattr(dataset, "__len__") or isinstance(dataset, str):
+        raise ValueError(f"the dataset is a {type(dataset).__name__}: pass a datasets.Dataset, which has a length.")
+    if not len(dataset):
+        raise ValueError("the dataset is empty: pass one with at least one row.")
+    if names is None and not isinstance(dataset[0], Mapping):
+        raise ValueError(
+            f"the dataset is a list of {type(dataset[0]).__name__}: pass a Dataset, Dataset.from_dict({{'prompt': "
+            "[...]}), or with 'label' for a model with classes."
+        )
+    return list(dataset[0]) if names is None else names
+
+
 def column_of(dataset: Rows, column: str) -> list:
     """A column of a dataset or of a list of rows, or `ValueError` if there is none."""
-    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    names = column_names(dataset)
     if column not in names:
         raise ValueError(f"the dataset has no column {column!r}: it has {', '.join(names)}.")
     rows = dataset[column] if hasattr(dataset, "column_names") else [row[column] for row in dataset]  # type: ignore[call-overload]
     return [plain(value) for value in rows]
+
+
+def find_column(names: Sequence[str], wanted: Sequence[str], kind: str) -> str:
+    """The one of a dataset's columns that has one of the `wanted` names; `kind` is for the message."""
+    found = [name for name in names if name in wanted]
+    if len(found) != 1:
+        held = f"has the columns {', '.join(found)}, each of which" if found else f"({', '.join(names)}) has none that"
+        remedy = "keep one, by remove_columns" if found else f"rename one to {wanted[0]!r}, by rename_column"
+        raise ValueError(f"the dataset {held} may hold {kind} (any of {', '.join(wanted)}): {remedy}.")
+    return found[0]
+
+
+def read_labels(rows: list, column: str) -> Tensor:
+    """Class labels `(N,)` of a column."""
+    try:
+        labels = torch.as_tensor(rows)
+        if labels.is_floating_point():
+            raise ValueError("labels are floats")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"column {column!r} holds {rows[0]!r}: labels are integers 0…K−1. Use a ClassLabel feature, or "
+            f"dataset.class_encode_column({column!r})."
+        ) from error
+    return labels
 
 
 def plain(value: object) -> Hashable:
@@ -97,7 +142,7 @@ def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashabl
 def strata_of_slots(dataset: Rows | None, column: str, count: int, seed: int, labels: Conditions) -> list[Hashable]:
     """The stratum of each of `count` slots: a column of the dataset, or the slot's class if there is no dataset."""
     if dataset is None:
-        if not isinstance(labels, Tensor) or column != "class_labels":
+        if not isinstance(labels, Tensor) or column not in LABEL_COLUMNS:
             raise ValueError(f"stratify_by={column!r} needs a train_dataset with that column: pass one.")
         return labels.tolist()
     strata = column_of(dataset, column)
@@ -110,19 +155,22 @@ def conditions_of_slots(
     """
     Conditions of `count` slots: the dataset's rows, or all classes in balance if there is no dataset.
 
-    A policy with classes reads the column `class_labels`, and any other the column `prompt`. `stratify_by` names a
-    column of strata, see [`rows_of_slots`].
+    A policy with classes reads the column named in `LABEL_COLUMNS`, any other policy that in `TEXT_COLUMNS`.
+    `stratify_by` names a column of strata, see [`rows_of_slots`].
 
     Raises:
         ValueError: a missing column, conditions that the model does not know, or prompts without a dataset.
     """
+    classes = policy.num_conditions
+    prompts = classes is None
     if dataset is None:
-        if policy.num_conditions is None:
+        if classes is None:
             raise ValueError("this model is conditioned on prompts: pass a train_dataset with a column 'prompt'.")
-        return balanced_labels(count, policy.num_conditions)
-    prompts = policy.num_conditions is None
-    rows = column_of(dataset, "prompt" if prompts else "class_labels")
-    conditions = rows if prompts else torch.as_tensor(rows)
+        return balanced_labels(count, classes)
+    wanted, kind = (TEXT_COLUMNS, "prompts") if prompts else (LABEL_COLUMNS, "class labels")
+    column = find_column(column_names(dataset), wanted, kind)
+    rows = column_of(dataset, column)
+    conditions = rows if prompts else read_labels(rows, column)
     policy.check_conditions(conditions)
     strata = None if stratify_by is None else column_of(dataset, stratify_by)
     return take(conditions, rows_of_slots(len(rows), count, seed, strata))

@@ -110,6 +110,7 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
         ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be at least 1"),
         ({"num_eval_images": 1}, "num_eval_images=1 must be at least 2"),
         ({"max_steps": 0}, "max_steps=0 trains nothing"),
+        ({"num_train_epochs": 5}, "num_train_epochs=5 and max_steps=2 .*: set max_steps=-1 to count epochs"),
     ],
 )
 def test_errors_give_the_value_and_the_rule(tmp_path, kwargs, message):

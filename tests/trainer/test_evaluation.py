@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
@@ -25,7 +26,7 @@ def test_evaluation_reports_every_sampler_and_repeats(tmp_path):
     # the same numbers, by hand
     metric = FeatureDistance(features, FeatureStatistics.from_features(features(real_images())))
     schedule = trainer.args.eval_schedules["ode"]
-    batches = generate_images(trainer.policy, trainer.eval_conditions, schedule, batch_size=8, stream="evaluation")
+    batches = generate_images(trainer.policy, trainer.eval_sets[""], schedule, batch_size=8, stream="evaluation")
     for images, _ in batches:
         metric.update(images)
     assert metric.compute() == pytest.approx(first["eval_ode_distance_features"], rel=1e-5)
@@ -60,6 +61,25 @@ def test_an_evaluation_of_the_best_model_is_recorded_at_its_step(tmp_path, kind)
     trainer.evaluate(seed=7)  # another seed's is not comparable
     found = json.loads((tmp_path / "run.json").read_text())["evaluations"]
     assert [(e["step"], e["values"]["ode_rising"]) for e in found] == [(1, 1), (2, 2), (1, 3)]
+
+
+@pytest.mark.parametrize("kind", [tiny_trainer, tiny_merge_trainer])
+def test_a_dictionary_of_datasets_is_evaluated_by_name(tmp_path, kind):
+    datasets = {name: Dataset.from_dict({"label": [label] * 3}) for name, label in (("cats", 0), ("dogs", 1))}
+    best = {"metric_for_best_model": "dogs_ode_distance_features", "load_best_model_at_end": True}
+    settings = {"max_steps": 2, "num_eval_images": 20, **EVALUATE_EVERY_STEP, **SAVE_EVERY_STEP}
+    trainer = kind(tmp_path / "run", eval_dataset=datasets, **settings, **best)
+    trainer.train()
+    values = trainer.evaluate()
+    assert trainer.state.best_metric == min(logged(trainer, "eval_dogs_ode_distance_features")[:2])
+    assert values["eval_dogs_ode_distance_features"] != values["eval_cats_ode_distance_features"]
+    alone = kind(tmp_path / "alone", eval_dataset=datasets["cats"], num_eval_images=20).evaluate()
+    before = logged(trainer, "eval_cats_ode_distance_features")
+    again = trainer.evaluate(eval_dataset=datasets["cats"], metric_key_prefix="eval")
+    assert again["eval_ode_distance_features"] == values["eval_cats_ode_distance_features"] in before
+    assert alone.keys() == again.keys()
+    with pytest.raises(ValueError, match="choose one of eval_cats_"):
+        kind(tmp_path, eval_dataset=datasets, **{**settings, **best, "metric_for_best_model": "ode_distance_features"})
 
 
 def test_evaluations_of_given_coefficients_are_not_recorded_as_those_of_the_run(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
+from ..conditions import TEXT_COLUMNS
 from ..evaluation.measure import NamedExtractor
 from ..evaluation.sources import read_dataset
 from ..importing import resolve
@@ -53,9 +54,11 @@ class RewardArguments:
     )
     heldout_extractor: str | None = option(None, "Feature extractor for evaluation, which the reward does not use.")
     heldout_statistics: str | None = option(None, "Statistics file for heldout_extractor.")
-    dataset_name: str | None = option(None, "Folder or Hub id of a dataset with class_labels or prompts.")
+    dataset_name: str | None = option(None, "Folder or Hub id of a dataset with class labels or prompts.")
     dataset_split: str = option("train", "Split of the dataset, if it has any.")
-    prompt_column: str = option("prompt", "Column of prompts, in the dataset and in real_images.")
+    prompt_column: str | None = option(
+        None, "Column of prompts, in the dataset and in real_images; by default prompt, prompts, text or caption."
+    )
     log_samples: bool = option(True, "Write grids of samples.")
 
     def __post_init__(self) -> None:
@@ -122,16 +125,17 @@ def build_metrics(arguments: RewardArguments, rewards: list[Reward]) -> dict[str
 
 
 def load_conditions(arguments: RewardArguments) -> Dataset | None:
-    """Loads the dataset of conditions, with its prompts in a column `prompt`."""
+    """Loads the dataset of conditions; `prompt_column` becomes its only column of prompts."""
     if arguments.dataset_name is None:
         return None
     dataset, _ = read_dataset(arguments.dataset_name, arguments.dataset_split)
     column, names = arguments.prompt_column, dataset.column_names
-    if column not in names and "class_labels" not in names:
+    if column is None:
+        return dataset
+    if column not in names:
         raise ValueError(f"dataset {arguments.dataset_name} has no column {column!r}, but {', '.join(names)}.")
-    if column != "prompt" and column in names:
-        dataset = dataset.remove_columns([name for name in names if name == "prompt"]).rename_column(column, "prompt")
-    return dataset
+    dataset = dataset.remove_columns([name for name in names if name in TEXT_COLUMNS and name != column])
+    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
 
 
 def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[], None] | None = None) -> None:

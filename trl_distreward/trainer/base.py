@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..conditions import Rows, conditions_of_slots
+from ..conditions import EvalRows, Rows
 from ..files import State
 from ..hub import with_retries
 from ..metrics.image_metrics import ImageMetric
@@ -40,7 +40,7 @@ from .image_sets import evaluate_samplers
 from .model_card import write_model_card
 from .network import prepare_network
 from .publishing import Publisher
-from .reference_set import conditions_and_slots
+from .reference_set import conditions_and_slots, evaluated_conditions
 from .reward_functions import RewardFunction, RewardFunctions
 from .run_record import RunRecord, describe_run, is_evaluation, write_record
 from .sharding import is_split, without_weights
@@ -75,7 +75,7 @@ class DiffusionTrainer(_BaseTrainer):
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: DiffusionTrainerConfig,
         train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        eval_dataset: EvalRows | None = None,
         eval_metrics: Mapping[str, ImageMetric] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -89,8 +89,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.conditions, self.slot_sampler = conditions_and_slots(self.policy, train_dataset, args)
         if eval_dataset is None and self.policy.num_conditions is None:
             eval_dataset = train_dataset
-        number = args.num_eval_images or args.reference_set_size
-        self.eval_conditions = conditions_of_slots(self.policy, eval_dataset, number, args.eval_seed)
+        self.eval_sets = evaluated_conditions(self.policy, eval_dataset, args, args.reference_set_size)
         self.num_images = 0  # generated for training
         self.run_record = RunRecord()
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
@@ -247,10 +246,15 @@ class DiffusionTrainer(_BaseTrainer):
 
     # ---- generation and evaluation ----
 
+    @property
+    def num_eval_images(self) -> int:
+        """Images of an evaluation under one sampler."""
+        return sum(map(len, self.eval_sets.values()))
+
     @torch.no_grad()
     def evaluate(
         self,
-        eval_dataset: Rows | None = None,
+        eval_dataset: EvalRows | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
         seed: int | None = None,
@@ -259,19 +263,20 @@ class DiffusionTrainer(_BaseTrainer):
         Generates images under every evaluated sampler, from the same noise each time, and computes the metrics.
 
         Args:
-            eval_dataset (`datasets.Dataset`, *optional*): conditions to use instead of the trainer's.
+            eval_dataset (`datasets.Dataset` or `dict` of them, *optional*): conditions instead of the trainer's.
             seed (`int`, *optional*): seed of the noise; `eval_seed` by default.
 
         Returns:
-            `dict[str, float]`: `{prefix}_{sampler}_{metric}`, e.g. `eval_ode_distance_features`.
+            `dict[str, float]`: `{prefix}_{sampler}_{metric}`, e.g. `eval_ode_distance_features`; of a dictionary of
+            datasets `{prefix}_{name}_{sampler}_{metric}`.
         """
-        started, conditions = time.time(), self.eval_conditions
+        started, sets = time.time(), self.eval_sets
         if eval_dataset is not None:
-            number = self.args.num_eval_images or len(eval_dataset)
-            conditions = conditions_of_slots(self.policy, eval_dataset, number, self.args.eval_seed)
-        values = evaluate_samplers(self, conditions, self.args.eval_seed if seed is None else seed)
+            sets = evaluated_conditions(self.policy, eval_dataset, self.args)
+        values = evaluate_samplers(self, sets, self.args.eval_seed if seed is None else seed)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        metrics.update(speed_metrics(metric_key_prefix, started, len(conditions) * len(self.args.eval_schedules)))
+        number = sum(map(len, sets.values()))
+        metrics.update(speed_metrics(metric_key_prefix, started, number * len(self.args.eval_schedules)))
         metrics = broadcast_object_list([metrics])[0]  # the best model must be the same on every process
         if eval_dataset is None and seed is None and metric_key_prefix == "eval":
             found = {"step": self.weights_step, "num_images": self.num_images, "values": values}

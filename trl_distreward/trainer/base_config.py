@@ -79,6 +79,11 @@ class DiffusionTrainerConfig(_BaseConfig):
             raise ValueError(f"{asked}: CUDA graphs overwrite what a sampler keeps. Leave both at their defaults.")
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of updates, or -1 for num_train_epochs.")
+        if self.max_steps > 0 and self.num_train_epochs != 3.0:  # Trainer's default
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs} and max_steps={self.max_steps} both end the training: set "
+                "max_steps=-1 to count epochs, or leave num_train_epochs out."
+            )
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better: bool | None = False
         super().__post_init__()

@@ -43,7 +43,8 @@ def check_rewards_and_metrics(trainer: "DiffusionTrainer") -> None:
     args, best = trainer.args, trainer.args.metric_for_best_model
     if best is None:
         return
-    known = {f"eval_{s}_{name}": metric for s in args.eval_schedules for name, metric in trainer.eval_metrics.items()}
+    samplers = [f"{prefix}{sampler}" for prefix in trainer.eval_sets for sampler in args.eval_schedules]
+    known = {f"eval_{s}_{name}": metric for s in samplers for name, metric in trainer.eval_metrics.items()}
     if best not in known and f"eval_{best}" not in known:
         raise ValueError(f"metric_for_best_model={best!r} is not evaluated: choose one of {', '.join(known)}.")
     higher = getattr(known.get(best, known.get(f"eval_{best}")), "higher_is_better", args.greater_is_better)

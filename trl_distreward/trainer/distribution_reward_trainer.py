@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..conditions import Rows, take
+from ..conditions import EvalRows, Rows, take
 from ..files import State
 from ..metrics.image_metrics import ImageMetric
 from ..policies import Model
@@ -60,10 +60,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
             Several are weighted by `reward_weights` and summed.
         args ([`DiffusionDistributionConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
-            Conditions of the reference set, in a column `class_labels`, or `prompt` for a text-to-image model, and
-            strata in the column `stratify_by`. Every slot keeps its condition. By default all classes are balanced.
-        eval_dataset (`datasets.Dataset`, *optional*):
-            Conditions of the evaluated images; for a text-to-image model the training prompts by default.
+            Conditions of the reference set: class labels in a column `label`, `labels`, `class_label` or
+            `class_labels`; for a text-to-image model prompts in a column `prompt`, `prompts`, `text` or `caption`. The
+            column `stratify_by` holds strata. Every slot keeps its condition. By default all classes are balanced.
+        eval_dataset (`datasets.Dataset` or `dict` of them, *optional*):
+            Conditions of the evaluated images; for a text-to-image model the training prompts by default. The metrics
+            of a dictionary come out as `eval_{name}_…`.
         eval_metrics (`dict[str, ImageMetric]`, *optional*):
             Metrics to evaluate beside the reward's distances, e.g. a [`FeatureDistance`] that the reward does not see.
         peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter instead of the network's own weights.
@@ -81,7 +83,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: DiffusionDistributionConfig | None = None,
         train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        eval_dataset: EvalRows | None = None,
         eval_metrics: Mapping[str, ImageMetric] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,

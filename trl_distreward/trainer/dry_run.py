@@ -62,7 +62,7 @@ class Plan:
             "rollout": args.num_subsets * args.replace_size * args.best_of_n * sampled,
             "update": factor * trainer.estimator.num_passes(),
             "refresh": args.reference_set_size * sampled if trainer.rewards.of_sets else 0,
-            "evaluation": len(trainer.eval_conditions) * evaluated,
+            "evaluation": trainer.num_eval_images * evaluated,
         }
 
         def times(strategy: str, every: float | None) -> int:

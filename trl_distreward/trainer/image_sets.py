@@ -2,6 +2,7 @@
 """Sets of images that all processes generate together: reference sets, evaluations and samples."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,17 +61,20 @@ def shared_images(
             bar.update(count)
 
 
-def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Conditions, seed: int) -> dict[str, float]:
-    """Computes the trainer's metrics, `{sampler}_{metric}`, under every evaluated schedule from noise of `seed`."""
+def evaluate_samplers(trainer: "DiffusionTrainer", sets: dict[str, Conditions], seed: int) -> dict[str, float]:
+    """
+    Computes the trainer's metrics, `{prefix}{sampler}_{metric}`, for `sets` of conditions by prefix, under every
+    evaluated schedule from noise of `seed`.
+    """
     schedules, device, gather = trainer.args.eval_schedules, trainer.accelerator.device, trainer.accelerator.gather
     if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and trainer.model is trainer.model_wrapped:
         trainer.model.to(device)  # before training they leave it where it was loaded
     values: dict[str, float] = {}
     record = trainer.run_record
-    record.images["evaluation"] += len(conditions) * len(schedules)
+    record.images["evaluation"] += sum(map(len, sets.values())) * len(schedules)
     with evaluating(trainer.sampled_model) as model, record.timed("evaluation"), trainer.evaluation_weights():
-        for sampler, schedule in schedules.items():
-            name = f"Evaluation, {sampler}"
+        for (prefix, conditions), (sampler, schedule) in product(sets.items(), schedules.items()):
+            name = f"Evaluation, {prefix}{sampler}"
             for metric in trainer.eval_metrics.values():
                 metric.reset()
             batches = shared_images(trainer, model, conditions, schedule, (seed, "evaluation", 0), name)
@@ -82,7 +86,7 @@ def evaluate_samplers(trainer: "DiffusionTrainer", conditions: Conditions, seed:
                 for metric in trainer.eval_metrics.values():
                     metric.update(gathered, everyone[:valid])
             for key, metric in trainer.eval_metrics.items():
-                values[f"{sampler}_{key}"] = float(metric.compute())
+                values[f"{prefix}{sampler}_{key}"] = float(metric.compute())
                 metric.reset()  # frees the features
     return values
 

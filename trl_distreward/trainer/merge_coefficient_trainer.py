@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..conditions import Rows, conditions_of_slots
+from ..conditions import EvalRows, Rows, conditions_of_slots
 from ..files import State, write_json
 from ..generation import image_generators
 from ..merging.adapters import ADAPTER_FOLDER
@@ -93,7 +93,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: MergeCoefficientConfig | None = None,
         train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        eval_dataset: EvalRows | None = None,
         eval_metrics: Mapping[str, ImageMetric] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
@@ -271,7 +271,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         seed, self.comparison = self.args.eval_seed if seed is None else seed, {}
         for name, coefficients in rows.items():
             self._shown = self._expanded(coefficients)
-            self.comparison[name] = evaluate_samplers(self, self.eval_conditions, seed)
+            self.comparison[name] = evaluate_samplers(self, self.eval_sets, seed)
         self._shown = None
         write_record(self)
         return self.comparison

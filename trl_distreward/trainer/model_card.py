@@ -41,7 +41,7 @@ def write_model_card(
         EvalResult(
             task_type=pipeline_tag,
             dataset_type="custom",
-            dataset_name=f"{len(trainer.eval_conditions)} generated images against the run's real data",
+            dataset_name=f"{trainer.num_eval_images} generated images against the run's real data",
             metric_type=metric,
             metric_name=metric,
             metric_value=round(value, 6),

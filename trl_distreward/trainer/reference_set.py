@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The generated reference set that subsets are judged in, and when it is generated anew."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from ..conditions import Conditions, Rows, conditions_of_slots, strata_of_slots
+from ..conditions import Conditions, EvalRows, Rows, conditions_of_slots, strata_of_slots
 from ..files import State
 from ..policies import DiffusionPolicy
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
@@ -35,6 +35,20 @@ def conditions_and_slots(
         return conditions, SlotSampler(size, seed=args.seed)
     strata = strata_of_slots(dataset, column, size, args.seed, conditions)
     return conditions, StratifiedSlotSampler(strata, seed=args.seed)
+
+
+def evaluated_conditions(
+    policy: DiffusionPolicy, dataset: EvalRows | None, args: "DiffusionTrainerConfig", default: int | None = None
+) -> dict[str, Conditions]:
+    """
+    Conditions to evaluate, by prefix of their metrics' names: `"NAME_"` for each of a dictionary of datasets, else
+    `""`. There are `num_eval_images` of each, else `default`, else as many as the dataset has rows.
+    """
+    datasets = {f"{name}_": each for name, each in dataset.items()} if isinstance(dataset, Mapping) else {"": dataset}
+    counts = {prefix: args.num_eval_images or default or len(each or ()) for prefix, each in datasets.items()}
+    return {
+        prefix: conditions_of_slots(policy, each, counts[prefix], args.eval_seed) for prefix, each in datasets.items()
+    }
 
 
 class ReferenceSet:
