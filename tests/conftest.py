@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 torch.set_num_threads(1)
 
@@ -14,3 +15,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """Statistics of one test's images are not kept for another."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("cache")))

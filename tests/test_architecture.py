@@ -15,8 +15,10 @@ LAYERS = [
     {"models"},
     {"pipelines", "conversion", "merging"},
     {"policies", "metrics"},
-    {"generation", "rewards"},
-    {"trainer", "evaluation"},
+    {"generation"},
+    {"evaluation"},
+    {"rewards"},
+    {"trainer"},
     {"scripts"},
     {"__main__"},
 ]

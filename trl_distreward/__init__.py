@@ -14,7 +14,7 @@ _PUBLIC = {
     "metrics.clip": ["JointTextFeatures", "load_clip"],
     "metrics.extractors": ["JointFeatures", "load_feature_extractor"],
     "metrics.frechet": ["FrechetDistance", "frechet_distance"],
-    "metrics.image_metrics": ["FeatureDistance"],
+    "evaluation.image_metrics": ["FeatureDistance"],
     "metrics.inception": ["InceptionV3", "load_inception"],
     "metrics.kernel": ["KernelDistance"],
     "metrics.prdc": ["precision_recall_density_coverage"],
@@ -39,6 +39,7 @@ _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in name
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # for type checkers and editors
+    from .evaluation.image_metrics import FeatureDistance as FeatureDistance
     from .generation import SamplingSchedule as SamplingSchedule
     from .generation import generate_images as generate_images
     from .merging.coefficients import EMANet as EMANet
@@ -49,7 +50,6 @@ if TYPE_CHECKING:  # for type checkers and editors
     from .metrics.extractors import load_feature_extractor as load_feature_extractor
     from .metrics.frechet import FrechetDistance as FrechetDistance
     from .metrics.frechet import frechet_distance as frechet_distance
-    from .metrics.image_metrics import FeatureDistance as FeatureDistance
     from .metrics.inception import InceptionV3 as InceptionV3
     from .metrics.inception import load_inception as load_inception
     from .metrics.kernel import KernelDistance as KernelDistance

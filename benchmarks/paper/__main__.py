@@ -30,7 +30,7 @@ from results import append_run, complete, read_runs, write_table  # noqa: E402
 from runs import IMAGES_PER_UPDATE, Digits, FallingNoise, build_trainer, held_for_backward, parse_args, run  # noqa: E402
 from summary import rows_of  # noqa: E402
 
-from trl_distreward.metrics.image_metrics import MeanScore  # noqa: E402
+from trl_distreward.evaluation.image_metrics import MeanScore  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LOGS = Path("outputs/paper")

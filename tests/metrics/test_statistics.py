@@ -117,9 +117,11 @@ def test_edm2_statistics_are_chosen_by_extractor(tmp_path):
     path = tmp_path / "img512.pkl"
     content = {"num_images": 30, "fid": moments(), "fd_dinov2": moments(5, seed=1)}
     path.write_bytes(pickle.dumps(content, protocol=4))
+    resizes = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
     for name, expected in (("inception", moments()), ("dinov2", moments(5, seed=1))):
         loaded = FeatureStatistics.load(path, name)
-        assert loaded.count == 30 and loaded.metadata == {"source": "img512.pkl", "extractor": name}
+        about = {"source": "img512.pkl", "extractor": name, "resize": resizes[name]}
+        assert loaded.count == 30 and loaded.metadata == about
         assert np.array_equal(loaded.mean.numpy(), expected["mu"])
         np.testing.assert_allclose(loaded.covariance.numpy(), expected["sigma"], rtol=1e-14)
     for wanted in (None, "clip"):

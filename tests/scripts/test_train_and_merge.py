@@ -5,16 +5,16 @@ import re
 import signal
 from dataclasses import replace
 from importlib.metadata import requires
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageColumn
 
 from tests.clip import coloured, save_tiny_clip
-from tests.evaluation.images import pixels
+from tests.evaluation.images import encoded, pixels, project
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_pool
 from tests.policies_tiny import sd3
 from trl_distreward import (
@@ -22,10 +22,10 @@ from trl_distreward import (
     FeatureStatistics,
     MergeCoefficientConfig,
     MergeCoefficientTrainer,
+    SubsetReplaceReward,
     load_pipeline,
 )
-from trl_distreward.metrics.extractors import load_feature_extractor
-from trl_distreward.metrics.statistics import load_features
+from trl_distreward.evaluation.decoding import StoredImage, decode_image
 from trl_distreward.rewards import clip_score, hps_score, pick_score
 from trl_distreward.scripts import arguments, merge, train
 
@@ -174,7 +174,7 @@ def test_rewards_are_known_by_name(tmp_path):
         "tests.helpers.features": features,
     }
     given = train.TrainArguments(model="x", reward_funcs=list(specs))
-    rewards = arguments.build_rewards(given, str(tmp_path))
+    rewards = arguments.build_rewards(given)
     for reward, expected in zip(rewards[:-1], list(specs.values())[:-1], strict=True):
         assert torch.equal(reward(images, conditions=prompts), expected(images, conditions=prompts))
     assert rewards[-1] is features
@@ -208,20 +208,23 @@ def test_prompts_may_be_in_any_column_of_a_saved_dataset(tmp_path):
             load(name, **options)
 
 
-def test_statistics_of_real_images_are_computed_once(tmp_path):
-    np.savez(tmp_path / "real.npz", pixels(9))
-    given = {"model": "x", "feature_extractor": PROJECT, "real_images": str(tmp_path / "real.npz")}
-    options, extractor = train.TrainArguments(**given, real_resize=4), load_feature_extractor(PROJECT)
-    path = arguments.find_real_statistics(options, extractor, str(tmp_path / "out"))
-    assert FeatureStatistics.load(path).count == 9
-    written = Path(path).stat().st_mtime_ns
-    assert arguments.find_real_statistics(options, extractor, str(tmp_path / "out")) == path
-    assert Path(path).stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match="was made with image_resize=4, not 8: remove it, or name another file"):
-        arguments.find_real_statistics(replace(options, real_resize=8), extractor, str(tmp_path / "out"))
-    kernel = replace(options, distance="kernel", real_statistics=str(tmp_path / "features.safetensors"))
-    features = load_features(arguments.find_real_statistics(kernel, extractor, str(tmp_path / "out")))
-    assert features.shape == (9, 5)
+@pytest.mark.parametrize("distance", ["frechet", "kernel"])
+def test_the_reward_takes_a_split_of_real_images(tmp_path, distance):
+    pictures = {name: [{"bytes": encoded(image)} for image in pixels(9, seed=len(name))] for name in ("train", "test")}
+    features = Features({"picture": ImageColumn(), "caption": Value("string")})
+    splits = {k: Dataset.from_dict({"picture": v, "caption": ["a"] * 9}, features) for k, v in pictures.items()}
+    DatasetDict(splits).save_to_disk(tmp_path / "real")
+    given = {"model": "x", "feature_extractor": PROJECT, "real_images": str(tmp_path / "real"), "distance": distance}
+    options = train.TrainArguments(**given, real_split="test", real_resize=4)
+    (reward,) = arguments.build_rewards(options)
+    reduced = [decode_image(StoredImage("", image), resize=4) for image in pixels(9, seed=4)]
+    expected = SubsetReplaceReward(project, project(torch.from_numpy(np.stack(reduced))), distance)
+    images = torch.from_numpy(pixels(8, seed=7)).permute(0, 3, 1, 2)
+    for each in (reward, expected):
+        each.set_reference({"features": project(images)})
+    assert reward.reference_distances["features"] == pytest.approx(expected.reference_distances["features"], rel=1e-4)
+    with pytest.raises(ValueError, match="is not in .*real: choose one of train, test"):
+        arguments.build_rewards(replace(options, real_split=None))
 
 
 def test_options_take_numbers_or_words(tmp_path):

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_reward, tiny_trainer, trained
 from tests.runs import SAVE_EVERY_STEP, assert_same_weights, calls_of, first_gradients, logged, weights
 from trl_distreward import DistributionRewardTrainer, FeatureDistance, FeatureStatistics, SubsetReplaceReward
-from trl_distreward.metrics.image_metrics import MeanScore
+from trl_distreward.evaluation.image_metrics import MeanScore
 from trl_distreward.policies import as_policy
 from trl_distreward.trainer.estimators import ESTIMATORS
 

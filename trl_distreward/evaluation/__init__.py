@@ -3,6 +3,7 @@
 
 from .features import CollectedFeatures, collect_features
 from .generated import GeneratedImages
+from .real import real_data
 from .sources import ImageSource, open_images
 
-__all__ = ["CollectedFeatures", "GeneratedImages", "ImageSource", "collect_features", "open_images"]
+__all__ = ["CollectedFeatures", "GeneratedImages", "ImageSource", "collect_features", "open_images", "real_data"]

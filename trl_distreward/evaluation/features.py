@@ -10,6 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +31,11 @@ from .sources import ImageSource
 
 _PATTERN, _SETTINGS = "features-*.safetensors", "settings.json"
 _BLOCK = 4096  # rows that enter the moments together; the last bits of the sums depend on it
+
+
+def start_processes() -> PartialState:
+    """Returns the state of this process; processes wait for each other as long as needed."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
 class CollectedFeatures:

@@ -9,15 +9,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..conditions import Conditions
-from ..metrics.extractors import describe_extractor
 from ..metrics.scores import FRECHET, feature_metrics
-from ..metrics.statistics import SPATIAL, FeatureStatistics, check_extractor, load_features
+from ..metrics.statistics import FeatureStatistics, load_features
 from .features import collect_features
-from .sources import ImageSource, npz_names, open_images
-
-# resizes of EDM2's statistics and of ADM's reference batches, which the files do not name
-_EDM2_RESIZE = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
-_ADM_RESIZE = "tensorflow"
+from .real import check_statistics, holds_statistics
+from .sources import ImageSource, open_images
 
 
 class NamedExtractor(Protocol):
@@ -39,7 +35,10 @@ class RealSet:
     def __init__(self, path: str | os.PathLike, extractor: NamedExtractor, metrics: Sequence[str], **options: Any):
         self.path, self.extractor, self.metrics = Path(path), extractor, metrics
         self.needs_features = not {*metrics} <= {*FRECHET, "inception_score"}
-        self.statistics = _read_moments(self.path, extractor)
+        self.statistics: FeatureStatistics | None = None
+        if holds_statistics(self.path, extractor):
+            self.statistics = FeatureStatistics.load(path, extractor.name)
+            check_statistics(self.statistics, extractor, path)
         self.features: Tensor | None = None
         self.images: ImageSource | None = None
         if self.needs_features and self.path.suffix == ".safetensors":
@@ -72,20 +71,3 @@ class RealSet:
         mean_norm = statistics.mean.norm().item()  # tells whether two reports are against the same data
         about = {"path": str(self.path), "count": statistics.count, "mean_norm": mean_norm}
         return {"extractor": self.extractor.name, "resize": self.extractor.resize, "real": about, "metrics": metrics}
-
-
-def _read_moments(path: Path, extractor: NamedExtractor) -> FeatureStatistics | None:
-    """Moments from a statistics file or a reference batch; `None` if they must be computed from images."""
-    name, resize = extractor.name, extractor.resize
-    if path.suffix not in (".safetensors", ".npz", ".pkl"):
-        return None
-    held = npz_names(path) if path.suffix == ".npz" else []
-    if "arr_0" in held and not ("mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE):
-        return None
-    statistics = FeatureStatistics.load(path, name)
-    about: dict[str, object] = {**statistics.metadata, "dimension": statistics.dimension}
-    if path.suffix == ".pkl":
-        about["resize"] = _EDM2_RESIZE[name]
-    dimension = getattr(extractor, "dimension", None)
-    check_extractor(about, {**describe_extractor(extractor), "dimension": dimension}, path)
-    return statistics

@@ -4,6 +4,7 @@ Sets of stored images: folders, ADM samples (`.npz`) and datasets. A set is read
 the batch size alone, so any number of processes sees the same batches.
 """
 
+import hashlib
 import math
 import os
 import struct
@@ -13,8 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
+from ..conditions import find_column
 from .decoding import StoredImage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -23,13 +26,17 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 class ImageSource:
     """
     A set of `count` images that `read` returns by number, as [`~evaluation.decoding.StoredImage`]. A shard is a range
-    of at most 64 batches. Unfinished work is continued only if the `description` of the set is unchanged.
+    of at most 64 batches. Unfinished work is continued only if the `description` of the set is unchanged; `is_fixed`
+    tells that no image can change without it.
     """
 
     in_workers = True  # whether the worker processes of a DataLoader may read the images
+    is_fixed = False
 
-    def __init__(self, description: dict[str, object], count: int, read: Callable[[int], StoredImage]):
-        self.description, self.count, self.read = description, count, read
+    def __init__(
+        self, description: dict[str, object], count: int, read: Callable[[int], StoredImage], is_fixed: bool = False
+    ):
+        self.description, self.count, self.read, self.is_fixed = description, count, read, is_fixed
 
     def _shard_size(self, batch_size: int) -> int:
         return batch_size * min(64, -(-self.count // (64 * batch_size)))
@@ -64,7 +71,7 @@ class StreamedImages(ImageSource):
 
 
 def open_images(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Dataset | IterableDataset,
     *,
     split: str | None = None,
     config: str | None = None,
@@ -72,46 +79,61 @@ def open_images(
     data_files: list[str] | None = None,
     streaming: bool = False,
     image_column: str | None = None,
-    prompt_column: str | None = None,
+    prompt_column: str | Sequence[str] | None = None,
 ) -> ImageSource:
     """
     Opens a set of images.
 
     Args:
         source (`str` or `os.PathLike`): folder of images, ADM sample (`.npz`), folder that `datasets` saved, name of a
-            dataset on the Hub, or a format (`"webdataset"`, `"parquet"`) whose files `data_files` names.
+            dataset on the Hub, or a format (`"webdataset"`, `"parquet"`) whose files `data_files` names; or a dataset.
         split (`str`, *optional*): split of a dataset; needed if there are several.
         config, revision, data_files, streaming: see `datasets.load_dataset`.
         image_column (`str`, *optional*): column of images of a dataset; by default the only one.
-        prompt_column (`str`, *optional*): column of the images' prompts, for features that need them.
+        prompt_column (`str` or list of them, *optional*):
+            column of the images' prompts, for features that need them, or possible names of it.
     """
-    path = Path(source)
-    if path.suffix == ".npz":
-        return _open_npz(path)
-    if path.is_dir() and not _is_saved_dataset(path):
-        if any(path.glob("checkpoint-*")):  # its sample grids are not what is to be measured
-            raise ValueError(f"{source} is the output folder of a run: name a pipeline in it, or a folder of images.")
-        return _open_folder(path)
-    if path.is_file() or (not path.exists() and str(source).startswith((".", "/"))):
-        raise FileNotFoundError(f"no folder {source}: name a folder of images, an .npz file or a dataset.")
-    options = {"name": config, "revision": revision, "data_files": data_files, "streaming": streaming}
-    rows, split = read_dataset(str(source), split, **options)
-    names = list(rows.features or [])
+    description: dict[str, object] = {"source": "the dataset"}
+    if isinstance(source, Dataset | IterableDataset):
+        rows = source
+    else:
+        path = Path(source)
+        if path.suffix == ".npz":
+            return _open_npz(path)
+        if path.is_dir() and not _is_saved_dataset(path):
+            if any(path.glob("checkpoint-*")):  # its sample grids are not what is to be measured
+                raise ValueError(
+                    f"{path} is the output folder of a run: name a pipeline in it, or a folder of images."
+                )
+            return _open_folder(path)
+        if path.is_file() or (not path.exists() and str(source).startswith((".", "/"))):
+            raise FileNotFoundError(f"no folder {source}: name a folder of images, an .npz file or a dataset.")
+        options = {"name": config, "revision": revision, "data_files": data_files, "streaming": streaming}
+        rows, split = read_dataset(str(source), split, **options)
+        description = {"source": str(path), "split": split, **options}
+    names, name = list(rows.features or []), str(description["source"])
     found = [name for name in names if isinstance(rows.features[name], Image)]
+    if not isinstance(prompt_column, str | None):
+        prompt_column = find_column(names, prompt_column, "the images' conditions")
     columns = ([image_column] if image_column else found) + ([prompt_column] if prompt_column else [])
     if len(columns) != 1 + bool(prompt_column) or not set(columns) <= set(names):
         raise ValueError(
-            f"{source} has the columns {', '.join(names)}, of which {', '.join(found) or 'none'} hold images: name "
+            f"{name} has the columns {', '.join(names)}, of which {', '.join(found) or 'none'} hold images: name "
             f"one with --image-column, and one of prompts if they are needed; not {', '.join(columns) or 'none'}."
         )
+    # without a format, so that images of all sources are decoded alike
+    rows = rows.with_format(None).select_columns(columns)
     if columns[0] in found:
-        rows = rows.cast_column(columns[0], Image(decode=False))  # so that images of all sources are decoded alike
-    rows = rows.select_columns(columns)
-    description: dict[str, object] = {"source": str(path), "split": split, **options, "columns": columns}
+        rows = rows.cast_column(columns[0], Image(decode=False))
+    description["columns"] = columns
     if isinstance(rows, IterableDataset):
         return StreamedImages(rows, columns, description)
+    if not len(rows):
+        raise ValueError(f"{name} is empty: give one with images.")
     description |= {"images": len(rows), "fingerprint": rows._fingerprint}
-    return ImageSource(description, len(rows), partial(_read_row, rows, columns, str(path)))
+    images = rows.data.column(columns[0])
+    is_fixed = columns[0] in found and not pc.struct_field(images, "bytes").null_count  # no paths of images
+    return ImageSource(description, len(rows), partial(_read_row, rows, columns, name), is_fixed)
 
 
 def _read_row(rows: Dataset, columns: list[str], source: str, index: int) -> StoredImage:
@@ -148,17 +170,20 @@ def _open_folder(folder: Path) -> ImageSource:
             "'webdataset' or 'parquet' and --data-files."
         )
     description = {"source": str(folder), "images": len(paths), "files": _state_of(paths)}
-    return ImageSource(description, len(paths), partial(_read_file, paths))
+    return ImageSource(description, len(paths), partial(_read_file, paths), is_fixed=True)
 
 
 def _read_file(paths: Sequence[str], index: int) -> StoredImage:
     return StoredImage(paths[index], paths[index])
 
 
-def _state_of(paths: Sequence[str | Path]) -> list[int]:
-    """Total size and time of the last change, by which replaced files are noticed."""
-    states = [os.stat(path) for path in paths]
-    return [sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)]
+def _state_of(paths: Sequence[str | Path]) -> str:
+    """Digest of the files' names, sizes and times, by which replaced files are noticed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        state = os.stat(path)
+        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def npz_names(path: Path) -> list[str]:
@@ -188,7 +213,7 @@ def _open_npz(path: Path) -> ImageSource:
         offset = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + start
     pixels = np.memmap(path, np.uint8, "r", offset, shape)
     description = {"source": str(path), "images": len(pixels), "files": _state_of([path])}
-    return ImageSource(description, len(pixels), partial(_read_pixels, path, pixels))
+    return ImageSource(description, len(pixels), partial(_read_pixels, path, pixels), is_fixed=True)
 
 
 def _read_pixels(path: Path, pixels: np.ndarray, index: int) -> StoredImage:

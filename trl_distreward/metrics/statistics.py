@@ -16,7 +16,9 @@ from ..files import written_whole
 from .checks import check_features
 
 SPATIAL = "inception-spatial"  # name of ADM's spatial features, whose moments its reference batches hold too
-_EDM2_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}  # feature spaces in EDM2's files, by extractor
+# feature spaces in EDM2's files by extractor, and their resizes, which the files do not name
+_EDM2_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
+_EDM2_RESIZE = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
 
 
 class FeatureStatistics:
@@ -43,8 +45,11 @@ class FeatureStatistics:
         self.metadata = dict(metadata or {})
 
     @classmethod
-    def from_features(cls, features: Tensor, metadata: Mapping[str, str] | None = None) -> "FeatureStatistics":
+    def from_features(
+        cls, features: Tensor | np.ndarray, metadata: Mapping[str, str] | None = None
+    ) -> "FeatureStatistics":
         """Statistics of `features` of shape `(N, d)`; raises `ValueError` on NaN or infinite values."""
+        features = torch.from_numpy(features) if isinstance(features, np.ndarray) else features
         statistics = cls(check_features(features).shape[1], metadata)
         statistics.update(features)
         return statistics
@@ -164,7 +169,8 @@ def _read_edm2(path: Path, extractor: str | None) -> Moments:
     name = extractor or names[0]
     arrays = (read_array(content[_EDM2_NAMES[name]][key]) for key in ("mu", "sigma"))
     mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
-    return mean, covariance, content.get("num_images"), {"source": path.name, "extractor": name}
+    about = {"source": path.name, "extractor": name, "resize": _EDM2_RESIZE[name]}
+    return mean, covariance, content.get("num_images"), about
 
 
 def load_features(path: str | os.PathLike) -> Tensor | None:

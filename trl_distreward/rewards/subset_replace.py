@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..conditions import Conditions
+from ..evaluation.image_metrics import FeatureDistance
+from ..evaluation.real import RealSource, build_distance
 from ..files import State
-from ..metrics.distance import Distance, RealData, build_distance
+from ..metrics.distance import Distance
 from ..metrics.extractors import FeatureExtractor, describe_extractor, extract_features, freeze, move
-from ..metrics.image_metrics import FeatureDistance
 
 CREDITS = ("shared", "leave_one_in")
 
@@ -28,11 +29,13 @@ class SubsetReplaceReward:
     Args:
         feature_extractor (`Callable`, `torch.nn.Module` or `dict` of them): maps uint8 images `(B, C, H, W)` to
             features `(B, d)`. A dictionary names several feature spaces.
-        real_statistics ([`FeatureStatistics`], path, or `dict` of them): the real data in each feature space, under
-            the extractors' names.
+        real_statistics: the real data: [`FeatureStatistics`], features `(M, d)`, a statistics file, a folder of images
+            or a `datasets.Dataset` of them, see [`~evaluation.real_data`]; or a dictionary of these under the
+            extractors' names.
         distance (`str` or `Callable`, *optional*, defaults to `"frechet"`): `"frechet"`, `"kernel"` (compares with the
             real features `(M, d)` themselves), or a function from what `real_statistics` holds to a
             [`~metrics.Distance`].
+        real_resize (`int`, *optional*): side to which real images are cropped and resized; the generator's.
         space_weights (`dict[str, float]`, *optional*): weights of the feature spaces, 1 by default. With more than one
             space, each distance is first divided by the value it had for the first reference set, so that no space
             dominates by its units.
@@ -61,9 +64,10 @@ class SubsetReplaceReward:
     def __init__(
         self,
         feature_extractor: FeatureExtractor | Mapping[str, FeatureExtractor],
-        real_statistics: RealData | Mapping[str, RealData],
+        real_statistics: RealSource | Mapping[str, RealSource],
         distance: str | Callable[..., Distance] = "frechet",
         *,
+        real_resize: int | None = None,
         space_weights: Mapping[str, float] | None = None,
         credit: str = "shared",
         control_variate: bool = False,
@@ -75,11 +79,11 @@ class SubsetReplaceReward:
         self.credit, self.control_variate = credit, control_variate
         extractors, real = feature_extractor, real_statistics
         if not isinstance(extractors, Mapping):
-            extractors, real = {"features": extractors}, {"features": real}  # type: ignore[dict-item]
+            extractors, real = {"features": extractors}, {"features": real}
         if not isinstance(real, Mapping) or set(real) != set(extractors):
             raise ValueError(f"real_statistics must be a dictionary with the extractors' names {sorted(extractors)}.")
         self.extractors = {name: freeze(extractor) for name, extractor in extractors.items()}
-        self.distances = {name: build_distance(distance, real[name], each) for name, each in extractors.items()}
+        self.distances = {k: build_distance(distance, real[k], each, real_resize) for k, each in extractors.items()}
         needed = ["leave_one_in", "delete_one"] if credit == "leave_one_in" else ["delete_one"] * control_variate
         for name, built in self.distances.items():
             if not all(hasattr(built, method) for method in needed):

@@ -4,27 +4,23 @@
 import logging
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from ..conditions import TEXT_COLUMNS
-from ..evaluation.measure import NamedExtractor
-from ..evaluation.sources import read_dataset
+from ..evaluation.image_metrics import FeatureDistance, ImageMetric, MeanScore
+from ..evaluation.sources import ImageSource, open_images, read_dataset
 from ..importing import resolve
 from ..metrics.distance import DISTANCES
 from ..metrics.extractors import load_feature_extractor
-from ..metrics.image_metrics import FeatureDistance, ImageMetric, MeanScore
-from ..metrics.statistics import FeatureStatistics
 from ..rewards.per_image import clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..trainer.base import DiffusionTrainer
 from ..trainer.base_config import option
 from ..trainer.callbacks import LogSamplesCallback
 from .common import EXTRACTOR_HELP, find_extractor, split_spec
-from .statistics import write_statistics
 
 Model = str | DiffusionPipeline
 Reward = SubsetReplaceReward | Callable[..., Any]
@@ -38,10 +34,10 @@ class RewardArguments:
 
     model: str = option(MISSING, "Folder or Hub id of the pipeline.")
     feature_extractor: str | None = option(None, f"Feature extractor of the distribution reward: {EXTRACTOR_HELP}.")
-    real_statistics: str | None = option(None, "Statistics of real images, with features unless distance is frechet.")
-    real_images: str | None = option(
-        None, "Folder, .npz or dataset to compute real_statistics from, once, by default into output_dir."
+    real_statistics: str | None = option(
+        None, "Statistics of real images, with features unless distance is frechet; or a folder of images."
     )
+    real_images: str | None = option(None, "Folder, .npz or dataset of real images, in place of real_statistics.")
     real_split: str | None = option(None, "Split of real_images, if there are several.")
     real_resize: int | None = option(None, "Side to which real_images are cropped and resized.")
     prompt_encoder: str | None = option(
@@ -72,14 +68,14 @@ class RewardArguments:
             raise ValueError("heldout_extractor and heldout_statistics belong together: give both or none.")
 
 
-def build_rewards(arguments: RewardArguments, output_dir: str, **options: Any) -> list[Reward]:
+def build_rewards(arguments: RewardArguments, **options: Any) -> list[Reward]:
     """Returns the reward functions; `options` go to the [`SubsetReplaceReward`]."""
     rewards = [find_reward(spec) for spec in arguments.reward_funcs]
     name, encoder = arguments.feature_extractor, arguments.prompt_encoder
     if name is not None or encoder is not None:
         extractor = find_extractor(name, encoder, arguments.prompt_scale)
-        real = find_real_statistics(arguments, extractor, output_dir)
-        rewards.insert(0, SubsetReplaceReward(extractor, real, arguments.distance, **options))
+        options |= {"distance": arguments.distance, "real_resize": arguments.real_resize}
+        rewards.insert(0, SubsetReplaceReward(extractor, find_real_data(arguments), **options))
     return rewards
 
 
@@ -94,24 +90,13 @@ def find_reward(spec: str) -> Reward:
         raise ValueError(f"reward {spec!r} has wrong options: {error}.") from error
 
 
-def find_real_statistics(arguments: RewardArguments, extractor: NamedExtractor, output_dir: str) -> str:
-    """Returns the file of real statistics, computed from `real_images` if it does not exist."""
-    path = Path(arguments.real_statistics or Path(output_dir) / "real_statistics.safetensors")
-    if arguments.real_images is None:
-        return str(path)
-    prompts = None if arguments.prompt_encoder is None else arguments.prompt_column
-    made_of = {"split": arguments.real_split, "prompt_column": prompts}
-    if not path.is_file():
-        images = {**made_of, "streaming": not Path(arguments.real_images).exists()}  # a dataset on the Hub may be huge
-        features, resize = arguments.distance != "frechet", arguments.real_resize
-        write_statistics(arguments.real_images, extractor, path, images=images, features=features, resize=resize)
-    held = FeatureStatistics.load(path).metadata
-    asked = {"source": Path(arguments.real_images), "image_resize": arguments.real_resize, **made_of}
-    changed = [name for name, value in asked.items() if value is not None and held.get(name) != str(value)]
-    if changed:
-        was = f"{changed[0]}={held.get(changed[0])}, not {asked[changed[0]]}"
-        raise ValueError(f"{path} was made with {was}: remove it, or name another file as real_statistics.")
-    return str(path)
+def find_real_data(arguments: RewardArguments) -> str | ImageSource | None:
+    """Returns the statistics file of the reward's real data, or its images."""
+    source, encoder = arguments.real_images, arguments.prompt_encoder
+    if source is None:
+        return arguments.real_statistics
+    prompts = None if encoder is None else arguments.prompt_column or TEXT_COLUMNS
+    return open_images(source, split=arguments.real_split, prompt_column=prompts)
 
 
 def build_metrics(arguments: RewardArguments, rewards: list[Reward]) -> dict[str, ImageMetric]:

@@ -4,11 +4,8 @@
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from trl import TrlParser
 
 from ..evaluation.measure import NamedExtractor
@@ -101,8 +98,3 @@ def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_s
         return extractor
     clip = load_clip(prompt_encoder)
     return JointTextFeatures(extractor or clip, clip.prompts, prompt_scale)
-
-
-def start_processes() -> PartialState:
-    """Returns the state of this process; processes wait for each other as long as needed."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))

@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 
 from .. import __version__
-from ..evaluation.features import collect_features
+from ..evaluation.features import collect_features, start_processes
 from ..evaluation.generated import GeneratedImages
 from ..evaluation.measure import RealSet
 from ..evaluation.report import check_comparable, markdown_table
@@ -33,7 +33,7 @@ from ..metrics.scores import METRICS
 from ..policies import as_policy, load_pipeline
 from ..sampling import NOISE_SCHEDULES
 from . import cli
-from .common import EXTRACTOR_HELP, Options, add_image_options, find_extractor, image_options, start_processes
+from .common import EXTRACTOR_HELP, Options, add_image_options, find_extractor, image_options
 
 
 def make_parser() -> argparse.ArgumentParser:

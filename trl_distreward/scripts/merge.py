@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Model, checkpoints: list[str]) -> None:
     """Learns the coefficients of `checkpoints`, in the order of training, and writes the merged `model`."""
-    rewards = build_rewards(arguments, config.output_dir)
+    rewards = build_rewards(arguments)
     trainer = MergeCoefficientTrainer(
         model=model,
         checkpoints=checkpoints,

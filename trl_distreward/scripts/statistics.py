@@ -13,19 +13,13 @@ Killed at any time, the same command continues. The result is the same to the la
 """
 
 import argparse
-import os
-import shutil
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-from .. import __version__
-from ..evaluation.features import collect_features
-from ..evaluation.measure import NamedExtractor
+from ..evaluation.features import start_processes
+from ..evaluation.real import write_statistics
 from ..evaluation.sources import open_images
-from ..metrics.extractors import describe_extractor
+from ..metrics.statistics import FeatureStatistics
 from . import cli
-from .common import EXTRACTOR_HELP, Options, add_image_options, find_extractor, image_options, start_processes
+from .common import EXTRACTOR_HELP, add_image_options, find_extractor, image_options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,39 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     images, options = image_options(arguments)
     images["prompt_column"] = arguments.prompt_column if arguments.prompt_encoder else None
     options |= {"work_dir": arguments.work_dir, "features": arguments.features}
-    write_statistics(arguments.source, extractor, arguments.output, images=images, **options)
-
-
-def write_statistics(
-    source: str,
-    extractor: NamedExtractor,
-    output: str | os.PathLike,
-    *,
-    images: Options,
-    features: bool = False,
-    work_dir: str | None = None,
-    **options: Any,
-) -> None:
-    """
-    Writes the statistics of images, opened with the options `images`, and their features if asked for. All processes
-    call it; `options` are those of [`~evaluation.collect_features`].
-    """
-    state, folder = start_processes(), Path(work_dir or f"{output}.work")
-    opened = open_images(source, **images)
-    collected = collect_features(opened, {extractor.name: extractor}, folder, **options)
+    state = start_processes()
+    opened = open_images(arguments.source, **images)
+    collected = write_statistics(opened, extractor, arguments.output, **options)
     if state.is_main_process:
-        about = {**describe_extractor(extractor), **opened.description, "image_resize": options.get("resize")}
-        about["prompt_column"] = images.get("prompt_column")
-        about["library"] = f"trl-distreward {__version__}, torch {version('torch')}, pillow {version('pillow')}"
-        metadata = {name: str(value) for name, value in about.items() if value is not None}
-        statistics = collected.statistics(extractor.name, metadata)
-        statistics.save(output, collected.features(extractor.name) if features else None)
         for message in collected.skipped:
             print(f"Skipped: {message}")
-        print(f"{output}: {statistics.dimension} features of {statistics.count} images with {extractor.name}")
-        if work_dir is None:
-            shutil.rmtree(folder)
-    state.wait_for_everyone()
+        written = FeatureStatistics.load(arguments.output)
+        what = f"{written.dimension} features of {written.count} images with {extractor.name}"
+        print(f"{arguments.output}: {what}")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def build_trainer(
         raise ValueError(f"output_dir={config.output_dir!r} is the folder of the model: name another one.")
     policy = load_policy(arguments, config, model)
     credit = {"credit": arguments.credit, "control_variate": arguments.control_variate}
-    rewards = build_rewards(arguments, config.output_dir, **credit)
+    rewards = build_rewards(arguments, **credit)
     lora = {"lora_alpha": arguments.lora_alpha, "target_modules": arguments.lora_target_modules}
     return DistributionRewardTrainer(
         model=policy,

@@ -27,9 +27,9 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_me
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..conditions import EvalRows, Rows
+from ..evaluation.image_metrics import ImageMetric
 from ..files import State
 from ..hub import with_retries
-from ..metrics.image_metrics import ImageMetric
 from ..policies import Model, as_policy
 from . import checkpointing
 from .base_config import DiffusionTrainerConfig

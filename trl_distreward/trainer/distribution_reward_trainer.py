@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..conditions import EvalRows, Rows, take
+from ..evaluation.image_metrics import ImageMetric
 from ..files import State
-from ..metrics.image_metrics import ImageMetric
 from ..policies import Model
 from .base import DiffusionTrainer
 from .checks import images_of_noise

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..conditions import EvalRows, Rows, conditions_of_slots
+from ..evaluation.image_metrics import ImageMetric
 from ..files import State, write_json
 from ..generation import image_generators
 from ..merging.adapters import ADAPTER_FOLDER
@@ -28,7 +29,6 @@ from ..merging.coefficients import (
     samples_of,
 )
 from ..merging.pool import CheckpointPool
-from ..metrics.image_metrics import ImageMetric
 from ..policies import DiffusionPolicy, Model
 from . import checkpointing
 from .advantages import normalize_advantages

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import TrainerState
 
 from ..conditions import Conditions
+from ..evaluation.image_metrics import ImageMetric
 from ..metrics.extractors import module_of
-from ..metrics.image_metrics import ImageMetric
 from ..rewards.subset_replace import SubsetReplaceReward
 
 RewardFunction = Callable[..., Any]

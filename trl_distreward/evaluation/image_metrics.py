@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..conditions import Conditions
-from .distance import Distance, RealData, build_distance
-from .extractors import FeatureExtractor, extract_features, freeze, move
+from ..metrics.distance import Distance
+from ..metrics.extractors import FeatureExtractor, extract_features, freeze, move
+from .real import RealSource, build_distance
 
 
 class ImageMetric(Protocol):
@@ -47,17 +48,21 @@ class MeanScore:
 
 class FeatureDistance:
     """
-    Distance of a generated set from real data in one feature space: `real` is the `real_statistics` of
-    [`SubsetReplaceReward`], whose `feature_extractor` and `distance` mean the same.
+    Distance of a generated set from real data in one feature space. `real` is the `real_statistics` of
+    [`SubsetReplaceReward`]; the other arguments mean the same as there.
     """
 
     higher_is_better = False
 
     def __init__(
-        self, feature_extractor: FeatureExtractor, real: RealData, distance: str | Callable[..., Distance] = "frechet"
+        self,
+        feature_extractor: FeatureExtractor,
+        real: RealSource,
+        distance: str | Callable[..., Distance] = "frechet",
+        real_resize: int | None = None,
     ):
         self.extractor = freeze(feature_extractor)
-        self.distance = build_distance(distance, real, feature_extractor)
+        self.distance = build_distance(distance, real, feature_extractor, real_resize)
         self.reset()
 
     def to(self, device: torch.device) -> None:
