@@ -13,7 +13,7 @@ from datasets import Image as ImageColumn
 from huggingface_hub import constants
 
 from tests.evaluation.images import encoded, pixels, project, project_pixels, write_folder
-from tests.helpers import launch
+from tests.runs import launch
 from trl_distreward import FeatureDistance, FeatureStatistics, JointFeatures, SubsetReplaceReward
 from trl_distreward.evaluation import open_images, real_data
 

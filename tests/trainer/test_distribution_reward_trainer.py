@@ -184,7 +184,8 @@ def test_misfits_are_refused_before_training(tmp_path, kwargs, error, message):
 
 
 @pytest.mark.parametrize(
-    ("column", "labels", "message"), [("class_labels", [0, 3], "0 to 2"), ("y", [0], "y. has none that may hold class labels")]
+    ("column", "labels", "message"),
+    [("class_labels", [0, 3], "0 to 2"), ("y", [0], "none that may hold class labels")],
 )
 def test_labels_that_the_model_does_not_know_are_refused(tmp_path, column, labels, message):
     dataset = Dataset.from_dict({column: labels})
