@@ -13,7 +13,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from tests.edm2 import tiny_edm2_pipeline
 from tests.helpers import tiny_pipeline
 from tests.policies_parts import ddim
-from tests.policies_tiny import dit, flux, stable_diffusion
+from tests.policies_tiny import FAMILIES, dit, flux, stable_diffusion
 from trl_distreward import DiffusionPolicy
 from trl_distreward.conditions import conditions_of_slots
 from trl_distreward.generation import SamplingSchedule, generate_images, image_generators, sample
@@ -192,6 +192,39 @@ def test_pipelines_without_the_asked_velocity_are_refused():
             as_policy(pipeline, **options)
     with pytest.raises(ValueError, match="'a cat' is one prompt"):
         as_policy(stable_diffusion(ddim())).check_conditions("a cat")
+
+
+def wrapped(network):
+    """Runs the code that the error about a bare network shows."""
+    with pytest.raises(TypeError, match=f"{type(network).__name__} is a network: pass a pipeline with it.\n") as error:
+        as_policy(network)
+    lines, found = [line.strip() for line in str(error.value).splitlines()[1:]], {"network": network}
+    assert len(lines) == 2
+    exec("\n".join(lines), found)
+    return found["model"]
+
+
+@pytest.mark.parametrize("build", [tiny_pipeline, tiny_edm2_pipeline, lambda: pixels(DDIMScheduler())])
+def test_a_network_without_a_pipeline_is_told_how_to_get_one(build):
+    policy = as_policy(build())
+    assert as_policy(wrapped(policy.model)).model is policy.model
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.name not in ("ddim", "ddpm-classes", "ldm")], ids=lambda family: family.name
+)
+def test_a_network_of_a_larger_pipeline_names_it(family, monkeypatch):
+    """The code is run with a stand-in for the download of the other parts."""
+    pipeline = family.build()
+    network = as_policy(pipeline, **family.options).model
+    network.register_to_config(_name_or_path="org/name")
+
+    def load(cls, name, **parts):
+        assert (cls, name) == (type(pipeline), "org/name")
+        return cls(**{**pipeline.components, **parts})
+
+    monkeypatch.setattr(type(pipeline), "from_pretrained", classmethod(load))
+    assert as_policy(wrapped(network), **family.options).model is network
 
 
 def test_the_null_class_comes_from_the_networks_config():

@@ -4,10 +4,17 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from transformers import TrainingArguments
 
 from tests.helpers import features, real_images, tiny_config, tiny_pipeline, tiny_reward, tiny_trainer, trained
 from tests.runs import SAVE_EVERY_STEP, assert_same_weights, calls_of, first_gradients, logged, weights
-from trl_distreward import DistributionRewardTrainer, FeatureDistance, FeatureStatistics, SubsetReplaceReward
+from trl_distreward import (
+    DistributionRewardTrainer,
+    FeatureDistance,
+    FeatureStatistics,
+    MergeCoefficientTrainer,
+    SubsetReplaceReward,
+)
 from trl_distreward.evaluation.image_metrics import MeanScore
 from trl_distreward.policies import as_policy
 from trl_distreward.trainer.estimators import ESTIMATORS
@@ -181,6 +188,15 @@ def reward_of(extractor, dimension=8):
 def test_misfits_are_refused_before_training(tmp_path, kwargs, error, message):
     with pytest.raises(error, match=message):
         tiny_trainer(tmp_path, **kwargs)
+
+
+def test_other_configurations_are_refused(tmp_path):
+    other = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for args, name in ((other, "TrainingArguments"), ({"max_steps": 1}, "dict")):
+        with pytest.raises(TypeError, match=f"args is a {name}: pass a DiffusionDistributionConfig"):
+            DistributionRewardTrainer(tiny_pipeline(), tiny_reward(), args)
+        with pytest.raises(TypeError, match=f"args is a {name}: pass a MergeCoefficientConfig"):
+            MergeCoefficientTrainer(tiny_pipeline(), ["a", "b"], tiny_reward(), args)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 
 from ..files import State
@@ -43,6 +43,14 @@ _POLICIES: dict[str, Any] = {
     "ZImagePipeline": flow_text.ZImagePolicy,
     "Lumina2Pipeline": flow_text.Lumina2Policy,
 }
+# Pipelines of networks; XPipeline is that of an XTransformer2DModel
+_PIPELINE_OF = {
+    "EDM2UNet2DModel": "EDM2Pipeline",
+    "UNet2DModel": "DDPMPipeline",
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+}
 
 Model: TypeAlias = str | os.PathLike | DiffusionPipeline | DiffusionPolicy
 
@@ -67,7 +75,7 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
         if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
             raise FileNotFoundError(f"no folder {name_or_path}: pass a pipeline's folder or a Hub id 'org/name'.")
         # downloaded first, because diffusers finds a third-party class only in a local folder
-        asked = f"there is no folder {name_or_path}, and loading it from the Hub failed"
+        asked = f"there is no folder {name_or_path} in {Path.cwd()}: if you meant one, correct its path. On the Hub"
         download = partial(snapshot_download, str(name_or_path), revision=revision)
         folder = Path(with_retries(download, asked, str(name_or_path)))
     parts = json.loads((folder / "model_index.json").read_text())
@@ -104,7 +112,7 @@ def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> Di
         guidance_scale, kwargs: arguments of the family's policy, such as `height` or `offload_text_encoders`.
 
     Raises:
-        TypeError: unknown pipeline family.
+        TypeError: a network without its pipeline, or an unknown pipeline family.
         ValueError: the family's policy has no such argument.
     """
     if isinstance(model, str | os.PathLike):
@@ -118,7 +126,24 @@ def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> Di
             for name in kwargs.keys() - known:
                 raise ValueError(f"{name}={kwargs[name]!r}: {policy.__name__} has no argument {name}.")
             return policy(model, guidance_scale, **kwargs)
+    kind = type(model).__name__
+    pipeline = _PIPELINE_OF.get(kind, kind.replace("Transformer2DModel", "Pipeline"))
+    if pipeline in _POLICIES:
+        raise TypeError(f"{kind} is a network: pass a pipeline with it.\n{_wrapping(model, pipeline)}")
     raise TypeError(
-        f"{type(model).__name__} is not a pipeline this library knows ({', '.join(_POLICIES)}): write a class with "
+        f"{kind} is not a pipeline this library knows ({', '.join(_POLICIES)}): write a class with "
         "the members of trl_distreward.policies.DiffusionPolicy and pass an instance of it as `model`."
     )
+
+
+def _wrapping(network: ModelMixin, name: str) -> str:
+    """Two lines of code that make the pipeline `name` of a bare network."""
+    if network.config.get("addition_embed_type") == "text_time":
+        name = "StableDiffusionXLPipeline"
+    library, given = "diffusers", f"{_POLICIES[name].component}=network"
+    made = f"{name}.from_pretrained({network.config.get('_name_or_path', 'ORG/NAME')!r}, {given})"
+    if name in _PIPELINES:
+        library, made = "trl_distreward", f"{name}({given})  # and vae=..., if it generates latents"
+    elif name == "DDPMPipeline":
+        made = f"{name}({given}, scheduler=diffusers.DDPMScheduler())  # with the noise levels of its training"
+    return f"    import {library}\n    model = {library}.{made}"

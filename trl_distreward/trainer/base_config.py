@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from trl.trainer.base_config import _BaseConfig
 
@@ -87,6 +87,15 @@ class DiffusionTrainerConfig(_BaseConfig):
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better: bool | None = False
         super().__post_init__()
+
+    @classmethod
+    def of(cls, args: object, output_dir: str) -> Self:
+        """Returns `args` if it is a configuration of this class; by default one for `output_dir`."""
+        if args is None:
+            return cls(output_dir=output_dir)
+        if not isinstance(args, cls):
+            raise TypeError(f"args is a {type(args).__name__}: pass a {cls.__name__}.")
+        return args
 
     def bind(self, policy: DiffusionPolicy) -> None:
         """Takes over what the policy decides: its guidance, and what `"auto"` stands for in the schedules."""

@@ -89,7 +89,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
-        args = args if args is not None else DiffusionDistributionConfig(output_dir="distribution-reward")
+        args = DiffusionDistributionConfig.of(args, "distribution-reward")
         rollouts = math.ceil(args.reference_set_size / (args.num_subsets * args.replace_size))
         self.steps_per_epoch = rollouts * args.num_iterations
         super().__init__(

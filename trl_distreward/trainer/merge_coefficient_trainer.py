@@ -98,7 +98,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
-        args = args if args is not None else MergeCoefficientConfig(output_dir="merge-coefficients")
+        args = MergeCoefficientConfig.of(args, "merge-coefficients")
         self._given, self.steps_per_epoch = checkpoints, args.max_steps
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, eval_metrics, None, callbacks, optimizers
