@@ -112,6 +112,7 @@ def build(size: str, args: argparse.Namespace, folder: str) -> DistributionRewar
         replace_size=args.replace_size,
         top_advantage_quantile=args.top,
         num_inference_steps=args.steps,
+        rollout_batch_size=args.micro_batch,
         per_device_train_batch_size=args.micro_batch,
         per_device_eval_batch_size=args.micro_batch,
         bf16=args.bf16,

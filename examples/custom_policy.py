@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             num_inference_steps=10,
             num_inference_steps_eval=[10],
             eval_samplers=["ode"],
+            rollout_batch_size=512,
             per_device_train_batch_size=512,
             per_device_eval_batch_size=512,
             learning_rate=1e-4,

@@ -64,10 +64,11 @@ QUIET = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_t
 
 def tiny_config(output_dir, **kwargs):
     rewards = {"reference_set_size": 24, "reference_update": "refresh", "num_subsets": 6, "replace_size": 2}
-    images = {"num_inference_steps": 4, "num_inference_steps_eval": 5, "per_device_eval_batch_size": 5}
+    images = {"num_inference_steps": 4, "per_device_eval_batch_size": 5, "rollout_batch_size": 7}
+    evaluation = {"num_inference_steps_eval": 5, "eval_samplers": ["sde", "ode"]}
     updates = {"max_steps": 2, "top_advantage_quantile": 0.5, "per_device_train_batch_size": 7, "ema_decay": 0.0}
     rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-    settings = {**rewards, **images, **updates, **rate, **QUIET, **kwargs}
+    settings = {**rewards, **images, **evaluation, **updates, **rate, **QUIET, **kwargs}
     return DiffusionDistributionConfig(output_dir=str(output_dir), **settings)
 
 

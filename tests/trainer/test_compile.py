@@ -14,7 +14,13 @@ from tests.trainer.test_distributed import run, values
 from trl_distreward import load_pipeline
 
 # A single batch size, because each is compiled anew
-ONE_SIZE = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 6, "eval_strategy": "no", "max_steps": 1}
+ONE_SIZE = {
+    "per_device_train_batch_size": 6,
+    "rollout_batch_size": 6,
+    "per_device_eval_batch_size": 6,
+    "eval_strategy": "no",
+    "max_steps": 1,
+}
 
 
 def trained(folder, **kwargs):

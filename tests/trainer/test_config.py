@@ -18,6 +18,7 @@ def test_paper_has_the_settings_of_the_paper(tmp_path):
     assert (config.reference_set_size, config.num_subsets, config.replace_size) == (5000, 128, 50)
     assert (config.reference_update, config.reference_refresh_steps) == ("refresh", 10)
     assert (config.num_inference_steps, config.num_inference_steps_eval) == (50, [250])
+    assert config.eval_samplers == ["sde", "ode"] and config.max_steps == 450
     assert (config.epsilon, config.beta, config.top_advantage_quantile) == (1e-4, 0.0, 0.25)
     assert (config.learning_rate, config.weight_decay, config.lr_scheduler_type) == (1e-5, 0.0, "constant")
     assert (config.adam_beta1, config.adam_beta2, config.num_iterations, config.ema_decay) == (0.9, 0.999, 1, 0.0)
@@ -84,7 +85,7 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
     assert tiny_config(tmp_path, num_inference_steps_eval=[4, 8]).eval_schedules["ode_8"].num_steps == 8
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--num_inference_steps_eval", "50", "250"]
     (config,) = TrlParser(DiffusionDistributionConfig).parse_args_and_config(arguments)
-    assert list(config.eval_schedules) == ["sde_50", "sde_250", "ode_50", "ode_250"]
+    assert list(config.eval_schedules) == ["ode_50", "ode_250"]
 
 
 @pytest.mark.parametrize(
@@ -107,10 +108,11 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
         ({"eval_samplers": ["ddim"]}, "sampler='ddim'"),
         ({"best_of_n": 2, "reference_refresh_steps": "auto"}, "without any drift of the policy"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
-        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be at least 1"),
+        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be at least 0"),
         ({"num_eval_images": 1}, "num_eval_images=1 must be at least 2"),
         ({"max_steps": 0}, "max_steps=0 trains nothing"),
         ({"num_train_epochs": 5}, "num_train_epochs=5 and max_steps=2 .*: set max_steps=-1 to count epochs"),
+        ({"last_step_size": "none"}, "last_step_size='none' must be a number, or 'auto'"),
     ],
 )
 def test_errors_give_the_value_and_the_rule(tmp_path, kwargs, message):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.docs_pages import DOCS
 from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
 from tests.runs import SAVE_EVERY_STEP, calls_of
+from trl_distreward import PAPER, DiffusionDistributionConfig, DistributionRewardTrainer
 from trl_distreward.trainer import dry_run as module
 from trl_distreward.trainer.dry_run import Plan, check_resources, dry_run, format_prediction
 
@@ -42,6 +44,17 @@ def test_planned_network_evaluations_are_those_of_a_real_run(tmp_path, settings)
     seen.clear()
     trainer.evaluate()
     assert seen[False] == plan.counts["evaluation"]
+
+
+def test_a_first_run_is_affordable(tmp_path):
+    totals = []
+    for settings in ({}, PAPER):
+        args = DiffusionDistributionConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
+        trainer = DistributionRewardTrainer(tiny_pipeline(), tiny_reward(), args)
+        totals += re.findall(r"updates, ([\d,]+) network evaluations", Plan.of(trainer).describe(args))
+    assert totals == ["549,200", "190,530,000"]
+    start = (DOCS / "start.md").read_text()
+    assert all(f"{total} network evaluations" in start for total in totals)
 
 
 def test_evaluations_and_checkpoints_are_counted_as_transformers_makes_them(tmp_path):

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +37,7 @@ from .base_config import DiffusionTrainerConfig
 from .callbacks import StopOnSIGTERM, UpdateWeights
 from .checks import check_launch, check_rewards_and_metrics
 from .ema import PolicyEMA
-from .image_sets import evaluate_samplers
+from .image_sets import evaluate_samplers, fitting_batch_size
 from .model_card import write_model_card
 from .network import prepare_network
 from .publishing import Publisher
@@ -149,6 +150,16 @@ class DiffusionTrainer(_BaseTrainer):
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16
             return torch.autocast(self.accelerator.device.type, dtype)
         return self.accelerator.autocast()
+
+    @cached_property
+    def fitting_batch_size(self) -> int:
+        """Images at a time where no batch size was asked for."""
+        return fitting_batch_size(self)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images at a time in reference sets, evaluations and merges."""
+        return self.args.per_device_eval_batch_size or self.fitting_batch_size
 
     # ---- pacing and logging ----
 

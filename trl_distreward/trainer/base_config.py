@@ -31,9 +31,13 @@ class DiffusionTrainerConfig(_BaseConfig):
     logging_steps: float = option(1, "Steps between two logs.")
     gradient_checkpointing: bool | None = option(None, "Alias of activation_checkpointing, which is preferred.")
     bf16: bool | None = option(False, "Whether to run the network under bfloat16 autocast.")
+    # 0 and not None: transformers multiplies it
+    per_device_eval_batch_size: int = option(
+        0, "Images at a time in reference sets, evaluations and merges. 0: 64, halved on a GPU until they fit."
+    )
 
     # Parameters that control the reward
-    reference_set_size: int = option(5000, "Images N of the generated set.")
+    reference_set_size: int = option(2500, "Images N of the generated set; 5000 in the paper.")
     stratify_by: str | None = option(
         None,
         "Column of the training dataset with strata, for example topics. The generated set, and every subset that "
@@ -69,7 +73,8 @@ class DiffusionTrainerConfig(_BaseConfig):
     eval_seed: int = option(0, "Seed of the evaluation noise, the same at every evaluation.")
 
     def __post_init__(self) -> None:
-        self._check_counts(("decode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"))
+        self._check_counts(("decode_batch_size", "per_device_train_batch_size"))
+        self._check_counts(("per_device_eval_batch_size",), least=0)
         self._check_counts(("num_eval_images",), least=2)
         if self.gradient_accumulation_steps != 1:
             raise ValueError("gradient_accumulation_steps must be 1: set per_device_train_batch_size instead.")

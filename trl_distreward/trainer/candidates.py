@@ -28,6 +28,7 @@ class CandidateJudge:
     def __init__(self, trainer: "MergeCoefficientTrainer"):
         self.trainer, self.args, self.rewards = trainer, trainer.args, trainer.rewards
         self.network, self.accelerator = trainer.merged_network, trainer.accelerator
+        self.batch_size = trainer.eval_batch_size  # now: later a process may have no candidate to judge
 
     def merge(self, coefficients: Tensor) -> None:
         """Merges the pool with coefficients `(G, N_c)` into the network."""
@@ -80,7 +81,7 @@ class CandidateJudge:
         trainer, args = self.trainer, self.args
         values = torch.zeros(len(self.rewards.all), dtype=torch.float64)
         chunks: list[list[dict[str, Tensor]]] = []
-        noise, size = (args.seed, stream, step), args.per_device_eval_batch_size
+        noise, size = (args.seed, stream, step), self.batch_size
         for batch in generate_for(trainer, self.network, conditions, args.rollout_schedule, noise, batch_size=size):
             features, finite, images = decode_and_extract(trainer, batch.sample, batch.conditions)
             if not finite.all():

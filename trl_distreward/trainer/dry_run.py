@@ -119,7 +119,7 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     """
     args, plan, device = trainer.args, Plan.of(trainer), trainer.accelerator.device
     capacity, run = memory_capacity(device), trainer.describe_run()
-    size = min(args.per_device_eval_batch_size * run["processes"], len(trainer.conditions))
+    size = min(trainer.eval_batch_size * run["processes"], len(trainer.conditions))
     args.max_steps, args.eval_strategy, args.save_strategy, args.eval_on_start = 1, "no", "no", False
     _shorten_refresh(trainer)
     if device.type == "cuda":

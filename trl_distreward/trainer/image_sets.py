@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..conditions import Conditions, take
-from ..generation import Generated, SamplingSchedule, evaluating, generate, share_out
+from ..generation import Generated, SamplingSchedule, evaluating, generate, image_generators, share_out
 from ..policies import decode_slices, decode_uint8
 from .reward_functions import joined
 
@@ -50,7 +50,7 @@ def shared_images(
     finite images.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    size, total = args.per_device_eval_batch_size, len(conditions)
+    size, total = trainer.eval_batch_size, len(conditions)
     own, valid = share_out(total, size, accelerator.process_index, accelerator.num_processes)
     batches = generate_for(trainer, model, take(conditions, own), schedule, noise, indices=own, batch_size=size)
     hidden = args.disable_tqdm or not accelerator.is_main_process
@@ -59,6 +59,36 @@ def shared_images(
             images, finite = decode_uint8(trainer.policy, batch.sample, args.decode_batch_size)
             yield images, batch.conditions, count, finite
             bar.update(count)
+
+
+def fitting_batch_size(trainer: "DiffusionTrainer") -> int:
+    """Finds how many images fit on the device at a time, the same on every process: 64, halved on a GPU as needed."""
+    size = 64
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return trainer.args.per_device_train_batch_size  # a process out of memory would leave the others waiting
+    while trainer.accelerator.device.type == "cuda" and size > 1 and not fits(trainer, size):
+        size //= 2
+        torch.cuda.empty_cache()
+    return min(gather_object([size]))
+
+
+@torch.no_grad()
+def fits(trainer: "DiffusionTrainer", size: int) -> bool:
+    """Whether `size` images of noise pass the network, the decoder and the rewards' extractors."""
+    policy, device, indices = trainer.policy, trainer.accelerator.device, range(size)
+    trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
+    conditions = take(trainer.conditions, [i % len(trainer.conditions) for i in indices])
+    try:
+        later = torch.empty(3 * trained, device=device)  # room for the gradients and the optimizer's two moments
+        x = policy.noise(conditions, image_generators(0, "trial", 0, indices)).to(device)
+        t = torch.full((size,), trainer.args.rollout_schedule.times[0], device=device)
+        with trainer.autocast():
+            policy.velocity(trainer.unwrapped(trainer.sampled_model), x, t, policy.encode(conditions))
+        decode_and_extract(trainer, x, conditions)
+        del later
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def evaluate_samplers(trainer: "DiffusionTrainer", sets: dict[str, Conditions], seed: int) -> dict[str, float]:

@@ -96,7 +96,7 @@ class Sampler:
             schedule,
             (args.seed, "rollout", step),
             indices=self.image_indices(len(local), first),
-            batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
+            batch_size=args.rollout_batch_size or self.trainer.fitting_batch_size,
             keep_steps=keep_steps,
             keep_states=keep_states,
         ):
