@@ -29,6 +29,13 @@ def take(conditions: Conditions, indices: Tensor | Iterable[int]) -> Conditions:
     return [conditions[int(i)] for i in indices]
 
 
+def as_arguments(conditions: Conditions | None, device: torch.device) -> dict[str, Tensor | list]:
+    """The keyword argument by which reward functions get conditions: `labels`, on `device`, or `prompts`."""
+    if conditions is None:
+        return {}
+    return {"labels": conditions.to(device)} if isinstance(conditions, Tensor) else {"prompts": list(conditions)}
+
+
 def balanced_labels(count: int, num_classes: int) -> Tensor:
     """Repeats all labels to `count`; the last round spreads over them, as neighbours are alike in ImageNet."""
     rounds, rest = divmod(count, num_classes)

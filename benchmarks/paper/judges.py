@@ -91,6 +91,6 @@ class LogOdds:
         self.classifier = classifier
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, conditions: Tensor, **kwargs: Any) -> Tensor:
-        logits, asked = self.classifier(images), conditions[:, None].to(images.device)
+    def __call__(self, images: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        logits, asked = self.classifier(images), labels[:, None]
         return logits.gather(1, asked)[:, 0] - logits.scatter(1, asked, -torch.inf).logsumexp(dim=1)

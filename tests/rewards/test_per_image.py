@@ -41,7 +41,7 @@ def test_prompt_scores_are_cosines_as_their_papers_scale_them(folder):
     for build, values in expected.items():
         reward = build(folder)
         assert reward.__name__ == build.__name__ and reward.differentiable
-        torch.testing.assert_close(reward(images=images, conditions=prompts, slots=None, trainer_state=None), values)
+        torch.testing.assert_close(reward(images=images, prompts=prompts, slots=None, trainer_state=None), values)
     tokens = tokenizer()(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():  # what PickScore's model card computes, by the model itself
         logits = tiny_clip()(
@@ -64,13 +64,13 @@ def test_scores_pass_gradients_to_images_and_none_to_weights(folder):
     clip = CLIPEmbeddings(tiny_clip(), tokenizer())
     for reward in (pick_score(folder, resize="torch"), PromptScore(clip), HeadScore(clip, nn.Linear(6, 1))):
         tracked = images.float().requires_grad_()
-        scores = reward(images=tracked, conditions=prompts)
+        scores = reward(images=tracked, prompts=prompts)
         (gradient,) = torch.autograd.grad(scores.sum(), tracked)
         assert (gradient != 0).flatten(1).any(dim=1).all()
         assert not any(p.requires_grad for p in reward.parameters())
-        torch.testing.assert_close(scores.detach(), reward(images=images, conditions=prompts))
+        torch.testing.assert_close(scores.detach(), reward(images=images, prompts=prompts))
         ahead = tracked.detach() + 40 * gradient / gradient.abs().max()
-        assert reward(images=ahead, conditions=prompts).sum() > scores.sum()
+        assert reward(images=ahead, prompts=prompts).sum() > scores.sum()
 
 
 def bright(images, **kwargs):
@@ -79,9 +79,11 @@ def bright(images, **kwargs):
 
 def test_functions_with_the_same_name_get_numbers():
     def named(name):
-        function = partial(bright)
-        function.__name__ = name
-        return function
+        def score(images, **kwargs):
+            return bright(images)
+
+        score.__name__ = name
+        return partial(score, points=1)
 
     functions = RewardFunctions([named(name) for name in ("a", "a", "b", "a")])
     assert [reward.name for reward in functions.all] == ["a", "a_2", "b", "a_3"]

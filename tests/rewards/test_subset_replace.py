@@ -21,7 +21,7 @@ def test_reward_is_minus_the_distance_of_the_updated_set():
     reward, reference, new = tiny_reward(), images(30), images(8, seed=1)
     reward.set_reference(reward.extract(reference))
     slots = torch.tensor([[3, 17, 5, 0], [29, 1, 2, 3]])
-    rewards = reward(images=new, conditions=None, slots=slots, trainer_state=None)
+    rewards = reward(images=new, slots=slots, trainer_state=None)
     assert len(rewards) == 8
     real = FeatureStatistics.from_features(features(real_images()))
     for b in range(2):

@@ -176,13 +176,13 @@ def test_rewards_are_known_by_name(tmp_path):
     given = train.TrainArguments(model="x", reward_funcs=list(specs))
     rewards = arguments.build_rewards(given)
     for reward, expected in zip(rewards[:-1], list(specs.values())[:-1], strict=True):
-        assert torch.equal(reward(images, conditions=prompts), expected(images, conditions=prompts))
+        assert torch.equal(reward(images, prompts=prompts), expected(images, prompts=prompts))
     assert rewards[-1] is features
     metrics = arguments.build_metrics(given, rewards)
     assert list(metrics) == ["clip_score", "pick_score", "hps_score"]
     for part in (slice(0, 3), slice(3, 4)):
         metrics["pick_score"].update(images[part], prompts[part])
-    mean = rewards[1](images, conditions=prompts).double().mean().item()
+    mean = rewards[1](images, prompts=prompts).double().mean().item()
     assert metrics["pick_score"].compute() == pytest.approx(mean, rel=1e-6)
 
 

@@ -9,14 +9,25 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from tests.helpers import tiny_merge_trainer, tiny_trainer
+from tests.helpers import tiny_merge_trainer, tiny_reward, tiny_trainer
 from tests.trainer.sharded_launch import use_deepspeed, use_fsdp2
 from trl_distreward import LogSamplesCallback
 from trl_distreward.trainer.sharding import whole_state_dict
 
 
+def bright(images, log_metric, **kwargs):
+    """Scores images, and logs a value for each of the darker ones."""
+    scores = images.float().mean(dim=(1, 2, 3)).tolist()
+    for score in scores:
+        if score < 128:
+            log_metric("darkness", 128 - score)
+    return [score if score > 100 else None for score in scores]
+
+
 def train(output, settings):
     samples = settings.pop("samples", 0)
+    if settings.pop("bright", False):
+        settings["reward_funcs"] = [tiny_reward(), bright]
     resume_from, launch = settings.pop("resume_from", None), settings.pop("launch", "ddp")
     if launch == "fsdp2":
         use_fsdp2()

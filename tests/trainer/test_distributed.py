@@ -50,7 +50,7 @@ BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_st
     ("processes", "settings"),
     [
         (3, {"reference_refresh_steps": 2, "num_eval_images": 17}),
-        (2, {"reference_update": "rolling", "replace_size": 1, "top_advantage_quantile": 0.2}),
+        (2, {"reference_update": "rolling", "replace_size": 1, "top_advantage_quantile": 0.2, "bright": True}),
         (2, BACKPROP),
         pytest.param(3, BACKPROP, marks=pytest.mark.slow),
     ],

@@ -15,7 +15,6 @@ from trl_distreward import (
     MergeCoefficientTrainer,
     SubsetReplaceReward,
 )
-from trl_distreward.evaluation.image_metrics import MeanScore
 from trl_distreward.policies import as_policy
 from trl_distreward.trainer.estimators import ESTIMATORS
 
@@ -54,16 +53,16 @@ def test_rewards_and_kept_advantages_equal_a_recomputation(tmp_path):
 def test_new_images_have_the_conditions_of_their_slots(tmp_path):
     labels = []
 
-    def spy(images, conditions, slots, **kwargs):
-        labels.append((conditions, slots))
+    def spy(images, slots, **kwargs):
+        labels.append((kwargs["labels"], slots))
         return torch.arange(len(images), dtype=torch.float64)
 
     dataset = Dataset.from_dict({"class_labels": [2, 2, 1, 2, 1]})
     args = tiny_config(tmp_path, max_steps=1, reward_weights=[1.0, 0.1])
     trainer = DistributionRewardTrainer(tiny_pipeline(), [tiny_reward(), spy], args, train_dataset=dataset)
     trainer.train()
-    conditions, slots = labels[-1]
-    assert torch.equal(conditions, trainer.conditions[slots.flatten()])
+    given, slots = labels[-1]
+    assert torch.equal(given, trainer.conditions[slots.flatten()])
     assert torch.bincount(trainer.conditions, minlength=3)[0] == 0
     assert torch.bincount(trainer.conditions, minlength=3)[2] in (14, 15)  # three fifths of 24
 
@@ -159,7 +158,8 @@ class UnknownPipeline(DiffusionPipeline):
     pass
 
 
-SCORE = MeanScore(lambda images, conditions: [0.0] * len(images))
+def score(images, labels):
+    return [0.0] * len(images)
 
 
 def reward_of(extractor, dimension=8):
@@ -179,7 +179,7 @@ def reward_of(extractor, dimension=8):
         ({"reward_funcs": lambda images, **kwargs: [0.0] * len(images), "best_of_n": 2}, ValueError, "best_of_n=2"),
         ({"metric_for_best_model": "eval_fid"}, ValueError, "choose one of eval_sde_distance_features"),
         ({"metric_for_best_model": "ode_distance_features", "greater_is_better": True}, ValueError, "to False"),
-        ({"metric_for_best_model": "eval_ode_score", "eval_metrics": {"score": SCORE}}, ValueError, "to True"),
+        ({"metric_for_best_model": "eval_ode_score", "eval_metrics": {"score": score}}, ValueError, "to True"),
         ({"sde_window_size": 9}, ValueError, "sde_window_size=9 must lie in 1 to 3, the number of steps with noise"),
         ({"num_inference_steps_eval": 1, "last_step_size": 0.1}, ValueError, "last_step_size needs at least 2 steps"),
         ({"noise_level": 0.0}, ValueError, "noise_level=0.0 .* no step with noise to train"),
@@ -213,8 +213,8 @@ def test_a_reward_function_that_returns_another_number_of_values_is_named(tmp_pa
     def short(images, **kwargs):
         return [1.0]
 
-    with pytest.raises(ValueError, match="'short' returned 1 values for 12 images"):
-        tiny_trainer(tmp_path, reward_funcs=short).train()
+    with pytest.raises(ValueError, match="'short' returned 1 values for 2 images"):
+        tiny_trainer(tmp_path, reward_funcs=short)
 
 
 def test_guidance_is_that_of_a_given_policy(tmp_path):

@@ -125,7 +125,7 @@ def test_sets_and_replaced_subsets_keep_strata_in_proportion(tmp_path, pool):
 
 
 def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts_distances(tmp_path, pool):
-    def brightness(images, conditions, slots, trainer_state):
+    def brightness(images, labels, slots, trainer_state, **kwargs):
         steps.append(trainer_state.global_step)
         return images.float().mean((1, 2, 3)).tolist()
 
@@ -369,6 +369,7 @@ def test_misfits_are_refused_before_training(tmp_path, pool):
     ):
         with pytest.raises(ValueError, match=message):
             tiny_merge_trainer(tmp_path, **{"checkpoints": pool, **settings})
-    rewards = [tiny_reward(), lambda images, **kwargs: [0.0] * (len(images) - 1) + [float("nan")]]
+    trainer = tiny_merge_trainer(tmp_path, pool)
+    trainer.judge.judge_set = lambda *args, **kwargs: torch.tensor([torch.nan])
     with pytest.raises(ValueError, match="rewards of the start must be finite"):
-        merged(tmp_path, pool, reward_funcs=rewards)
+        trainer.train()

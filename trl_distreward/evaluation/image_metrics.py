@@ -1,18 +1,20 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Metrics of generated sets, which take images in batches and compute a value at the end."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions
+from ..conditions import Conditions, as_arguments
 from ..metrics.distance import Distance
 from ..metrics.extractors import FeatureExtractor, extract_features, freeze, move
+from ..metrics.image_scores import RewardFunction, score_images
 from .real import RealSource, build_distance
 
 
+@runtime_checkable
 class ImageMetric(Protocol):
     """A metric of a set of uint8 images in batches `(B, C, H, W)`; `higher_is_better` tells its direction."""
 
@@ -24,11 +26,14 @@ class ImageMetric(Protocol):
 
 
 class MeanScore:
-    """Mean over a generated set of a reward of single images, `reward(images=…, conditions=…)`."""
+    """
+    Mean over a generated set of a reward function of single images, called with `images` and `labels` or `prompts`.
+    Images for which it returns `None` do not count.
+    """
 
     higher_is_better = True
 
-    def __init__(self, reward: Callable[..., Tensor | Sequence[float]]):
+    def __init__(self, reward: RewardFunction):
         self.reward = reward
         self.reset()
 
@@ -39,11 +44,21 @@ class MeanScore:
         self._scores: list[Tensor] = []
 
     def update(self, images: Tensor, conditions: Conditions | None = None) -> None:
-        scores = self.reward(images=images, conditions=conditions)
-        self._scores.append(torch.as_tensor(scores, dtype=torch.float64).flatten().cpu())
+        named = {getattr(self.reward, "__name__", type(self.reward).__name__): self.reward}
+        self._scores += score_images(named, images, **as_arguments(conditions, images.device))
 
     def compute(self) -> float:
-        return torch.cat(self._scores).mean().item()
+        return torch.cat(self._scores).nanmean().item()
+
+
+def as_metric(name: str, metric: ImageMetric | RewardFunction) -> ImageMetric:
+    """Takes a metric as it is; of a function of single images, the mean."""
+    if isinstance(metric, type) or not (isinstance(metric, ImageMetric) or callable(metric)):
+        raise ValueError(
+            f"eval_metrics[{name!r}] is {metric!r}: pass an object with reset(), update(images, conditions) and "
+            "compute(), or a function of images that returns one number per image."
+        )
+    return metric if isinstance(metric, ImageMetric) else MeanScore(metric)
 
 
 class FeatureDistance:

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Rewards of single images by preference models: CLIPScore, PickScore, HPSv2, and heads on an image's features.
 
-Trainers call each as `reward(images=…, conditions=…)`. It returns one score per image, with gradients to
+Trainers call each as `reward(images=…, prompts=…)`. It returns one score per image, with gradients to
 floating-point images in [0, 255]. Arguments of the named rewards are those of [`~metrics.load_clip`].
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..conditions import Conditions
 from ..metrics.clip import CLIPEmbeddings, load_clip
 from ..metrics.extractors import FeatureExtractor, extract_features, freeze, module_of
 
@@ -38,11 +37,11 @@ class PromptScore(nn.Module):
         self.clip, self.scale, self.prefix, self.at_least = clip, scale, prefix, at_least
         self.__name__ = name
 
-    def forward(self, images: Tensor, conditions: Sequence[str], **kwargs: object) -> Tensor:
+    def forward(self, images: Tensor, prompts: Sequence[str], **kwargs: object) -> Tensor:
         """Scores `(B,)`, float32, of uint8 or float32 images `(B, C, H, W)` in [0, 255] and their B prompts."""
         embeddings = extract_features(self.clip, images, name=self.__name__, gradient=images.requires_grad)
-        prompts = self.clip.prompts([self.prefix + prompt for prompt in conditions])
-        scores = self.scale * (embeddings * prompts.to(embeddings.device)).sum(dim=1)
+        texts = self.clip.prompts([self.prefix + prompt for prompt in prompts])
+        scores = self.scale * (embeddings * texts.to(embeddings.device)).sum(dim=1)
         return scores if self.at_least is None else scores.clamp(min=self.at_least)
 
 
@@ -60,8 +59,11 @@ class HeadScore(nn.Module):
         self.module = module_of(feature_extractor)  # registered, so that it moves along
         self.__name__ = name
 
-    def forward(self, images: Tensor, conditions: Conditions | None = None, **kwargs: object) -> Tensor:
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None, **kwargs: object
+    ) -> Tensor:
         """Scores `(B,)`, float32, of uint8 or float32 images `(B, C, H, W)` in [0, 255]."""
+        conditions = labels if prompts is None else prompts
         features = extract_features(self.extractor, images, conditions, gradient=images.requires_grad)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features).view(len(images))

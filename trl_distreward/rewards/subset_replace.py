@@ -6,7 +6,7 @@ new images g' take the places of n of them, g, that have the same conditions. `R
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -217,10 +217,16 @@ class SubsetReplaceReward:
         return -torch.stack(parts).sum(dim=0)
 
     def __call__(
-        self, images: Tensor, conditions: Conditions | None = None, *, slots: Tensor, **kwargs: object
+        self,
+        images: Tensor,
+        *,
+        slots: Tensor,
+        labels: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        **kwargs: object,
     ) -> list[float]:
         """One reward per uint8 image of `(B * n, C, H, W)`, as TRL's reward functions return, for `slots` `(B, n)`."""
-        rewards = self.score(slots, self.extract(images, conditions))
+        rewards = self.score(slots, self.extract(images, labels if prompts is None else prompts))
         if rewards.ndim == 1:  # shared by the images of a subset
             rewards = rewards.repeat_interleave(slots.shape[1])
         return rewards.flatten().tolist()

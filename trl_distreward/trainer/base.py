@@ -28,7 +28,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_me
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..conditions import EvalRows, Rows
-from ..evaluation.image_metrics import ImageMetric
+from ..evaluation.image_metrics import ImageMetric, as_metric
 from ..files import State
 from ..hub import with_retries
 from ..policies import Model, as_policy
@@ -77,7 +77,7 @@ class DiffusionTrainer(_BaseTrainer):
         args: DiffusionTrainerConfig,
         train_dataset: Rows | None = None,
         eval_dataset: EvalRows | None = None,
-        eval_metrics: Mapping[str, ImageMetric] | None = None,
+        eval_metrics: Mapping[str, ImageMetric | RewardFunction] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
@@ -86,7 +86,8 @@ class DiffusionTrainer(_BaseTrainer):
         self.policy = as_policy(model, args.guidance_scale, **channels)
         args.bind(self.policy)
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
-        self.eval_metrics = self.rewards.metrics() | dict(eval_metrics or {})
+        given = {name: as_metric(name, metric) for name, metric in (eval_metrics or {}).items()}
+        self.eval_metrics = self.rewards.metrics() | given
         self.conditions, self.slot_sampler = conditions_and_slots(self.policy, train_dataset, args)
         if eval_dataset is None and self.policy.num_conditions is None:
             eval_dataset = train_dataset
@@ -110,6 +111,9 @@ class DiffusionTrainer(_BaseTrainer):
             callbacks=[UpdateWeights(self), self._stop_on_sigterm, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.rewards.read_columns(self, train_dataset)
+        # rewards are tried below, and may divide by max_steps
+        self.state.epoch, self.state.max_steps = 0.0, max(args.max_steps, 1)
         check_launch(self)
         for part in (self.policy, self.rewards, *self.eval_metrics.values()):
             if hasattr(part, "to"):

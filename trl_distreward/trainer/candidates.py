@@ -12,7 +12,7 @@ from ..generation import image_generators
 from ..merging.coefficients import samples_of
 from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
 from .image_sets import decode_and_extract, generate_for
-from .reward_functions import call_per_image, joined
+from .reward_functions import joined
 
 if TYPE_CHECKING:
     from .merge_coefficient_config import MergeCoefficientConfig
@@ -42,14 +42,17 @@ class CandidateJudge:
             values[index] = self.judge_set(coefficients[index], self.trainer.conditions, "candidate", step)
             if self.args.num_replacements and bool(values[index].isfinite().all()):
                 values[index] = self._judge_replaced(values[index], step)
+        self.rewards.record_metrics(self.trainer)
         # every other process has zeros where this one has values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     @torch.no_grad()
-    def judge_set(self, coefficients: Tensor, conditions: Conditions, stream: str, step: int) -> Tensor:
+    def judge_set(
+        self, coefficients: Tensor, conditions: Conditions, stream: str, step: int, single: bool = True
+    ) -> Tensor:
         """Rewards `(functions,)` of a set with one image per condition: minus its distance, or its mean."""
         self.merge(coefficients)
-        features, values = self._generate(conditions, stream, step)
+        features, values = self._generate(conditions, stream, step, single)
         for place, reward in enumerate(self.rewards.all):
             if reward.of_sets and features is not None:
                 reward.function.set_reference(features[reward.index])
@@ -81,6 +84,7 @@ class CandidateJudge:
         trainer, args = self.trainer, self.args
         values = torch.zeros(len(self.rewards.all), dtype=torch.float64)
         chunks: list[list[dict[str, Tensor]]] = []
+        scores: list[Tensor] = []
         noise, size = (args.seed, stream, step), self.batch_size
         for batch in generate_for(trainer, self.network, conditions, args.rollout_schedule, noise, batch_size=size):
             features, finite, images = decode_and_extract(trainer, batch.sample, batch.conditions)
@@ -88,10 +92,10 @@ class CandidateJudge:
                 return None, torch.full_like(values, torch.nan)
             chunks.append(features)
             slots = torch.tensor(batch.indices, device=finite.device)
-            for place, reward in enumerate(self.rewards.all):
-                if images is not None and single and not reward.of_sets:
-                    scores = call_per_image(reward, images, batch.conditions, slots, trainer.state)
-                    values[place] += scores.sum().cpu() / len(conditions)
+            if images is not None and single:
+                scores.append(self.rewards.score_images(images, batch.conditions, slots, trainer.state))
+        if scores:
+            values[[not reward.of_sets for reward in self.rewards.all]] = torch.cat(scores, 1).nanmean(1).cpu()
         return joined(torch.cat, chunks), values
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..conditions import Conditions, take
 from ..generation import image_generators
+from ..metrics.image_scores import score_images
 from ..policies import DiffusionPolicy, to_uint8
 from .network import asks_for_normalization
 
@@ -28,10 +29,17 @@ def images_of_noise(
 
 @torch.no_grad()
 def check_rewards_and_metrics(trainer: "DiffusionTrainer") -> None:
-    """Runs every feature extractor and metric once, and looks for the metric of the best model among them."""
+    """Runs every reward function and metric once, and looks for the metric of the best model among them."""
     images, conditions = images_of_noise(trainer.policy, trainer.conditions, trainer.accelerator.device)
     for reward in trainer.rewards.of_sets:
         reward.extract(images, conditions)
+    slots = torch.arange(2, device=images.device)
+    arguments = trainer.rewards.arguments(conditions, slots, trainer.state)
+    for name, scores in zip(
+        trainer.rewards.single, score_images(trainer.rewards.single, images, **arguments), strict=True
+    ):
+        if scores.isinf().any():
+            raise ValueError(f"reward function {name!r} returned NaN or infinity for a test image: return a number.")
     for name, metric in trainer.eval_metrics.items():
         metric.reset()
         try:

@@ -66,9 +66,10 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     refresh_drift: float = option(0.5, "Drift that triggers a refresh, in standard deviations of an update's rewards.")
     best_of_n: int = option(1, "Candidates per slot; the one with the best replaced distance is kept (Appendix C).")
     multi_objective_aggregation: str = option(
-        "sum_then_normalize",
-        "Whether several rewards are summed before or after they are normalized to advantages.",
-        ("sum_then_normalize", "normalize_then_sum"),
+        "normalize_then_sum",
+        "'normalize_then_sum': each reward is normalized to advantages before the weighted sum, so that weights "
+        "compare spreads. 'sum_then_normalize': after it, where the reward of the largest spread decides.",
+        ("normalize_then_sum", "sum_then_normalize"),
     )
 
     # Parameters that control generation

@@ -23,7 +23,7 @@ from .estimators import ESTIMATORS
 from .estimators.base import Batch
 from .image_sets import shared_images
 from .reference_set import ReferenceSet
-from .reward_functions import Reward, RewardFunction, call_per_image
+from .reward_functions import Reward, RewardFunction
 from .rollouts import Rollout, Sampler
 
 logger = get_logger(__name__)
@@ -55,9 +55,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
         model (pipeline, `str` or [`DiffusionPolicy`]):
             A pipeline of a known family, its folder or Hub id, or an object with the members of [`DiffusionPolicy`].
         reward_funcs (`Callable` or `list` of them):
-            [`SubsetReplaceReward`], or a function `reward(images=…, conditions=…, slots=…, **kwargs)` that returns one
-            float per image; `images` is uint8 `(K, C, H, W)`, `slots` `(K,)` are their places in the reference set.
-            Several are weighted by `reward_weights` and summed.
+            [`SubsetReplaceReward`], or a function of single images, plain or `async`, that returns one number per
+            image, or `None` where it abstains. As in TRL it gets keyword arguments: `images`, uint8 `(K, C, H, W)`;
+            `prompts` or `labels`; `slots` `(K,)`, their places in the reference set; every other column of
+            `train_dataset`; `trainer_state`, `log_metric` and `log_extra`. Several rewards are weighted by
+            `reward_weights` and summed.
         args ([`DiffusionDistributionConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
             Conditions of the reference set: class labels in a column `label`, `labels`, `class_label` or
@@ -66,8 +68,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         eval_dataset (`datasets.Dataset` or `dict` of them, *optional*):
             Conditions of the evaluated images; for a text-to-image model the training prompts by default. The metrics
             of a dictionary come out as `eval_{name}_…`.
-        eval_metrics (`dict[str, ImageMetric]`, *optional*):
-            Metrics to evaluate beside the reward's distances, e.g. a [`FeatureDistance`] that the reward does not see.
+        eval_metrics (`dict[str, ImageMetric | Callable]`, *optional*):
+            Metrics to evaluate beside the reward's distances, e.g. a [`FeatureDistance`] that the reward does not see,
+            or a function of `images` and `prompts` or `labels` that is averaged over all images.
         peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter instead of the network's own weights.
         callbacks, optimizers: as in [`~transformers.Trainer`].
     """
@@ -84,7 +87,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         args: DiffusionDistributionConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: EvalRows | None = None,
-        eval_metrics: Mapping[str, ImageMetric] | None = None,
+        eval_metrics: Mapping[str, ImageMetric | RewardFunction] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
@@ -154,11 +157,13 @@ class DistributionRewardTrainer(DiffusionTrainer):
             self.skip_update("an image or its features are not finite")
             return None
         with self.timed("reward"):
-            rewards = [self._score_one(reward, rollout) for reward in self.rewards.all]
-        if not all(bool(values.isfinite().all()) for values in rewards):
+            rewards = self._score_all(rollout)
+        self.rewards.record_metrics(self)
+        total = self.rewards.total(rewards)
+        if not bool(total.isfinite().all()):
             self.skip_update("a reward is not finite")
             return None
-        total = self.rewards.total(rewards)
+        self.rewards.watch(rewards)
         self._record_reward("reward", "reward_std", total)
         if len(rewards) > 1:
             for reward, values in zip(self.rewards.all, rewards, strict=True):
@@ -207,12 +212,18 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self._record_values(logged)
         return total
 
-    def _score_one(self, reward: Reward, rollout: Rollout) -> Tensor:
+    def _score_all(self, rollout: Rollout) -> list[Tensor]:
+        single = []
+        if rollout.images is not None:
+            scores = self.rewards.score_images(rollout.images, rollout.conditions, rollout.local_slots, self.state)
+            single = [self.accelerator.gather(values).view(rollout.slots.shape) for values in scores]
+        return [
+            self._score_subsets(reward, rollout) if reward.of_sets else single[reward.index]
+            for reward in self.rewards.all
+        ]
+
+    def _score_subsets(self, reward: Reward, rollout: Rollout) -> Tensor:
         slots = rollout.slots
-        if not reward.of_sets:
-            assert rollout.images is not None
-            values = call_per_image(reward, rollout.images, rollout.conditions, rollout.local_slots, self.state)
-            return self.accelerator.gather(values).view(slots.shape)
         if len(slots) % self.accelerator.num_processes == 0:  # processes share out whole subsets
             local = self.sampler.local(slots).view(-1, slots.shape[1])
             values = self.accelerator.gather(reward.function.score(local, rollout.features[reward.index]))
@@ -221,7 +232,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         return values.view(len(slots), -1)
 
     def _record_reward(self, mean: str, std: str, values: Tensor) -> None:
-        self.record(mean, values.mean().item())
+        values = values[~values.isnan()]  # without abstentions
+        if values.numel():
+            self.record(mean, values.mean().item())
         if values.numel() > 1:
             self.record(std, values.std().item())
 

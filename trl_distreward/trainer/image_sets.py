@@ -139,4 +139,4 @@ def decode_and_extract(
             decoded = decoded & values.isfinite().all(dim=1)
         finite.append(decoded)
         images.append(part)
-    return joined(torch.cat, features), torch.cat(finite), torch.cat(images) if rewards.need_images else None
+    return joined(torch.cat, features), torch.cat(finite), torch.cat(images) if rewards.single else None

@@ -94,7 +94,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         args: MergeCoefficientConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: EvalRows | None = None,
-        eval_metrics: Mapping[str, ImageMetric] | None = None,
+        eval_metrics: Mapping[str, ImageMetric | RewardFunction] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
@@ -197,7 +197,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """Judges the start. The distances of its set are the units of several feature spaces."""
         size = self.args.scale_set_size or self.args.reference_set_size
         conditions = conditions_of_slots(self.policy, self.train_dataset, size, self.args.seed, self.args.stratify_by)
-        values = self.judge.judge_set(self.initial_coefficients, conditions, "start", 0)
+        values = self.judge.judge_set(self.initial_coefficients, conditions, "start", 0, single=False)
         if not bool(values.isfinite().all()):
             raise ValueError(
                 f"rewards of the start must be finite, not {values.tolist()}: change initial_coefficients."
@@ -224,6 +224,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         self.record("reward_std", rewards.std().item())
         self.record("reward_best", rewards.max().item())
         self.record("finite_candidates", finite.double().mean().item())
+        self.rewards.watch(list(values.T[..., None]))
         if len(self.rewards.all) > 1:
             for reward, column in zip(self.rewards.all, values.T, strict=True):
                 self.record(f"rewards/{reward.name}/mean", column.mean().item())

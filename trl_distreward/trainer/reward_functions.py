@@ -1,20 +1,42 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Reward functions of a trainer: named, weighted, and split into distribution rewards and rewards of single images."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerState
+from trl.trainer.utils import get_callable_name
 
-from ..conditions import Conditions
+from ..conditions import (
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    Conditions,
+    Rows,
+    as_arguments,
+    column_names,
+    column_of,
+    plain,
+    rows_of_slots,
+)
 from ..evaluation.image_metrics import ImageMetric
 from ..metrics.extractors import module_of
+from ..metrics.image_scores import RewardFunction, score_images
 from ..rewards.subset_replace import SubsetReplaceReward
+from .advantages import normalize_advantages
 
-RewardFunction = Callable[..., Any]
+if TYPE_CHECKING:
+    from .base import DiffusionTrainer
+
+logger = get_logger(__name__)
+
+_RESERVED = ("images", "prompts", "labels", "slots", "trainer_state", "log_metric", "log_extra")
+_WATCHED = 3  # updates
 
 
 @dataclass(frozen=True)
@@ -29,17 +51,26 @@ class Reward:
 
 
 class RewardFunctions:
-    """All reward functions of a trainer, in order (`all`), and the distribution rewards among them (`of_sets`)."""
+    """
+    All reward functions of a trainer, in order (`all`); among them the distribution rewards (`of_sets`) and, by name,
+    the functions of single images (`single`). `extra_columns` is what these last passed to `log_extra`.
+    """
 
     def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
         listed = list(functions) if isinstance(functions, list | tuple) else [functions]
+        for function in listed or [None]:
+            if isinstance(function, type) or not callable(function):
+                raise ValueError(
+                    f"reward_funcs holds {function!r:.90}: pass a SubsetReplaceReward(feature_extractor, "
+                    "real_statistics), or a function of images that returns one number per image."
+                )
         weights = list(weights) if weights is not None else [1.0] * len(listed)
         if len(weights) != len(listed):
             raise ValueError(
                 f"reward_weights has {len(weights)} entries for {len(listed)} reward functions: give one weight each."
             )
         self.all: list[Reward] = []
-        names = [getattr(function, "__name__", type(function).__name__) for function in listed]
+        names = [get_callable_name(function) for function in listed]
         for i, (function, weight) in enumerate(zip(listed, weights, strict=True)):
             earlier, of_sets = names[:i].count(names[i]), isinstance(function, SubsetReplaceReward)
             name = f"{names[i]}_{earlier + 1}" if earlier else names[i]  # score, score_2, …
@@ -51,16 +82,83 @@ class RewardFunctions:
             raise ValueError(
                 f"feature spaces {spaces} share names: pass each reward's extractors as a dictionary of other names."
             )
+        self.single = {reward.name: reward.function for reward in self.all if not reward.of_sets}
+        self.extra_columns: dict[str, list] = {}
+        self._columns: list[str] = []
+        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._watched: list[Sequence[Tensor]] = []
 
-    @property
-    def need_images(self) -> bool:
-        """Whether a function looks at images; distribution rewards need only their features."""
-        return len(self.of_sets) < len(self.all)
+    def read_columns(self, trainer: "DiffusionTrainer", dataset: Rows | None) -> None:
+        """Finds the columns that functions of single images get, and the row of each slot."""
+        if dataset is None or not self.single:
+            return
+        conditions = TEXT_COLUMNS if trainer.policy.num_conditions is None else LABEL_COLUMNS
+        self._columns = [name for name in column_names(dataset) if name not in conditions]
+        for name in self._columns:
+            if name in _RESERVED:
+                remedy = "rename it with rename_column, or drop it with remove_columns"
+                raise ValueError(f"the dataset has a column {name!r}, as an argument of rewards is called: {remedy}.")
+        args = trainer.args
+        strata = None if args.stratify_by is None else column_of(dataset, args.stratify_by)
+        self._dataset, self._rows = dataset, rows_of_slots(len(dataset), args.reference_set_size, args.seed, strata)
+
+    def arguments(self, conditions: Conditions, slots: Tensor, trainer_state: TrainerState) -> dict[str, object]:
+        """Keyword arguments of functions of single images, beside `images`; named as TRL's."""
+        rows = [self._dataset[int(row)] for row in self._rows[slots.cpu()]] if self._columns else []
+        return {
+            **as_arguments(conditions, slots.device),
+            "slots": slots,
+            **{name: [row[name] for row in rows] for name in self._columns},
+            "trainer_state": trainer_state,
+            "log_metric": lambda name, value: self._metrics[name].append(float(value)),
+            "log_extra": lambda column, values: self.extra_columns.update({column: list(values)}),
+        }
+
+    def score_images(
+        self, images: Tensor, conditions: Conditions, slots: Tensor, trainer_state: TrainerState
+    ) -> Tensor:
+        """Scores `(functions, K)` of images `(K, C, H, W)` by the functions of single images; NaN for abstentions."""
+        scores = torch.stack(score_images(self.single, images, **self.arguments(conditions, slots, trainer_state)))
+        silent = scores.isnan().all(dim=0).nonzero().flatten().tolist()
+        if silent and not self.of_sets:
+            image = f"the image of slot {slots[silent[0]]}, {plain(conditions[silent[0]])!r}"
+            raise ValueError(
+                f"all reward functions returned None for {image}: let one return a number for every image."
+            )
+        return scores
+
+    def record_metrics(self, trainer: "DiffusionTrainer") -> None:
+        """Records means over all processes of what functions passed to `log_metric`."""
+        for name in sorted(set(gather_object(list(self._metrics)))) if self.single else ():
+            values = self._metrics.pop(name, [])
+            sums = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=trainer.accelerator.device)
+            total, count = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+            trainer.record(name, total / count)
 
     def total(self, values: Sequence[Tensor]) -> Tensor:
-        """Weighted sum over functions."""
-        parts = [reward.weight * value for reward, value in zip(self.all, values, strict=True)]
-        return sum(parts[1:], start=parts[0])
+        """Weighted sum over functions. Of single images, those that abstain (NaN) do not count; NaN if all do."""
+        total, silent = torch.zeros(()), torch.ones((), dtype=torch.bool)
+        for reward, value in zip(self.all, values, strict=True):
+            abstains = value.isnan() & (not reward.of_sets)
+            total = total + torch.where(abstains, 0.0, reward.weight * value)
+            silent = silent & abstains
+        return torch.where(silent, torch.nan, total)
+
+    def watch(self, rewards: Sequence[Tensor]) -> None:
+        """Warns once, after the first updates, of functions whose rewards `(B, k)` do not differ."""
+        if len(self._watched) == _WATCHED:
+            return
+        self._watched.append(rewards)
+        if len(self._watched) < _WATCHED:
+            return
+        for reward, *seen in zip(self.all, *self._watched, strict=True):
+            alike = all(values.numel() > 1 and not normalize_advantages(values).any() for values in seen)
+            if alike or all(torch.equal(values, seen[0]) for values in seen):
+                logger.warning(
+                    f"The first {_WATCHED} updates had {'equal' if alike else 'the same'} rewards by {reward.name!r}: "
+                    "nothing can be learned from them. Look at what it returns for a few different images: it may not "
+                    "use them (uint8, 0 to 255), or cut off or round its result."
+                )
 
     def to(self, device: torch.device) -> None:
         """Moves the networks behind all functions."""
@@ -70,27 +168,15 @@ class RewardFunctions:
                 module.to(device)
 
     def reset(self) -> None:
-        """Forgets the reference sets of an earlier run."""
+        """Forgets the reference sets and values of an earlier run."""
+        self._metrics.clear()
+        self._watched.clear()
         for reward in self.of_sets:
             reward.reset()
 
     def metrics(self) -> dict[str, ImageMetric]:
         """The distances of the distribution rewards, as metrics for evaluation."""
         return {f"distance_{space}": metric for reward in self.of_sets for space, metric in reward.metrics().items()}
-
-
-def call_per_image(
-    reward: Reward, images: Tensor, conditions: Conditions, slots: Tensor, trainer_state: TrainerState
-) -> Tensor:
-    """Calls a function of single images `(K, C, H, W)`: one float64 per image, `(K,)`."""
-    returned = reward.function(images=images, conditions=conditions, slots=slots, trainer_state=trainer_state)
-    values = torch.as_tensor(returned, dtype=torch.float64, device=images.device).flatten()
-    if len(values) != len(images):
-        raise ValueError(
-            f"reward function {reward.name!r} returned {len(values)} values for {len(images)} images: return one "
-            "float per image."
-        )
-    return values
 
 
 def joined(

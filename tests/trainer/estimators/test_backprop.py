@@ -202,10 +202,6 @@ def listed(images, **kwargs):
     return [0.0] * len(images)
 
 
-def mean(images, **kwargs):
-    return brightness(images).mean()
-
-
 def blind(rounding):
     real = FeatureStatistics.from_features(features(real_images()))
     return SubsetReplaceReward(lambda images: features(rounding(images.float())), real)
@@ -218,7 +214,6 @@ def blind(rounding):
         (blind(torch.round), "'features' returned"),
         (blind(torch.Tensor.detach), "'features' returned"),
         (listed, "'listed' returned .* must return a tensor"),
-        (mean, "'mean' returned .* of 2 rows"),
         (tiny_reward(credit="leave_one_in"), "set credit='shared'"),
         (tiny_reward(control_variate=True), "set credit='shared'"),
     ],

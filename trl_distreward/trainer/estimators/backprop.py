@@ -149,7 +149,10 @@ class Backprop(Estimator):
         return loss, values
 
     def _scores(self, reward: Reward, images: Tensor, conditions: Conditions, slots: Tensor) -> Tensor:
-        return reward.function(images=images, conditions=conditions, slots=slots, trainer_state=self.trainer.state)
+        arguments = self.rewards.arguments(conditions, slots, self.trainer.state)
+        for log in ("log_metric", "log_extra"):  # `score` has logged these images
+            arguments[log] = lambda *args, **kwargs: None
+        return reward.function(images=images, **arguments)
 
     def num_passes(self) -> int:
         return self.args.num_subsets * self.args.replace_size * self.args.backprop_steps

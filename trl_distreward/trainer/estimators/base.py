@@ -67,7 +67,7 @@ class Estimator:
         def normalize(values: Tensor) -> Tensor:
             return normalize_advantages(values, args.advantage_normalization, args.num_generations)
 
-        if args.multi_objective_aggregation == "sum_then_normalize":
+        if len(rewards) == 1 or args.multi_objective_aggregation == "sum_then_normalize":
             return normalize(total)
         return self.rewards.total([normalize(values).expand_as(total) for values in rewards])
 
