@@ -64,6 +64,8 @@ def test_several_processes_train_like_one(tmp_path, processes, settings):
     assert len(values(log, "reward")) == 3
     for key in ("reward", "reward_std", "advantage_kept", "reference_distance/features"):
         assert values(other, key) == pytest.approx(values(log, key), rel=1e-9), key
+    assert bool(values(log, "darkness")) == ("bright" in settings)
+    assert values(other, "darkness") == pytest.approx(values(log, "darkness"))
     if settings.get("loss_type") != "backprop":
         assert values(other, "ratio/min") == values(other, "ratio/max") == [1.0] * 3
     for name, value in expected.items():  # gradients add up in another order
