@@ -158,6 +158,18 @@ class Named(partial):
         return super().__new__(cls, project)
 
 
+def test_out_of_memory_in_the_features_names_the_option_to_lower(tmp_path):
+    write_folder(tmp_path, 9)
+
+    def full(images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return project(images)
+
+    with pytest.raises(torch.OutOfMemoryError, match="features run out of memory: lower --batch-size, 64"):
+        SubsetReplaceReward(full, tmp_path)
+
+
 PROCESS = """
 import sys
 import torch

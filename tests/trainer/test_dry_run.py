@@ -40,7 +40,8 @@ def test_planned_network_evaluations_are_those_of_a_real_run(tmp_path, settings)
     rollouts = steps // trainer.args.num_iterations
     assert seen[False] == plan.counts["rollout"] * rollouts + plan.counts["refresh"] * plan.refreshes
     assert seen[True] == plan.counts["update"] * steps
-    assert f"The run: {steps} updates, {seen.total():,.0f} network evaluations" in plan.describe(trainer.args)
+    per_update = f"{seen.total() / steps:,.0f} network evaluations an update, {seen.total():,.0f} in all"
+    assert per_update in plan.describe(trainer)
     seen.clear()
     trainer.evaluate()
     assert seen[False] == plan.counts["evaluation"]
@@ -108,6 +109,22 @@ def test_a_phase_that_does_not_fit_in_memory_is_named_with_what_to_lower(tmp_pat
     prediction = dry_run(trainer)
     assert not prediction.fits
     assert re.search(f"does not fit: .* runs out .* lower {lower}_batch_size", format_prediction(prediction))
+
+
+def test_out_of_memory_names_the_phase_and_what_to_lower(tmp_path):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for phase, lower in (("rollout", "rollout"), ("refresh", "per_device_eval"), ("evaluation", "per_device_eval")):
+        trainer = tiny_trainer(tmp_path)
+        owner, method, run = {
+            "rollout": (trainer.estimator, "rollout", trainer.train),
+            "refresh": (trainer.reference_set, "refresh", trainer.train),
+            "evaluation": (trainer.eval_metrics["distance_features"], "update", trainer.evaluate),
+        }[phase]
+        setattr(owner, method, full)
+        with pytest.raises(torch.OutOfMemoryError, match=f"^{phase} runs out of memory: lower {lower}_batch_size"):
+            run()
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):

@@ -149,8 +149,12 @@ def collect_features(
                 raise ValueError(f"{odd.name} has the shape {odd.content.shape}, others have {size}: pass --resize N.")
             pixels = torch.from_numpy(np.stack([image.content for image in images])).to(state.device)
             prompts = None if images[0].prompt is None else [image.prompt for image in images]
-            for name, extractor in extractors.items():
-                columns[shard][name].append(extract_features(extractor, pixels, prompts, name=name))
+            try:
+                for name, extractor in extractors.items():
+                    columns[shard][name].append(extract_features(extractor, pixels, prompts, name=name))
+            except torch.OutOfMemoryError as error:
+                remedy = f"lower --batch-size, {batch_size}, of trl-distreward statistics or evaluate"
+                raise torch.OutOfMemoryError(f"features run out of memory: {remedy}.\n{error}") from error
     bar.close()
     state.wait_for_everyone()
     collected = CollectedFeatures(paths)

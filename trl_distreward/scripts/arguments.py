@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Options of training and merging that choose rewards, metrics and conditions."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from typing import Any
@@ -126,8 +125,6 @@ def load_conditions(arguments: RewardArguments) -> Dataset | None:
 def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[], None] | None = None) -> None:
     """Trains, from a checkpoint if the options say so, then calls `at_end` and saves or pushes the model."""
     config = trainer.args
-    logging.getLogger("trl_distreward").setLevel(logging.INFO)
-    logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
     if log_samples:
         sampler = "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]
         trainer.add_callback(LogSamplesCallback(trainer, sampler=sampler))

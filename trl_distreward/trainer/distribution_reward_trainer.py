@@ -25,6 +25,7 @@ from .image_sets import shared_images
 from .reference_set import ReferenceSet
 from .reward_functions import Reward, RewardFunction
 from .rollouts import Rollout, Sampler
+from .sizing import noisy_rewards
 
 logger = get_logger(__name__)
 
@@ -108,7 +109,9 @@ class DistributionRewardTrainer(DiffusionTrainer):
         self.sampler = Sampler(self)
         self.estimator = ESTIMATORS[args.loss_type](self)
         self.estimator.check_rewards(*images_of_noise(self.policy, self.conditions, self.accelerator.device))
-        logger.info(Plan.of(self).describe(args))
+        logger.info(Plan.of(self).describe(self))
+        for warning in noisy_rewards(self):
+            logger.warning(warning)
 
     def prepare_network(
         self, network: nn.Module, args: DiffusionDistributionConfig, peft_config: PeftConfig | None

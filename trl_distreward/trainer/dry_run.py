@@ -22,7 +22,6 @@ from ..metrics.extractors import module_of
 from .image_sets import ImageBatch
 
 if TYPE_CHECKING:
-    from .diffusion_distribution_config import DiffusionDistributionConfig
     from .distribution_reward_trainer import DistributionRewardTrainer
 
 GIB = 2**30
@@ -30,13 +29,6 @@ FLOAT = 4  # bytes of the float32 that weights, gradients and averages are kept 
 # Bytes of the optimizer's state per trained parameter; AdamW's two moments for optimizers that are not listed
 OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rmsprop": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "adafactor": 1}
 HEADROOM = 0.95  # share of the free memory to plan with: allocators round up, and fragments are lost
-# What to change if a phase runs out of memory
-REMEDIES = {
-    "refresh": "lower per_device_eval_batch_size or decode_batch_size",
-    "rollout": "lower rollout_batch_size or decode_batch_size, or set offload_trajectories=True",
-    "reward": "lower num_subsets, or set offload_trajectories=True",
-    "training": "lower per_device_train_batch_size, set activation_checkpointing=True, or train an adapter",
-}
 
 
 @dataclass(frozen=True)
@@ -75,15 +67,30 @@ class Plan:
         evaluations = times(args.eval_strategy, args.eval_steps) + bool(args.eval_on_start)
         return cls(steps, refreshes, evaluations, times(args.save_strategy, args.save_steps), counts)
 
-    def describe(self, args: "DiffusionDistributionConfig") -> str:
-        """Says what a rollout, an update and the run consist of."""
+    def describe(self, trainer: "DistributionRewardTrainer") -> str:
+        """The sizes of a run, by arithmetic."""
+        args, of_sets, classes = trainer.args, trainer.rewards.of_sets, trainer.policy.num_conditions or 1
         often = [math.ceil(self.steps / args.num_iterations), self.steps, self.refreshes, self.evaluations]
-        total = sum(count * times for count, times in zip(self.counts.values(), often, strict=True))
-        return (
-            f"One rollout: {args.num_subsets} subsets of {args.replace_size} = {args.num_subsets * args.replace_size} "
-            f"images, {self.counts['rollout']:,} network evaluations. One update: {self.counts['update']:,} with "
-            f"backward pass. The run: {self.steps} updates, {total:,} network evaluations."
-        )
+        passes = [count * times for count, times in zip(self.counts.values(), often, strict=True)]
+        new, size = args.num_subsets * args.replace_size * args.best_of_n, args.reference_set_size
+        width = sum(getattr(each, "dimension", 0) for reward in of_sets for each in reward.distances.values())
+        parameters = [(p.numel(), p.requires_grad) for p in trainer.skeleton.parameters()]
+        chosen = f", the best of {args.best_of_n} each" if args.best_of_n > 1 else ""
+        images = new * often[0] + (size * self.refreshes if of_sets else 0)
+        lines = [
+            f"{often[0]:,} rollouts of {args.num_subsets} subsets x {args.replace_size} images{chosen}",
+            f"{images:,} images for training, {trainer.num_eval_images:,} in an evaluation",
+            f"{sum(passes[:3]) / self.steps:,.0f} network evaluations an update, {sum(passes):,} in all",
+            f"{sum(n for n, trained in parameters if trained):,} of {sum(n for n, _ in parameters):,} weights trained",
+        ]
+        if of_sets:
+            held = (
+                f"{size:,} images, generated {self.refreshes} x; {size * width * FLOAT / 2**20:,.1f} MiB of features"
+            )
+            lines.append(f"reference set: {held}")
+        if trainer.train_dataset is None and classes > 1:
+            lines.append(f"no train_dataset, so labels are all {classes} classes in balance")
+        return "\n- ".join([f"The run: {self.steps:,} updates", *lines])
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,8 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     with TemporaryDirectory() as args.output_dir:  # the record of a real run stays
         try:
             trainer.train()
-        except torch.OutOfMemoryError:
-            phase = next((name for name in REMEDIES if name not in trainer.run_record.seconds), "training")
-            problems.append(f"{phase} runs out of the device's {capacity / GIB:.1f} GiB: {REMEDIES[phase]}.")
+        except torch.OutOfMemoryError as error:
+            problems.append(f"{capacity / GIB:.1f} GiB are not enough: {str(error).splitlines()[0]}")
     args.output_dir, spent = output_dir, trainer.run_record.seconds
     refresh = spent["refresh"] * len(trainer.conditions) / size
     per_pass = refresh / plan.counts["refresh"] if plan.counts["refresh"] else 0.0

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 RUN_RECORD = "run.json"
+# What to change if a phase runs out of memory
+REMEDIES = {
+    **dict.fromkeys(
+        ("refresh", "evaluation", "samples", "candidates"), "lower per_device_eval_batch_size or decode_batch_size"
+    ),
+    "rollout": "lower rollout_batch_size or decode_batch_size, or set offload_trajectories=True",
+    "reward": "lower num_subsets, or set offload_trajectories=True",
+    "training": "lower per_device_train_batch_size, set activation_checkpointing=True, or train an adapter",
+}
 
 
 @dataclass
@@ -37,7 +46,11 @@ class RunRecord:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            remedy = REMEDIES.get(phase, "lower the batch sizes")
+            raise torch.OutOfMemoryError(f"{phase} runs out of memory: {remedy}.\n{error}") from error
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - started

@@ -62,6 +62,7 @@ class Backprop(Estimator):
     """Gradient of the distance of the set in which all new images stand, through the last steps of the SDE or ODE."""
 
     single_pass = False
+    has_advantages = False
 
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:

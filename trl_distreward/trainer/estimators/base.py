@@ -41,6 +41,7 @@ class Estimator:
 
     # Whether `loss` passes the network once. Otherwise DDP sends gradients only after the last micro-batch.
     single_pass = True
+    has_advantages = True  # whether rewards are compared within an update
 
     def __init__(self, trainer: "DistributionRewardTrainer"):
         self.trainer, self.policy, self.args = trainer, trainer.policy, trainer.args
