@@ -52,7 +52,7 @@ def test_a_first_run_is_affordable(tmp_path):
     for settings in ({}, PAPER):
         args = DiffusionDistributionConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
         trainer = DistributionRewardTrainer(tiny_pipeline(), tiny_reward(), args)
-        totals += re.findall(r"updates, ([\d,]+) network evaluations", Plan.of(trainer).describe(args))
+        totals += re.findall(r"update, ([\d,]+) in all", Plan.of(trainer).describe(trainer))
     assert totals == ["549,200", "190,530,000"]
     start = (DOCS / "start.md").read_text()
     assert all(f"{total} network evaluations" in start for total in totals)

@@ -2,8 +2,6 @@
 """What is said before training."""
 
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,7 +23,7 @@ from trl_distreward import (
     KernelDistance,
     SubsetReplaceReward,
 )
-from trl_distreward.trainer.sizing import FEWEST_REWARDS, misleading_sets, noisy_rewards
+from trl_distreward.trainer.sizing import FEWEST_REWARDS, misleading_sets, noisy_rewards, show_messages
 
 
 def warnings_of(trainer):
@@ -58,25 +56,20 @@ def test_sizes_are_said_and_nothing_is_run(tmp_path, caplog):
         assert f"- {line}" in said
 
 
-PROGRAM = """
-import sys, logging
-from transformers import TrainingArguments
-from trl_distreward.trainer.sizing import show_messages
-exec(sys.argv[2])
-show_messages(TrainingArguments(sys.argv[1], use_cpu=True, report_to=[], **eval(sys.argv[3])))
-logging.getLogger("trl_distreward.trainer").info("sizes")
-"""
-
-
 @pytest.mark.parametrize(
-    ("before", "settings", "times"),
-    [("", "{}", 1), ("logging.basicConfig()", "{}", 1), ("", "{'log_level': 'error'}", 0)],
+    ("set_up", "settings", "times"), [(False, {}, 1), (True, {}, 1), (False, {"log_level": "error"}, 0)]
 )
-def test_messages_are_seen_once_unless_the_program_says_otherwise(tmp_path, before, settings, times):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), before, settings], capture_output=True, text=True, check=True
-    )
-    assert done.stderr.count("sizes") == times
+def test_messages_are_seen_once_unless_the_program_says_otherwise(
+    tmp_path, monkeypatch, capsys, set_up, settings, times
+):
+    for name, level in (("trl_distreward", logging.NOTSET), (None, logging.WARNING)):  # as in a fresh process
+        for attribute, value in (("handlers", []), ("level", level), ("propagate", True)):
+            monkeypatch.setattr(logging.getLogger(name), attribute, value)
+    if set_up:
+        logging.basicConfig()
+    show_messages(tiny_config(tmp_path, **settings))
+    logging.getLogger("trl_distreward.trainer").info("sizes")
+    assert capsys.readouterr().err.count("sizes") == times
 
 
 def test_sets_smaller_than_their_features_are_warned_of_with_both_numbers(tmp_path):
