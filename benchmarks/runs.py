@@ -117,6 +117,7 @@ def build_trainer(
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        "log_samples": False,
     }
     return DistributionRewardTrainer(
         model=str(digits.base_path),

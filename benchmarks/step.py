@@ -122,6 +122,7 @@ def build(size: str, args: argparse.Namespace, folder: str) -> DistributionRewar
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        log_samples=False,
     )
     reward = SubsetReplaceReward(extractor, real_statistics(extractor.dimension))
     return DistributionRewardTrainer(SiTPipeline(transformer, vae), reward, config)

@@ -128,6 +128,7 @@ def train(base: PlanePolicy, reward: Any, updates: int) -> PlanePolicy:
                 logging_steps=50,
                 use_cpu=True,
                 disable_tqdm=True,
+                log_samples=False,
                 seed=0,
             ),
         )

@@ -38,7 +38,6 @@ from trl_distreward import (
     FeatureDistance,
     FeatureStatistics,
     JointFeatures,
-    LogSamplesCallback,
     SiTPipeline,
     SiTTransformer2DModel,
     SubsetReplaceReward,
@@ -393,7 +392,6 @@ def main() -> None:
             sample_grid(trainer.policy.pipeline, out / "before.png")
         else:
             trainer.evaluate()  # for the report of this run
-        trainer.add_callback(LogSamplesCallback(trainer))
         training = time.perf_counter()
         trainer.train()
         seconds[name] = time.perf_counter() - training

@@ -59,7 +59,7 @@ def tiny_reward(**kwargs):
     return SubsetReplaceReward(features, FeatureStatistics.from_features(features(real_images())), **kwargs)
 
 
-QUIET = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+QUIET = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "log_samples": False}
 
 
 def tiny_config(output_dir, **kwargs):

@@ -66,7 +66,7 @@ def test_train_follows_the_recipe_which_the_command_line_overrides(recipe, tmp_p
     assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [
         f"step-{i}.png" for i in range(4)
     ]
-    assert "'reward'" in capsys.readouterr().out
+    assert "  reward -" in capsys.readouterr().out
     assert load_pipeline(tmp_path / "out").transformer.config.num_classes == 3
 
 

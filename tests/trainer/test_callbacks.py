@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PrinterCallback
 
-from tests.helpers import tiny_trainer
+from tests.helpers import tiny_merge_trainer, tiny_trainer
+from tests.runs import EVALUATE_EVERY_STEP, logged
 from trl_distreward import LogSamplesCallback
-from trl_distreward.trainer.callbacks import image_grid
+from trl_distreward.trainer.callbacks import ShowProgress, image_grid
 
 
 def test_grid_puts_images_in_rows():
@@ -45,7 +47,54 @@ def test_a_grid_that_cannot_be_made_does_not_end_training(tmp_path, caplog):
     assert "There is no grid of samples at step 2: an image is not finite" in caplog.text
 
 
+def test_samples_are_logged_by_default_under_the_ode_if_it_is_evaluated(tmp_path):
+    for samplers, expected in ((["sde", "ode"], "ode"), (["sde"], "sde")):
+        trainer = tiny_trainer(tmp_path / expected, max_steps=1, log_samples=True, eval_samplers=samplers)
+        (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LogSamplesCallback))
+        assert callback.schedule.sampler == expected
+        trainer.train()
+        assert {path.name for path in (tmp_path / expected / "samples").iterdir()} == {"step-0.png", "step-1.png"}
+    own = LogSamplesCallback(trainer, freq=3)
+    trainer.add_callback(own)  # takes the place of the default
+    assert [c for c in trainer.callback_handler.callbacks if isinstance(c, LogSamplesCallback)] == [own]
+    tiny_trainer(tmp_path / "none", max_steps=1, log_samples=False).train()
+    assert not (tmp_path / "none" / "samples").exists()
+
+
+@pytest.mark.parametrize("kind", [tiny_trainer, tiny_merge_trainer])
+def test_a_log_is_a_line_for_people_and_whole_for_trackers(tmp_path, capsys, kind):
+    trainer = kind(tmp_path, max_steps=2, **EVALUATE_EVERY_STEP)
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(len(line) < 160 for line in lines)  # two updates, two evaluations, the end
+    assert [line.split("  ")[0] for line in lines] == ["step 1", "step 1", "step 2", "step 2", "step 2"]
+    first = trainer.state.log_history[0]
+    for name in ("reward", "reward_std", "loss", "learning_rate"):
+        assert f"  {name} {first[name]:.4g}  " in lines[0]
+    assert "  seconds " in lines[0] and "grad_norm" not in lines[0] and "grad_norm" in first
+    assert f"  eval_ode_distance_features {logged(trainer, 'eval_ode_distance_features')[0]:.4g}" in lines[1]
+    assert "train_runtime" in lines[-1]
+
+
+def test_a_bar_shows_reward_distance_and_seconds_of_an_update(tmp_path, capsys):
+    tiny_trainer(tmp_path, max_steps=2, disable_tqdm=False).train()
+    shown = capsys.readouterr().err
+    last = shown[shown.rindex("Training:") :]
+    assert "2/2" in last and "reference_distance/features=" in last and "reward=" in last and "seconds=" in last
+    assert "Reference set" in shown
+
+
+def test_the_user_may_choose_another_way_to_show_progress(tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.remove_callback(ShowProgress)
+    trainer.train()
+    assert capsys.readouterr().out == ""
+    trainer.add_callback(PrinterCallback())
+    trainer.train()
+    assert "'grad_norm'" in capsys.readouterr().out
+
+
 def test_a_sampler_that_is_not_evaluated_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, eval_samplers=["sde"])
     with pytest.raises(ValueError, match="sampler='ode' is not evaluated: choose one of sde"):
-        LogSamplesCallback(trainer)
+        LogSamplesCallback(trainer, sampler="ode")

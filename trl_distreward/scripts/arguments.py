@@ -18,7 +18,6 @@ from ..rewards.per_image import clip_score, hps_score, pick_score
 from ..rewards.subset_replace import SubsetReplaceReward
 from ..trainer.base import DiffusionTrainer
 from ..trainer.base_config import option
-from ..trainer.callbacks import LogSamplesCallback
 from .common import EXTRACTOR_HELP, find_extractor, split_spec
 
 Model = str | DiffusionPipeline
@@ -54,7 +53,6 @@ class RewardArguments:
     prompt_column: str | None = option(
         None, "Column of prompts, in the dataset and in real_images; by default prompt, prompts, text or caption."
     )
-    log_samples: bool = option(True, "Write grids of samples.")
 
     def __post_init__(self) -> None:
         extracts = self.feature_extractor is not None or self.prompt_encoder is not None
@@ -122,12 +120,9 @@ def load_conditions(arguments: RewardArguments) -> Dataset | None:
     return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
 
 
-def run_trainer(trainer: DiffusionTrainer, log_samples: bool, at_end: Callable[[], None] | None = None) -> None:
+def run_trainer(trainer: DiffusionTrainer, at_end: Callable[[], None] | None = None) -> None:
     """Trains, from a checkpoint if the options say so, then calls `at_end` and saves or pushes the model."""
     config = trainer.args
-    if log_samples:
-        sampler = "ode" if "ode" in config.eval_samplers else config.eval_samplers[0]
-        trainer.add_callback(LogSamplesCallback(trainer, sampler=sampler))
     resume = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     if not trainer.interrupted:

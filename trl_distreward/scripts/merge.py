@@ -58,7 +58,7 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Model,
         if trainer.is_world_process_zero():
             print(table)
 
-    run_trainer(trainer, arguments.log_samples, compare if arguments.compare else None)
+    run_trainer(trainer, compare if arguments.compare else None)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: M
             sys.exit(1)
         return
     check_resources(trainer)
-    run_trainer(trainer, arguments.log_samples)
+    run_trainer(trainer)
 
 
 def build_trainer(

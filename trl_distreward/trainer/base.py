@@ -23,7 +23,8 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl
+from transformers import PrinterCallback, TrainerCallback, TrainerControl
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -34,7 +35,7 @@ from ..hub import with_retries
 from ..policies import Model, as_policy
 from . import checkpointing
 from .base_config import DiffusionTrainerConfig
-from .callbacks import StopOnSIGTERM, UpdateWeights
+from .callbacks import LogSamplesCallback, ShowProgress, StopOnSIGTERM, UpdateWeights
 from .checks import check_launch, check_rewards_and_metrics
 from .ema import PolicyEMA
 from .image_sets import evaluate_samplers, fitting_batch_size
@@ -115,6 +116,11 @@ class DiffusionTrainer(_BaseTrainer):
         self.rewards.read_columns(self, train_dataset)
         # rewards are tried below, and may divide by max_steps
         self.state.epoch, self.state.max_steps = 0.0, max(args.max_steps, 1)
+        for each in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(each)
+        self.add_callback(ShowProgress())
+        if args.log_samples:
+            self.add_callback(LogSamplesCallback(self))
         check_launch(self)
         for part in (self.policy, self.rewards, *self.eval_metrics.values()):
             if hasattr(part, "to"):
@@ -170,6 +176,11 @@ class DiffusionTrainer(_BaseTrainer):
         return self.args.per_device_eval_batch_size or self.fitting_batch_size
 
     # ---- pacing and logging ----
+
+    def add_callback(self, callback: TrainerCallback) -> None:
+        if isinstance(callback, LogSamplesCallback):  # instead of the default one
+            self.remove_callback(LogSamplesCallback)
+        super().add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
         # A checkpoint that is resumed from restores what is reset here. Evaluations of the start are kept.

@@ -69,6 +69,7 @@ class DiffusionTrainerConfig(_BaseConfig):
     max_skipped_updates: int = option(5, "Updates in a row that may be skipped because values are not finite.")
 
     # Parameters that control evaluation
+    log_samples: bool = option(True, "Write grids of 64 samples, see LogSamplesCallback.")
     num_eval_images: int | None = option(None, "Images per evaluation; reference_set_size by default.")
     eval_seed: int = option(0, "Seed of the evaluation noise, the same at every evaluation.")
 

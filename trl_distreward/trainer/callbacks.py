@@ -1,9 +1,11 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks: normalizing and averaging weights, stopping on request, and sample grids."""
+"""Callbacks: normalizing and averaging weights, stopping on request, progress, and sample grids."""
 
 import math
+import re
 import signal
 import threading
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
@@ -22,6 +25,7 @@ from ..files import written_whole
 from ..generation import evaluating
 from .image_sets import shared_images
 from .network import asks_for_normalization
+from .run_record import is_evaluation
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -82,6 +86,44 @@ class StopOnSIGTERM(TrainerCallback):
             self._previous, self.requested = None, False
 
 
+# Ends of the names of an evaluation's times
+_SPEEDS = ("_runtime", "_per_second", "epoch")
+# Logged values that are shown to people; trackers get all
+_SHOWN = re.compile(
+    "loss|learning_rate|reference_distance/.+|reward(_std|_best)?|rewards/.+/mean|skipped_updates|num_images|train_runtime"
+)
+
+
+class ShowProgress(TrainerCallback):
+    """Shows a line for each log and, unless `disable_tqdm` is set, a progress bar, on the main process."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        steps = {"total": state.max_steps, "initial": state.global_step}
+        self.bar = tqdm(desc="Training", unit="update", dynamic_ncols=True, disable=hidden, **steps)
+        self.logged = time.perf_counter(), state.global_step
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, *_: object, logs: dict[str, float], **__: object
+    ) -> None:
+        evaluation = is_evaluation(logs)
+        names = [name for name in logs if _SHOWN.fullmatch(name) or (evaluation and not name.endswith(_SPEEDS))]
+        shown = {name: f"{logs[name]:.4g}" if isinstance(logs[name], float) else str(logs[name]) for name in names}
+        if "loss" in logs:
+            (started, step), self.logged = self.logged, (time.perf_counter(), state.global_step)
+            shown["seconds"] = f"{(self.logged[0] - started) / max(1, state.global_step - step):.3g}"
+            beside = [name for name in shown if name in ("reward", "seconds") or name.startswith("reference_distance")]
+            self.bar.set_postfix({name: shown[name] for name in beside})
+        if state.is_world_process_zero:
+            tqdm.write("  ".join([f"step {state.global_step}", *(f"{name} {value}" for name, value in shown.items())]))
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        self.bar.close()
+
+
 def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Puts gray or RGB images `(N, C, H, W)`, uint8, in rows of `columns`; about a square by default."""
     columns = columns or math.ceil(len(images) ** 0.5)
@@ -100,14 +142,16 @@ class LogSamplesCallback(TrainerCallback):
     they differ by the model alone. They show the weights that are evaluated: the average, if there is one.
 
     Grids are saved as `samples/step-N.png` in the output folder, and sent to TensorBoard, Weights & Biases and Trackio
-    if the run reports to them.
+    if the run reports to them. Unless `log_samples=False`, a trainer has one with the defaults; one that you add takes
+    its place.
 
     Args:
         trainer ([`DistributionRewardTrainer`] or [`MergeCoefficientTrainer`]): its policy is sampled.
         conditions: one per image; the first 64 of the reference set by default.
         freq (`int`, *optional*): steps between two grids; `eval_steps` or `save_steps` by default.
-        sampler (`str`, *optional*, defaults to `"ode"`):
-            an evaluated sampler, or the name of an evaluated schedule, e.g. `"sde_250"`.
+        sampler (`str`, *optional*):
+            an evaluated sampler, or the name of an evaluated schedule, e.g. `"sde_250"`; by default the ODE, or the
+            first one if that is not evaluated.
 
     Example:
 
@@ -121,10 +165,12 @@ class LogSamplesCallback(TrainerCallback):
         trainer: "DiffusionTrainer",
         conditions: Conditions | None = None,
         freq: int | None = None,
-        sampler: str = "ode",
+        sampler: str | None = None,
     ):
         schedules = trainer.args.eval_schedules
         found = [schedule for name, schedule in schedules.items() if sampler in (name, schedule.sampler)]
+        if sampler is None:
+            found = sorted(schedules.values(), key=lambda schedule: schedule.sampler != "ode")
         if not found:
             raise ValueError(f"sampler={sampler!r} is not evaluated: choose one of {', '.join(schedules)}.")
         self.trainer, self.freq, self.schedule = trainer, freq, found[0]
