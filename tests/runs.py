@@ -2,6 +2,7 @@
 """What tests watch and compare of a run."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,20 @@ def first_gradients(trainer):
     trainer.add_callback(Keep())
     trainer.train()
     return found[0]
+
+
+def stop_in(trainer, owner, name, step, call=1, number=signal.SIGTERM):
+    """Sends a signal at the start of a method's `call`-th call after `step` updates."""
+    method, calls = getattr(owner, name), []
+
+    def signalled(*args, **kwargs):
+        if trainer.state.global_step == step:
+            calls.append(args)
+            if len(calls) == call:
+                signal.raise_signal(number)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, signalled)
 
 
 def launch(*command, processes=2, **environment):

@@ -87,8 +87,8 @@ def test_no_file_has_more_than_450_lines():
     assert {name: count for name, count in LINES.items() if count > 450} == {}
 
 
-def test_the_package_has_at_most_13700_lines():
-    assert sum(LINES.values()) <= 13_700
+def test_the_package_has_at_most_13900_lines():
+    assert sum(LINES.values()) <= 13_900
 
 
 def test_at_most_20_annotations_of_parameters_and_returns_say_any():

@@ -83,6 +83,14 @@ def test_faults_keep_their_trace(monkeypatch):
     assert isinstance(outcome(monkeypatch, "evaluate"), TypeError)
 
 
+def test_ctrl_c_is_no_fault(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "main", interrupted)
+    assert outcome(monkeypatch, "evaluate").code == "trl-distreward evaluate: interrupted."
+
+
 def test_the_package_is_the_command():
     command = [sys.executable, "-m", "trl_distreward", "report", "--outptu", "none"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from tests.helpers import tiny_merge_trainer, tiny_reward, tiny_trainer
+from tests.runs import stop_in
 from tests.trainer.sharded_launch import use_deepspeed, use_fsdp2
 from trl_distreward import LogSamplesCallback
 from trl_distreward.trainer.sharding import whole_state_dict
@@ -25,7 +26,7 @@ def bright(images, log_metric, **kwargs):
 
 
 def train(output, settings):
-    samples = settings.pop("samples", 0)
+    samples, stop = settings.pop("samples", 0), settings.pop("stop", None)
     if settings.pop("bright", False):
         settings["reward_funcs"] = [tiny_reward(), bright]
     resume_from, launch = settings.pop("resume_from", None), settings.pop("launch", "ddp")
@@ -41,7 +42,10 @@ def train(output, settings):
         trainer = tiny_trainer(output, peft_config=lora, **settings)
     if samples:
         trainer.add_callback(LogSamplesCallback(trainer, trainer.conditions[:samples], freq=100))
+    if stop is not None and trainer.accelerator.process_index == 1:
+        stop_in(trainer, trainer.estimator, "loss", stop)
     trainer.train(resume_from_checkpoint=resume_from)
+    assert trainer.interrupted == (stop is not None)
     metrics = trainer.evaluate()
     trainer.save_model(str(output / "saved"))
     network = trainer.unwrapped(trainer.sampled_model)

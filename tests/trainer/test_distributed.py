@@ -42,6 +42,18 @@ def values(log, key):
     return [entry[key] for entry in log["history"] if key in entry]
 
 
+@pytest.mark.distributed
+def test_a_signal_to_one_process_stops_all_in_the_same_micro_batch(tmp_path):
+    settings = {"max_steps": 3, "reference_update": "rolling", "per_device_train_batch_size": 3}
+    expected, log = run(tmp_path / "whole", 2, settings)
+    run(tmp_path / "stopped", 2, {**settings, "stop": 1})
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-1"]
+    resume = {**settings, "resume_from": str(tmp_path / "stopped" / "checkpoint-1")}
+    weights, other = run(tmp_path / "resumed", 2, resume)
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert values(other, "reward") == values(log, "reward")
+
+
 BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 2, "checkpoint_steps": True}
 
 

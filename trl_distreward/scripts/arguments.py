@@ -134,7 +134,7 @@ def run_trainer(trainer: DiffusionTrainer, at_end: Callable[[], None] | None = N
             trainer.save_model()
             trainer.create_model_card()
     elif trainer.is_world_process_zero():
-        done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
-        print(f"Stopped by SIGTERM after {done}: to continue, add --resume_from_checkpoint true to the command.")
+        done, remedy = trainer.state.global_step, "to continue, add --resume_from_checkpoint true to the command"
+        print(f"Stopped after step {done} of {trainer.state.max_steps}: {remedy if done else 'nothing was saved'}.")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

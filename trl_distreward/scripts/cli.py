@@ -50,6 +50,8 @@ def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | 
         if "--debug" in given:
             raise
         sys.exit(f"{name}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted.")
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,8 +23,7 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainerControl
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -35,7 +34,7 @@ from ..hub import with_retries
 from ..policies import Model, as_policy
 from . import checkpointing
 from .base_config import DiffusionTrainerConfig
-from .callbacks import LogSamplesCallback, ShowProgress, StopOnSIGTERM, UpdateWeights
+from .callbacks import LogSamplesCallback, UpdateWeights, add_default_callbacks
 from .checks import check_launch, check_rewards_and_metrics
 from .ema import PolicyEMA
 from .image_sets import evaluate_samplers, fitting_batch_size
@@ -47,6 +46,7 @@ from .reward_functions import RewardFunction, RewardFunctions
 from .run_record import RunRecord, describe_run, is_evaluation, write_record
 from .sharding import is_split, without_weights
 from .sizing import misleading_sets, show_messages
+from .stopping import Interrupted, StopOnSignal, leave
 
 logger = get_logger(__name__)
 
@@ -99,7 +99,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self.skipped_in_a_row = 0
         self._without_update = self._holds_best = False
-        self._stop_on_sigterm = StopOnSIGTERM()
+        self.stop = StopOnSignal()
         self.publisher = Publisher(self)
         network = self.prepare_network(self.policy.model, args, peft_config)
         self.skeleton = without_weights(network)
@@ -110,17 +110,13 @@ class DiffusionTrainer(_BaseTrainer):
             train_dataset=train_dataset,
             # evaluation makes its own images; transformers only asks that there is a dataset
             eval_dataset=eval_dataset if eval_dataset is not None else [],
-            callbacks=[UpdateWeights(self), self._stop_on_sigterm, *(callbacks or [])],
+            callbacks=[UpdateWeights(self), self.stop, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.rewards.read_columns(self, train_dataset)
         # rewards are tried below, and may divide by max_steps
         self.state.epoch, self.state.max_steps = 0.0, max(args.max_steps, 1)
-        for each in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-            self.remove_callback(each)
-        self.add_callback(ShowProgress())
-        if args.log_samples:
-            self.add_callback(LogSamplesCallback(self))
+        add_default_callbacks(self)
         check_launch(self)
         for part in (self.policy, self.rewards, *self.eval_metrics.values()):
             if hasattr(part, "to"):
@@ -189,10 +185,14 @@ class DiffusionTrainer(_BaseTrainer):
         self._without_update, self._holds_best, self.skipped_in_a_row = False, False, 0
         self._metrics.clear()
         self.rewards.reset()
+        started = time.time()
+        self.stop.install()
         try:
             return super().train(resume_from_checkpoint, **kwargs)
+        except Interrupted:
+            return leave(self, started)
         finally:
-            self._stop_on_sigterm.restore()
+            self.stop.restore()
             write_record(self)
 
     @property
@@ -202,8 +202,8 @@ class DiffusionTrainer(_BaseTrainer):
 
     @property
     def interrupted(self) -> bool:
-        """Whether the last `train()` was ended by SIGTERM, with a checkpoint to resume from."""
-        return self._stop_on_sigterm.stopped
+        """Whether SIGTERM or SIGINT ended the last `train()`, with a checkpoint unless no update was done."""
+        return self.stop.stopped
 
     def get_train_dataloader(self) -> DataLoader:
         """Numbers that pace the steps."""
@@ -319,10 +319,7 @@ class DiffusionTrainer(_BaseTrainer):
     # ---- checkpoints ----
 
     def write_model(self, folder: Path, adapter_alone: bool = False) -> None:
-        """
-        Writes a pipeline that loads with `from_pretrained`; with PEFT and `adapter_alone`, only the adapter. All
-        processes call it, the main one writes.
-        """
+        """Writes a pipeline; with PEFT and `adapter_alone` an adapter. All processes call it, the main one writes."""
         checkpointing.write_pipeline(self, folder, adapter_alone)
 
     def training_state(self) -> State:

@@ -1,14 +1,12 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks: normalizing and averaging weights, stopping on request, progress, and sample grids."""
+"""Callbacks: normalizing and averaging weights, progress, and sample grids."""
 
 import math
 import re
-import signal
-import threading
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..conditions import Conditions
 from ..files import written_whole
@@ -46,44 +45,6 @@ class UpdateWeights(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.network, state.global_step)
-
-
-class StopOnSIGTERM(TrainerCallback):
-    """Ends the run after the current update with a checkpoint, which is what a cluster's scheduler asks for."""
-
-    def __init__(self) -> None:
-        self.requested = self.stopped = False  # asked to stop; the last run was stopped
-        self._previous: Any = None
-        self._saved = -1
-
-    def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        self.stopped, self._saved = False, -1
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "requested", True))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        # The signal may reach processes at different steps: they stop together once any has it.
-        flag = torch.tensor(float(self.requested), device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        if flag.item() > 0:
-            if not self.stopped:
-                logger.warning(f"SIGTERM: training stops after step {state.global_step} with a checkpoint.")
-            self.stopped = True
-            control.should_save = self._saved != state.global_step
-            control.should_evaluate = False  # an evaluation may take hours
-            control.should_training_stop = True
-
-    on_epoch_end = on_step_end  # Trainer may ask for an evaluation at the end of an epoch
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._saved = state.global_step
-
-    def restore(self) -> None:
-        """Restores the signal's previous handler."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous, self.requested = None, False
 
 
 # Ends of the names of an evaluation's times
@@ -213,3 +174,12 @@ class LogSamplesCallback(TrainerCallback):
             batches = shared_images(trainer, model, self.conditions, self.schedule, (0, "samples", 0), "Samples")
             parts = [(gather(images)[:valid], gather(finite).all()) for images, _, valid, finite in batches]
         return torch.cat([images for images, _ in parts]) if all(bool(finite) for _, finite in parts) else None
+
+
+def add_default_callbacks(trainer: "DiffusionTrainer") -> None:
+    """Shows progress in place of transformers' callbacks, and writes grids of samples unless `log_samples=False`."""
+    for each in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+        trainer.remove_callback(each)
+    trainer.add_callback(ShowProgress())
+    if trainer.args.log_samples:
+        trainer.add_callback(LogSamplesCallback(trainer))

@@ -11,8 +11,9 @@ from ..conditions import Conditions, take
 from ..generation import image_generators
 from ..merging.coefficients import samples_of
 from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
-from .image_sets import decode_and_extract, generate_for
+from .image_sets import decode_and_extract, generate_for, progress_bar
 from .reward_functions import joined
+from .stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from .merge_coefficient_config import MergeCoefficientConfig
@@ -38,13 +39,23 @@ class CandidateJudge:
     def judge(self, coefficients: Tensor, step: int) -> Tensor:
         """Rewards `(B, functions)` of coefficients `(B, G, N_c)`, float64, on every process; NaN if not finite."""
         values = torch.zeros(len(coefficients), len(self.rewards.all), dtype=torch.float64)
-        for index in range(self.accelerator.process_index, len(coefficients), self.accelerator.num_processes):
-            values[index] = self.judge_set(coefficients[index], self.trainer.conditions, "candidate", step)
-            if self.args.num_replacements and bool(values[index].isfinite().all()):
-                values[index] = self._judge_replaced(values[index], step)
+        processes = self.accelerator.num_processes
+        with progress_bar(self.trainer, len(coefficients), "Candidates", "candidate") as bar:
+            for first in range(0, len(coefficients), processes):
+                stop_if_asked(self.trainer)
+                index = first + self.accelerator.process_index
+                if index < len(coefficients):
+                    values[index] = self._judge_one(coefficients[index], step)
+                bar.update(processes)
         self.rewards.record_metrics(self.trainer)
         # every other process has zeros where this one has values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+    def _judge_one(self, coefficients: Tensor, step: int) -> Tensor:
+        values = self.judge_set(coefficients, self.trainer.conditions, "candidate", step)
+        if self.args.num_replacements and bool(values.isfinite().all()):
+            values = self._judge_replaced(values, step)
+        return values
 
     @torch.no_grad()
     def judge_set(
@@ -87,6 +98,8 @@ class CandidateJudge:
         scores: list[Tensor] = []
         noise, size = (args.seed, stream, step), self.batch_size
         for batch in generate_for(trainer, self.network, conditions, args.rollout_schedule, noise, batch_size=size):
+            if self.accelerator.num_processes == 1:  # others may be at another candidate, or at none
+                stop_if_asked(trainer)
             features, finite, images = decode_and_extract(trainer, batch.sample, batch.conditions)
             if not finite.all():
                 return None, torch.full_like(values, torch.nan)

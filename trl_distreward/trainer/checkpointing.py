@@ -84,7 +84,8 @@ def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
 
 
 def _write_training_state(trainer: "DiffusionTrainer", folder: Path) -> None:
-    state, writes, network = trainer.training_state(), trainer.args.should_save, trainer.network
+    state = trainer.stop.state_before or trainer.training_state()  # an update that was left halfway is dropped
+    writes, network = trainer.args.should_save, trainer.network
     state["ema"] = None if trainer.ema is None else trainer.ema.state_dict(keep=writes)
     if trainer.ema is not None:  # the pipeline holds the average: keep the weights that the optimizer works on
         reshard(network)

@@ -26,6 +26,7 @@ from .reference_set import ReferenceSet
 from .reward_functions import Reward, RewardFunction
 from .rollouts import Rollout, Sampler
 from .sizing import noisy_rewards
+from .stopping import droppable, stop_if_asked
 
 logger = get_logger(__name__)
 
@@ -126,11 +127,12 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: object = None) -> Tensor:
         """One update. The first update of a rollout generates, scores and prepares; all of them update."""
         model.train()
-        if self.batch is None or self.state.global_step % self.args.num_iterations == 0:
-            rollout = self.rollout(model)
-            rewards = self.score(rollout)
-            self.batch = self.prepare(rollout, rewards)
-        return self.update(model, self.batch)
+        with droppable(self):
+            if self.batch is None or self.state.global_step % self.args.num_iterations == 0:
+                rollout = self.rollout(model)
+                rewards = self.score(rollout)
+                self.batch = self.prepare(rollout, rewards)
+            return self.update(model, self.batch)
 
     @torch.no_grad()
     def rollout(self, model: nn.Module) -> Rollout:
@@ -200,6 +202,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         total, logged = torch.zeros((), device=self.accelerator.device), []
         with self.timed("training"):
             for micro_batch, is_last in batch.micro_batches(self.args.per_device_train_batch_size, processes):
+                stop_if_asked(self)
                 # split weights have split gradients: they do not wait for the last micro-batch
                 defer = apart or not (is_last or split)
                 with self.accelerator.no_sync(model) if defer else nullcontext():

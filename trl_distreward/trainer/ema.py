@@ -47,7 +47,7 @@ class PolicyEMA:
     def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
         """Whole averages in CPU memory. All processes call it; those with `keep=False` get nothing."""
         wholes = ((name, whole(average)) for name, average in self.averages.items())
-        return {name: average.cpu() for name, average in wholes if keep}
+        return {name: average.to("cpu", copy=True) for name, average in wholes if keep}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, average in self.averages.items():

@@ -14,6 +14,7 @@ from ..conditions import Conditions, take
 from ..generation import Generated, SamplingSchedule, evaluating, generate, image_generators, share_out
 from ..policies import decode_slices, decode_uint8
 from .reward_functions import joined
+from .stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -53,12 +54,18 @@ def shared_images(
     size, total = trainer.eval_batch_size, len(conditions)
     own, valid = share_out(total, size, accelerator.process_index, accelerator.num_processes)
     batches = generate_for(trainer, model, take(conditions, own), schedule, noise, indices=own, batch_size=size)
-    hidden = args.disable_tqdm or not accelerator.is_main_process
-    with tqdm(total=total, desc=name, unit="image", leave=False, disable=hidden) as bar:
+    with progress_bar(trainer, total, name, "image") as bar:
         for batch, count in zip(batches, valid, strict=True):
             images, finite = decode_uint8(trainer.policy, batch.sample, args.decode_batch_size)
             yield images, batch.conditions, count, finite
             bar.update(count)
+            stop_if_asked(trainer)
+
+
+def progress_bar(trainer: "DiffusionTrainer", total: int, name: str, unit: str) -> tqdm:
+    """A bar that goes when it is done, on the main process unless `disable_tqdm` is set."""
+    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    return tqdm(total=total, desc=name, unit=unit, leave=False, disable=hidden)
 
 
 def fitting_batch_size(trainer: "DiffusionTrainer") -> int:

@@ -40,6 +40,7 @@ from .model_card import comparison_table, table
 from .network import disable_dropout
 from .reward_functions import RewardFunction
 from .run_record import is_evaluation, write_record
+from .stopping import droppable
 
 logger = get_logger(__name__)
 
@@ -168,6 +169,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: object = None) -> Tensor:
         """Draws candidates, judges them and learns from their rewards."""
+        with droppable(self):
+            return self._step(model)
+
+    def _step(self, model: nn.Module) -> Tensor:
         args, step = self.args, self.state.global_step
         if not self.num_images:
             self._judge_start()

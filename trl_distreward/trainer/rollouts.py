@@ -13,6 +13,7 @@ from ..conditions import Conditions, take
 from ..generation import SamplingSchedule, image_generators
 from .image_sets import decode_and_extract, generate_for
 from .reward_functions import joined
+from .stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from .distribution_reward_trainer import DistributionRewardTrainer
@@ -100,6 +101,7 @@ class Sampler:
             keep_steps=keep_steps,
             keep_states=keep_states,
         ):
+            stop_if_asked(self.trainer)
             trajectory, cond = batch.trajectory, self.trainer.policy.encode(batch.conditions)
             if args.offload_trajectories:
                 trajectory.states = {i: state.cpu() for i, state in trajectory.states.items()}
