@@ -20,4 +20,6 @@ def seeded():
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     """Statistics of one test's images are not kept for another."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("cache")))
+    cache = str(tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(constants, "HF_HOME", cache)
+    monkeypatch.setenv("HF_HOME", cache)  # of programs that the test starts
