@@ -40,7 +40,7 @@ def test_prompt_scores_are_cosines_as_their_papers_scale_them(folder):
     expected = {clip_score: 2.5 * prefixed.clamp(min=0), pick_score: temperature * plain, hps_score: plain}
     for build, values in expected.items():
         reward = build(folder)
-        assert reward.__name__ == build.__name__ and reward.differentiable
+        assert reward.__name__ == build.__name__
         torch.testing.assert_close(reward(images=images, prompts=prompts, slots=None, trainer_state=None), values)
     tokens = tokenizer()(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():  # what PickScore's model card computes, by the model itself

@@ -210,29 +210,21 @@ class InceptionV3(nn.Module):
             yield name, x
         yield "pool3", F.adaptive_avg_pool2d(x, 1).flatten(1)
 
-    def outputs(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Several outputs `(B, d)` of images `(B, 3 or 1, H, W)`, uint8 or float in [0, 255], by name, in one pass."""
-        found: dict[str, Tensor] = {}
-        with full_precision():
-            for layer, x in self.activations(images):
-                # its first branch is mixed_6/conv:0, of which ADM's evaluator takes 7 channels
-                if layer == "Mixed_6d":
-                    found["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)
-                    if {*names} == {"spatial"}:
-                        return found
-            found["pool3"] = x
-            found["logits_unbiased"] = self.logits(x)
-            found["logits"] = found["logits_unbiased"] + self.fc.bias
-        return {name: found[name] for name in names}
-
     def logits(self, features: Tensor) -> Tensor:
         """Unbiased logits `(N, 1008)` of the output `"pool3"` `(N, 2048)`, for the Inception Score."""
         with full_precision():
             return F.linear(features.to(self.fc.weight.device), self.fc.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features `(B, d)` of `images`."""
-        return self.outputs(images, (self.output,))[self.output]
+        """The `output` `(B, d)` of images `(B, 3 or 1, H, W)`, uint8 or float in [0, 255]."""
+        with full_precision():
+            for layer, x in self.activations(images):
+                # its first branch is mixed_6/conv:0, of which ADM's evaluator takes 7 channels
+                if layer == "Mixed_6d" and self.output == "spatial":
+                    return x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        if self.output == "pool3":
+            return x
+        return self.logits(x) + (self.fc.bias if self.output == "logits" else 0)
 
 
 def load_inception(

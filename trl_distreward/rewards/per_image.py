@@ -23,8 +23,6 @@ class PromptScore(nn.Module):
     `name` is the reward's name in logs.
     """
 
-    differentiable = True
-
     def __init__(
         self,
         clip: CLIPEmbeddings,
@@ -50,8 +48,6 @@ class HeadScore(nn.Module):
     Output of a head on an image's features, such as LAION's aesthetic predictor on CLIP's embedding. The extractor
     maps images `(B, C, H, W)` to features `(B, d)`, the head these to scores `(B, 1)`. `name` is for logs.
     """
-
-    differentiable = True
 
     def __init__(self, feature_extractor: FeatureExtractor, head: nn.Module, name: str = "head_score"):
         super().__init__()

@@ -17,6 +17,7 @@ class SlotSampler:
         self.num_slots = num_slots
         self.generator = torch.Generator().manual_seed(seed)
         self._pending = torch.empty(0, dtype=torch.long)  # rest of the current round, for `distinct`
+        self._samplers = [self]  # one for each stratum
 
     def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
         """
@@ -53,16 +54,19 @@ class SlotSampler:
         return taken
 
     def state_dict(self) -> State:
-        return {"generator": self.generator.get_state(), "pending": self._pending.clone()}
+        pending = [sampler._pending.clone() for sampler in self._samplers]
+        return {"generator": self.generator.get_state(), "pending": pending}
 
     def load_state_dict(self, state: State) -> None:
-        if not isinstance(state["pending"], Tensor):
-            raise ValueError("the checkpoint's slots were drawn from strata: resume with the same stratify_by.")
+        pending = state["pending"]
+        if len(pending) != len(self._samplers):
+            raise ValueError("the checkpoint's slots have other strata: resume with the same stratify_by and dataset.")
         self.generator.set_state(state["generator"])
-        self._pending = state["pending"].clone()
+        for sampler, rest in zip(self._samplers, pending, strict=True):
+            sampler._pending = rest.clone()
 
 
-class StratifiedSlotSampler:
+class StratifiedSlotSampler(SlotSampler):
     """
     Draws slots such that each subset holds the `strata`, one for each slot, in proportion.
 
@@ -71,9 +75,8 @@ class StratifiedSlotSampler:
     """
 
     def __init__(self, strata: Sequence[Hashable], seed: int = 0):
-        self.num_slots = len(strata)
+        super().__init__(len(strata), seed)
         self.members = members_of(strata)
-        self.generator = torch.Generator().manual_seed(seed)
         self._samplers = [SlotSampler(len(places)) for places in self.members]
         for sampler in self._samplers:
             sampler.generator = self.generator
@@ -90,18 +93,6 @@ class StratifiedSlotSampler:
         subsets = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         # shuffled, so that the first images of a subset are not all from the first strata
         return torch.stack([s[torch.randperm(replace_size, generator=self.generator)] for s in subsets])
-
-    def state_dict(self) -> State:
-        pending = [sampler._pending.clone() for sampler in self._samplers]
-        return {"generator": self.generator.get_state(), "pending": pending}
-
-    def load_state_dict(self, state: State) -> None:
-        pending = state["pending"]
-        if isinstance(pending, Tensor) or len(pending) != len(self.members):
-            raise ValueError("the checkpoint's slots have other strata: resume with the same stratify_by and dataset.")
-        self.generator.set_state(state["generator"])
-        for sampler, rest in zip(self._samplers, pending, strict=True):
-            sampler._pending = rest.clone()
 
 
 def check_size(replace_size: int, num_slots: int) -> None:

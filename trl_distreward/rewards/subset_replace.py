@@ -169,16 +169,12 @@ class SubsetReplaceReward:
         Leaves new images, with features `(B * n, d)` per space, in the `slots` `(B, n)` they were judged in: the
         *rolling* reference set. If a slot has several candidates, `generator` chooses the one that stays.
         """
-        flat = slots.flatten()
-        order = torch.randperm(len(flat), generator=generator).to(flat.device)
-        kept, inverse = flat[order].unique(return_inverse=True)
-        winner = torch.full((len(kept),), len(flat), dtype=torch.long, device=flat.device)
-        winner = winner.scatter_reduce(0, inverse, torch.arange(len(flat), device=flat.device), "amin")
-        chosen = order[winner]
+        flat, order = slots.flatten().tolist(), torch.randperm(slots.numel(), generator=generator).tolist()
+        chosen = {flat[row]: row for row in reversed(order)}  # by slot, the first one in the random order
         updated = {}
         for name, reference in self.features.items():
-            new = features[name][chosen.to(features[name].device)].to(reference)
-            updated[name] = reference.index_copy(0, kept.to(reference.device), new)
+            new = features[name][list(chosen.values())].to(reference)
+            updated[name] = reference.index_copy(0, torch.tensor([*chosen], device=reference.device), new)
         self.set_reference(updated)
 
     # ---- reward ----
