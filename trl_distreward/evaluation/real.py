@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..metrics.distance import DISTANCES, Distance
 from ..metrics.extractors import FeatureExtractor, describe_extractor, extract_features, freeze, move
 from ..metrics.frechet import FrechetDistance
 from ..metrics.kernel import KernelDistance
+from ..metrics.scores import OF_STATISTICS, feature_metrics
 from ..metrics.statistics import SPATIAL, FeatureStatistics, check_extractor, load_features
 from .decoding import decode_image
 from .features import CollectedFeatures, collect_features, start_processes
@@ -92,10 +93,8 @@ def real_data(
         check_statistics(source, extractor)
         return source
     if isinstance(source, str | os.PathLike):
-        if holds_statistics(Path(source), extractor):
-            statistics = FeatureStatistics.load(source, getattr(extractor, "name", None))
-            check_statistics(statistics, extractor, source)
-            held = load_features(source) if features else None
+        statistics, held = read_statistics(Path(source), extractor, features)
+        if statistics is not None:
             return statistics if held is None else held
         if not Path(source).exists():
             known = "statistics (.safetensors, .npz), a folder of images, or a dataset that load_dataset returned"
@@ -129,16 +128,18 @@ def _identity(source: ImageSource, extractor: FeatureExtractor, features: bool, 
     return hashlib.blake2b(json.dumps(made_of, default=str).encode(), digest_size=16).hexdigest()
 
 
-def holds_statistics(path: Path, extractor: object) -> bool:
+def read_statistics(path: Path, extractor: object, features: bool) -> tuple[FeatureStatistics | None, Tensor | None]:
     """
-    Whether a file holds statistics and not images. A reference batch of ADM holds images, and their statistics in its
-    own Inception features.
+    Statistics that a file holds, and features if asked for; `None` for what it does not hold. A reference batch of ADM
+    holds images, and their statistics in its own Inception features.
     """
-    if path.suffix != ".npz":
-        return path.suffix in (".safetensors", ".pkl")
-    held = npz_names(path)
-    name, resize = getattr(extractor, "name", None), getattr(extractor, "resize", None)
-    return "arr_0" not in held or ("mu" in held and name in ("inception", SPATIAL) and resize == _ADM_RESIZE)
+    name, names = getattr(extractor, "name", None), npz_names(path) if path.suffix == ".npz" else ()
+    is_adm = name in ("inception", SPATIAL) and getattr(extractor, "resize", None) == _ADM_RESIZE
+    if path.suffix not in (".npz", ".safetensors", ".pkl") or ("arr_0" in names and not (is_adm and "mu" in names)):
+        return None, None
+    statistics = FeatureStatistics.load(path, name)
+    check_statistics(statistics, extractor, path)
+    return statistics, load_features(path) if features else None
 
 
 def check_statistics(statistics: FeatureStatistics, extractor: object, path: object = "the real data") -> None:
@@ -147,6 +148,44 @@ def check_statistics(statistics: FeatureStatistics, extractor: object, path: obj
         held = {**statistics.metadata, "dimension": statistics.dimension}
         dimension = getattr(extractor, "dimension", None)
         check_extractor(held, {**describe_extractor(extractor), "dimension": dimension}, path)
+
+
+class RealSet:
+    """
+    Real images in the features of one extractor, for some [`feature_metrics`]. They come from a statistics file or
+    images, as for [`real_data`], or from what else [`~evaluation.open_images`] opens, which gets `options`.
+    """
+
+    def __init__(self, path: str | os.PathLike, extractor: FeatureExtractor, metrics: Sequence[str], **options: Any):
+        self.path, self.extractor, self.metrics = Path(path), extractor, metrics
+        self.needs_features = not {*metrics} <= {*OF_STATISTICS}
+        self.statistics, self.features = read_statistics(self.path, extractor, self.needs_features)
+        self.images: ImageSource | None = None
+        if self.statistics is None or (self.needs_features and self.features is None):
+            if self.path.suffix == ".safetensors":
+                raise ValueError(f"{path} holds no features, which {', '.join(metrics)} need: use --features.")
+            self.images = open_images(path, **options)
+
+    def collect(self, folder: Path, **options: Any) -> None:
+        """Computes from the images what no file holds. All processes call it; see [`collect_features`]."""
+        if self.images is not None:
+            collected = collect_features(self.images, {"real": self.extractor}, folder, **options)
+            self.statistics = self.statistics or collected.statistics("real")
+            self.features = collected.features("real") if self.needs_features else None
+
+    def compare(self, generated: Tensor, seed: int, spread: int) -> dict[str, object]:
+        """Computes one of the results in a report from features `(N, d)`; see [`feature_metrics`]."""
+        network: Any = self.extractor
+        statistics: Any = self.statistics
+        logits = network.logits(generated) if "inception_score" in self.metrics else None
+        metrics: dict[str, float] = {}
+        for real, of_statistics in ((statistics, True), (self.features, False)):
+            names = [name for name in self.metrics if (name in OF_STATISTICS) == of_statistics]
+            if names and real is not None:
+                metrics |= feature_metrics(real, generated, names, logits=logits, seed=seed, spread=spread)
+        mean_norm = statistics.mean.norm().item()  # tells whether two reports are against the same data
+        about = {"path": str(self.path), "count": statistics.count, "mean_norm": mean_norm}
+        return {"extractor": network.name, "resize": network.resize, "real": about, "metrics": metrics}
 
 
 def write_statistics(

@@ -16,8 +16,8 @@ from .kernel import KernelDistance
 from .prdc import precision_recall_density_coverage
 from .statistics import FeatureStatistics
 
-FRECHET = ("frechet", "frechet_infinity")
-METRICS = (*FRECHET, "kid", "kernel", "mmd", "cmmd", "precision", "recall", "density", "coverage", "inception_score")
+OF_STATISTICS = ("frechet", "frechet_infinity", "inception_score")  # the others need features of real images
+METRICS = (*OF_STATISTICS, "kid", "kernel", "mmd", "cmmd", "precision", "recall", "density", "coverage")
 
 
 def kernel_inception_distance(
@@ -120,7 +120,7 @@ def feature_metrics(
     if not metrics or not {*metrics} <= {*METRICS}:
         raise ValueError(f"metrics={metrics} are unknown or none: choose from {', '.join(METRICS)}.")
     if isinstance(real, FeatureStatistics):
-        if not {*metrics} <= {*FRECHET, "inception_score"}:
+        if not {*metrics} <= {*OF_STATISTICS}:
             raise ValueError(f"{', '.join(metrics)} need real features (M, {real.dimension}), not statistics alone.")
         dimension = real.dimension
     else:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import nn
 from trl import TrlParser
 
-from ..evaluation.measure import NamedExtractor
 from ..metrics.clip import JointTextFeatures, load_clip
 from ..metrics.extractors import load_feature_extractor
 from . import cli
@@ -87,7 +87,7 @@ def split_spec(spec: str) -> tuple[str, Options]:
     return name, options
 
 
-def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_scale: float = 1.0) -> NamedExtractor:
+def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_scale: float = 1.0) -> nn.Module:
     """
     Loads the feature extractor that `NAME[,option=value…]` names, see [`load_feature_extractor`]; with a CLIP model as
     `prompt_encoder`, joined to its embeddings of prompts, and by default its own.

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from .. import __version__
 from ..evaluation.features import collect_features, start_processes
 from ..evaluation.generated import GeneratedImages
-from ..evaluation.measure import RealSet
+from ..evaluation.real import RealSet
 from ..evaluation.report import check_comparable, markdown_table
 from ..evaluation.sources import ImageSource, open_images
 from ..files import write_json
