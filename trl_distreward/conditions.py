@@ -130,8 +130,8 @@ def proportional_subsets(sizes: Tensor, num_subsets: int, size: int, generator: 
 
 def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:
     """
-    Deals the dataset's rows to `count` slots in shuffled rounds. With strata, the last, incomplete round takes a
-    proportional share of each.
+    Deals rows to `count` slots in shuffled rounds; the last, incomplete one takes a proportional share of each
+    stratum.
     """
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(num_rows, generator=generator) for _ in range(math.ceil(count / num_rows))]
@@ -164,9 +164,6 @@ def conditions_of_slots(
 
     A policy with classes reads the column named in `LABEL_COLUMNS`, any other policy that in `TEXT_COLUMNS`.
     `stratify_by` names a column of strata, see [`rows_of_slots`].
-
-    Raises:
-        ValueError: a missing column, conditions that the model does not know, or prompts without a dataset.
     """
     classes = policy.num_conditions
     prompts = classes is None

@@ -160,16 +160,10 @@ def sample(
     keep_states: Sequence[int] = (),
 ) -> Trajectory:
     """
-    Samples one batch.
+    Samples one batch by the policy's network `model`, or another in its place.
 
-    Args:
-        policy ([`DiffusionPolicy`]): generator.
-        model (`torch.nn.Module`): its network, or another in its place.
-        conditions: one per sample, a tensor or a list.
-        schedule ([`SamplingSchedule`]): how to sample.
-        generator (`torch.Generator` or list of them, one per sample, *optional*): source of the noise.
-        keep_steps, keep_states (`Sequence[int]`, *optional*):
-            see [`~sampling.rollout`]; steps of an SDE, and states of an SDE or of Euler's ODE.
+    `conditions`, and generators of the noise if a list, are one per sample. For `keep_steps` and `keep_states` see
+    [`~sampling.rollout`]; the ODE keeps states by Euler's method only.
     """
     schedule = schedule.on(policy)
     if schedule.sampler == "ode" and schedule.solver != "euler" and keep_states:
@@ -227,12 +221,10 @@ def generate(
     keep_states: Sequence[int] = (),
 ) -> Iterator[Generated]:
     """
-    Generates one sample per condition.
-
-    A sample depends on `seed`, `stream`, `step` and its index alone: not on the batch size, the process or the device.
+    Generates one sample per condition. It depends on `seed`, `stream`, `step` and its index alone, which key its noise
+    (see [`image_generators`]): not on the batch size, the process or the device.
 
     Args:
-        seed (`int`), stream (`str`), step (`int`, *optional*): key of the noise, see [`image_generators`].
         indices (`Sequence[int]`, *optional*): index of each image; 0, 1, … by default.
         batch_size (`int`, *optional*, defaults to 64): images at a time.
         model (`torch.nn.Module`, *optional*): network to use in place of the policy's own.
@@ -263,15 +255,9 @@ def generate_images(
     """
     Generates and decodes one image per condition, with the policy's network in evaluation mode.
 
-    Args:
-        decode_batch_size (`int`, *optional*): samples decoded at a time; a whole batch by default.
-        policy, conditions, schedule, options: see [`generate`].
-
-    Yields:
-        uint8 images `(B, C, H, W)` and their conditions.
-
-    Raises:
-        ValueError: a sample or its image is not finite.
+    Yields uint8 images `(B, C, H, W)` and their conditions. Raises `ValueError` if a sample or its image is not
+    finite. `decode_batch_size` samples are decoded at a time, all of a batch by default; for `options` see
+    [`generate`].
     """
     with evaluating(policy.model):
         for batch in generate(policy, conditions, schedule, **options):

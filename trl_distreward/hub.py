@@ -35,12 +35,8 @@ def without_tokens(text: str) -> str:
 
 def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
     """
-    Calls, and calls again after a server error, a timeout or a cut connection. `what` is named in errors.
-
-    Raises:
-        FileNotFoundError: there is no such repository, revision or file.
-        PermissionError: the repository is gated, or the token does not suffice.
-        ConnectionError: all `ATTEMPTS` failed.
+    Calls, and calls again after a server error, a timeout or a cut connection. What the Hub refuses is raised as
+    `FileNotFoundError`, `PermissionError` or `ConnectionError`, with `what` and the remedy.
     """
     for attempt in range(ATTEMPTS):
         try:

@@ -25,12 +25,8 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 @dataclass(frozen=True)
 class Transition:
     """
-    One step of the sampler: a Gaussian `N(mean, std² I)` and a sample of it.
-
-    Attributes:
-        prev_sample (`torch.Tensor` of shape `(B, ...)`): sample at `t_next`, in the dtype of `x`.
-        log_prob (`torch.Tensor` of shape `(B,)`): its log-density, averaged over the latent dimensions; 0 if `std` is.
-        mean, std (`torch.Tensor` of shapes `(B, ...)` and `(B,)`): float32, or float64 if `x` is float64.
+    One step of the sampler: a Gaussian `N(mean, std² I)`, and a sample of it at `t_next`, in the dtype of `x`, with
+    its log-density, averaged over the latent dimensions; 0 if `std` is. The others are float32, or float64 if `x` is.
     """
 
     prev_sample: Tensor
@@ -42,13 +38,8 @@ class Transition:
 @dataclass
 class Trajectory:
     """
-    Result of a rollout: the final sample, and the states kept for training.
-
-    Attributes:
-        sample (`torch.Tensor` of shape `(B, ...)`): sample at the end of the grid.
-        steps (`tuple[int, ...]`): kept steps; step `i` leads from grid index `i` to `i + 1`.
-        states (`dict[int, torch.Tensor]`): samples by grid index.
-        log_probs (`torch.Tensor` of shape `(B, len(steps))`): log-probabilities of the kept steps.
+    Result of a rollout: the final sample `(B, ...)`, and what is kept for training: steps, where step `i` leads from
+    grid index `i` to `i + 1`; samples by grid index; and log-probabilities `(B, len(steps))` of the steps.
     """
 
     sample: Tensor
@@ -59,14 +50,9 @@ class Trajectory:
 
 def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | None = None) -> list[float]:
     """
-    Even times from 1 (noise) to 0 (data).
-
-    Args:
-        num_steps (`int`): number of steps; the grid has one point more.
-        shift (`float`, *optional*, defaults to 1.0):
-            resolution shift `t -> shift t / (1 + (shift - 1) t)` (SD3, arXiv 2403.03206, Eq. 23).
-        last_step_size (`float`, *optional*):
-            size of the last step before the shift; the other steps share the rest evenly. SiT's SDE sampler uses 0.04.
+    Even times from 1 (noise) to 0 (data), one more than steps, after the resolution shift `t -> shift t / (1 + (shift
+    - 1) t)` (SD3, arXiv 2403.03206, Eq. 23). `last_step_size`, by default that of the others, is the size of the last
+    step before the shift; SiT's SDE sampler uses 0.04.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1.")
@@ -140,11 +126,10 @@ def transition(
     generator: Generators = None,
 ) -> Transition:
     """
-    Draws one stochastic step from `t` to `t_next`, or scores a step that was taken.
+    Draws one stochastic step from `t` to `t_next`, or scores the step to `prev_sample` that was taken.
 
-    Without `prev_sample` the next sample is drawn; with it, that sample is scored. Both run the same arithmetic, so a
-    replayed log-probability equals the drawn one bit for bit. With step `dt = t_next - t < 0`, predicted noise
-    `x̂_1 = x + (1-t) v` and diffusion `s(t)`:
+    Both run the same arithmetic, so a replayed log-probability equals the drawn one bit for bit. With step `dt =
+    t_next - t < 0`, predicted noise `x̂_1 = x + (1-t) v` and diffusion `s(t)`:
 
         mean = x + [v + s²/(2t) x̂_1] dt        std = s sqrt(-dt)
 
@@ -155,19 +140,13 @@ def transition(
     | `"dance"` | `η²`, last step deterministic | DanceGRPO (arXiv 2505.07818) |
     | `"cps"` | mean `(1-t') x̂_0 + t' cos(ηπ/2) x̂_1`, std `t' sin(ηπ/2)` | coefficients-preserving (arXiv 2509.05952) |
 
-    `noise_level=0` is exactly the ODE's Euler step.
-
     Args:
         x, velocity (`torch.Tensor` of shape `(B, ...)`): sample at `t`, and the velocity predicted there.
         t, t_next (`float` or `torch.Tensor` of shape `(B,)` beside `x`): times with `0 <= t_next < t <= 1`.
-        noise_schedule (`str`): a row of the table.
-        noise_level (`float`): η, at least 0; at most 1 for `"cps"`.
+        noise_level (`float`): η, at least 0; at most 1 for `"cps"`. 0 is exactly the ODE's Euler step.
         start (`float`, *optional*, defaults to 0.999): first time of the grid; marks the first step of `"flow_grpo"`.
         prev_sample (`torch.Tensor` of shape `(B, ...)`, *optional*): sample at `t_next` to score.
         generator (`torch.Generator` or list of them, one per row, *optional*): source of the noise.
-
-    Raises:
-        ValueError: unknown schedule, or a noise level outside its range.
     """
     check_noise(noise_schedule, noise_level)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -275,9 +254,6 @@ def rollout(
         final_step (`str`, *optional*, defaults to `"sample"`): `"mean"` leaves out the last step's noise, as SiT does.
         sde_steps (`Iterable[int]`, *optional*):
             steps with noise, all by default; the others are Euler steps of the ODE (MixGRPO, arXiv 2507.21802).
-
-    Raises:
-        ValueError: a step in `keep_steps` has no noise.
     """
     keep = tuple(sorted(set(keep_steps)))
     noisy = set(range(len(times) - 1) if sde_steps is None else sde_steps)

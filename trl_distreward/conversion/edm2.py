@@ -53,12 +53,8 @@ def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
 
 def load_original_edm2(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
     """
-    Loads the network of a snapshot, in evaluation mode. Errors are those of [`~conversion.read_original_edm2`].
-
-    Args:
-        path (`str`): the `.pkl` file.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            dtype of the weights, but for gains and frequencies; float32 holds the published float16 values exactly.
+    Loads the network of a snapshot (`.pkl`), in evaluation mode; see [`~conversion.read_original_edm2`]. Gains and
+    frequencies stay float32, which `dtype` is by default: it holds the published float16 values exactly.
     """
     return build_edm2(read_original_edm2(path), dtype)
 

@@ -30,10 +30,6 @@ def load_original_sit(
             number of heads, which shapes do not tell; by default that of the published network with this size.
         num_classes (`int`, *optional*):
             number of classes; by default as the checkpoint's `args` say, or the embedding's rows less the null class.
-
-    Raises:
-        ValueError: the file has more in it than tensors and `argparse.Namespace`; keys are unknown or missing; the
-            size is not a published one, and `num_attention_heads` is not given.
     """
     given = isinstance(path_or_state_dict, Mapping)
     checkpoint: Any = path_or_state_dict if isinstance(path_or_state_dict, Mapping) else _read(path_or_state_dict)

@@ -44,12 +44,8 @@ def build_distance(
     resize: int | None = None,
 ) -> Distance:
     """
-    Builds a distance to real data.
-
-    Args:
-        distance (`str` or `Callable`): `"frechet"`, `"kernel"`, or a function from the real data to a distance. A
-            function gets features `(M, d)` where there are any, else [`FeatureStatistics`].
-        source, extractor, resize: the real data, see [`real_data`].
+    Builds a distance to real data, for which see [`real_data`]. `distance` is `"frechet"`, `"kernel"`, or a function
+    from features `(M, d)` where there are any, else from [`FeatureStatistics`], to a distance.
     """
     if isinstance(distance, str):
         if distance not in DISTANCES:

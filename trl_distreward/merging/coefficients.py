@@ -109,13 +109,9 @@ class EMANet(nn.Module):
     """
     Mean of the Gaussian policy over coefficients: an MLP on a learnable embedding (Section 3.3, Eq. 8).
 
-    The last layer starts at zero, so the first mean is exactly `initial`.
-
-    Args:
-        initial (`torch.Tensor` of shape `(G, N_c)`): mean before training, for G groups of tensors.
-        num_layers (`int`, *optional*, defaults to 3): linear layers; with 0 the mean itself is the parameter.
-        hidden_size (`int`, *optional*, defaults to 64): width of the embedding and of the hidden layers.
-        scale (`float`, *optional*, defaults to 1.0): change of the mean for a network output of 1.
+    The last layer starts at zero, so the first mean is exactly `initial` `(G, N_c)`, for G groups of tensors.
+    `num_layers` counts linear layers; with 0 the mean itself is the parameter. `hidden_size` is the width of the
+    embedding and of the hidden layers. The mean changes by `scale` for a network output of 1.
     """
 
     initial: Tensor

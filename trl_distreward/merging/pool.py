@@ -37,7 +37,8 @@ class CheckpointPool:
     """
     Checkpoints of one network, or LoRA adapters of one network, with the same tensors in the same shapes and dtypes.
 
-    The headers of all checkpoints are compared first. Only then are weights downloaded, and mapped into memory.
+    The headers of all checkpoints are compared first, and a `ValueError` names the odd one out. Only then are weights
+    downloaded, and mapped into memory.
 
     Args:
         checkpoints (`list[str]`):
@@ -49,13 +50,7 @@ class CheckpointPool:
         token (`str` or `bool`, *optional*): token for the Hub; the stored one by default.
 
     Attributes:
-        members (`list[Checkpoint]`): the checkpoints, each with `source`, `files`, and on the Hub `revision`.
-        copied (`set[str]`): tensors that are copied from the last checkpoint.
-        weighted (`list[str]`): tensors that are weighted sums.
-
-    Raises:
-        ValueError: the checkpoints differ, or a file is damaged; the message names the odd one out.
-        FileNotFoundError, PermissionError, ConnectionError: a checkpoint is missing or cannot be downloaded.
+        copied, weighted: names of the tensors that are copied from the last checkpoint, and of the weighted sums.
     """
 
     def __init__(
@@ -122,19 +117,13 @@ class CheckpointPool:
     @torch.no_grad()
     def merged(self, weights: Tensor, groups: Mapping[str, int] | None = None) -> Iterator[tuple[str, Tensor]]:
         """
-        Merges the checkpoints, tensor by tensor (Eq. 7 of [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)).
+        Yields names and tensors of the merged checkpoints, on the pool's device; they may be changed (Eq. 7 of
+        [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)).
 
         Sums are made in float32, or in float64 if the checkpoints are. LoRA factors become those of one adapter with
-        the summed rank, which adds exactly the weighted sum of what the adapters add.
-
-        Args:
-            weights (`torch.Tensor` of shape `(N_c,)` or `(groups, N_c)`):
-                coefficients, used as they are: nothing makes them sum to one.
-            groups (`dict[str, int]`, *optional*):
-                row of `weights` for each tensor in `weighted`; without it `weights` has one dimension.
-
-        Yields:
-            `tuple[str, torch.Tensor]`: name and tensor, on the pool's device. The tensors may be changed.
+        the summed rank, which adds exactly the weighted sum of what the adapters add. `weights` `(N_c,)` are used as
+        they are: nothing makes them sum to one. With `groups` they are `(groups, N_c)`, and `groups` has the row of
+        each tensor in `weighted`.
         """
         rows = self._rows(weights, groups)
         last = self._tensors[-1]
@@ -143,17 +132,11 @@ class CheckpointPool:
     @torch.no_grad()
     def merge_into(self, network: nn.Module, weights: Tensor, groups: Mapping[str, int] | None = None) -> None:
         """
-        Overwrites a network's weights with a weighted sum of the checkpoints, tensor by tensor.
+        Overwrites a network's weights with a weighted sum, tensor by tensor; see `merged` for `weights` and `groups`.
 
-        Args:
-            network (`torch.nn.Module`):
-                network with the pool's tensors as its state dict, in any floating dtype and on any device; for
-                adapters a [`~peft.PeftModel`] made with `adapter_config`. Its own buffers are copied from the last
-                checkpoint.
-            weights, groups: as in `merged`.
-
-        Raises:
-            ValueError: the network does not fit the pool, or `weights` has another shape; the network is unchanged.
+        The network has the pool's tensors as its state dict, in any floating dtype and on any device; for adapters it
+        is a [`~peft.PeftModel`] made with `adapter_config`. Its own buffers are copied from the last checkpoint. If it
+        does not fit the pool, a `ValueError` leaves it unchanged.
         """
         state = self._state_of(network)
         rows = self._rows(weights, groups)

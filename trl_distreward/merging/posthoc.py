@@ -51,20 +51,10 @@ def posthoc_ema_coefficients(
     """
     Computes the combination of stored averages that is nearest to another average (arXiv 2312.02696, Section 3.2).
 
-    Stored averages and target are power functions of the training time. The coefficients solve the least-squares
-    problem of Appendix C, whose integrals have closed forms, and are divided by their sum.
-
-    Args:
-        checkpoint_times (`list[float]` of length N_c): training time of each stored average, in any unit, above 0.
-        checkpoint_stds (`list[float]` of length N_c): relative width of each, see [`~merging.sigma_rel_to_gamma`].
-        target_time (`float`): training time at which the target's profile ends, in the same unit.
-        target_std (`float`): relative width of the target.
-
-    Returns:
-        `torch.Tensor` of shape `(N_c,)`, float64: coefficients that sum to one; some may be negative.
-
-    Raises:
-        ValueError: a time or width is out of range, or two stored averages are the same.
+    Stored averages and target are power functions of the training time, with relative widths as in
+    [`~merging.sigma_rel_to_gamma`]; the target's ends at `target_time`. The coefficients `(N_c,)`, float64, solve the
+    least-squares problem of Appendix C, whose integrals have closed forms, and are divided by their sum; some may be
+    negative. Times are above 0, in any unit; two stored averages must not be the same.
     """
     times = _times(checkpoint_times, "checkpoint_times")
     stds = torch.as_tensor(checkpoint_stds, dtype=torch.float64)
@@ -84,18 +74,13 @@ def posthoc_ema_coefficients(
 
 def power_profile_coefficients(times: Sequence[float] | Tensor, sigma_rel: float) -> Tensor:
     """
-    Computes coefficients of raw checkpoints that follow a power function of the training time.
+    Computes coefficients of raw checkpoints that follow a power function of the training time: `(N_c,)`, float64,
+    positive, with sum one.
 
-    Each checkpoint stands for the time since the one before it, and the first one for as long as the second. Its
-    coefficient is the integral over that time of the profile with width `sigma_rel` that ends at the last checkpoint.
-    A small width favours the last checkpoint; the largest, `1 / √12`, averages evenly spaced checkpoints uniformly.
-
-    Args:
-        times (`list[float]` of length N_c): training time of each checkpoint, increasing, in any unit, above 0.
-        sigma_rel (`float`): relative width of the profile, see [`~merging.sigma_rel_to_gamma`].
-
-    Returns:
-        `torch.Tensor` of shape `(N_c,)`, float64: positive coefficients that sum to one.
+    `times` increase, in any unit, above 0. Each checkpoint stands for the time since the one before it, and the first
+    one for as long as the second. Its coefficient is the integral over that time of the profile with width `sigma_rel`
+    that ends at the last checkpoint. A small width favours the last checkpoint; the largest, `1 / √12`, averages
+    evenly spaced checkpoints uniformly.
     """
     ends = _times(times, "times")
     if bool((ends.diff() <= 0).any()):

@@ -36,10 +36,9 @@ TensorSpec = tuple[tuple[int, ...], str]
 
 class Checkpoint:
     """
-    A checkpoint in a pool. Making one reads headers only; `load` gets the weights.
+    A checkpoint in a pool, known by the name `source`. Making one reads headers only; `load` gets the weights.
 
     Attributes:
-        source (`str`): the name it was asked for by.
         specs (`dict[str, TensorSpec]`): shape and dtype of its tensors, sorted by name.
         adapter_config (`dict` or `None`): content of `adapter_config.json`, if there is one beside the weights.
         files (`dict[str, Path]`): local path of each weight file, by its name in the checkpoint's folder.

@@ -101,12 +101,9 @@ def load_clip(
     source: str | os.PathLike, *, tokenizer: str | None = None, revision: str | None = None, resize: str = "pillow"
 ) -> CLIPEmbeddings:
     """
-    Loads a CLIP model of transformers, for images and prompts.
-
-    Args:
-        source (`str` or path), revision (`str`, *optional*): Hub id or folder of a [`~transformers.CLIPModel`].
-        tokenizer (`str`, *optional*): Hub id or folder of the tokenizer, if `source` has none.
-        resize (`str`, *optional*): as in [`~metrics.CLIPEmbeddings`].
+    Loads a CLIP model of transformers, for images and prompts, by the Hub id or folder of a
+    [`~transformers.CLIPModel`]. `tokenizer` is that of the tokenizer, if `source` has none; for `resize` see
+    [`~metrics.CLIPEmbeddings`].
     """
     from transformers import AutoTokenizer, CLIPModel
 

@@ -23,10 +23,8 @@ class SiTPipeline(DiffusionPipeline):
     """
     Pipeline for class-conditional image generation with a SiT network.
 
-    Parameters:
-        transformer ([`SiTTransformer2DModel`]): network that predicts the velocity.
-        vae ([`~diffusers.AutoencoderKL`], *optional*):
-            decodes latents; without a VAE the samples are images in [-1, 1].
+    `transformer` is a [`SiTTransformer2DModel`]; the VAE decodes latents, and without one the samples are images in
+    [-1, 1].
     """
 
     model_cpu_offload_seq = "transformer->vae"

@@ -66,10 +66,8 @@ class PipelinePolicy:
     """
     Base class for diffusers pipelines. A family defines `inputs` and `predict`, which call its network.
 
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): generator; its denoising network is trained, the rest is frozen.
-        guidance_scale (`float`, *optional*, defaults to 1.0):
-            classifier-free guidance `v_∅ + scale (v - v_∅)` in training and sampling; 1.0 is none.
+    The denoising network is trained, the rest is frozen. `guidance_scale` is that of classifier-free guidance, `v_∅ +
+    scale (v - v_∅)`, in training and sampling; 1.0 is none.
     """
 
     component = "transformer"  # the pipeline's name for the trained network

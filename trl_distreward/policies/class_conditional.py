@@ -42,11 +42,7 @@ class ClassLabelPolicy(PipelinePolicy):
 class ClassConditionalPolicy(ClassLabelPolicy):
     """
     Policy of a [`SiTPipeline`], and base class for [`EDM2Policy`]. The pipeline predicts the velocity and decodes.
-
-    Args:
-        pipeline ([`SiTPipeline`]): generator; its network is trained, the rest is frozen.
-        guidance_scale (`float`, *optional*, defaults to 1.0): guidance in training and sampling.
-        guidance_channels (`int`, *optional*): guides only the first channels; SiT's own code guides 3 of 4.
+    `guidance_channels` guides only the first channels; SiT's own code guides 3 of 4.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0, guidance_channels: int | None = None):

@@ -65,10 +65,6 @@ def load_pipeline(name_or_path: str | os.PathLike, revision: str | None = None, 
         name_or_path (`str`): folder, or Hub id.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         kwargs: passed to `from_pretrained`, e.g. `dtype`.
-
-    Raises:
-        FileNotFoundError: the folder has no `model_index.json`, or there is no such folder, repository or revision.
-        PermissionError, ConnectionError: the Hub refuses access, or is out of reach and the cache has no copy.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -107,13 +103,8 @@ def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> Di
     """
     Finds the policy for a pipeline, folder or Hub id. Returns a [`DiffusionPolicy`] unchanged.
 
-    Args:
-        model: pipeline, folder, Hub id or policy.
-        guidance_scale, kwargs: arguments of the family's policy, such as `height` or `offload_text_encoders`.
-
-    Raises:
-        TypeError: a network without its pipeline, or an unknown pipeline family.
-        ValueError: the family's policy has no such argument.
+    `guidance_scale` and `kwargs` are arguments of the family's policy, such as `height` or `offload_text_encoders`.
+    Raises `TypeError` for a network without its pipeline, or an unknown pipeline family.
     """
     if isinstance(model, str | os.PathLike):
         model = load_pipeline(model)
