@@ -283,10 +283,9 @@ def evaluating(network: nn.Module) -> Iterator[nn.Module]:
 
 def share_out(count: int, batch_size: int, rank: int, processes: int) -> tuple[list[int], list[int]]:
     """
-    Deals `count` images to processes so that every batch can be gathered: all processes have equally many.
-
-    Returns the indices of this process, in batches of `batch_size` and filled up with the last image, and the number
-    of gathered images that count in each batch.
+    Deals `count` images to processes so that every batch can be gathered: all processes have equally many. Returns the
+    indices of this process, in batches filled up with the last image, and how many images of each gathered batch
+    count.
     """
     own, valid = [], []
     for start in range(0, count, batch_size * processes):

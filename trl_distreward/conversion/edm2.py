@@ -24,13 +24,9 @@ _FIXED = {"channel_mult_noise": None, "channel_mult_emb": None, "resample_filter
 @dataclass(frozen=True)
 class OriginalEDM2:
     """
-    Content of a snapshot.
-
-    Attributes:
-        config (`dict`): configuration for [`EDM2UNet2DModel`].
-        state_dict (`dict[str, torch.Tensor]`): weights, in the order and dtypes of the file (published: float16).
-        vae (`str` or `None`): Hub id of the VAE whose latents the network denoises; `None` for pixels.
-        latents (`dict[str, list[float]]`): `latents_scale` and `latents_bias` of [`EDM2Pipeline`]; empty for pixels.
+    Content of a snapshot: the configuration for [`EDM2UNet2DModel`]; the weights, in the order and dtypes of the file
+    (published: float16); the Hub id of the VAE whose latents the network denoises, `None` for pixels; and the
+    arguments `latents_scale` and `latents_bias` of [`EDM2Pipeline`], empty for pixels.
     """
 
     config: dict[str, Value]

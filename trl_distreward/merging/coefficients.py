@@ -19,10 +19,8 @@ GRANULARITIES = ("per_model", "per_block", "per_parameter_group")
 
 def coefficients_of(samples: Tensor, coefficient_map: str) -> Tensor:
     """
-    Maps samples `(..., N_c)` to coefficients, in the same dtype.
-
-    `"softmax"` gives positive coefficients that sum to one. `"affine"` gives the nearest coefficients that sum to one;
-    some may be negative. `"none"` gives the samples themselves.
+    Maps samples `(..., N_c)` to coefficients, in the same dtype: `"softmax"` to positive ones that sum to one,
+    `"affine"` to the nearest that sum to one, of which some may be negative, `"none"` to the samples themselves.
     """
     if coefficient_map == "softmax":
         return samples.softmax(dim=-1)
@@ -141,9 +139,8 @@ def gaussian_samples(
     mean: Tensor, std: float, count: int, generator: torch.Generator, antithetic: bool = False
 ) -> Tensor:
     """
-    Draws samples `(B, G, N_c)` from the policy, float64 (Eq. 8).
-
-    With `antithetic`, the second half mirrors the first, so that the mean's own reward cancels in the gradient.
+    Draws samples `(B, G, N_c)` from the policy, float64 (Eq. 8). With `antithetic`, the second half mirrors the first,
+    so that the mean's own reward cancels in the gradient.
     """
     drawn = (count + 1) // 2 if antithetic else count
     noise = torch.randn(drawn, *mean.shape, generator=generator, dtype=torch.float64)

@@ -12,9 +12,8 @@ LARGEST_SIGMA_REL = 12**-0.5  # the uniform average, with gamma = 0
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
     """
-    Computes the exponent of the power function with a relative width (arXiv 2312.02696, Section 3.1).
-
-    The width `sigma_rel`, in (0, 1 / √12], is the profile's standard deviation over the training time.
+    Computes the exponent of the power function with a relative width (arXiv 2312.02696, Section 3.1): the profile's
+    standard deviation over the training time, in (0, 1 / √12].
     """
     if not 0 < sigma_rel <= LARGEST_SIGMA_REL + 1e-12:
         raise ValueError(

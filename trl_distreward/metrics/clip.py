@@ -22,12 +22,9 @@ TEXT_BATCH = 64  # prompts that go through the text encoder at a time
 
 class CLIPEmbeddings(BackboneFeatures):
     """
-    Normalized embeddings of images (by a call) and of prompts by a CLIP model, in float32 without autocast or TF32.
-
-    Args:
-        model ([`~transformers.CLIPModel`]): the model, with both towers.
-        tokenizer: one of transformers' tokenizers for its prompts. Longer prompts are cut off.
-        name, resize (`str`, *optional*): as in [`~metrics.BackboneFeatures`]; by default `"clip"` and `"pillow"`.
+    Normalized embeddings of images (by a call) and of prompts by a [`~transformers.CLIPModel`] with both towers, in
+    float32 without autocast or TF32. Prompts longer than its tokenizer reads are cut off. `name` and `resize` are as
+    in [`~metrics.BackboneFeatures`].
     """
 
     cache_size = 10_000  # prompts whose embeddings are kept, in CPU memory
@@ -71,11 +68,8 @@ class CLIPEmbeddings(BackboneFeatures):
 class JointTextFeatures(nn.Module):
     """
     Features of an image joined with the embedding of its prompt: a distance of images alone is blind to prompts. Real
-    statistics come from real images with their captions, as in the example of [`JointFeatures`].
-
-    Args:
-        feature_extractor, scale: as in [`JointFeatures`].
-        text_encoder (`Callable`): a list of B prompts to embeddings `(B, e)`, as [`~metrics.CLIPEmbeddings.prompts`].
+    statistics come from real images with their captions, as in the example of [`JointFeatures`]. `text_encoder` maps a
+    list of B prompts to embeddings `(B, e)`, as [`~metrics.CLIPEmbeddings.prompts`] does.
     """
 
     needs_conditions = True

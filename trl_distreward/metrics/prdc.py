@@ -22,16 +22,12 @@ def precision_recall_density_coverage(
     real: Tensor, generated: Tensor, nearest_k: int = 5, *, precision_recall_k: int | None = None
 ) -> dict[str, float]:
     """
-    Precision, recall, density and coverage of a generated set among real rows.
+    Precision, recall, density and coverage of a generated set `(M, d)` among real rows `(N, d)`, on one device.
 
     A row's neighbourhood is the open ball that reaches to its k-th nearest *other* row of the same set; copies of a
-    row are other rows. Distances are float64; between float32 features they are compared after rounding to float32.
-    Both are as in the `prdc` package. (The original precision and recall count the border in, `≤`.)
-
-    Args:
-        real, generated (`torch.Tensor` of shapes `(N, d)` and `(M, d)`): features, any float dtype, on one device.
-        nearest_k (`int`, *optional*, defaults to 5): k of density and coverage.
-        precision_recall_k (`int`, *optional*, defaults to `nearest_k`): k of precision and recall, often 3.
+    row are other rows. k is `nearest_k`; for precision and recall `precision_recall_k`, often 3, if it is given.
+    Distances are float64; between float32 features they are compared after rounding to float32. Both are as in the
+    `prdc` package. (The original precision and recall count the border in, `≤`.)
     """
     overlap_k = nearest_k if precision_recall_k is None else precision_recall_k
     check_features(real, "real features")

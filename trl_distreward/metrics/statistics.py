@@ -23,18 +23,11 @@ _EDM2_RESIZE = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
 
 class FeatureStatistics:
     """
-    Count, mean and covariance of a set of feature vectors.
+    Count, mean `(d,)` and covariance `(d, d)` of a set of feature vectors, float64, the latter divided by `count - 1`.
 
     Features stream in through `update`, by the pairwise formula of Chan, Golub and LeVeque (1983), which does not
-    cancel as a sum of squares would.
-
-    Args:
-        dimension (`int`): feature dimension d.
-        metadata (`dict[str, str]`, *optional*): description of the set (extractor, resize, dataset…), saved with it.
-
-    Attributes:
-        count (`int` or `None`): number of vectors; `None` if they come from a file that does not say.
-        mean, covariance (`torch.Tensor` of shapes `(d,)` and `(d, d)`, float64): the latter divided by `count - 1`.
+    cancel as a sum of squares would. `metadata` describes the set (extractor, resize, dataset…) and is saved with it.
+    The count is `None` if the statistics come from a file that does not say.
     """
 
     def __init__(self, dimension: int, metadata: Mapping[str, str] | None = None):
@@ -119,11 +112,9 @@ class FeatureStatistics:
         """
         Reads statistics of this library or of other tools. Nothing in the file is executed.
 
-        Args:
-            path (`str` or `os.PathLike`): a `.safetensors` file written by [`~FeatureStatistics.save`]; an `.npz` file
-                with `mu` and `sigma`, as pytorch-fid, clean-fid, ADM, DiT and MAR write them; or a `.pkl` of EDM2.
-            feature_extractor (`str`, *optional*): name of the extractor whose statistics are wanted. It chooses among
-                several in one file, and must be the extractor that the file names.
+        The file is a `.safetensors` written by [`~FeatureStatistics.save`]; an `.npz` with `mu` and `sigma`, as
+        pytorch-fid, clean-fid, ADM, DiT and MAR write them; or a `.pkl` of EDM2. `feature_extractor` chooses among
+        several statistics in it, and must be the extractor that it names.
         """
         path = Path(path)
         if not path.is_file():

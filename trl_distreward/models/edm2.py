@@ -223,29 +223,25 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
 
     Only the direction of a layer's weights matters. Training should still keep their size at one: as weights grow, a
     step of the same size turns them less. Set `forced_weight_normalization`, or call `normalize_weights` after each
-    optimizer step.
-
-    Adapters are not supported: a low-rank update beside a normalized weight differs from one merged into it.
+    optimizer step. Adapters are not supported: a low-rank update beside a normalized weight differs from one merged
+    into it.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 64):
-            height and width of the input, in latent or image pixels; halved from level to level.
-        in_channels (`int`, *optional*, defaults to 4): channels of the input and output.
-        num_classes (`int`, *optional*, defaults to 1000): classes; 0 for an unconditional model.
-        model_channels (`int`, *optional*, defaults to 192): channels of the first level.
-        channel_mult (`list[int]`, *optional*, defaults to `[1, 2, 3, 4]`):
-            channels of each level, as multiples of `model_channels`.
-        num_blocks (`int`, *optional*, defaults to 3): blocks per level of the encoder; the decoder has one more.
-        attn_resolutions (`list[int]`, *optional*, defaults to `[16, 8]`): heights of the levels with self-attention.
-        channels_per_head (`int`, *optional*, defaults to 64): width of an attention head; divides a level's channels.
-        dropout (`float`, *optional*, defaults to 0.0): dropout in training mode.
-        label_balance, concat_balance (`float`, *optional*, default to 0.5):
-            share of the class embedding, and of the skip connections against the main path.
-        res_balance, attn_balance (`float`, *optional*, default to 0.3): share of residual branches and of attention.
-        clip_act (`float`, *optional*, defaults to 256.0): bound on each block's activations; `None` for no bound.
-        sigma_data (`float`, *optional*, defaults to 0.5): standard deviation of the data.
-        logvar_channels (`int`, *optional*, defaults to 128): Fourier features for the uncertainty.
-        forced_weight_normalization (`bool`, *optional*, defaults to `False`):
+        sample_size (`int`): height and width of the input, in latent or image pixels; halved from level to level.
+        in_channels (`int`): channels of the input and output.
+        num_classes (`int`): classes; 0 for an unconditional model.
+        model_channels (`int`): channels of the first level.
+        channel_mult (`list[int]`): channels of each level, as multiples of `model_channels`.
+        num_blocks (`int`): blocks per level of the encoder; the decoder has one more.
+        attn_resolutions (`list[int]`): heights of the levels with self-attention.
+        channels_per_head (`int`): width of an attention head; divides a level's channels.
+        dropout (`float`): dropout in training mode.
+        label_balance, concat_balance (`float`): share of the class embedding, and of the skip connections.
+        res_balance, attn_balance (`float`): share of residual branches and of attention.
+        clip_act (`float`): bound on each block's activations; `None` for no bound.
+        sigma_data (`float`): standard deviation of the data.
+        logvar_channels (`int`): Fourier features for the uncertainty.
+        forced_weight_normalization (`bool`):
             whether the trainers of this library call `normalize_weights` after each optimizer step (Eq. 66).
     """
 

@@ -107,17 +107,15 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     Class-conditional transformer that predicts a velocity.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 32): height and width of the input, in latent or image pixels.
-        patch_size (`int`, *optional*, defaults to 2): height and width of a patch; must divide `sample_size`.
-        in_channels (`int`, *optional*, defaults to 4): channels of the input and of the velocity.
-        hidden_size (`int`, *optional*, defaults to 1152): width; a multiple of 4 and of `num_attention_heads`.
-        num_layers (`int`, *optional*, defaults to 28): number of blocks.
-        num_attention_heads (`int`, *optional*, defaults to 16): heads of each block.
-        mlp_ratio (`float`, *optional*, defaults to 4.0): width of the MLP, as a multiple of `hidden_size`.
-        num_classes (`int`, *optional*, defaults to 1000): classes; label `num_classes` is the null class.
-        class_dropout_prob (`float`, *optional*, defaults to 0.1):
-            probability of training on the null class instead of the label; with 0 there is no null class.
-        learn_sigma (`bool`, *optional*, defaults to `True`):
+        sample_size (`int`): height and width of the input, in latent or image pixels.
+        patch_size (`int`): height and width of a patch; must divide `sample_size`.
+        in_channels (`int`): channels of the input and of the velocity.
+        hidden_size (`int`): width; a multiple of 4 and of `num_attention_heads`.
+        num_layers, num_attention_heads (`int`): number of blocks, and heads of each.
+        mlp_ratio (`float`): width of the MLP, as a multiple of `hidden_size`.
+        num_classes (`int`): classes; label `num_classes` is the null class.
+        class_dropout_prob (`float`): probability of training on the null class; with 0 there is none.
+        learn_sigma (`bool`):
             whether the last layer has a second half of channels, as published weights do; the velocity ignores them.
     """
 

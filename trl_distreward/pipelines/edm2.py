@@ -26,8 +26,7 @@ class EDM2Pipeline(DiffusionPipeline):
         guider ([`EDM2UNet2DModel`], *optional*):
             a worse network that guidance moves away from: unconditional, smaller or less trained (autoguidance,
             arXiv 2406.02507).
-        vae ([`~diffusers.AutoencoderKL`], *optional*):
-            decodes latents to images in [0, 1]; without a VAE the samples are images in [-1, 1].
+        vae ([`~diffusers.AutoencoderKL`], *optional*): decodes latents; without it samples are images in [-1, 1].
         latents_scale, latents_bias (`list[float]`, *optional*):
             per channel, `latents = raw · scale + bias` with the VAE's own latents `raw`; by default as in EDM2 with
             `stabilityai/sd-vae-ft-mse`.
@@ -107,16 +106,9 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         Generates images by Heun's method on EDM's noise levels, without churn (arXiv 2206.00364, Algorithm 1, Eq. 5).
 
-        The noise levels go from 80 to 0.002, evenly in `σ^(1/7)`.
-
-        Args:
-            class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`; zeros without classes.
-            guidance_scale (`float`, *optional*, defaults to 1.0): scale of the guidance; 1.0 for none.
-            num_inference_steps (`int`, *optional*, defaults to 32): steps, each of two evaluations but the last.
-            generator, latents, output_type: see [`SiTPipeline`].
-
-        Returns:
-            [`~diffusers.ImagePipelineOutput`] or a tuple whose first element is the images.
+        The noise levels go from 80 to 0.002, evenly in `σ^(1/7)`; each step takes two evaluations but the last.
+        Labels lie in 0 to `num_classes - 1`, zeros without classes. A `guidance_scale` of 1.0 is no guidance. Other
+        arguments and the result are as in [`SiTPipeline`].
         """
         device, config = self._execution_device, self.unet.config
         labels = torch.as_tensor(class_labels, device=device)

@@ -98,7 +98,6 @@ class SiTPipeline(DiffusionPipeline):
         Args:
             class_labels (`list[int]`): one label per image, from 0 to `num_classes - 1`.
             guidance_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance; 1.0 for none.
-            num_inference_steps (`int`, *optional*, defaults to 250): steps of the sampler.
             sampler (`str`, *optional*, defaults to `"ode"`):
                 `"ode"`, or `"sde"` for Euler-Maruyama with SiT's `sigma` diffusion and a last step without noise.
             solver (`str`, *optional*, defaults to `"euler"`):
@@ -112,9 +111,6 @@ class SiTPipeline(DiffusionPipeline):
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): starting noise.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` (B, H, W, C), `"pt"` (B, C, H, W), both in [0, 1], or `"latent"`.
-
-        Returns:
-            [`~diffusers.ImagePipelineOutput`] or a tuple whose first element is the images.
         """
         device, config = self._execution_device, self.transformer.config
         labels = torch.as_tensor(class_labels, device=device)

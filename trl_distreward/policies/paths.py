@@ -102,10 +102,8 @@ class DiscreteTimePolicy(PipelinePolicy):
 
 class FlowPolicy(PipelinePolicy):
     """
-    Base class for networks trained on the rectified-flow path itself. `grid` follows the scheduler and its shifts.
-
-    `even_sigmas` says whether the pipeline passes its scheduler even noise levels from 1 to `1/num_steps`, or lets the
-    scheduler choose.
+    Base class for networks trained on the rectified-flow path itself. `grid` follows the scheduler and its shifts;
+    with `even_sigmas` the pipeline passes it even noise levels from 1 to `1/num_steps`, otherwise it chooses.
     """
 
     even_sigmas = True

@@ -18,19 +18,13 @@ MAX_BYTES = 4096
 
 class TextToImagePolicy(PipelinePolicy):
     """
-    Base class for prompts as conditions.
+    Base class for prompts as conditions. A family names the outputs of its pipeline's `encode_prompt` in `embeddings`
+    and `null_embeddings`.
 
     An encoded prompt is its text, because embeddings would take megabytes for every image of a rollout. The frozen
-    text encoders embed each prompt once. Embeddings are kept in CPU memory, and padded with zeros at the end.
-
-    A family names the outputs of its pipeline's `encode_prompt` in `embeddings` and `null_embeddings`.
-
-    Args:
-        pipeline, guidance_scale: see [`~policies.PipelinePolicy`]; distilled guidance is an input of the network.
-        height, width (`int`, *optional*): image size in pixels; the network's native size by default.
-        cache_size (`int`, *optional*, defaults to 10000): number of prompts whose embeddings are cached.
-        offload_text_encoders (`bool`, *optional*, defaults to `False`):
-            keeps text encoders in CPU memory except while they encode.
+    text encoders embed each prompt once. The embeddings of `cache_size` prompts are kept in CPU memory, and padded
+    with zeros at the end. `offload_text_encoders` keeps the encoders in CPU memory except while they encode. `height`
+    and `width` are the image's in pixels; the network's native size by default.
     """
 
     embeddings: dict[str, int] = {"prompt_embeds": 0}

@@ -17,10 +17,9 @@ from ..metrics.extractors import FeatureExtractor, extract_features, freeze, mod
 
 class PromptScore(nn.Module):
     """
-    Agreement of an image with its prompt: `scale` times the cosine between their [`~metrics.CLIPEmbeddings`].
-
-    `prefix` goes before every prompt. Scores below `at_least` are raised to it; their images then get no gradient.
-    `name` is the reward's name in logs.
+    Agreement of an image with its prompt: `scale` times the cosine between their [`~metrics.CLIPEmbeddings`], with
+    `prefix` before every prompt. Scores below `at_least` are raised to it; their images then get no gradient. `name`
+    is the reward's name in logs.
     """
 
     def __init__(
@@ -72,9 +71,8 @@ def clip_score(source: str | os.PathLike = "openai/clip-vit-base-patch32", **kwa
 
 def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwargs: str) -> PromptScore:
     """
-    PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the temperature that the model has learned.
-
-    By default the tokenizer is that of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as the authors' model card says.
+    PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the temperature that the model has learned. The
+    default model's tokenizer is that of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as the authors' model card says.
     """
     if source == "yuvalkirstain/PickScore_v1":
         kwargs = {"tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **kwargs}
@@ -84,8 +82,7 @@ def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwarg
 
 def hps_score(source: str | os.PathLike, **kwargs: str) -> PromptScore:
     """
-    Human Preference Score v2 (Wu et al., arXiv 2306.09341): the cosine by a CLIP model fine-tuned on preferences.
-
-    `source` holds its weights as a [`~transformers.CLIPModel`]; convert the authors' file, which is open_clip's.
+    Human Preference Score v2 (Wu et al., arXiv 2306.09341): the cosine by a CLIP model fine-tuned on preferences. Its
+    weights are a [`~transformers.CLIPModel`]; convert the authors' file, which is open_clip's.
     """
     return PromptScore(load_clip(source, **kwargs), name="hps_score")
