@@ -37,19 +37,17 @@ class SamplingSchedule:
     Settings of the sampler. By default the policy decides where the steps are, see [`~SamplingSchedule.on`].
 
     Args:
-        num_steps (`int`): steps of the grid.
         sampler (`str`, *optional*, defaults to `"sde"`): `"sde"` or `"ode"`.
         noise_schedule, noise_level: noise of the SDE, see [`~sampling.transition`].
-        last_step_size (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-            ends an even SDE grid with a noiseless step of this size; 0 or `None`: all steps have noise. `"auto"`: 0.04
-            on an even grid, as SiT takes it. On any other grid the last step has no noise, which would stay visible.
-        solver (`str`, *optional*, defaults to `"auto"`):
-            solver of the ODE, see [`~sampling.solve_ode`]. `"auto"`: the policy's own; Euler's method if it has none.
+        last_step_size (`float` or `"auto"`, *optional*, defaults to `"auto"`): ends an even SDE grid with a noiseless
+            step of this size; 0 or `None`: all steps have noise. `"auto"`: 0.04 on an even grid, as SiT takes it. On
+            any other grid the last step has no noise, which would stay visible.
+        solver (`str`, *optional*, defaults to `"auto"`): of the ODE, see [`~sampling.solve_ode`]. `"auto"`: the
+            policy's own; Euler's method if it has none.
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of an even grid.
         sde_steps (`tuple[int, ...]`, *optional*): steps of the SDE with noise; all by default.
-        time_grid (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`: the policy's own grid; even steps if it has none. `"uniform"`: even steps from 1 to 0.
-            `"karras"`: EDM's noise levels.
+        time_grid (`str`, *optional*, defaults to `"auto"`): `"auto"`: the policy's own grid; even steps if it has
+            none. `"uniform"`: even steps from 1 to 0. `"karras"`: EDM's noise levels.
         grid, noise_scale: the policy's own times, and scale of its starting noise; `on` fills them in.
     """
 

@@ -72,10 +72,8 @@ def time_grid(num_steps: int, *, shift: float = 1.0, last_step_size: float | Non
 
 def karras_grid(num_steps: int) -> list[float]:
     """
-    EDM's noise levels σ (arXiv 2206.00364, Eq. 5) as times `t = σ / (1 + σ)`, followed by 0.
-
-    The levels go from 80 to 0.002, evenly in `σ^(1/7)`, so the first time is a little below 1. EDM's sample
-    `z = x_0 + σ ε` is `x_t = z / (1 + σ)` on this path.
+    EDM's noise levels σ from 80 to 0.002, evenly in `σ^(1/7)` (arXiv 2206.00364, Eq. 5), as times `t = σ / (1 + σ)`,
+    followed by 0. EDM's sample `z = x_0 + σ ε` is `x_t = z / (1 + σ)` on this path.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps={num_steps}: EDM's grid needs at least 2 steps.")
@@ -98,10 +96,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
     """
-    Standard normal noise of `shape`. With a list of generators, row `i` comes from generator `i`.
-
-    One generator per image makes the image independent of its batch and process. Noise is drawn on the generator's own
-    device and then moved, so CPU generators give the same images on every device.
+    Standard normal noise of `shape`; row `i` from generator `i` of a list, so that an image does not depend on its
+    batch and process. Noise is drawn on the generator's own device: CPU generators give the same images everywhere.
     """
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -214,10 +210,8 @@ def stochastic_steps(
     sde_steps: Iterable[int] | None = None,
 ) -> tuple[int, ...]:
     """
-    Indices of the steps with noise. Only these have a density and can be trained by a policy gradient.
-
-    The last step has no noise under `"cps"` and `"dance"`, and with `final_step="mean"`. Steps outside `sde_steps`
-    have none.
+    Indices of the steps with noise, among `sde_steps`. Only these have a density and can be trained by a policy
+    gradient. The last step has no noise under `"cps"` and `"dance"`, and with `final_step="mean"`.
     """
     check_noise(noise_schedule, noise_level)
     t = torch.tensor(times, dtype=torch.float64)
@@ -322,7 +316,13 @@ def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: 
       uses only the ends of the grid, and the samples of a batch share its steps.
     """
     if solver == "dopri5":
-        return _dopri5(velocity, x, times[0], times[-1])
+        from torchdiffeq import odeint  # not a dependency: pip install 'trl-distreward[ode]'
+
+        def backwards(elapsed: Tensor, x: Tensor) -> Tensor:
+            return -velocity(x, (times[0] - elapsed).to(x.dtype).expand(x.shape[0]))
+
+        ends = torch.tensor([0.0, times[0] - times[-1]], dtype=torch.float64, device=x.device)
+        return odeint(backwards, x, ends, method="dopri5", rtol=1e-3, atol=1e-6)[-1]
     for t, t_next in pairwise(times):
         v = velocity(x, times_of_rows(t, x))
         if solver != "euler" and t_next > 0:
@@ -333,13 +333,3 @@ def solve_ode(velocity: Velocity, x: Tensor, times: Sequence[float], *, solver: 
             v = 0.5 * (v + v_next)
         x = x + v * (t_next - t)
     return x
-
-
-def _dopri5(velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
-    from torchdiffeq import odeint  # not a dependency: pip install 'trl-distreward[ode]'
-
-    def backwards(elapsed: Tensor, x: Tensor) -> Tensor:
-        return -velocity(x, (start - elapsed).to(x.dtype).expand(x.shape[0]))
-
-    ends = torch.tensor([0.0, start - end], dtype=torch.float64, device=x.device)
-    return odeint(backwards, x, ends, method="dopri5", rtol=1e-3, atol=1e-6)[-1]

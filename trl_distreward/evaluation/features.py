@@ -108,11 +108,9 @@ def collect_features(
     read or has another size than the others, that features are not finite, or that the folder holds other work.
 
     Args:
-        source ([`~evaluation.ImageSource`]): the images.
         extractors (`dict[str, Callable]`): each maps uint8 images `(B, 3, H, W)`, and prompts if it needs conditions,
             to features `(B, d)`.
         folder (`str` or `os.PathLike`): folder that all processes share; unfinished work in it is continued.
-        batch_size (`int`, *optional*, defaults to 64): images at a time.
         resize (`int`, *optional*): side to which images are cropped and resized; otherwise all must have one size.
         skip_corrupt (`bool`, *optional*, defaults to `False`): leave out images that cannot be read.
         num_workers (`int`, *optional*, defaults to 4): worker processes that decode images, for each process.

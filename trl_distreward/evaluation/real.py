@@ -71,12 +71,10 @@ def real_data(
     it makes of the first image, or a file's name, size or time changes; and every time for a stream or a dataset that
     holds paths instead of images, whose changes would go unnoticed.
 
-    Args:
-        source: [`FeatureStatistics`]; features `(M, d)`, a tensor or an array; a statistics file; a folder or `.npz`
-            of images; a dataset with one column of images; or an [`~evaluation.ImageSource`].
-        extractor (`Callable`, *optional*): the extractor of images. One that needs conditions finds them in a column
-            of the dataset. If it has a `name`, statistics must be of the same name, resize and weights.
-        resize (`int`, *optional*): side to which images are cropped and resized; otherwise all must have one size.
+    `source` is [`FeatureStatistics`]; features `(M, d)`; a statistics file; a folder or `.npz` of images; a dataset
+    with one column of images; or an [`~evaluation.ImageSource`]. An `extractor` that needs conditions finds them in a
+    column of the dataset; if it has a `name`, statistics must be of the same name, resize and weights. Images are
+    cropped and resized to `resize`; without it all must have one size.
     """
     if isinstance(source, np.ndarray):
         source = torch.from_numpy(source)

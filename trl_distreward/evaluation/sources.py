@@ -82,16 +82,12 @@ def open_images(
     prompt_column: str | Sequence[str] | None = None,
 ) -> ImageSource:
     """
-    Opens a set of images.
+    Opens a set of images: a folder of images, an ADM sample (`.npz`), a folder that `datasets` saved, the name of a
+    dataset on the Hub, a format (`"webdataset"`, `"parquet"`) whose files `data_files` names, or a dataset.
 
-    Args:
-        source (`str` or `os.PathLike`): folder of images, ADM sample (`.npz`), folder that `datasets` saved, name of a
-            dataset on the Hub, or a format (`"webdataset"`, `"parquet"`) whose files `data_files` names; or a dataset.
-        split (`str`, *optional*): split of a dataset; needed if there are several.
-        config, revision, data_files, streaming: see `datasets.load_dataset`.
-        image_column (`str`, *optional*): column of images of a dataset; by default the only one.
-        prompt_column (`str` or list of them, *optional*):
-            column of the images' prompts, for features that need them, or possible names of it.
+    Of a dataset, `split` is needed if there are several, and `image_column` if more than one column holds images.
+    `prompt_column` is the column of the images' prompts, for features that need them, or possible names of it. For
+    `config`, `revision`, `data_files` and `streaming` see `datasets.load_dataset`.
     """
     description: dict[str, object] = {"source": "the dataset"}
     if isinstance(source, Dataset | IterableDataset):

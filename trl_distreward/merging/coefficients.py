@@ -75,10 +75,9 @@ def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str,
     """
     Groups the tensors that share coefficients. Returns the index of each tensor's group, and the groups' names.
 
-    `"per_model"` makes one group, as in the paper. `"per_block"` makes a group for each block, such as `blocks.3` or
-    `unet.enc.64x64_block0`, and for each module outside of blocks, such as `x_embedder`. `"per_parameter_group"` makes
-    a group for the same parameter of all blocks, such as `blocks.#.attn.qkv`. LoRA factors belong to the group of the
-    weight that they adapt.
+    `"per_model"` makes one group, as in the paper. `"per_block"` makes one for each block, such as `blocks.3` or
+    `unet.enc.64x64_block0`, and for each module outside, such as `x_embedder`. `"per_parameter_group"` makes one for
+    the same parameter of all blocks, such as `blocks.#.attn.qkv`. LoRA factors belong to the weight that they adapt.
     """
     of_key = {key: _group(key, granularity) for key in keys}
     names = list(dict.fromkeys(of_key.values()))

@@ -109,14 +109,8 @@ def extract_features(
 class JointFeatures:
     """
     Features of an image joined with its class, so that the distance sees whether images match their labels: one of
-    images alone does not change if the images of two classes are swapped.
-
-    Args:
-        feature_extractor (`Callable`): uint8 images `(B, C, H, W)` to features `(B, d)`.
-        num_classes (`int`): number of classes; labels become one-hot vectors.
-        scale (`float`, *optional*, defaults to 1.0): factor of the one-hot vectors.
-
-    Example:
+    images alone does not change if the images of two classes are swapped. Labels become one-hot vectors of length
+    `num_classes`, times `scale`.
 
     ```python
     >>> joint = JointFeatures(inception, num_classes=1000)

@@ -31,16 +31,12 @@ def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, root
 
 class FrechetDistance:
     """
-    Fréchet distance of a reference set from real data, and its exact values after some of its rows are replaced.
+    Fréchet distance of a reference set from `real` data, and its exact values after some of its rows are replaced.
 
     Each reference set costs one eigendecomposition, each subset log-determinants of size 2n + 1 with an error of about
     1e-8 of the distance, or the eigenvalues of the changed matrix if the error bound fails. All arithmetic is float64.
-
-    Args:
-        real ([`FeatureStatistics`]): statistics of the real data.
-        method (`str`, *optional*, defaults to `"auto"`): `"logdet"`; `"direct"`, the eigenvalues of every changed
-            matrix, O(d³) a subset; or `"auto"`: direct if features are at most 64 wide or the change's rank is above a
-            third of the width, else logdet.
+    `method` is `"logdet"`; `"direct"`, the eigenvalues of every changed matrix, O(d³) a subset; or `"auto"`: direct if
+    features are at most 64 wide or the change's rank is above a third of the width, else logdet.
     """
 
     memory_budget = 2**28  # bytes of work space for a batch of subsets; larger batches are cut into chunks

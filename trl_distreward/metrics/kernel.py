@@ -66,12 +66,10 @@ class KernelDistance:
     Args:
         real_features (`torch.Tensor` of shape `(M, d)`): the real features, any float dtype, M ≥ 2.
         kernel (`str`, *optional*, defaults to `"polynomial"`): `(x·y / d + 1)³` as in the kernel inception distance
-            (Bińkowski et al., arXiv 1801.01401), over whole sets rather than blocks of 1,000 rows; or `"gaussian"`,
-            the *mean* over bandwidths σ of `exp(-|x - y|² / 2σ²)`.
+            (Bińkowski et al., arXiv 1801.01401), over whole sets; or `"gaussian"`, the *mean* over `bandwidths` σ of
+            `exp(-|x - y|² / 2σ²)`, by default 0.5, 1 and 2 times the median distance between at most 2,000 real rows.
         unbiased (`bool`, *optional*, defaults to `True`): the U-statistic, whose expectation does not depend on the
             sets' sizes, and which can be negative. Otherwise the V-statistic, which is never negative.
-        bandwidths (`Sequence[float]`, *optional*): σ of the Gaussian kernels. By default 0.5, 1 and 2 times the median
-            distance between at most 2,000 real rows.
     """
 
     memory_budget = 2**28  # bytes of work space for a block of kernel values or a batch of subsets

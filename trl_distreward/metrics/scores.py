@@ -70,11 +70,9 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int | None = None) -
 
 def frechet_infinity(real: Tensor | FeatureStatistics, generated: Tensor, *, seed: int = 0) -> float:
     """
-    Fréchet distance extrapolated to infinitely many generated images, FID∞ with Inception features (Chong and Forsyth,
-    arXiv 1911.07023, Sec. 4), of features `(N, d)`.
-
-    A line in 1/n through the distances of random subsets of 15 sizes n is read off at 0; the real set keeps its size.
-    Near d the distance is not linear in 1/n: N must be at least 4 d.
+    Fréchet distance extrapolated to infinitely many generated images `(N, d)`, FID∞ with Inception features (Chong and
+    Forsyth, arXiv 1911.07023, Sec. 4). A line in 1/n through the distances of random subsets of 15 sizes n is read off
+    at 0; the real set keeps its size. Near d the distance is not linear in 1/n: N must be at least 4 d.
     """
     real, count = _statistics(real), len(generated)
     least = max(count // 10, 2 * real.dimension)
@@ -109,13 +107,12 @@ def feature_metrics(
         real ([`FeatureStatistics`] or `torch.Tensor` of shape `(M, d)`): the real set. Statistics suffice for the
             Fréchet distances and the Inception Score.
         generated (`torch.Tensor` of shape `(N, d)`): any float dtype.
-        metrics (`Sequence[str]`, *optional*, defaults to `("frechet",)`): `"frechet"`; `"frechet_infinity"`; `"kid"`,
-            with `"kid_std"` over its subsets; `"kernel"` and `"mmd"`, the unbiased polynomial and Gaussian
-            [`KernelDistance`]; `"cmmd"`, for CLIP embeddings; `"precision"` and `"recall"` with k = 3; `"density"` and
-            `"coverage"` with k = 5; `"inception_score"`, with `"inception_score_std"` over its splits.
+        metrics (`Sequence[str]`, *optional*, defaults to `("frechet",)`): `"frechet"`; `"frechet_infinity"`; `"kid"`;
+            `"kernel"` and `"mmd"`, the unbiased polynomial and Gaussian [`KernelDistance`]; `"cmmd"`, for CLIP
+            embeddings; `"precision"` and `"recall"` with k = 3; `"density"` and `"coverage"` with k = 5;
+            `"inception_score"`. Each may come with a `"<name>_std"`.
         logits (`torch.Tensor` of shape `(N, C)`, *optional*): class logits of the generated images.
         seed (`int`, *optional*, defaults to 0): seed of random subsets and of the Inception Score's order.
-        spread (`int`, *optional*, defaults to 0): number of halves for a `"<name>_std"`; 0 for none.
     """
     if not metrics or not {*metrics} <= {*METRICS}:
         raise ValueError(f"metrics={metrics} are unknown or none: choose from {', '.join(METRICS)}.")

@@ -28,14 +28,10 @@ class DiffusionPolicy(Protocol):
     Three members are optional. `grid(num_steps)` returns the times of the model's own sampler, from noise to 0, and
     the scale of its starting noise, for `time_grid="auto"`; `solver` names its ODE solver. `velocity_at_data = False`
     says that the model has no velocity at `t = 0`, which the solver `"dopri5"` needs.
-
-    Attributes:
-        model (`torch.nn.Module`): the trained network.
-        num_conditions (`int` or `None`): number of classes if conditions are class labels, `None` for prompts.
     """
 
-    model: nn.Module
-    num_conditions: int | None
+    model: nn.Module  # the trained network
+    num_conditions: int | None  # number of classes if conditions are class labels, `None` for prompts
 
     def to(self, device: torch.device) -> None:
         """Moves everything but the network, such as a VAE; the trainer moves the network."""

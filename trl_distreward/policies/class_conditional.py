@@ -97,10 +97,8 @@ class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
 class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
     """
     Policy of a [`~diffusers.UNet2DModel`], in pixels ([`~diffusers.DDPMPipeline`], [`~diffusers.DDIMPipeline`]) or in
-    the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]).
-
-    Without `num_class_embeds` in the network's config, all images have class 0. `null_class` is the label that stands
-    for "no class", if the network was trained with one: the last of `num_class_embeds`.
+    the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]). Without `num_class_embeds` in the network's config, all
+    images have class 0. `null_class` is the label for "no class", if the network was trained with one: the last.
     """
 
     component = "unet"

@@ -18,10 +18,9 @@ class DiscreteTimePolicy(PipelinePolicy):
 
     On this path `x_t = z / (α + s)` at `t = s / (α + s)`, with `σ = s/α = t / (1-t)`. Every prediction type is then
     linear in sample and output, `v = a x + b output`, and DDIM's step is Euler's. Times between training steps use
-    interpolated steps; times above the last training step use the last. There is no velocity at `t = 0`.
-
-    The pipeline's scheduler gives the noise levels, the prediction type, and whether the predicted data is clipped.
-    Clipping happens before the velocity is computed, like DDIM's `use_clipped_model_output`.
+    interpolated steps; times above the last use the last. There is no velocity at `t = 0`. The pipeline's scheduler
+    gives the noise levels, the prediction type, and whether the predicted data is clipped: before the velocity is
+    computed, like DDIM's `use_clipped_model_output`.
     """
 
     velocity_at_data = False

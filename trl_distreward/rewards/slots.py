@@ -68,10 +68,9 @@ class SlotSampler:
 
 class StratifiedSlotSampler(SlotSampler):
     """
-    Draws slots such that each subset holds the `strata`, one for each slot, in proportion.
-
-    A stratum of `m` of the `N` slots gets `n m / N` of a subset's `n`, rounded up or down, and likewise of all slots
-    of a draw. Every slot is still drawn with probability `n / N`, so the expected reward is the same.
+    Draws slots such that each subset holds the `strata`, one for each slot, in proportion: a stratum of `m` of the `N`
+    slots gets `n m / N` of a subset's `n`, rounded up or down, and likewise of all slots of a draw. Every slot is
+    still drawn with probability `n / N`, so the expected reward is the same.
     """
 
     def __init__(self, strata: Sequence[Hashable], seed: int = 0):
