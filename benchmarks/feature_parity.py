@@ -90,12 +90,15 @@ def compare_torch_fidelity(table: Table, path: Path, network: InceptionV3) -> No
     ours, theirs = watch(network, layers), watch(original, layers)
     for label, images in IMAGES.items():
         expected = original(images)
+        found = {}
+        for name in outputs.values():
+            network.output = name
+            found[name] = network(images)
         resized = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False)
         table.add("torch-fidelity", f"resize, {label}", resize_tensorflow(images.float(), 299), resized)
         table.worst("torch-fidelity", f"{len(layers)} layers, {label}", [(ours[n], theirs[n]) for n in layers])
-        for output, value in zip(outputs.values(), expected, strict=True):
-            network.output = output
-            table.add("torch-fidelity", f"{output}, {label}", network(images), value)
+        for name, value in zip(outputs.values(), expected, strict=True):
+            table.add("torch-fidelity", f"{name}, {label}", found[name], value)
 
 
 def compare_pytorch_fid(table: Table, state: dict[str, Tensor], network: InceptionV3) -> None:
