@@ -35,27 +35,22 @@ def real_parts():
 
 def tiny_parts():
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
-    network = UNet2DModel(sample_size=8, norm_num_groups=4, **blocks)
+    pipeline = DDPMPipeline(UNet2DModel(sample_size=8, norm_num_groups=4, **blocks), DDPMScheduler())
     pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     images = Dataset.from_dict({"img": [Image.fromarray(image) for image in pixels]})
-    return DDPMPipeline(network, DDPMScheduler()), (mean_colours, images), (mean_colours, images)
-
-
-def mean_colours(images):
-    """Features may be any function from uint8 images (B, 3, H, W) to (B, d)."""
-    return images.float().mean(dim=(2, 3))
+    parts = (lambda x: x.float().mean(dim=(2, 3)), images)  # features: any function of uint8 images (B, 3, H, W)
+    return pipeline, parts, parts
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", default="outputs/cifar10", help="folder for all output")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and stop")
     parser.add_argument("--tiny", action="store_true", help="random weights and images, and a few steps")
     arguments = parser.parse_args(argv)
     model, reward, judge = tiny_parts() if arguments.tiny else real_parts()
     settings = {
         "max_steps": 100,  # updates
-        "reference_set_size": 2500,  # generated images that are compared with the real ones; features have 2,048 numbers
+        "reference_set_size": 2500,  # generated images that are compared with real ones; above Inception's 2,048
         "num_subsets": 128,  # new images of an update, each with a reward of its own
         "num_inference_steps": 20,  # in place of the 1,000 that the model was trained with
         "learning_rate": 1e-5,  # as in the paper
@@ -67,17 +62,17 @@ def main(argv=None):
     trainer = DistributionRewardTrainer(
         model=model,
         reward_funcs=SubsetReplaceReward(*reward),
-        args=DiffusionDistributionConfig(arguments.output_dir, **settings),
+        args=DiffusionDistributionConfig("outputs/cifar10", **settings),
         eval_metrics={"judge": FeatureDistance(*judge)},  # in features that the reward does not see
     )
     if arguments.dry_run:
-        return print(dry_run(trainer))
+        print(dry_run(trainer))
+        return
     before = trainer.evaluate()
     trainer.train()  # writes grids of images from the same noise to the folder `samples`
     after = trainer.evaluate()
     trainer.save_model()  # DDPMPipeline.from_pretrained("outputs/cifar10") loads it
-    for name in ("eval_ode_distance_features", "eval_ode_judge"):
-        print(f"{name}: {before[name]:.3f} before, {after[name]:.3f} after")
+    print(*(f"{name}: {before[name]} -> {after[name]}" for name in ("eval_ode_distance_features", "eval_ode_judge")))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from trl_distreward import (
 real = load_dataset("uoft-cs/cifar10", split="train")
 trainer = MergeCoefficientTrainer(
     model="google/ddpm-cifar10-32",  # its weights are replaced
-    checkpoints=[f"my-org/ddpm-run:checkpoint-{step}" for step in (60, 80, 100)],  # pushed with hub_strategy="all_checkpoints"
+    # a run with push_to_hub=True, hub_strategy="all_checkpoints" puts them there
+    checkpoints=[f"my-org/ddpm-run:checkpoint-{step}" for step in (60, 80, 100)],
     reward_funcs=SubsetReplaceReward(load_feature_extractor("inception"), real),
     args=MergeCoefficientConfig(output_dir="outputs/merge", hub_model_id="my-org/ddpm-merged"),
 )

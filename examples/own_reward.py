@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Trains an adapter of Stable Diffusion by a reward of your own, which reads a column of the dataset. A distance from real
-images stands beside it: a reward for single images alone costs diversity.
+Trains an adapter of Stable Diffusion by a reward of your own, which reads a column of the dataset. A distance from
+real images stands beside it: a reward for single images alone costs diversity.
 
     python examples/own_reward.py
 """

@@ -16,6 +16,7 @@ from trl_distreward import (
     SubsetReplaceReward,
     as_policy,
     load_clip,
+    load_pipeline,
 )
 from trl_distreward.rewards import pick_score
 
@@ -32,6 +33,9 @@ trainer = DistributionRewardTrainer(
     args=DiffusionDistributionConfig(
         output_dir="outputs/text_to_image_lora",
         reward_weights=[1.0, 0.3],
+        reference_set_size=1000,
+        num_subsets=64,
+        num_inference_steps=10,
         learning_rate=1e-4,
         bf16=True,
         activation_checkpointing=True,
@@ -40,4 +44,8 @@ trainer = DistributionRewardTrainer(
     peft_config=LoraConfig(r=32, lora_alpha=64),
 )
 trainer.train()
-trainer.save_model()  # the adapter in `adapter`, and a pipeline with the adapter merged
+trainer.save_model()  # a pipeline with the adapter merged, and the adapter, which the base loads:
+
+pipeline = load_pipeline("stabilityai/stable-diffusion-3.5-medium")
+names = {"subfolder": "adapter", "weight_name": "pytorch_lora_weights.safetensors"}
+pipeline.load_lora_weights("outputs/text_to_image_lora", **names)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-Code of the documentation and the short examples run as they are written. Models, networks, datasets and files that they
-name are small stand-ins, and configurations are made small after they were checked.
+Code of the documentation and the short examples run as they are written. Models, networks, datasets and files that
+they name are small stand-ins, and configurations are made small after they were checked.
 """
 
 import re
@@ -66,7 +66,9 @@ def load_small_dataset(name, split):
     image, other = DATASETS[name]
     pixels, prompts = coloured(30)
     conditions = prompts if other == "text" else [0] * 30
-    return Dataset.from_dict({image: [Image.fromarray(x.numpy()) for x in pixels.permute(0, 2, 3, 1)], other: conditions})
+    return Dataset.from_dict(
+        {image: [Image.fromarray(x.numpy()) for x in pixels.permute(0, 2, 3, 1)], other: conditions}
+    )
 
 
 def of_its_own_size(model, *args, height=None, width=None, **kwargs):
@@ -118,7 +120,7 @@ def hub(monkeypatch, tmp_path):
         torch.manual_seed(step)
         ddim_pixels().save_pretrained(tmp_path / f"checkpoint-{step}")
     files = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.glob("checkpoint-*/**/*.*")}
-    server.add("my-org/ddpm-run", {name: data for name, data in files.items()})
+    server.add("my-org/ddpm-run", files)
     yield server
     server.shutdown()
 

@@ -3,17 +3,19 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTPipeline, StableDiffusion3Pipeline
+from diffusers import DDPMPipeline, DiTPipeline, StableDiffusion3Pipeline
 from trl import TrlParser
 
 from tests.helpers import tiny_pipeline
 from trl_distreward import PAPER, DiffusionDistributionConfig, as_policy, load_pipeline
+from trl_distreward.trainer.dry_run import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "configs"
@@ -86,6 +88,33 @@ def test_sit_loads_from_a_folder_and_from_an_original_checkpoint(example, tmp_pa
     torch.save(pipeline.transformer.state_dict(), tmp_path / "original.pt")
     for name in ("sit", "original.pt"):
         assert not changed(load_model(str(tmp_path / name), "random").transformer, pipeline.transformer)
+
+
+@pytest.mark.parametrize("option", ["--dry-run", None])
+def test_cifar10_runs_tiny(example, tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    example("cifar10").main(["--tiny", *([option] if option else [])])
+    printed = capsys.readouterr().out
+    if option:
+        assert "device-hours" in printed and not list(tmp_path.rglob("*.safetensors"))
+        return
+    assert re.search(r"eval_ode_judge: \d+\.\d+ -> \d+\.\d+", printed)
+    assert (tmp_path / "outputs" / "cifar10" / "samples" / "step-2.png").is_file()
+    assert DDPMPipeline.from_pretrained(tmp_path / "outputs" / "cifar10").unet.config.sample_size == 8
+
+
+def test_cifar10_takes_the_network_evaluations_that_it_names(example, tmp_path, monkeypatch):
+    """The real settings, with the tiny parts."""
+    cifar10, found = example("cifar10"), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(cifar10, "real_parts", cifar10.tiny_parts)
+    monkeypatch.setattr(cifar10, "dry_run", lambda trainer: found.append((Plan.of(trainer), trainer.args)))
+    cifar10.main(["--dry-run"])
+    plan, args = found[0]
+    counts = [plan.describe(args), cifar10.__doc__]
+    assert all("549,200 network evaluations" in text for text in counts) and plan.counts["evaluation"] == 50_000
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
 from tests.runs import SAVE_EVERY_STEP, calls_of
 from trl_distreward import PAPER, DiffusionDistributionConfig, DistributionRewardTrainer
 from trl_distreward.trainer import dry_run as module
-from trl_distreward.trainer.dry_run import Plan, check_resources, dry_run, format_prediction
+from trl_distreward.trainer.dry_run import Plan, check_resources, dry_run
 
 BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 1.0}
 
@@ -94,7 +94,7 @@ def test_a_dry_run_predicts_every_phase_and_leaves_no_files(tmp_path):
     assert prediction.fits and prediction.plan.steps == 4 and not list(tmp_path.iterdir())
     assert all(prediction.seconds[phase] > 0 for phase in ("rollout", "reward", "update", "refresh", "evaluation"))
     assert prediction.device_hours == pytest.approx(sum(prediction.seconds.values()) * 4 / 3600)
-    printed = format_prediction(prediction)
+    printed = str(prediction)
     assert "4 updates on 1 x CPU" in printed and printed.endswith("fits")
 
 
@@ -108,7 +108,7 @@ def test_a_phase_that_does_not_fit_in_memory_is_named_with_what_to_lower(tmp_pat
     setattr(trainer.estimator, part, full)
     prediction = dry_run(trainer)
     assert not prediction.fits
-    assert re.search(f"does not fit: .* runs out .* lower {lower}_batch_size", format_prediction(prediction))
+    assert re.search(f"does not fit: .* runs out .* lower {lower}_batch_size", str(prediction))
 
 
 def test_out_of_memory_names_the_phase_and_what_to_lower(tmp_path):

@@ -117,6 +117,20 @@ class Prediction:
         """Hours of the whole run, over all devices."""
         return sum(self.seconds.values()) * self.plan.steps * self.processes / 3600
 
+    def __str__(self) -> str:
+        p, total = self, sum(self.seconds.values())
+        lines = [f"{p.plan.steps} updates on {p.processes} x {p.device}: {p.device_hours:,.2f} device-hours", ""]
+        lines += ["phase         seconds an update   share"]
+        lines += [f"{phase:12s}{s:19.3f}{s / total if total else 0:8.1%}" for phase, s in p.seconds.items()]
+        lines += [f"{'all':12s}{total:19.3f}", ""]
+        lines += ["network evaluations: " + ", ".join(f"{name} {v:,}" for name, v in p.plan.counts.items() if v)]
+        lines += [f"peak memory: {p.memory / GIB:.2f} of {p.capacity / GIB:.2f} GiB"]
+        lines += [
+            f"a checkpoint: {p.checkpoint / GIB:.3f} GiB; disk: up to {p.disk / GIB:.2f} of {p.free / GIB:.2f} GiB"
+        ]
+        lines += ["", *([f"does not fit: {problem}" for problem in p.problems] or ["fits"])]
+        return "\n".join(lines)
+
 
 def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     """
@@ -236,17 +250,3 @@ def check_resources(trainer: "DistributionRewardTrainer") -> None:
         )
     if problems:
         raise ValueError("this run cannot fit:\n" + "\n".join(f"- {problem}" for problem in problems))
-
-
-def format_prediction(prediction: Prediction) -> str:
-    """Formats a prediction for a person."""
-    p, total = prediction, sum(prediction.seconds.values())
-    lines = [f"{p.plan.steps} updates on {p.processes} x {p.device}: {p.device_hours:,.2f} device-hours", ""]
-    lines += ["phase         seconds an update   share"]
-    lines += [f"{phase:12s}{s:19.3f}{s / total if total else 0:8.1%}" for phase, s in p.seconds.items()]
-    lines += [f"{'all':12s}{total:19.3f}", ""]
-    lines += ["network evaluations: " + ", ".join(f"{name} {v:,}" for name, v in p.plan.counts.items() if v)]
-    lines += [f"peak memory: {p.memory / GIB:.2f} of {p.capacity / GIB:.2f} GiB"]
-    lines += [f"a checkpoint: {p.checkpoint / GIB:.3f} GiB; disk: up to {p.disk / GIB:.2f} of {p.free / GIB:.2f} GiB"]
-    lines += ["", *([f"does not fit: {problem}" for problem in p.problems] or ["fits"])]
-    return "\n".join(lines)
