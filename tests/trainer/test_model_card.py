@@ -11,7 +11,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from tests.helpers import tiny_config, tiny_merge_trainer, tiny_pipeline, tiny_pool, tiny_trainer, trained, two_spaces
-from tests.policies_tiny import sd3
+from tests.policies_tiny import ddpm_classes, sd3
 from tests.runs import SAVE_EVERY_STEP
 from trl_distreward import DistributionRewardTrainer, LogSamplesCallback
 
@@ -73,6 +73,24 @@ def test_the_code_of_the_card_loads_the_saved_pipeline(tmp_path, monkeypatch):
     torch.manual_seed(0)
     expected = trainer.policy.pipeline([0], num_inference_steps=3, guidance_scale=2.0).images[0]
     assert np.array_equal(image_of_the_snippet(card), np.asarray(expected))
+
+
+def test_the_code_of_the_card_makes_an_image_where_diffusers_takes_no_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = tiny_trainer(tmp_path / "run", ddpm_classes(), brightness, last_step_size="auto", time_grid="auto")
+    trainer.save_model()
+    names = {}
+    exec(snippet_of(card_of(trainer)), names)
+    assert names["images"].shape == (1, 3, 4, 4)
+
+
+def test_saving_writes_the_card_with_the_evaluations_before_and_after(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", max_steps=1)
+    trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    assert "| metric | step 0 | step 1 |" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_the_code_of_the_card_loads_an_adapter_on_its_base(tmp_path, monkeypatch):

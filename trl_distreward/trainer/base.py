@@ -348,10 +348,12 @@ class DiffusionTrainer(_BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it. All
-        processes call it, the main one writes. Pushes to the Hub afterwards if `push_to_hub` is set.
+        Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it; and
+        the card. All processes call it, the main one writes. Pushes to the Hub afterwards if `push_to_hub` is set.
         """
         self.write_model(Path(output_dir or self.args.output_dir))
+        if not _internal_call:
+            self.create_model_card()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 

@@ -125,9 +125,8 @@ class Prediction:
         lines += [f"{'all':12s}{total:19.3f}", ""]
         lines += ["network evaluations: " + ", ".join(f"{name} {v:,}" for name, v in p.plan.counts.items() if v)]
         lines += [f"peak memory: {p.memory / GIB:.2f} of {p.capacity / GIB:.2f} GiB"]
-        lines += [
-            f"a checkpoint: {p.checkpoint / GIB:.3f} GiB; disk: up to {p.disk / GIB:.2f} of {p.free / GIB:.2f} GiB"
-        ]
+        disk = f"up to {p.disk / GIB:.2f} of {p.free / GIB:.2f} GiB"
+        lines += [f"a checkpoint: {p.checkpoint / GIB:.3f} GiB; disk: {disk}"]
         lines += ["", *([f"does not fit: {problem}" for problem in p.problems] or ["fits"])]
         return "\n".join(lines)
 

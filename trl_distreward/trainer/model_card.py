@@ -150,7 +150,12 @@ def _usage_section(trainer: "DiffusionTrainer", base: str | None, name: str) -> 
     }
     known = inspect.signature(type(pipeline).__call__).parameters
     call = ", ".join(f"{key}={value!r}" for key, value in values.items() if key in known and value is not None)
-    lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
+    if "class_labels" in known or (trainer.policy.num_conditions or 1) == 1:
+        lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
+    else:  # diffusers' own call takes no labels
+        schedule = f'SamplingSchedule({values["num_inference_steps"]}, sampler="ode")'
+        lines = ["from trl_distreward import SamplingSchedule, as_policy, generate_images", ""]
+        lines.append(f'images, _ = next(generate_images(as_policy("{name}"), [0], {schedule}))  # uint8 (1, C, H, W)')
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
