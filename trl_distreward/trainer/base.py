@@ -94,11 +94,9 @@ class DiffusionTrainer(_BaseTrainer):
         if eval_dataset is None and self.policy.num_conditions is None:
             eval_dataset = train_dataset
         self.eval_sets = evaluated_conditions(self.policy, eval_dataset, args, args.reference_set_size)
-        self.num_images = 0  # generated for training
-        self.run_record = RunRecord()
+        self.run_record, self.num_images = RunRecord(), 0
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
-        self.skipped_in_a_row = 0
-        self._without_update = self._holds_best = False
+        self._without_update, self._holds_best, self.skipped_in_a_row = False, False, 0
         self.stop = StopOnSignal()
         self.publisher = Publisher(self)
         network = self.prepare_network(self.policy.model, args, peft_config)
