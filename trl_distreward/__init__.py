@@ -30,7 +30,7 @@ _PUBLIC = {
     "trainer.callbacks": ["LogSamplesCallback"],
     "trainer.diffusion_distribution_config": ["PAPER", "DiffusionDistributionConfig"],
     "trainer.distribution_reward_trainer": ["DistributionRewardTrainer"],
-    "trainer.dry_run": ["check_resources", "dry_run"],
+    "trainer.dry_run": ["check_disk", "dry_run"],
     "trainer.merge_coefficient_config": ["MergeCoefficientConfig"],
     "trainer.merge_coefficient_trainer": ["MergeCoefficientTrainer"],
 }
@@ -70,7 +70,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from .trainer.diffusion_distribution_config import PAPER as PAPER
     from .trainer.diffusion_distribution_config import DiffusionDistributionConfig as DiffusionDistributionConfig
     from .trainer.distribution_reward_trainer import DistributionRewardTrainer as DistributionRewardTrainer
-    from .trainer.dry_run import check_resources as check_resources
+    from .trainer.dry_run import check_disk as check_disk
     from .trainer.dry_run import dry_run as dry_run
     from .trainer.merge_coefficient_config import MergeCoefficientConfig as MergeCoefficientConfig
     from .trainer.merge_coefficient_trainer import MergeCoefficientTrainer as MergeCoefficientTrainer

@@ -92,9 +92,3 @@ def test_the_user_may_choose_another_way_to_show_progress(tmp_path, capsys):
     trainer.add_callback(PrinterCallback())
     trainer.train()
     assert "'grad_norm'" in capsys.readouterr().out
-
-
-def test_a_sampler_that_is_not_evaluated_is_refused(tmp_path):
-    trainer = tiny_trainer(tmp_path, eval_samplers=["sde"])
-    with pytest.raises(ValueError, match="sampler='ode' is not evaluated: choose one of sde"):
-        LogSamplesCallback(trainer, sampler="ode")

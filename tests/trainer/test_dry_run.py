@@ -11,7 +11,7 @@ from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
 from tests.runs import SAVE_EVERY_STEP, calls_of
 from trl_distreward import PAPER, DiffusionDistributionConfig, DistributionRewardTrainer
 from trl_distreward.trainer import dry_run as module
-from trl_distreward.trainer.dry_run import Plan, check_resources, dry_run
+from trl_distreward.trainer.dry_run import Plan, check_disk, dry_run
 
 BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 1.0}
 
@@ -127,18 +127,14 @@ def test_out_of_memory_names_the_phase_and_what_to_lower(tmp_path):
             run()
 
 
-def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
+def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path / "not" / "there", ema_decay=0.9, **SAVE_EVERY_STEP)
-    check_resources(trainer)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "memory_capacity", lambda _: 1000.0)
-        with pytest.raises(ValueError, match="set ema_decay=0"):
-            check_resources(trainer)
+    check_disk(trainer)
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ValueError, match="set save_total_limit, save_only_model=True"):
-        check_resources(trainer)
+        check_disk(trainer)
     old = tmp_path / "not" / "there" / "checkpoint-5"
     old.mkdir(parents=True)
     (old / "optimizer.pt").write_bytes(bytes(5_000_000))
-    check_resources(trainer)  # old checkpoints are replaced
+    check_disk(trainer)  # old checkpoints are replaced

@@ -27,7 +27,7 @@ from ..policies import DiffusionPolicy, as_policy, load_pipeline
 from ..rewards.subset_replace import CREDITS
 from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
-from ..trainer.dry_run import check_resources, dry_run
+from ..trainer.dry_run import check_disk, dry_run
 from . import cli
 from .arguments import Model, RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
 from .common import make_trl_parser
@@ -72,7 +72,7 @@ def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: M
         if not prediction.fits:
             sys.exit(1)
         return
-    check_resources(trainer)
+    check_disk(trainer)
     run_trainer(trainer)
 
 

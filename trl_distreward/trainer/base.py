@@ -235,6 +235,20 @@ class DiffusionTrainer(_BaseTrainer):
         """The content of `run.json`."""
         return describe_run(self)
 
+    def record_rewards(self, total: Tensor, rewards: Sequence[Tensor]) -> None:
+        """Keeps mean and spread of an update's rewards, together and by function. Abstentions (NaN) do not count."""
+        self.rewards.watch(rewards)
+        named = [("reward", "reward_std", total)]
+        if len(rewards) > 1:
+            each = zip(self.rewards.all, rewards, strict=True)
+            named += [(f"rewards/{reward.name}/mean", f"rewards/{reward.name}/std", values) for reward, values in each]
+        for mean, std, values in named:
+            given = values[~values.isnan()]
+            if given.numel():
+                self.record(mean, given.mean().item())
+            if given.numel() > 1:
+                self.record(std, given.std().item())
+
     # ---- guards ----
 
     def no_update(self) -> Tensor:
@@ -252,6 +266,11 @@ class DiffusionTrainer(_BaseTrainer):
         logger.warning(f"Update {self.state.global_step} is skipped: {reason}.")
         if self.skipped_in_a_row > self.args.max_skipped_updates:
             raise RuntimeError(f"{self.skipped_in_a_row} updates in a row were skipped, as {reason}: {_REMEDY}.")
+
+    def skip_equal_rewards(self) -> None:
+        """Counts an update that has nothing to learn from."""
+        logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
+        self.record("skipped_updates", 1.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Drops gradients that are not finite before the optimizer sees them."""

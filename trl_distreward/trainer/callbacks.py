@@ -100,7 +100,7 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
 class LogSamplesCallback(TrainerCallback):
     """
     Writes a grid of images before training, every few steps, and at the end. All grids start from the same noise, so
-    they differ by the model alone. They show the weights that are evaluated: the average, if there is one.
+    they differ by the model alone. They show the weights that are evaluated, under the ODE if that is evaluated.
 
     Grids are saved as `samples/step-N.png` in the output folder, and sent to TensorBoard, Weights & Biases and Trackio
     if the run reports to them. Unless `log_samples=False`, a trainer has one with the defaults; one that you add takes
@@ -110,31 +110,11 @@ class LogSamplesCallback(TrainerCallback):
         trainer ([`DistributionRewardTrainer`] or [`MergeCoefficientTrainer`]): its policy is sampled.
         conditions: one per image; the first 64 of the reference set by default.
         freq (`int`, *optional*): steps between two grids; `eval_steps` or `save_steps` by default.
-        sampler (`str`, *optional*):
-            an evaluated sampler, or the name of an evaluated schedule, e.g. `"sde_250"`; by default the ODE, or the
-            first one if that is not evaluated.
-
-    Example:
-
-    ```python
-    trainer.add_callback(LogSamplesCallback(trainer, freq=10))
-    ```
     """
 
-    def __init__(
-        self,
-        trainer: "DiffusionTrainer",
-        conditions: Conditions | None = None,
-        freq: int | None = None,
-        sampler: str | None = None,
-    ):
-        schedules = trainer.args.eval_schedules
-        found = [schedule for name, schedule in schedules.items() if sampler in (name, schedule.sampler)]
-        if sampler is None:
-            found = sorted(schedules.values(), key=lambda schedule: schedule.sampler != "ode")
-        if not found:
-            raise ValueError(f"sampler={sampler!r} is not evaluated: choose one of {', '.join(schedules)}.")
-        self.trainer, self.freq, self.schedule = trainer, freq, found[0]
+    def __init__(self, trainer: "DiffusionTrainer", conditions: Conditions | None = None, freq: int | None = None):
+        self.trainer, self.freq = trainer, freq
+        self.schedule = min(trainer.args.eval_schedules.values(), key=lambda schedule: schedule.sampler != "ode")
         self.conditions = trainer.conditions[:64] if conditions is None else conditions
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -149,10 +129,9 @@ class LogSamplesCallback(TrainerCallback):
 
     def _log(self, args: TrainingArguments, state: TrainerState) -> None:
         images = self._images()
-        if not state.is_world_process_zero:
-            return
         if images is None:
             logger.warning(f"There is no grid of samples at step {state.global_step}: an image is not finite.")
+        if images is None or not state.is_world_process_zero:
             return
         grid, step = image_grid(images), state.global_step
         with written_whole(Path(args.output_dir) / "samples" / f"step-{step}.png") as file:

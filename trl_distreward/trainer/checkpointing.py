@@ -75,11 +75,7 @@ def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
     if writes:
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:
             if isinstance(callback, ExportableState):
-                name, saved = type(callback).__name__, state.stateful_callbacks
-                if isinstance(saved[name], list):
-                    saved[name].append(callback.state())
-                else:
-                    saved[name] = callback.state()
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 

@@ -168,11 +168,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if not bool(total.isfinite().all()):
             self.skip_update("a reward is not finite")
             return None
-        self.rewards.watch(rewards)
-        self._record_reward("reward", "reward_std", total)
-        if len(rewards) > 1:
-            for reward, values in zip(self.rewards.all, rewards, strict=True):
-                self._record_reward(f"rewards/{reward.name}/mean", f"rewards/{reward.name}/std", values)
+        self.record_rewards(total, rewards)
         of_sets = [v for reward, v in zip(self.rewards.all, rewards, strict=True) if reward.of_sets]
         subsets = self.args.best_of_n == 1 and len(rollout.slots) > 1
         if of_sets and subsets and self.args.reference_update == "refresh":
@@ -188,8 +184,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if self.args.reference_update == "rolling":
             self.reference_set.roll(rollout.slots, rollout.gathered, self.slot_sampler.generator)
         if batch is None:
-            logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
-            self.record("skipped_updates", 1.0)
+            self.skip_equal_rewards()
         return batch
 
     def update(self, model: nn.Module, batch: Batch | None) -> Tensor:
@@ -236,13 +231,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
         else:  # a subset of images from all processes: each scores it
             values = reward.function.score(slots, rollout.gathered[reward.index])
         return values.view(len(slots), -1)
-
-    def _record_reward(self, mean: str, std: str, values: Tensor) -> None:
-        values = values[~values.isnan()]  # without abstentions
-        if values.numel():
-            self.record(mean, values.mean().item())
-        if values.numel() > 1:
-            self.record(std, values.std().item())
 
     def _record_values(self, logged: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
         """Records weighted means of micro-batches' values `(P,)` over all processes; of a ratio the extremes too."""

@@ -11,24 +11,23 @@ from itertools import islice
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from peft import PeftModel
 from torch import nn
 
-from ..metrics.extractors import module_of
 from .image_sets import ImageBatch
 
 if TYPE_CHECKING:
     from .distribution_reward_trainer import DistributionRewardTrainer
 
 GIB = 2**30
-FLOAT = 4  # bytes of the float32 that weights, gradients and averages are kept in
+FLOAT = 4  # bytes of float32
 # Bytes of the optimizer's state per trained parameter; AdamW's two moments for optimizers that are not listed
 OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rmsprop": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "adafactor": 1}
-HEADROOM = 0.95  # share of the free memory to plan with: allocators round up, and fragments are lost
+HEADROOM = 0.95  # share of the free disk to plan with
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,8 @@ class Plan:
             f"{sum(n for n, trained in parameters if trained):,} of {sum(n for n, _ in parameters):,} weights trained",
         ]
         if of_sets:
-            held = (
-                f"{size:,} images, generated {self.refreshes} x; {size * width * FLOAT / 2**20:,.1f} MiB of features"
-            )
-            lines.append(f"reference set: {held}")
+            held = f"{size * width * FLOAT / 2**20:,.1f} MiB of features"
+            lines.append(f"reference set: {size:,} images, generated {self.refreshes} x; {held}")
         if trainer.train_dataset is None and classes > 1:
             lines.append(f"no train_dataset, so labels are all {classes} classes in balance")
         return "\n- ".join([f"The run: {self.steps:,} updates", *lines])
@@ -178,9 +175,6 @@ def _shorten_refresh(trainer: "DistributionRewardTrainer") -> None:
     setattr(trainer.reference_set, "refresh", lambda batches, step: refresh(repeated(batches), step))  # noqa: B010
 
 
-# ---- memory and disk ----
-
-
 def memory_capacity(device: torch.device) -> float:
     """Bytes that this process may use on its device."""
     if device.type == "cuda":
@@ -195,29 +189,19 @@ def peak_memory(device: torch.device) -> float:
     return getrusage(RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
-def _num_bytes(*modules: nn.Module | None) -> int:
-    return sum({id(t): t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers())}.values())
-
-
-def _frozen_parts(trainer: "DistributionRewardTrainer") -> list[nn.Module]:
-    components = getattr(getattr(trainer.policy, "pipeline", None), "components", {}).values()
-    return [part for part in components if isinstance(part, nn.Module) and part is not trainer.policy.model]
-
-
-def _state_bytes(trainer: "DistributionRewardTrainer", copies: int) -> int:
-    """Bytes of the optimizer's state, and of `copies` of the trained parameters if there is an average."""
-    trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
-    optimizer = OPTIMIZER_BYTES.get(str(getattr(trainer.args.optim, "value", trainer.args.optim)), 2 * FLOAT)
-    return trained * (optimizer + (copies * FLOAT if trainer.args.ema_decay > 0 else 0))
-
-
 def disk_bytes(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[float, float, float]:
     """Bytes of one checkpoint, the most bytes of the run on disk, and bytes free for it."""
-    args, pipeline = trainer.args, _num_bytes(trainer.network, *_frozen_parts(trainer))
-    adapter = sum(p.nbytes for p in trainer.network.parameters() if p.requires_grad)
-    features = sum(v.nbytes for reward in trainer.rewards.of_sets for v in reward.features.values())
-    model = adapter if isinstance(trainer.network, PeftModel) else pipeline
-    checkpoint = model + (0 if args.save_only_model else _state_bytes(trainer, copies=2) + features)
+    args, network = trainer.args, trainer.network
+    parts = [network, *getattr(getattr(trainer.policy, "pipeline", None), "components", {}).values()]
+    tensors = [t for m in parts if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())]
+    pipeline = sum({id(t): t.nbytes for t in tensors}.values())
+    trained = [p for p in network.parameters() if p.requires_grad]
+    checkpoint = sum(p.nbytes for p in trained) if isinstance(network, PeftModel) else pipeline
+    if not args.save_only_model:
+        each = OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 2 * FLOAT)
+        each += 2 * FLOAT if args.ema_decay > 0 else 0  # the average, and the weights below it
+        checkpoint += each * sum(p.numel() for p in trained)
+        checkpoint += sum(v.nbytes for reward in trainer.rewards.of_sets for v in reward.features.values())
     saves = plan.checkpoints
     if args.save_total_limit is not None:  # a new one is whole before an old one goes
         saves = min(saves, max(args.save_total_limit, 2 if args.load_best_model_at_end else 1) + 1)
@@ -234,18 +218,7 @@ def disk_problems(checkpoint: float, disk: float, free: float) -> list[str]:
     return [f"checkpoints take up to {sizes}: set save_total_limit, save_only_model=True, or another output_dir."]
 
 
-def check_resources(trainer: "DistributionRewardTrainer") -> None:
-    """Raises `ValueError` if weights and optimizer do not fit the device, or checkpoints the disk, with a remedy."""
-    problems = disk_problems(*disk_bytes(trainer, Plan.of(trainer)))
-    extractors: list[Any] = [e for reward in trainer.rewards.of_sets for e in reward.extractors.values()]
-    extractors += [getattr(metric, "extractor", None) for metric in trainer.eval_metrics.values()]
-    held = _num_bytes(trainer.network, *_frozen_parts(trainer), *map(module_of, extractors), trainer.initial_model)
-    gradients = FLOAT * sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
-    need, capacity = held + gradients + _state_bytes(trainer, copies=1), memory_capacity(trainer.accelerator.device)
-    if need > HEADROOM * capacity and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        problems.append(
-            f"networks, gradients and optimizer take {need / GIB:.2f} GiB of {capacity / GIB:.2f} GiB, before any "
-            "activation: train an adapter, set ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml."
-        )
-    if problems:
-        raise ValueError("this run cannot fit:\n" + "\n".join(f"- {problem}" for problem in problems))
+def check_disk(trainer: "DistributionRewardTrainer") -> None:
+    """Raises `ValueError` if the disk is too small for the checkpoints: the run would fail late."""
+    for problem in disk_problems(*disk_bytes(trainer, Plan.of(trainer))):
+        raise ValueError(problem)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -41,8 +40,6 @@ from .network import disable_dropout
 from .reward_functions import RewardFunction
 from .run_record import is_evaluation, write_record
 from .stopping import droppable
-
-logger = get_logger(__name__)
 
 Coefficients = Tensor | Sequence[float]  # (N_c,) or (G, N_c)
 
@@ -192,7 +189,9 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             return self.no_update()
         self.skipped_in_a_row = 0
         rewards = torch.where(finite, rewards, rewards[finite].min())  # the worst merges may make no images at all
-        self._record_rewards(values[finite], rewards, finite)
+        self.record_rewards(rewards, values[finite].T[..., None].unbind())
+        self.record("reward_best", rewards.max().item())
+        self.record("finite_candidates", finite.double().mean().item())
         if self.search is not None:
             self.search.tell(rewards)
             return self.no_update()
@@ -212,8 +211,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     def _policy_gradient(self, model: nn.Module, samples: Tensor, rewards: Tensor, std: float) -> Tensor:
         advantages = normalize_advantages(rewards[:, None])[:, 0].to(self.accelerator.device)
         if not bool((advantages != 0).any()):
-            logger.warning("All rewards of this step are equal: there is nothing to learn, the update is skipped.")
-            self.record("skipped_updates", 1.0)
+            self.skip_equal_rewards()
             return self.no_update()
         # All processes know all rewards and make the same update: nothing is sent.
         with self.accelerator.no_sync(model):
@@ -223,16 +221,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             loss = -(advantages * log_probs).mean() * (std / self.args.sampling_std) ** 2
             loss.backward()
         return -rewards.mean().to(self.accelerator.device)
-
-    def _record_rewards(self, values: Tensor, rewards: Tensor, finite: Tensor) -> None:
-        self.record("reward", rewards.mean().item())
-        self.record("reward_std", rewards.std().item())
-        self.record("reward_best", rewards.max().item())
-        self.record("finite_candidates", finite.double().mean().item())
-        self.rewards.watch(list(values.T[..., None]))
-        if len(self.rewards.all) > 1:
-            for reward, column in zip(self.rewards.all, values.T, strict=True):
-                self.record(f"rewards/{reward.name}/mean", column.mean().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not is_evaluation(logs) and len(self.group_names) == 1:
