@@ -83,9 +83,8 @@ def check_launcher(parser, words):
 
 def check_python(words):
     if words[:2] == ["-m", "trl_distreward"]:
-        assert (ROOT / "trl_distreward" / "__main__.py").is_file() and len(words) == 2, words
-    elif words[0] == "-m" and words[1] != "pytest":
-        parse(parser_of(words[1].removeprefix("trl_distreward.scripts.")), words[2:])
+        if words[2:]:
+            parse(parser_of(words[2]), words[3:])
     elif words[0] == "-m":
         assert all((ROOT / word).exists() for word in words[2:]), words
     elif words[0] not in PLACEHOLDERS | {"docs/configuration.py"}:

@@ -98,13 +98,6 @@ def test_the_package_is_the_command():
     assert result.stderr == "trl-distreward report: --outptu: did you mean --output?\n"
 
 
-def test_commands_of_launchers_tell_errors_in_a_line_too(tmp_path):
-    command = [sys.executable, "-m", "trl_distreward.scripts.report", str(tmp_path / "none")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.startswith("python -m trl_distreward.scripts.report: ")
-
-
 def test_missing_models_are_neither_folders_nor_repositories(monkeypatch):
     def answer(*_, **__):
         try:

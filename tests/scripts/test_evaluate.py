@@ -179,6 +179,6 @@ def test_inception_score_comes_from_pool3_features(folder, monkeypatch):
 def test_two_processes_report_what_one_does(folder):
     arguments = ["--model", folder / "base", "--real", folder / "real.npz", *SMALL]
     alone = run(*arguments)
-    result = launch("-m", "trl_distreward.scripts.evaluate", *arguments, *EXTRACTOR, "--output", folder / "two.json")
+    result = launch("-m", "trl_distreward", "evaluate", *arguments, *EXTRACTOR, "--output", folder / "two.json")
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((folder / "two.json").read_text()) == alone

@@ -74,10 +74,10 @@ def test_killed_processes_end_with_the_file_of_one_undisturbed_process(tmp_path)
     shared += ["--feature-extractor", "tests.evaluation.images.project_or_die"]
     statistics.main([*map(str, shared), "--output", str(tmp_path / "one.safetensors")])
     output = tmp_path / "two.safetensors"
-    killed = launch("-m", "trl_distreward.scripts.statistics", *shared, "--output", output, DIES_IN="20")
+    killed = launch("-m", "trl_distreward", "statistics", *shared, "--output", output, DIES_IN="20")
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr[-2000:]
     assert 0 < len(list(tmp_path.glob("two.safetensors.work/features-*"))) < 34 and not output.exists()
-    result = launch("-m", "trl_distreward.scripts.statistics", *shared, "--output", output)
+    result = launch("-m", "trl_distreward", "statistics", *shared, "--output", output)
     assert result.returncode == 0, result.stderr[-3000:]
     one = load_file(tmp_path / "one.safetensors")
     assert all(torch.equal(value, one[name]) for name, value in load_file(output).items())

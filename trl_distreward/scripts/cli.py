@@ -41,13 +41,12 @@ def main() -> None:
         sys.exit(f"trl-distreward: no command {name!r}; choose one of {', '.join(COMMANDS)}.")
 
 
-def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
+def run(name: str, command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs a command; prints the errors that options, files and missing packages cause in one line."""
-    given = sys.argv[1:] if arguments is None else arguments
     try:
-        command([argument for argument in given if argument != "--debug"])
+        command([argument for argument in arguments if argument != "--debug"])
     except (ValueError, OSError, ImportError, YAMLError) as error:
-        if "--debug" in given:
+        if "--debug" in arguments:
             raise
         sys.exit(f"{name}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
@@ -87,7 +86,3 @@ def make_parser(command: str, description: str | None) -> Parser:
     """Returns a parser that shows the module's docstring as it is written."""
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     return Parser(f"trl-distreward {command}", description=description, **style)
-
-
-if __name__ == "__main__":
-    main()

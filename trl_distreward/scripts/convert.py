@@ -100,7 +100,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{output}: {type(pipeline).__name__}")
     if repo:
         print(push_with_code(pipeline, output, repo, private=arguments.private or None))
-
-
-if __name__ == "__main__":
-    cli.run("trl-distreward convert", main)

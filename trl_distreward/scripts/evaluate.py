@@ -7,7 +7,7 @@ Measure how far generated images are from real ones.
     trl-distreward evaluate --model images/ --feature-extractor inception dinov2 --real inception.safetensors \\
         dinov2.safetensors
     trl-distreward evaluate --compare before.json after.json
-    torchrun --standalone --nproc_per_node 8 -m trl_distreward.scripts.evaluate --model org/pipeline --real real.npz
+    torchrun --standalone --nproc_per_node 8 -m trl_distreward evaluate --model org/pipeline --real real.npz
 
 Killed at any time, the same command continues. An image of a pipeline depends on the seed and its index alone, so any
 number of processes generates the same images, up to the rounding of the device.
@@ -125,15 +125,9 @@ def open_model(arguments: argparse.Namespace, state: PartialState) -> ImageSourc
     path = Path(arguments.model)
     if path.exists() and not (path / "model_index.json").is_file():
         return open_images(path)
-    schedule = SamplingSchedule(
-        arguments.num_inference_steps,
-        arguments.sampler,
-        noise_schedule=arguments.noise_schedule,
-        noise_level=arguments.noise_level,
-        last_step_size=arguments.last_step_size,
-        solver=arguments.solver,
-        time_grid=arguments.time_grid,
-    )
+    names = ("sampler", "noise_schedule", "noise_level", "last_step_size", "solver", "time_grid")
+    options = {name: getattr(arguments, name) for name in names}
+    schedule = SamplingSchedule(arguments.num_inference_steps, **options)
     guidance = {"guidance_scale": arguments.guidance_scale}
     if arguments.guidance_channels is not None:
         guidance["guidance_channels"] = arguments.guidance_channels
@@ -142,7 +136,3 @@ def open_model(arguments: argparse.Namespace, state: PartialState) -> ImageSourc
     policy.to(state.device)
     settings = {"dtype": arguments.dtype, **guidance}
     return GeneratedImages(policy, arguments.num_images, schedule, arguments.labels, arguments.seed, settings)
-
-
-if __name__ == "__main__":
-    cli.run("python -m trl_distreward.scripts.evaluate", main)

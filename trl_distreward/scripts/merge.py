@@ -4,7 +4,7 @@ Learn the coefficients with which checkpoints are merged, and write the merged p
 
     trl-distreward merge --config recipe.yaml
     trl-distreward merge --model run --checkpoints run/checkpoint-400 run/checkpoint-450 my-org/model@v2 ...
-    accelerate launch --multi_gpu -m trl_distreward.scripts.merge --config recipe.yaml --method emanet
+    accelerate launch --multi_gpu -m trl_distreward merge --config recipe.yaml --method emanet
 
 Every field of MergeCoefficientConfig and of TrainingArguments is an option, on the command line or in the YAML file.
 The command line overrides the file.
@@ -17,7 +17,6 @@ from trl import TrlParser
 from ..trainer.merge_coefficient_config import MergeCoefficientConfig
 from ..trainer.merge_coefficient_trainer import MergeCoefficientTrainer
 from ..trainer.model_card import comparison_table
-from . import cli
 from .arguments import Model, RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
 from .common import make_trl_parser
 
@@ -59,7 +58,3 @@ def run(arguments: MergeArguments, config: MergeCoefficientConfig, model: Model,
             print(table)
 
     run_trainer(trainer, compare if arguments.compare else None)
-
-
-if __name__ == "__main__":
-    cli.run("python -m trl_distreward.scripts.merge", main)

@@ -186,7 +186,3 @@ def settings_table(settings: Mapping[str, object]) -> Table:
     names = [name for name in settings if name in defaults and name not in NOT_SETTINGS]
     rows = [(name, str(settings[name]), str(defaults[name])) for name in names if settings[name] != defaults[name]]
     return ["setting", "value", "default"], rows
-
-
-if __name__ == "__main__":
-    cli.run("python -m trl_distreward.scripts.report", main)

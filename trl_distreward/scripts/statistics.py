@@ -7,7 +7,7 @@ Compute the statistics of a set of images in the features of a network, which re
     trl-distreward statistics ILSVRC/imagenet-1k --split train --streaming --resize 256 --output real.safetensors
     trl-distreward statistics webdataset --data-files 'shards/*.tar' --streaming --output real.safetensors
     trl-distreward statistics captions/ --prompt-encoder openai/clip-vit-large-patch14 --output joint.safetensors
-    torchrun --standalone --nproc_per_node 8 -m trl_distreward.scripts.statistics images/ --output real.safetensors
+    torchrun --standalone --nproc_per_node 8 -m trl_distreward statistics images/ --output real.safetensors
 
 Killed at any time, the same command continues. The result is the same to the last bit for any number of processes.
 """
@@ -52,7 +52,3 @@ def main(argv: list[str] | None = None) -> None:
         written = FeatureStatistics.load(arguments.output)
         what = f"{written.dimension} features of {written.count} images with {extractor.name}"
         print(f"{arguments.output}: {what}")
-
-
-if __name__ == "__main__":
-    cli.run("python -m trl_distreward.scripts.statistics", main)

@@ -3,7 +3,7 @@
 Fine-tune a pipeline with distribution-wise rewards.
 
     trl-distreward train --config recipe.yaml
-    accelerate launch --multi_gpu -m trl_distreward.scripts.train --config recipe.yaml --learning_rate 2e-5
+    accelerate launch --multi_gpu -m trl_distreward train --config recipe.yaml --learning_rate 2e-5
     trl-distreward train --config recipe.yaml --dry-run
     trl-distreward train --model stabilityai/stable-diffusion-3.5-medium --use_peft --output_dir OUTPUT \\
         --dataset_name DATASET --real_images DATASET --real_resize 512 \\
@@ -28,7 +28,6 @@ from ..rewards.subset_replace import CREDITS
 from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
 from ..trainer.dry_run import check_disk, dry_run
-from . import cli
 from .arguments import Model, RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
 from .common import make_trl_parser
 
@@ -105,7 +104,3 @@ def load_policy(arguments: TrainArguments, config: DiffusionDistributionConfig, 
     options = {name: getattr(arguments, name) for name in ("height", "width", "offload_text_encoders")}
     options["guidance_channels"] = config.guidance_channels
     return as_policy(model, config.guidance_scale, **{k: v for k, v in options.items() if v is not None})
-
-
-if __name__ == "__main__":
-    cli.run("python -m trl_distreward.scripts.train", main)

@@ -74,14 +74,15 @@ class DiffusionTrainerConfig(_BaseConfig):
     eval_seed: int = option(0, "Seed of the evaluation noise, the same at every evaluation.")
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._read_number("last_step_size", float)
         self._check_counts(("decode_batch_size", "per_device_train_batch_size"))
         self._check_counts(("per_device_eval_batch_size",), least=0)
         self._check_counts(("num_eval_images",), least=2)
         if self.gradient_accumulation_steps != 1:
             raise ValueError("gradient_accumulation_steps must be 1: set per_device_train_batch_size instead.")
-        mode, backend = self.torch_compile_mode, self.torch_compile_backend
-        if mode in _GRAPH_MODES or backend == "cudagraphs":
-            asked = f"torch_compile_mode={mode!r}, torch_compile_backend={backend!r}"
+        if self.torch_compile_mode in _GRAPH_MODES or self.torch_compile_backend == "cudagraphs":
+            asked = f"torch_compile_mode={self.torch_compile_mode!r}, backend {self.torch_compile_backend!r}"
             raise ValueError(f"{asked}: CUDA graphs overwrite what a sampler keeps. Leave both at their defaults.")
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of updates, or -1 for num_train_epochs.")
@@ -108,14 +109,11 @@ class DiffusionTrainerConfig(_BaseConfig):
         for name, none in (("guidance_scale", 1.0), ("guidance_channels", None)):
             asked, held = getattr(self, name), getattr(policy, name, none)
             if asked not in (none, held):
-                raise ValueError(
-                    f"{name}={asked}, but the policy was made with {held}: make it with {asked}, or leave {name} out."
-                )
+                raise ValueError(f"{name}={asked}, but the policy was made with {held}: make it with {asked}.")
             setattr(self, name, held)
         self.rollout_schedule: SamplingSchedule = self.rollout_schedule.on(policy)
-        evaluated = {name: schedule.on(policy) for name, schedule in self.eval_schedules.items()}
-        self.eval_schedules: dict[str, SamplingSchedule] = evaluated
-        for schedule in evaluated.values():
+        self.eval_schedules: dict[str, SamplingSchedule] = {k: s.on(policy) for k, s in self.eval_schedules.items()}
+        for schedule in self.eval_schedules.values():
             len(schedule.times)  # a grid that cannot be made fails now, and not at the first evaluation
 
     def _read_number(self, name: str, kind: type) -> None:
@@ -127,16 +125,8 @@ class DiffusionTrainerConfig(_BaseConfig):
             raise ValueError(f"{name}={value!r} must be a number, or 'auto'.") from None
 
     def _schedule(self, num_steps: int, sampler: str, solver: str) -> SamplingSchedule:
-        return SamplingSchedule(
-            num_steps,
-            sampler,
-            noise_schedule=self.noise_schedule,
-            noise_level=self.noise_level,
-            last_step_size=self.last_step_size,
-            solver=solver,
-            time_grid=self.time_grid,
-            time_shift=self.time_shift,
-        )
+        names = ("noise_schedule", "noise_level", "last_step_size", "time_grid", "time_shift")
+        return SamplingSchedule(num_steps, sampler, solver=solver, **{name: getattr(self, name) for name in names})
 
     def _check_choices(self) -> None:
         for each in fields(self):

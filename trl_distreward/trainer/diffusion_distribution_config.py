@@ -152,15 +152,13 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._read_number("last_step_size", float)
+        super().__post_init__()
         self._check_reward()
         self._check_update()
         ESTIMATORS[self.loss_type].check_config(self)
         # rollouts and their ODE take Euler's steps
         self.rollout_schedule = self._schedule(self.num_inference_steps, self.sampler, "euler")
         self.eval_schedules = self._evaluation_schedules()
-        super().__post_init__()
 
     def bind(self, policy: DiffusionPolicy) -> None:
         super().bind(policy)
@@ -182,9 +180,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
                 "set without any drift of the policy. Give a number of steps, or reference_update='rolling'."
             )
         self._check_counts(("num_subsets",), least=2)
-        self._check_counts(
-            ("replace_size", "num_iterations", "best_of_n", "sde_window_interval", "rollout_batch_size")
-        )
+        self._check_counts(("replace_size", "num_iterations", "best_of_n"))
+        self._check_counts(("sde_window_interval", "rollout_batch_size"))
         n, size = self.replace_size, self.reference_set_size
         if n >= size:
             raise ValueError(f"replace_size={n} must be smaller than reference_set_size={size}.")

@@ -87,25 +87,22 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
     eval_samplers: list[str] = option(["ode"], "Samplers that are evaluated.")
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._read_number("last_step_size", float)
+        super().__post_init__()
         self._read_start()
         self._check_numbers()
         steps = self.num_inference_steps_eval or self.num_inference_steps
         self.rollout_schedule = self._schedule(self.num_inference_steps, "ode", self.solver)
         self.eval_schedules = {name: self._schedule(steps, name, self.solver) for name in self.eval_samplers}
-        super().__post_init__()
 
     def _read_start(self) -> None:
         start = self.initial_coefficients
-        if start in STARTS:
+        if start in STARTS or not isinstance(start, str):
             return
         try:
-            numbers = [float(value) for value in (start.split(",") if isinstance(start, str) else start)]
-        except (TypeError, ValueError):
+            setattr(self, "initial_coefficients", [float(value) for value in start.split(",")])  # noqa: B010
+        except ValueError:
             choices = f"choose one of {', '.join(STARTS)}, or give a number for each checkpoint"
             raise ValueError(f"initial_coefficients={start!r} is unknown: {choices}.") from None
-        setattr(self, "initial_coefficients", numbers)  # noqa: B010
 
     def _check_numbers(self) -> None:
         self._check_counts(("num_subsets", "replace_size", "max_steps"))

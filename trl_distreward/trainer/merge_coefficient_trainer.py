@@ -252,20 +252,16 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             self._shown = None
 
     @torch.no_grad()
-    def compare(self, others: dict[str, Tensor] | None = None, seed: int | None = None) -> dict[str, dict[str, float]]:
+    def compare(self) -> dict[str, dict[str, float]]:
         """
-        Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise,
-        of `eval_seed` by default. Returns `{sampler}_{metric}` of each merge; the model card shows the table.
-
-        Args:
-            others (`dict[str, torch.Tensor]`, *optional*): further coefficients `(N_c,)` or `(G, N_c)` by name.
+        Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise.
+        Returns `{sampler}_{metric}` of each merge; the model card shows the table.
         """
-        simple = {name: initial_coefficients(name, len(self.pool)) for name in ("last", "uniform")}
-        rows = simple | {"start": self.initial_coefficients, **(others or {}), "learnt": self.coefficients}
-        seed, self.comparison = self.args.eval_seed if seed is None else seed, {}
+        rows = {name: initial_coefficients(name, len(self.pool)) for name in ("last", "uniform")}
+        rows |= {"start": self.initial_coefficients, "learnt": self.coefficients}
         for name, coefficients in rows.items():
             self._shown = self._expanded(coefficients)
-            self.comparison[name] = evaluate_samplers(self, self.eval_sets, seed)
+            self.comparison[name] = evaluate_samplers(self, self.eval_sets, self.args.eval_seed)
         self._shown = None
         write_record(self)
         return self.comparison
