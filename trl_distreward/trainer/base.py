@@ -60,9 +60,7 @@ class DiffusionTrainer(_BaseTrainer):
     """
     Base class of the trainers: rewards and metrics, logging, guards, evaluation and checkpoints.
 
-    A subclass defines `training_step`. It may extend `train`, `training_state`, `process_state` and their `load_…`
-    counterparts, `describe_run` and `card_parts`, and replace `prepare_network`, `write_model`, `load_trained`,
-    `load_best`, `sampled_model` and `evaluation_weights`. It sets `steps_per_epoch` before it calls `__init__`.
+    A subclass defines `training_step`, and sets `steps_per_epoch` before it calls `__init__`.
     """
 
     loss_is_scaled_for_ga = True  # an update's losses are weighted before they are returned
@@ -344,7 +342,6 @@ class DiffusionTrainer(_BaseTrainer):
         return {"num_images": self.num_images, "run_record": self.run_record.state_dict()}
 
     def load_training_state(self, state: State) -> None:
-        """Takes back what `training_state` returned."""
         self.num_images = state["num_images"]
         self.run_record.load_state_dict(state["run_record"])
 
@@ -353,7 +350,7 @@ class DiffusionTrainer(_BaseTrainer):
         return {}
 
     def load_process_state(self, state: State) -> None:
-        """Takes back what `process_state` returned."""
+        """Takes back a `process_state`."""
 
     def load_trained(self, folder: str) -> None:
         """Loads what training goes on with from a checkpoint."""
@@ -364,10 +361,7 @@ class DiffusionTrainer(_BaseTrainer):
         checkpointing.load_pipeline_weights(self, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Writes a pipeline that loads with `from_pretrained`; with PEFT, the merged one and the adapter beside it; and
-        the card. All processes call it, the main one writes. Pushes to the Hub afterwards if `push_to_hub` is set.
-        """
+        """Writes a pipeline, with PEFT merged and the adapter beside it, and the card; pushes if `push_to_hub` is set."""
         self.write_model(Path(output_dir or self.args.output_dir))
         if not _internal_call:
             self.create_model_card()
@@ -383,10 +377,7 @@ class DiffusionTrainer(_BaseTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future | None:
-        """
-        Saves the pipeline and its card, and pushes them as one commit, see [`~transformers.Trainer.push_to_hub`]. All
-        processes call it. Failures that may pass are retried; after an error nothing was committed.
-        """
+        """Saves the pipeline and its card, and pushes them as one commit. All processes call it."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(self.args.hub_token if token is None else token, private)

@@ -58,21 +58,17 @@ class DistributionRewardTrainer(DiffusionTrainer):
             A pipeline of a known family, its folder or Hub id, or an object with the members of [`DiffusionPolicy`].
         reward_funcs (`Callable` or `list` of them):
             [`SubsetReplaceReward`], or a function of single images, plain or `async`, that returns one number per
-            image, or `None` where it abstains. As in TRL it gets keyword arguments: `images`, uint8 `(K, C, H, W)`;
-            `prompts` or `labels`; `slots` `(K,)`, their places in the reference set; every other column of
-            `train_dataset`; `trainer_state`, `log_metric` and `log_extra`. Several rewards are weighted by
-            `reward_weights` and summed.
+            image, or `None` where it abstains. It gets `images`, uint8 `(K, C, H, W)`, `prompts` or `labels`, their
+            `slots` `(K,)`, other columns of `train_dataset`, `trainer_state`, `log_metric` and `log_extra`.
         args ([`DiffusionDistributionConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
-            Conditions of the reference set: class labels in a column `label`, `labels`, `class_label` or
-            `class_labels`; for a text-to-image model prompts in a column `prompt`, `prompts`, `text` or `caption`. The
-            column `stratify_by` holds strata. Every slot keeps its condition. By default all classes are balanced.
+            Conditions of the reference set: class labels in a column such as `label`, or prompts in one such as
+            `prompt`, `text` or `caption`. Every slot keeps its condition. By default all classes are balanced.
         eval_dataset (`datasets.Dataset` or `dict` of them, *optional*):
             Conditions of the evaluated images; for a text-to-image model the training prompts by default. The metrics
             of a dictionary come out as `eval_{name}_…`.
         eval_metrics (`dict[str, ImageMetric | Callable]`, *optional*):
-            Metrics to evaluate beside the reward's distances, e.g. a [`FeatureDistance`] that the reward does not see,
-            or a function of `images` and `prompts` or `labels` that is averaged over all images.
+            Metrics beside the reward's distances: e.g. a [`FeatureDistance`], or a function of single images.
         peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter instead of the network's own weights.
         callbacks, optimizers: as in [`~transformers.Trainer`].
     """
@@ -161,8 +157,15 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if not bool(self.accelerator.gather(rollout.finite).all()):
             self.skip_update("an image or its features are not finite")
             return None
+        single: Sequence[Tensor] = ()
         with self.timed("reward"):
-            rewards = self._score_all(rollout)
+            if rollout.images is not None:
+                scores = self.rewards.score_images(rollout.images, rollout.conditions, rollout.local_slots, self.state)
+                single = [self.accelerator.gather(values).view(rollout.slots.shape) for values in scores]
+            rewards = [
+                self._score_subsets(reward, rollout) if reward.of_sets else single[reward.index]
+                for reward in self.rewards.all
+            ]
         self.rewards.record_metrics(self)
         total = self.rewards.total(rewards)
         if not bool(total.isfinite().all()):
@@ -212,16 +215,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
                 self._send_gradients(model)
         self._record_values(logged)
         return total
-
-    def _score_all(self, rollout: Rollout) -> list[Tensor]:
-        single = []
-        if rollout.images is not None:
-            scores = self.rewards.score_images(rollout.images, rollout.conditions, rollout.local_slots, self.state)
-            single = [self.accelerator.gather(values).view(rollout.slots.shape) for values in scores]
-        return [
-            self._score_subsets(reward, rollout) if reward.of_sets else single[reward.index]
-            for reward in self.rewards.all
-        ]
 
     def _score_subsets(self, reward: Reward, rollout: Rollout) -> Tensor:
         slots = rollout.slots

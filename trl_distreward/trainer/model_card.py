@@ -37,17 +37,11 @@ def write_model_card(
     prompts = trainer.policy.num_conditions is None
     pipeline_tag = "text-to-image" if prompts else "unconditional-image-generation"
     evaluations = [found for found in trainer.run_record.evaluations if found["step"] <= trainer.weights_step]
+    about = f"{trainer.num_eval_images} generated images against the run's real data"
     results = [
-        EvalResult(
-            task_type=pipeline_tag,
-            dataset_type="custom",
-            dataset_name=f"{trainer.num_eval_images} generated images against the run's real data",
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=round(value, 6),
-        )
+        EvalResult(pipeline_tag, "custom", about, metric_type=name, metric_name=name, metric_value=round(value, 6))
         for last in evaluations[-1:]
-        for metric, value in last["values"].items()
+        for name, value in last["values"].items()
     ]
     given = [tags] if isinstance(tags, str) else tags
     metadata, sections = trainer.card_parts()
@@ -107,11 +101,8 @@ def _reward_section(trainer: "DiffusionTrainer") -> str:
 def _evaluation_section(evaluations: Sequence[Mapping]) -> str:
     first, last = evaluations[0], evaluations[-1]
     shown = [first] if first is last else [first, last]
-    rows = [
-        [metric, *(f"{each['values'][metric]:.4g}" for each in shown)]
-        for metric in last["values"]
-        if metric in first["values"]
-    ]
+    common = [metric for metric in last["values"] if metric in first["values"]]
+    rows = [[metric, *(f"{each['values'][metric]:.4g}" for each in shown)] for metric in common]
     return "## Evaluation\n\n" + table(["metric", *(f"step {each['step']}" for each in shown)], rows)
 
 
@@ -129,25 +120,19 @@ def _usage_section(trainer: "DiffusionTrainer", base: str | None, name: str) -> 
     pipeline, args = getattr(trainer.policy, "pipeline", None), trainer.args
     library = type(pipeline).__module__.partition(".")[0]
     loaders = {"diffusers": "DiffusionPipeline.from_pretrained", "trl_distreward": "load_pipeline"}
-    if library not in loaders:
+    loader = loaders.get(library)
+    if loader is None:
         return None
-    loader = loaders[library]
     adapted = base and isinstance(trainer.network, PeftModel) and hasattr(pipeline, "save_lora_weights")
     lines = [f"from {library} import {loader.partition('.')[0]}", ""]
     lines.append(f'pipeline = {loader}("{base if adapted else name}")')
     if adapted:
         file = f'subfolder="{ADAPTER_FOLDER}", weight_name="pytorch_lora_weights.safetensors"'
         lines.append(f'pipeline.load_lora_weights("{name}", {file})')
-    schedules = args.eval_schedules
-    size = getattr(trainer.policy, "size", (None, None))
-    values = {
-        "prompt": "a photo of a cat",
-        "class_labels": [0],
-        "height": size[0],
-        "width": size[1],
-        "num_inference_steps": schedules.get("ode", next(iter(schedules.values()))).num_steps,
-        "guidance_scale": args.guidance_scale,
-    }
+    schedules, (height, width) = args.eval_schedules, getattr(trainer.policy, "size", (None, None))
+    steps = schedules.get("ode", next(iter(schedules.values()))).num_steps
+    values = {"prompt": "a photo of a cat", "class_labels": [0], "height": height, "width": width}
+    values |= {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
     known = inspect.signature(type(pipeline).__call__).parameters
     call = ", ".join(f"{key}={value!r}" for key, value in values.items() if key in known and value is not None)
     if "class_labels" in known or (trainer.policy.num_conditions or 1) == 1:

@@ -58,9 +58,8 @@ class Publisher:
     def _upload(self, folder: Path, message: str | None, ignored: list[str], **options: str | None) -> CommitInfo:
         args = self.trainer.args
         given = {name: value for name, value in options.items() if value is not None}
-        options = {"token": args.hub_token, "revision": args.hub_revision, **given}
-        repository = self.trainer.hub_model_id
-        return push_folder(folder, repository, commit_message=message, ignore_patterns=ignored, **options)
+        options = {"token": args.hub_token, "revision": args.hub_revision, **given, "commit_message": message}
+        return push_folder(folder, self.trainer.hub_model_id, ignore_patterns=ignored, **options)
 
     def finish(self) -> None:
         """Waits for the uploads in the background, and reports those that failed."""

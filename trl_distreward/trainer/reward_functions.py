@@ -64,10 +64,10 @@ class RewardFunctions:
                     f"reward_funcs holds {function!r:.90}: pass a SubsetReplaceReward(feature_extractor, "
                     "real_statistics), or a function of images that returns one number per image."
                 )
-        weights = list(weights) if weights is not None else [1.0] * len(listed)
+        weights = [1.0] * len(listed) if weights is None else weights
         if len(weights) != len(listed):
             raise ValueError(
-                f"reward_weights has {len(weights)} entries for {len(listed)} reward functions: give one weight each."
+                f"reward_weights has {len(weights)} entries for {len(listed)} reward functions: give one each."
             )
         self.all: list[Reward] = []
         names = [get_callable_name(function) for function in listed]
@@ -122,9 +122,7 @@ class RewardFunctions:
         silent = scores.isnan().all(dim=0).nonzero().flatten().tolist()
         if silent and not self.of_sets:
             image = f"the image of slot {slots[silent[0]]}, {plain(conditions[silent[0]])!r}"
-            raise ValueError(
-                f"all reward functions returned None for {image}: let one return a number for every image."
-            )
+            raise ValueError(f"all reward functions returned None for {image}: let one return a number.")
         return scores
 
     def record_metrics(self, trainer: "DiffusionTrainer") -> None:

@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 RUN_RECORD = "run.json"
-# What to change if a phase runs out of memory
+# What to change if a phase runs out of memory; other phases generate sets of images
 REMEDIES = {
-    **dict.fromkeys(
-        ("refresh", "evaluation", "samples", "candidates"), "lower per_device_eval_batch_size or decode_batch_size"
-    ),
     "rollout": "lower rollout_batch_size or decode_batch_size, or set offload_trajectories=True",
     "reward": "lower num_subsets, or set offload_trajectories=True",
     "training": "lower per_device_train_batch_size, set activation_checkpointing=True, or train an adapter",
@@ -49,7 +46,7 @@ class RunRecord:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            remedy = REMEDIES.get(phase, "lower the batch sizes")
+            remedy = REMEDIES.get(phase, "lower per_device_eval_batch_size or decode_batch_size")
             raise torch.OutOfMemoryError(f"{phase} runs out of memory: {remedy}.\n{error}") from error
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()

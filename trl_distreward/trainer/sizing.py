@@ -34,11 +34,11 @@ def show_messages(args: TrainingArguments) -> None:
 def misleading_sets(trainer: "DiffusionTrainer") -> Iterator[str]:
     """Warnings of generated sets that are too small for their distance or leave classes out."""
     classes = trainer.policy.num_conditions
-    sets = {"reference_set_size": (trainer.conditions, trainer.rewards.metrics())}
-    sets |= {
-        f"num_eval_images{p and f' of {p[:-1]}'}": (c, trainer.eval_metrics) for p, c in trainer.eval_sets.items()
-    }
-    for name, (conditions, metrics) in sets.items():
+    sets = [("reference_set_size", trainer.conditions, trainer.rewards.metrics())]
+    for prefix, conditions in trainer.eval_sets.items():
+        name = f"num_eval_images of {prefix[:-1]}" if prefix else "num_eval_images"
+        sets.append((name, conditions, trainer.eval_metrics))
+    for name, conditions, metrics in sets:
         count = len(conditions)
         for key, metric in metrics.items():
             distance = metric.distance if isinstance(metric, FeatureDistance) else None
@@ -56,11 +56,10 @@ def misleading_sets(trainer: "DiffusionTrainer") -> Iterator[str]:
 def noisy_rewards(trainer: "DistributionRewardTrainer") -> Iterator[str]:
     """A warning if an update has so few rewards that their spread is noise."""
     args, per_image = trainer.args, any(not r.of_sets or r.function.credit != "shared" for r in trainer.rewards.all)
-    grouped = args.advantage_normalization == "group"
-    name = "num_generations" if grouped else "num_subsets"
+    name = "num_generations" if args.advantage_normalization == "group" else "num_subsets"
     count = getattr(args, name) * (args.replace_size if per_image else 1)
     if trainer.estimator.has_advantages and count < FEWEST_REWARDS:
         yield (
             f"{name}={getattr(args, name)} gives {count} rewards to compare: their spread, and so every advantage, is "
-            f"mostly noise. Raise it to {FEWEST_REWARDS} or more."
+            "mostly noise. Raise it."
         )

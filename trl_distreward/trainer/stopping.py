@@ -40,13 +40,11 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[int, object] = {}
 
     def install(self) -> None:
-        """Takes over the signals until `restore`."""
         self.stopped, self.saved, self.state_before = False, -1, None
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def restore(self) -> None:
-        """Restores the signals' previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous, self.requested = {}, False
