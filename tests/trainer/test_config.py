@@ -95,7 +95,7 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
         ({"replace_size": 0}, "replace_size=0 must be at least 1"),
         ({"num_subsets": 1}, "num_subsets=1 must be at least 2"),
         ({"num_generations": 4}, "num_generations=4 must divide num_subsets=6"),
-        ({"advantage_normalization": "group"}, "set num_generations to 2 or more"),
+        ({"advantage_normalization": "group"}, "set it to 2 or more"),
         ({"advantage_normalization": "rank"}, "advantage_normalization='rank' is unknown: choose one of"),
         ({"reference_update": "never"}, "reference_update='never' is unknown"),
         ({"top_advantage_quantile": 0.0}, r"top_advantage_quantile=0.0 must lie in \(0, 1\]"),

@@ -41,12 +41,13 @@ def main() -> None:
         sys.exit(f"trl-distreward: no command {name!r}; choose one of {', '.join(COMMANDS)}.")
 
 
-def run(name: str, command: Callable[[list[str]], None], arguments: list[str]) -> None:
+def run(name: str, command: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
     """Runs a command; prints the errors that options, files and missing packages cause in one line."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        command([argument for argument in arguments if argument != "--debug"])
+        command([argument for argument in given if argument != "--debug"])
     except (ValueError, OSError, ImportError, YAMLError) as error:
-        if "--debug" in arguments:
+        if "--debug" in given:
             raise
         sys.exit(f"{name}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

@@ -305,15 +305,9 @@ class DiffusionTrainer(_BaseTrainer):
         seed: int | None = None,
     ) -> dict[str, float]:
         """
-        Generates images under every evaluated sampler, from the same noise each time, and computes the metrics.
-
-        Args:
-            eval_dataset (`datasets.Dataset` or `dict` of them, *optional*): conditions instead of the trainer's.
-            seed (`int`, *optional*): seed of the noise; `eval_seed` by default.
-
-        Returns:
-            `dict[str, float]`: `{prefix}_{sampler}_{metric}`, e.g. `eval_ode_distance_features`; of a dictionary of
-            datasets `{prefix}_{name}_{sampler}_{metric}`.
+        Generates images under every evaluated sampler, from the noise of `seed`, by default `eval_seed`, and returns
+        the metrics: `{prefix}_{sampler}_{metric}`, e.g. `eval_ode_distance_features`, or of a dictionary of datasets
+        `{prefix}_{name}_{sampler}_{metric}`. `eval_dataset` holds other conditions than the trainer's.
         """
         started, sets = time.time(), self.eval_sets
         if eval_dataset is not None:

@@ -62,9 +62,7 @@ class DiffusionTrainerConfig(_BaseConfig):
     )
     time_shift: float = option(1.0, "Resolution shift of even steps; 1 is none.")
     guidance_scale: float = option(1.0, "Classifier-free guidance in training and evaluation; 1 is none.")
-    guidance_channels: int | None = option(
-        None, "Guides only the first channels; all by default. SiT's own code guides 3 of its latent's 4."
-    )
+    guidance_channels: int | None = option(None, "Guides only the first channels; SiT guides 3 of 4. By default all.")
     decode_batch_size: int | None = option(None, "Samples that the VAE decodes at a time; a whole batch by default.")
     max_skipped_updates: int = option(5, "Updates in a row that may be skipped because values are not finite.")
 
@@ -87,10 +85,8 @@ class DiffusionTrainerConfig(_BaseConfig):
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of updates, or -1 for num_train_epochs.")
         if self.max_steps > 0 and self.num_train_epochs != 3.0:  # Trainer's default
-            raise ValueError(
-                f"num_train_epochs={self.num_train_epochs} and max_steps={self.max_steps} both end the training: set "
-                "max_steps=-1 to count epochs, or leave num_train_epochs out."
-            )
+            both = f"num_train_epochs={self.num_train_epochs} and max_steps={self.max_steps} both end the training"
+            raise ValueError(f"{both}: set max_steps=-1 to count epochs, or leave num_train_epochs out.")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better: bool | None = False
         super().__post_init__()

@@ -45,25 +45,19 @@ class CandidateJudge:
                 stop_if_asked(self.trainer)
                 index = first + self.accelerator.process_index
                 if index < len(coefficients):
-                    values[index] = self._judge_one(coefficients[index], step)
+                    judged = self.judge_set(coefficients[index], self.trainer.conditions, "candidate", step)
+                    replaced = self.args.num_replacements and bool(judged.isfinite().all())
+                    values[index] = self._judge_replaced(judged, step) if replaced else judged
                 bar.update(processes)
         self.rewards.record_metrics(self.trainer)
         # every other process has zeros where this one has values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
-    def _judge_one(self, coefficients: Tensor, step: int) -> Tensor:
-        values = self.judge_set(coefficients, self.trainer.conditions, "candidate", step)
-        if self.args.num_replacements and bool(values.isfinite().all()):
-            values = self._judge_replaced(values, step)
-        return values
-
     @torch.no_grad()
-    def judge_set(
-        self, coefficients: Tensor, conditions: Conditions, stream: str, step: int, single: bool = True
-    ) -> Tensor:
+    def judge_set(self, coefficients: Tensor, conditions: Conditions, stream: str, step: int) -> Tensor:
         """Rewards `(functions,)` of a set with one image per condition: minus its distance, or its mean."""
         self.merge(coefficients)
-        features, values = self._generate(conditions, stream, step, single)
+        features, values = self._generate(conditions, stream, step)
         for place, reward in enumerate(self.rewards.all):
             if reward.of_sets and features is not None:
                 reward.function.set_reference(features[reward.index])
@@ -76,7 +70,7 @@ class CandidateJudge:
         (generator,) = image_generators(args.seed, "subsets", step, [0])
         sampler.generator.manual_seed(generator.initial_seed())  # the same for all candidates of a step
         slots = sampler.draw(args.num_subsets, args.replace_size).repeat_interleave(args.num_replacements, dim=0)
-        features, _ = self._generate(take(self.trainer.conditions, slots.flatten()), "replacement", step, single=False)
+        features, _ = self._generate(take(self.trainer.conditions, slots.flatten()), "replacement", step)
         if features is None:
             return torch.full_like(values, torch.nan)
         for place, reward in enumerate(self.rewards.all):
@@ -86,11 +80,11 @@ class CandidateJudge:
         return values
 
     def _generate(
-        self, conditions: Conditions, stream: str, step: int, single: bool = True
+        self, conditions: Conditions, stream: str, step: int
     ) -> tuple[list[dict[str, Tensor]] | None, Tensor]:
         """
-        Generates images: their features per distribution reward, and means of the rewards of `single` images. No
-        features and NaN if images or features are not finite.
+        Generates images: their features per distribution reward, and of candidates the means of the rewards of single
+        images. No features and NaN if images or features are not finite.
         """
         trainer, args = self.trainer, self.args
         values = torch.zeros(len(self.rewards.all), dtype=torch.float64)
@@ -105,7 +99,7 @@ class CandidateJudge:
                 return None, torch.full_like(values, torch.nan)
             chunks.append(features)
             slots = torch.tensor(batch.indices, device=finite.device)
-            if images is not None and single:
+            if images is not None and stream == "candidate":
                 scores.append(self.rewards.score_images(images, batch.conditions, slots, trainer.state))
         if scores:
             values[[not reward.of_sets for reward in self.rewards.all]] = torch.cat(scores, 1).nanmean(1).cpu()

@@ -42,9 +42,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
 
     learning_rate: float = option(1e-5, "Initial learning rate; 1e-5 in the paper.")
     lr_scheduler_type: str = option("linear", "Learning rate schedule.")
-    max_steps: int = option(
-        100, "Optimizer steps; 450 in the paper. If not positive, num_train_epochs passes over the reference set."
-    )
+    max_steps: int = option(100, "Optimizer steps; 450 in the paper. -1: num_train_epochs times the reference set.")
     save_steps: float = option(50, "Optimizer steps between two checkpoints.")
     ddp_find_unused_parameters: bool | None = option(False, "Whether DDP looks for unused parameters.")
 
@@ -89,9 +87,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         ("sliding", "random"),
     )
     sde_window_interval: int = option(25, "Rollouts between two moves of the sliding window.")
-    rollout_batch_size: int | None = option(
-        None, "Images at a time in rollouts; by default 64, halved on a GPU until they fit."
-    )
+    rollout_batch_size: int | None = option(None, "Images at a time in rollouts; 64, halved on a GPU until they fit.")
 
     # Parameters that control the update
     loss_type: str = option(
@@ -121,12 +117,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     )
     top_advantage_quantile: float = option(1.0, "Selected share; 1.0 keeps all, the paper uses 0.25.")
     timestep_fraction: float = option(1.0, "Share of the steps with noise that is trained, drawn for each rollout.")
-    step_weighting: str = option(
-        "uniform", "'noise': by the noise's std (TempFlow-GRPO, arXiv 2508.04324).", ("uniform", "noise")
-    )
-    ratio_normalization: bool = option(
-        False, "Puts log-ratios of all steps on one scale (GRPO-Guard, arXiv 2510.22319)."
-    )
+    step_weighting: str = option("uniform", "'noise': by the noise's std (arXiv 2508.04324).", ("uniform", "noise"))
+    ratio_normalization: bool = option(False, "Scales log-ratios of all steps alike (GRPO-Guard, arXiv 2510.22319).")
     epsilon: float = option(1e-4, "Clip range of the ratio, for log-probabilities averaged over dimensions.")
     beta: float = option(
         0.0,
@@ -164,9 +156,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         super().bind(policy)
         steps, size = len(self.rollout_schedule.trainable_steps), self.sde_window_size
         if not steps and self.sampler == "sde":
-            raise ValueError(
-                f"noise_level={self.noise_level} leaves no step with noise to train: raise it, or the steps."
-            )
+            raise ValueError(f"noise_level={self.noise_level} leaves no step to train: raise it, or the steps.")
         if size is not None and not 1 <= size <= steps:
             raise ValueError(f"sde_window_size={size} must lie in 1 to {steps}, the number of steps with noise.")
 
@@ -175,10 +165,8 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         if self.reference_refresh_steps != "auto":
             self._check_counts(("reference_refresh_steps",))
         elif self.reference_update == "refresh" and self.best_of_n > 1:
-            raise ValueError(
-                f"best_of_n={self.best_of_n} with reference_refresh_steps='auto': chosen images beat the reference "
-                "set without any drift of the policy. Give a number of steps, or reference_update='rolling'."
-            )
+            reason = "chosen images beat the reference set without any drift: give a number of steps"
+            raise ValueError(f"best_of_n={self.best_of_n} with reference_refresh_steps='auto': {reason}.")
         self._check_counts(("num_subsets",), least=2)
         self._check_counts(("replace_size", "num_iterations", "best_of_n"))
         self._check_counts(("sde_window_interval", "rollout_batch_size"))
@@ -190,9 +178,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         if self.num_generations < 1 or self.num_subsets % self.num_generations:
             raise ValueError(f"num_generations={self.num_generations} must divide num_subsets={self.num_subsets}.")
         if self.advantage_normalization == "group" and self.num_generations < 2:
-            raise ValueError(
-                "advantage_normalization='group' with num_generations=1: set num_generations to 2 or more."
-            )
+            raise ValueError("advantage_normalization='group' with num_generations=1: set it to 2 or more.")
         for name in ("top_advantage_quantile", "timestep_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]; 1.0 keeps everything.")

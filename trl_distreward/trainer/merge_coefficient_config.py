@@ -47,18 +47,12 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         "number for each checkpoint, separated by commas on the command line.",
     )
     initial_std: float = option(0.1, "Relative width (σ_rel of arXiv 2312.02696) of the average under 'post_hoc'.")
-    checkpoint_times: list[float] | None = option(
-        None, "Training times of the checkpoints, in any unit; evenly spaced from 0 by default."
-    )
-    checkpoint_stds: list[float] | None = option(
-        None, "Relative widths of checkpoints that are averages themselves, like EDM2's."
-    )
+    checkpoint_times: list[float] | None = option(None, "Training times of the checkpoints; by default 1, 2, …")
+    checkpoint_stds: list[float] | None = option(None, "Relative widths of checkpoints that are averages, as EDM2's.")
     sampling_std: float = option(
-        0.15, "Standard deviation of the samples; the first one under 'cma'. The paper uses 1 with 'softmax'."
+        0.15, "Std of the samples; under 'cma' the first one. In the paper 1, with 'softmax'."
     )
-    sampling_std_decay: float = option(
-        0.3, "Share of it left at the last step of 'emanet', after a linear fall; 1 is constant, as in the paper."
-    )
+    sampling_std_decay: float = option(0.3, "Share of it left at the last step of 'emanet', after a linear fall.")
     antithetic_sampling: bool = option(True, "Draws samples of 'emanet' in pairs, opposite about the mean.")
     policy_num_layers: int = option(3, "Layers of the EMANet; with 0 the mean itself is the parameter.")
 
@@ -117,9 +111,7 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         if self.fp16:
             raise ValueError("fp16=True scales gradients, but those of coefficients are not scaled: set bf16=True.")
         if self.save_only_model and self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end=True needs the search's state, which save_only_model=True leaves out: set one."
-            )
+            raise ValueError("load_best_model_at_end needs the state that save_only_model leaves out: set one.")
 
     @property
     def images_per_candidate(self) -> int:

@@ -102,14 +102,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, eval_metrics, None, callbacks, optimizers
         )
         if any(reward.credit != "shared" or reward.control_variate for reward in self.rewards.of_sets):
-            raise ValueError(
-                "a candidate has one reward, that of its whole set: set credit='shared' and control_variate=False."
-            )
+            raise ValueError("a candidate has one reward, for its set: set credit='shared', control_variate=False.")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP and DeepSpeed split networks, but here each process merges its own candidates: launch with "
-                "examples/accelerate_configs/multi_gpu.yaml."
-            )
+            reason = "FSDP and DeepSpeed split networks, but here each process merges its own candidates"
+            raise ValueError(f"{reason}: launch with examples/accelerate_configs/multi_gpu.yaml.")
         times = args.checkpoint_times or [float(i + 1) for i in range(len(self.pool))]
         self.search = build_search(args, self.initial_coefficients, times)
         self.comparison: dict[str, dict[str, float]] = {}
@@ -201,11 +197,9 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """Judges the start. The distances of its set are the units of several feature spaces."""
         size = self.args.scale_set_size or self.args.reference_set_size
         conditions = conditions_of_slots(self.policy, self.train_dataset, size, self.args.seed, self.args.stratify_by)
-        values = self.judge.judge_set(self.initial_coefficients, conditions, "start", 0, single=False)
+        values = self.judge.judge_set(self.initial_coefficients, conditions, "start", 0)
         if not bool(values.isfinite().all()):
-            raise ValueError(
-                f"rewards of the start must be finite, not {values.tolist()}: change initial_coefficients."
-            )
+            raise ValueError(f"the start's rewards {values.tolist()} are not finite: change initial_coefficients.")
         self.count_images("candidates", size)
 
     def _policy_gradient(self, model: nn.Module, samples: Tensor, rewards: Tensor, std: float) -> Tensor:
@@ -239,10 +233,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         return nullcontext()
 
     def evaluate(self, *args: Any, coefficients: Coefficients | None = None, **kwargs: Any) -> dict[str, float]:
-        """
-        Evaluates the merge with the learnt coefficients, or with given ones of shape `(N_c,)` or `(G, N_c)`; see
-        [`DistributionRewardTrainer.evaluate`].
-        """
+        """Evaluates the merge with the learnt coefficients, or given ones `(N_c,)` or `(G, N_c)`."""
         if coefficients is not None:
             self._shown = self._expanded(coefficients)
             kwargs.setdefault("seed", self.args.eval_seed)  # with a seed it does not count as one of the run
@@ -268,10 +259,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     def merge(self, coefficients: Coefficients | None = None) -> DiffusionPipeline | DiffusionPolicy:
         """
-        Merges the checkpoints, by the learnt coefficients or by those given, and returns the pipeline.
-
-        It is the trainer's own: training, evaluation or another merge overwrites its weights. With adapters it is a
-        copy with a merged network. A policy without a pipeline is returned itself.
+        Merges by the learnt coefficients or those given, and returns the pipeline, or a policy that has none. Unless
+        the checkpoints are adapters, training, evaluation or another merge overwrites its weights.
         """
         self.judge.merge(self.coefficients if coefficients is None else self._expanded(coefficients))
         pipeline = getattr(self.policy, "pipeline", self.policy)
@@ -302,12 +291,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
             self.pool.save_merged(adapter, coefficients, self.groups)
         self.policy.save_pretrained(folder, model=self._plain_network())
-        about = {
-            "coefficients": self._by_group(coefficients),
-            "pool": self.pool_description,
-            "num_images": self.num_images,
-        }
-        write_json(folder / "coefficients.json", about)
+        about = {"coefficients": self._by_group(coefficients), "pool": self.pool_description}
+        write_json(folder / "coefficients.json", about | {"num_images": self.num_images})
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def training_state(self) -> State:

@@ -32,8 +32,6 @@ class _NetworkConfig(FrozenDict):
 def prepare_network(network: nn.Module, args: DiffusionTrainerConfig, peft_config: PeftConfig | None) -> nn.Module:
     """Prepares a policy's network for training; with an adapter, returns peft's wrapper of it."""
     if args.activation_checkpointing:
-        if not getattr(network, "_supports_gradient_checkpointing", False):
-            raise ValueError(f"activation_checkpointing=True: {type(network).__name__} does not support it; leave it.")
         network.enable_gradient_checkpointing()  # type: ignore[operator]
         # Trainer calls a method that diffusers' models do not have. A bound one would tie copies to the original.
         network.activation_checkpointing_enable = lambda **_: None  # type: ignore[assignment]

@@ -45,10 +45,11 @@ def evaluated_conditions(
     `""`. There are `num_eval_images` of each, else `default`, else as many as the dataset has rows.
     """
     datasets = {f"{name}_": each for name, each in dataset.items()} if isinstance(dataset, Mapping) else {"": dataset}
-    counts = {prefix: args.num_eval_images or default or len(each or ()) for prefix, each in datasets.items()}
-    return {
-        prefix: conditions_of_slots(policy, each, counts[prefix], args.eval_seed) for prefix, each in datasets.items()
-    }
+    evaluated = {}
+    for prefix, each in datasets.items():
+        count = args.num_eval_images or default or len(each or ())
+        evaluated[prefix] = conditions_of_slots(policy, each, count, args.eval_seed)
+    return evaluated
 
 
 class ReferenceSet:
