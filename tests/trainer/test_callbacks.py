@@ -13,10 +13,10 @@ from trl_distreward.trainer.callbacks import ShowProgress, image_grid
 
 def test_grid_puts_images_in_rows():
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 3) * 10
-    grid = np.asarray(image_grid(images, columns=4))
-    assert grid.shape == (2 * 4, 4 * 5)
+    grid = np.asarray(image_grid(images))
+    assert grid.shape == (2 * 4, 3 * 5)
     for i in range(6):
-        row, column = divmod(i, 4)
+        row, column = divmod(i, 3)
         assert (grid[row * 4 + 1 : row * 4 + 3, column * 5 + 1 : column * 5 + 4] == i * 10).all()
     assert image_grid(images.expand(6, 3, 2, 3)).mode == "RGB"
 

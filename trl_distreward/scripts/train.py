@@ -80,12 +80,10 @@ def build_trainer(
 ) -> DistributionRewardTrainer:
     if isinstance(model, str) and os.path.realpath(model) == os.path.realpath(config.output_dir):
         raise ValueError(f"output_dir={config.output_dir!r} is the folder of the model: name another one.")
-    policy = load_policy(arguments, config, model)
-    credit = {"credit": arguments.credit, "control_variate": arguments.control_variate}
-    rewards = build_rewards(arguments, **credit)
+    rewards = build_rewards(arguments, credit=arguments.credit, control_variate=arguments.control_variate)
     lora = {"lora_alpha": arguments.lora_alpha, "target_modules": arguments.lora_target_modules}
     return DistributionRewardTrainer(
-        model=policy,
+        model=load_policy(arguments, config, model),
         reward_funcs=rewards,
         args=config,
         train_dataset=load_conditions(arguments),

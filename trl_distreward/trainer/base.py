@@ -159,7 +159,6 @@ class DiffusionTrainer(_BaseTrainer):
 
     @cached_property
     def fitting_batch_size(self) -> int:
-        """Images at a time where no batch size was asked for."""
         return fitting_batch_size(self)
 
     @property

@@ -85,9 +85,9 @@ class ShowProgress(TrainerCallback):
         self.bar.close()
 
 
-def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """Puts gray or RGB images `(N, C, H, W)`, uint8, in rows of `columns`; about a square by default."""
-    columns = columns or math.ceil(len(images) ** 0.5)
+def image_grid(images: Tensor) -> Image.Image:
+    """Puts gray or RGB images `(N, C, H, W)`, uint8, in rows of about a square."""
+    columns = math.ceil(len(images) ** 0.5)
     rows = math.ceil(len(images) / columns)
     blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 64)
     padded = F.pad(torch.cat([images, blank]), [1] * 4, value=64)
@@ -124,7 +124,7 @@ class LogSamplesCallback(TrainerCallback):
         if state.global_step % freq == 0 or control.should_training_stop:
             self._log(args, state)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         self._log(args, state)
 
     def _log(self, args: TrainingArguments, state: TrainerState) -> None:

@@ -149,10 +149,8 @@ def read_training_state(trainer: "DiffusionTrainer", folder: str) -> State:
     """Reads what `training_state` returned when the checkpoint was written."""
     state = _read(trainer, folder, TRAINING_STATE)
     if state is None:
-        raise FileNotFoundError(
-            f"{folder} has no {TRAINING_STATE}: resume from a checkpoint-* folder that was not saved with "
-            "save_only_model=True, or start a new run with this one as its model."
-        )
+        remedy = "without save_only_model=True checkpoints have one; or start a new run with this folder as its model"
+        raise FileNotFoundError(f"{folder} has no {TRAINING_STATE}, which resuming needs: {remedy}.")
     return state
 
 
@@ -168,10 +166,8 @@ def _read(trainer: "DiffusionTrainer", folder: str, name: str) -> State | None:
     if not everyone.any():
         return None
     if not everyone.all():
-        missing = (~everyone).nonzero().flatten().tolist()
-        raise ValueError(
-            f"processes {missing} do not find {name}: resume from a shared folder, on as many processes as wrote it."
-        )
+        missing = f"processes {(~everyone).nonzero().flatten().tolist()} do not find {name}"
+        raise ValueError(f"{missing}: resume from a shared folder, on as many processes as wrote it.")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -286,8 +286,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     def load_process_state(self, state: State) -> None:
         if state["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"this checkpoint was written by {state['processes']} processes between two updates of a rollout: "
-                f"resume on as many, or from one at a multiple of num_iterations={self.args.num_iterations} steps."
-            )
+            found = f"{state['processes']} processes wrote this checkpoint between two updates of a rollout"
+            other = f"one at a multiple of num_iterations={self.args.num_iterations} steps"
+            raise ValueError(f"{found}: resume on as many, or from {other}.")
         self.batch = self.estimator.restore(state["batch"])

@@ -98,11 +98,11 @@ class Prediction:
     device: str
     processes: int
     seconds: dict[str, float]  # of an average update, by phase
-    memory: float  # most that is used on this process's device
-    capacity: float  # what the device has
-    checkpoint: float  # one of them on disk
-    disk: float  # most of the run on disk
-    free: float  # free on disk
+    memory: float  # peak on this process's device
+    capacity: float  # of that device
+    checkpoint: float
+    disk: float  # peak of the run
+    free: float  # on disk
     problems: list[str]  # why the run does not fit, each with a remedy
 
     @property

@@ -45,10 +45,8 @@ def shared_images(
     name: str,
 ) -> Iterator[ImageBatch]:
     """
-    Generates one image per condition, a share on each process, with a progress bar called `name`.
-
-    Yields this process's uint8 images and their conditions, how many rows of the gathered images count, and a mask of
-    finite images.
+    Generates one image per condition, a share on each process, with a progress bar called `name`. Yields uint8 images
+    and their conditions, how many rows of the images gathered from all processes count, and a mask of finite images.
     """
     args, accelerator = trainer.args, trainer.accelerator
     size, total = trainer.eval_batch_size, len(conditions)

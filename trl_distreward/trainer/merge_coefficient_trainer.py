@@ -279,7 +279,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     @cached_property
     def pool_description(self) -> State:
-        """Sources and hashes of the checkpoints."""
         return self.pool.describe()
 
     def write_model(self, folder: Path, adapter_alone: bool = False) -> None:
@@ -326,10 +325,10 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         state = checkpointing.read_training_state(self, folder)
         for name, value in self._identity.items():
             if state["identity"][name] != value:
-                raise ValueError(
-                    f"the checkpoint was written by a run with other {name}: {state['identity'][name]}, not {value}. "
-                    "Resume the run as it was, or start a new one from the coefficients in its coefficients.json."
+                found = (
+                    f"the checkpoint was written by a run with other {name}: {state['identity'][name]}, not {value}"
                 )
+                raise ValueError(f"{found}. Resume the run as it was, or start anew from its coefficients.json.")
         self.network.load_state_dict(state["network"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])

@@ -79,9 +79,7 @@ class RewardFunctions:
         self.of_sets: list[SubsetReplaceReward] = [reward.function for reward in self.all if reward.of_sets]
         spaces = [space for reward in self.of_sets for space in reward.extractors]
         if len(set(spaces)) < len(spaces):
-            raise ValueError(
-                f"feature spaces {spaces} share names: pass each reward's extractors as a dictionary of other names."
-            )
+            raise ValueError(f"feature spaces {spaces} share names: pass extractors as dictionaries of other names.")
         self.single = {reward.name: reward.function for reward in self.all if not reward.of_sets}
         self.extra_columns: dict[str, list] = {}
         self._columns: list[str] = []
@@ -96,8 +94,7 @@ class RewardFunctions:
         self._columns = [name for name in column_names(dataset) if name not in conditions]
         for name in self._columns:
             if name in _RESERVED:
-                remedy = "rename it with rename_column, or drop it with remove_columns"
-                raise ValueError(f"the dataset has a column {name!r}, as an argument of rewards is called: {remedy}.")
+                raise ValueError(f"the dataset has a column {name!r}, as an argument of rewards is called: rename it.")
         args = trainer.args
         strata = None if args.stratify_by is None else column_of(dataset, args.stratify_by)
         self._dataset, self._rows = dataset, rows_of_slots(len(dataset), args.reference_set_size, args.seed, strata)
@@ -154,8 +151,7 @@ class RewardFunctions:
             if alike or all(torch.equal(values, seen[0]) for values in seen):
                 logger.warning(
                     f"The first {_WATCHED} updates had {'equal' if alike else 'the same'} rewards by {reward.name!r}: "
-                    "nothing can be learned from them. Look at what it returns for a few different images: it may not "
-                    "use them (uint8, 0 to 255), or cut off or round its result."
+                    "nothing can be learned from them. It may ignore the images (uint8, 0 to 255) or round its result."
                 )
 
     def to(self, device: torch.device) -> None:
