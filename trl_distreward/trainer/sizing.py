@@ -61,5 +61,5 @@ def noisy_rewards(trainer: "DistributionRewardTrainer") -> Iterator[str]:
     if trainer.estimator.has_advantages and count < FEWEST_REWARDS:
         yield (
             f"{name}={getattr(args, name)} gives {count} rewards to compare: their spread, and so every advantage, is "
-            "mostly noise. Raise it."
+            f"mostly noise. Raise it to {FEWEST_REWARDS} or more."
         )
