@@ -106,7 +106,7 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
         ({"beta": -1.0}, "beta=-1.0 not negative"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
         ({"eval_samplers": ["ddim"]}, "sampler='ddim'"),
-        ({"best_of_n": 2, "reference_refresh_steps": "auto"}, "without any drift of the policy"),
+        ({"best_of_n": 2, "reference_refresh_steps": "auto"}, "without any drift"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
         ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be at least 0"),
         ({"num_eval_images": 1}, "num_eval_images=1 must be at least 2"),

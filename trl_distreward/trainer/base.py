@@ -354,7 +354,7 @@ class DiffusionTrainer(_BaseTrainer):
         checkpointing.load_pipeline_weights(self, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes a pipeline, with PEFT merged and the adapter beside it, and the card; pushes if `push_to_hub` is set."""
+        """Writes a pipeline and its card, with PEFT merged and the adapter too. Pushes if `push_to_hub` is set."""
         self.write_model(Path(output_dir or self.args.output_dir))
         if not _internal_call:
             self.create_model_card()

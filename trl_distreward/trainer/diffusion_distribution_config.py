@@ -156,7 +156,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         super().bind(policy)
         steps, size = len(self.rollout_schedule.trainable_steps), self.sde_window_size
         if not steps and self.sampler == "sde":
-            raise ValueError(f"noise_level={self.noise_level} leaves no step to train: raise it, or the steps.")
+            raise ValueError(f"noise_level={self.noise_level} leaves no step with noise to train: raise it.")
         if size is not None and not 1 <= size <= steps:
             raise ValueError(f"sde_window_size={size} must lie in 1 to {steps}, the number of steps with noise.")
 
