@@ -91,7 +91,7 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"replace_size": 24}, "replace_size=24 must be smaller than reference_set_size=24"),
+        ({"replace_size": 24}, "replace_size=24 is not smaller than reference_set_size=24"),
         ({"replace_size": 0}, "replace_size=0 must be at least 1"),
         ({"num_subsets": 1}, "num_subsets=1 must be at least 2"),
         ({"num_generations": 4}, "num_generations=4 must divide num_subsets=6"),

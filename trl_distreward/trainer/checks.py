@@ -52,9 +52,7 @@ def check_rewards_and_metrics(trainer: "DiffusionTrainer") -> None:
         raise ValueError(f"metric_for_best_model={best!r} is not evaluated: choose one of {', '.join(known)}.")
     higher = getattr(known.get(best, known.get(f"eval_{best}")), "higher_is_better", args.greater_is_better)
     if higher != args.greater_is_better:
-        raise ValueError(
-            f"greater_is_better={args.greater_is_better} would keep the worst model by {best}: set it to {higher}."
-        )
+        raise ValueError(f"greater_is_better={not higher} would keep the worst model by {best}: set it to {higher}.")
 
 
 def check_launch(trainer: "DiffusionTrainer") -> None:
@@ -72,7 +70,7 @@ def check_launch(trainer: "DiffusionTrainer") -> None:
         raise ValueError(f"{reason}: set ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml.")
     if split and any(schedule.num_evaluations is None for schedule in args.eval_schedules.values()):
         raise ValueError(
-            "eval_solver='dopri5' steps differently on each process, but FSDP and ZeRO step together: use 'heun'."
+            "eval_solver='dopri5' steps differently on each process, as FSDP and ZeRO cannot: use 'heun'."
         )
     if args.n_gpu > 1:
         raise ValueError(f"one process sees {args.n_gpu} GPUs: start as many with torchrun, or show it only one.")

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..generation import SOLVERS, SamplingSchedule
 from ..policies import DiffusionPolicy
+from ..rewards.slots import check_size
 from .advantages import ADVANTAGE_NORMALIZATIONS, SELECTIONS
 from .base_config import DiffusionTrainerConfig, option
 from .estimators import ESTIMATORS
@@ -170,9 +171,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         self._check_counts(("num_subsets",), least=2)
         self._check_counts(("replace_size", "num_iterations", "best_of_n"))
         self._check_counts(("sde_window_interval", "rollout_batch_size"))
-        n, size = self.replace_size, self.reference_set_size
-        if n >= size:
-            raise ValueError(f"replace_size={n} must be smaller than reference_set_size={size}.")
+        check_size(self.replace_size, self.reference_set_size)
 
     def _check_update(self) -> None:
         if self.num_generations < 1 or self.num_subsets % self.num_generations:

@@ -97,10 +97,7 @@ def fits(trainer: "DiffusionTrainer", size: int) -> bool:
 
 
 def evaluate_samplers(trainer: "DiffusionTrainer", sets: dict[str, Conditions], seed: int) -> dict[str, float]:
-    """
-    Computes the trainer's metrics, `{prefix}{sampler}_{metric}`, for `sets` of conditions by prefix, under every
-    evaluated schedule from noise of `seed`.
-    """
+    """Computes the metrics `{prefix}{sampler}_{metric}` of `sets` of conditions by prefix, from noise of `seed`."""
     schedules, device, gather = trainer.args.eval_schedules, trainer.accelerator.device, trainer.accelerator.gather
     if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and trainer.model is trainer.model_wrapped:
         trainer.model.to(device)  # before training they leave it where it was loaded

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 from ..generation import SOLVERS
 from ..merging.coefficients import COEFFICIENT_MAPS, GRANULARITIES
+from ..rewards.slots import check_size
 from .base_config import DiffusionTrainerConfig, option
 
 METHODS = ("emanet", "cma", "grid")
@@ -105,9 +106,8 @@ class MergeCoefficientConfig(DiffusionTrainerConfig):
         std, decay = self.sampling_std, self.sampling_std_decay
         if std <= 0 or not 0 < decay <= 1:
             raise ValueError(f"sampling_std={std} must be positive, and sampling_std_decay={decay} lie in (0, 1].")
-        n, size = self.replace_size, self.reference_set_size
-        if self.num_replacements and n >= size:
-            raise ValueError(f"replace_size={n} must be smaller than reference_set_size={size}.")
+        if self.num_replacements:
+            check_size(self.replace_size, self.reference_set_size)
         if self.fp16:
             raise ValueError("fp16=True scales gradients, but those of coefficients are not scaled: set bf16=True.")
         if self.save_only_model and self.load_best_model_at_end:

@@ -67,7 +67,7 @@ class RewardFunctions:
         weights = [1.0] * len(listed) if weights is None else weights
         if len(weights) != len(listed):
             raise ValueError(
-                f"reward_weights has {len(weights)} entries for {len(listed)} reward functions: give one each."
+                f"reward_weights: {len(weights)} entries for {len(listed)} reward functions, give one each."
             )
         self.all: list[Reward] = []
         names = [get_callable_name(function) for function in listed]
