@@ -122,13 +122,12 @@ def load_conditions(arguments: RewardArguments) -> Dataset | None:
 
 def run_trainer(trainer: DiffusionTrainer, at_end: Callable[[], None] | None = None) -> None:
     """Trains, from a checkpoint if the options say so, then calls `at_end` and saves or pushes the model."""
-    config = trainer.args
-    resume = config.resume_from_checkpoint
+    resume = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     if not trainer.interrupted:
         if at_end is not None:
             at_end()
-        if config.push_to_hub:
+        if trainer.args.push_to_hub:
             trainer.push_to_hub()  # saves the model and its card first
         else:
             trainer.save_model()

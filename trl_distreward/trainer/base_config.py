@@ -94,8 +94,7 @@ class DiffusionTrainerConfig(_BaseConfig):
     @classmethod
     def of(cls, args: object, output_dir: str) -> Self:
         """Returns `args` if it is a configuration of this class; by default one for `output_dir`."""
-        if args is None:
-            return cls(output_dir=output_dir)
+        args = cls(output_dir=output_dir) if args is None else args
         if not isinstance(args, cls):
             raise TypeError(f"args is a {type(args).__name__}: pass a {cls.__name__}.")
         return args

@@ -12,7 +12,7 @@ from ..generation import image_generators
 from ..merging.coefficients import samples_of
 from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
 from .image_sets import decode_and_extract, generate_for, progress_bar
-from .reward_functions import joined
+from .reward_functions import Features, joined
 from .stopping import stop_if_asked
 
 if TYPE_CHECKING:
@@ -79,16 +79,14 @@ class CandidateJudge:
                 values[place] = reward.function.subset_rewards(there, features[reward.index]).mean()
         return values
 
-    def _generate(
-        self, conditions: Conditions, stream: str, step: int
-    ) -> tuple[list[dict[str, Tensor]] | None, Tensor]:
+    def _generate(self, conditions: Conditions, stream: str, step: int) -> tuple[list[Features] | None, Tensor]:
         """
         Generates images: their features per distribution reward, and of candidates the means of the rewards of single
         images. No features and NaN if images or features are not finite.
         """
         trainer, args = self.trainer, self.args
         values = torch.zeros(len(self.rewards.all), dtype=torch.float64)
-        chunks: list[list[dict[str, Tensor]]] = []
+        chunks: list[list[Features]] = []
         scores: list[Tensor] = []
         noise, size = (args.seed, stream, step), self.batch_size
         for batch in generate_for(trainer, self.network, conditions, args.rollout_schedule, noise, batch_size=size):

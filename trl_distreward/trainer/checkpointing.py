@@ -97,10 +97,7 @@ def _write_training_state(trainer: "DiffusionTrainer", folder: Path) -> None:
 
 
 def write_pipeline(trainer: "DiffusionTrainer", folder: Path, adapter_alone: bool) -> None:
-    """
-    Writes the pipeline with the weights to evaluate; with PEFT the adapter and, unless `adapter_alone`, the pipeline
-    with the merged network.
-    """
+    """Writes the pipeline with the weights to evaluate; with PEFT the adapter, and only that if `adapter_alone`."""
     with trainer.evaluation_weights():
         network = _whole_network(trainer)
         if not trainer.args.should_save:

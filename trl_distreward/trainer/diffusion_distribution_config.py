@@ -36,9 +36,8 @@ PAPER: dict[str, Any] = {
 class DiffusionDistributionConfig(DiffusionTrainerConfig):
     """
     Configuration of the [`DistributionRewardTrainer`]: the options below, those of [`DiffusionTrainerConfig`], and
-    those of [`~transformers.TrainingArguments`]. The defaults are for a first run: half a million
-    network evaluations. `trl_distreward.PAPER` holds the settings of
-    [arXiv 2607.02291](https://huggingface.co/papers/2607.02291), which take 350 times as many.
+    those of [`~transformers.TrainingArguments`]. The defaults are for a first run of half a million network
+    evaluations; the paper's settings, `trl_distreward.PAPER`, take 350 times as many.
     """
 
     learning_rate: float = option(1e-5, "Initial learning rate; 1e-5 in the paper.")

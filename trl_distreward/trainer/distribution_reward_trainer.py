@@ -42,8 +42,6 @@ class DistributionRewardTrainer(DiffusionTrainer):
     Example:
 
     ```python
-    from trl_distreward import DiffusionDistributionConfig, DistributionRewardTrainer, SubsetReplaceReward
-
     trainer = DistributionRewardTrainer(
         model="my-org/sit-xl-2-256",
         reward_funcs=SubsetReplaceReward(feature_extractor, "imagenet256-statistics.safetensors"),
@@ -65,8 +63,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
             Conditions of the reference set: class labels in a column such as `label`, or prompts in one such as
             `prompt`, `text` or `caption`. Every slot keeps its condition. By default all classes are balanced.
         eval_dataset (`datasets.Dataset` or `dict` of them, *optional*):
-            Conditions of the evaluated images; for a text-to-image model the training prompts by default. The metrics
-            of a dictionary come out as `eval_{name}_…`.
+            Conditions of the evaluated images; by default all classes, or the training prompts. A dictionary's metrics
+            are called `eval_{name}_…`.
         eval_metrics (`dict[str, ImageMetric | Callable]`, *optional*):
             Metrics beside the reward's distances: e.g. a [`FeatureDistance`], or a function of single images.
         peft_config ([`~peft.PeftConfig`], *optional*): trains an adapter instead of the network's own weights.
@@ -185,7 +183,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
             return None
         batch = self.estimator.prepare(rollout, rewards)
         if self.args.reference_update == "rolling":
-            self.reference_set.roll(rollout.slots, rollout.gathered, self.slot_sampler.generator)
+            for reward, features in zip(self.rewards.of_sets, rollout.gathered, strict=True):
+                reward.update_reference(rollout.slots, features, self.slot_sampler.generator)
         if batch is None:
             self.skip_equal_rewards()
         return batch

@@ -56,8 +56,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
     Example:
 
     ```python
-    from trl_distreward import MergeCoefficientConfig, MergeCoefficientTrainer, SubsetReplaceReward
-
     trainer = MergeCoefficientTrainer(
         model="run",
         checkpoints=["run/checkpoint-400", "run/checkpoint-500", "my-org/model@3f2a1c0"],

@@ -97,11 +97,6 @@ class ReferenceSet:
             reward.set_reference(values)  # refuses values that are not finite
         self.last_refresh, self.drifted = step, False
 
-    def roll(self, slots: Tensor, features: Sequence[dict[str, Tensor]], generator: torch.Generator) -> None:
-        """Leaves new images in the places they were judged in; `features` are those of all processes."""
-        for reward, spaces in zip(self.rewards, features, strict=True):
-            reward.update_reference(slots, spaces, generator)
-
     def watch_drift(self, rewards: Sequence[Tensor]) -> float:
         """
         Returns how far the mean reward is from that of the unchanged set, in standard deviations of the rewards; the

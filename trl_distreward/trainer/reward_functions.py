@@ -37,6 +37,7 @@ logger = get_logger(__name__)
 
 _RESERVED = ("images", "prompts", "labels", "slots", "trainer_state", "log_metric", "log_extra")
 _WATCHED = 3  # updates
+Features = dict[str, Tensor]  # (K, d) by feature space
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,7 @@ class RewardFunctions:
         return {f"distance_{space}": metric for reward in self.of_sets for space, metric in reward.metrics().items()}
 
 
-def joined(
-    join: Callable[[list[Tensor]], Tensor], parts: Sequence[list[dict[str, Tensor]]]
-) -> list[dict[str, Tensor]]:
+def joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[list[Features]]) -> list[Features]:
     """Joins features `(K, d)` that several parts have per distribution reward and feature space."""
     rewards = zip(*parts, strict=True)
     return [{space: join([part[space] for part in group]) for space in group[0]} for group in rewards]

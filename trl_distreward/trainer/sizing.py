@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from .base import DiffusionTrainer
     from .distribution_reward_trainer import DistributionRewardTrainer
 
-# The std of n normal rewards, which every advantage is divided by, has a relative error of about 1 / sqrt(2 (n - 1)):
-# 27 % for 8, 41 % for 4.
+# The std of n normal rewards has a relative error of about 1 / sqrt(2 (n - 1)): 27 % for 8, 41 % for 4.
 FEWEST_REWARDS = 8
 
 
