@@ -128,10 +128,9 @@ def run_trainer(trainer: DiffusionTrainer, at_end: Callable[[], None] | None = N
         if at_end is not None:
             at_end()
         if trainer.args.push_to_hub:
-            trainer.push_to_hub()  # saves the model and its card first
+            trainer.push_to_hub()  # saves the model first
         else:
             trainer.save_model()
-            trainer.create_model_card()
     elif trainer.is_world_process_zero():
         done, remedy = trainer.state.global_step, "to continue, add --resume_from_checkpoint true to the command"
         print(f"Stopped after step {done} of {trainer.state.max_steps}: {remedy if done else 'nothing was saved'}.")
