@@ -146,8 +146,8 @@ def read_training_state(trainer: "DiffusionTrainer", folder: str) -> State:
     """Reads what `training_state` returned when the checkpoint was written."""
     state = _read(trainer, folder, TRAINING_STATE)
     if state is None:
-        remedy = "without save_only_model=True checkpoints have one; or start a new run with this folder as its model"
-        raise FileNotFoundError(f"{folder} has no {TRAINING_STATE}, which resuming needs: {remedy}.")
+        remedy = "resume from one made without save_only_model=True, or start a new run with this folder as its model"
+        raise FileNotFoundError(f"{folder} has no {TRAINING_STATE}: {remedy}.")
     return state
 
 
