@@ -33,10 +33,10 @@ def test_drift_is_small_while_the_policy_stands_still_and_grows_when_it_moves(tm
 
 def test_a_rolling_set_holds_the_newest_image_of_every_place(tmp_path):
     trainer, newest = tiny_trainer(tmp_path, max_steps=2, reference_update="rolling"), {}
-    rolled = calls_of(trainer.reference_set, "roll")
+    rolled = calls_of(trainer.rewards.of_sets[0], "update_reference")
     trainer.train()  # 2 x 12 distinct slots of 24: every place is taken anew
     for (slots, spaces, _), _ in rolled:
-        newest.update(zip(slots.flatten().tolist(), spaces[0]["features"], strict=True))
+        newest.update(zip(slots.flatten().tolist(), spaces["features"], strict=True))
     held = trainer.rewards.of_sets[0].features["features"]
     assert torch.equal(held, torch.stack([newest[slot] for slot in range(24)]))
     policy, schedule = as_policy(tiny_pipeline()), trainer.args.rollout_schedule

@@ -95,7 +95,9 @@ class RewardFunctions:
         self._columns = [name for name in column_names(dataset) if name not in conditions]
         for name in self._columns:
             if name in _RESERVED:
-                raise ValueError(f"the dataset has a column {name!r}, as an argument of rewards is called: rename it.")
+                raise ValueError(
+                    f"the dataset's column {name!r} is called as an argument of rewards: use rename_column."
+                )
         args = trainer.args
         strata = None if args.stratify_by is None else column_of(dataset, args.stratify_by)
         self._dataset, self._rows = dataset, rows_of_slots(len(dataset), args.reference_set_size, args.seed, strata)
