@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import Tensor
 
+from .seeds import keyed_generator
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -133,7 +135,7 @@ def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashabl
     Deals rows to `count` slots in shuffled rounds; the last, incomplete one takes a proportional share of each
     stratum.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = keyed_generator(seed, "rows")
     rounds = [torch.randperm(num_rows, generator=generator) for _ in range(math.ceil(count / num_rows))]
     rest = count % num_rows
     if strata is not None and rest:

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The loop that makes images, for rollouts, reference sets, evaluation, merge candidates and the command line."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +24,7 @@ from .sampling import (
     stochastic_steps,
     time_grid,
 )
+from .seeds import keyed_generator
 
 TIME_GRIDS = ("auto", "uniform", "karras")
 SOLVERS = ("auto", *ODE_SOLVERS)
@@ -142,9 +142,7 @@ class SamplingSchedule:
 
 def image_generators(seed: int, stream: str, step: int, indices: Iterable[int]) -> list[torch.Generator]:
     """One CPU generator per image, seeded by the run's seed, the purpose, the step and the image's index."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=4).digest()
-    base = int.from_bytes(digest, "big")  # CPU generators use 32 bits of their seed
-    return [torch.Generator().manual_seed((base + i) % 2**32) for i in indices]
+    return [keyed_generator(seed, stream, step, i) for i in indices]
 
 
 @torch.no_grad()

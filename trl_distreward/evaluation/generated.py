@@ -12,6 +12,7 @@ from ..conditions import balanced_labels, take
 from ..generation import SamplingSchedule, generate_images
 from ..metrics.extractors import network_digest
 from ..policies import DiffusionPolicy
+from ..seeds import keyed_generator
 from .decoding import StoredImage
 from .sources import ImageSource
 
@@ -38,7 +39,7 @@ class GeneratedImages(ImageSource):
         classes = policy.num_conditions
         if classes is None:
             raise ValueError("this pipeline has no classes: generate its images yourself and evaluate their folder.")
-        random = torch.randint(classes, (num_images,), generator=torch.Generator().manual_seed(seed))
+        random = torch.randint(classes, (num_images,), generator=keyed_generator(seed, "labels"))
         self.labels = balanced_labels(num_images, classes) if labels == "balanced" else random
         components = getattr(getattr(policy, "pipeline", None), "components", {"model": policy.model})
         networks = {name: part for name, part in components.items() if isinstance(part, nn.Module)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..conditions import members_of, proportional_subsets
 from ..files import State
+from ..seeds import keyed_generator
 
 
 class SlotSampler:
@@ -15,7 +16,7 @@ class SlotSampler:
 
     def __init__(self, num_slots: int, seed: int = 0):
         self.num_slots = num_slots
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = keyed_generator(seed, "slots")
         self._pending = torch.empty(0, dtype=torch.long)  # rest of the current round, for `distinct`
         self._samplers = [self]  # one for each stratum
 

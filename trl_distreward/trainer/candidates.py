@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..conditions import Conditions, take
-from ..generation import image_generators
 from ..merging.coefficients import samples_of
 from ..merging.search import CMASearch, GridSearch, Search, power_profile_grid
+from ..seeds import keyed_generator
 from .image_sets import decode_and_extract, generate_for, progress_bar
 from .reward_functions import Features, joined
 from .stopping import stop_if_asked
@@ -67,8 +67,8 @@ class CandidateJudge:
     def _judge_replaced(self, values: Tensor, step: int) -> Tensor:
         """Averages over N_s subsets of the set and N_r replacements of each (Eq. 10)."""
         args, sampler = self.args, self.trainer.slot_sampler
-        (generator,) = image_generators(args.seed, "subsets", step, [0])
-        sampler.generator.manual_seed(generator.initial_seed())  # the same for all candidates of a step
+        # the same for all candidates of a step
+        sampler.generator.set_state(keyed_generator(args.seed, "subsets", step).get_state())
         slots = sampler.draw(args.num_subsets, args.replace_size).repeat_interleave(args.num_replacements, dim=0)
         features, _ = self._generate(take(self.trainer.conditions, slots.flatten()), "replacement", step)
         if features is None:

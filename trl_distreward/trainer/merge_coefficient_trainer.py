@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 from ..conditions import EvalRows, Rows, conditions_of_slots
 from ..evaluation.image_metrics import ImageMetric
 from ..files import State, write_json
-from ..generation import image_generators
 from ..merging.adapters import ADAPTER_FOLDER
 from ..merging.coefficients import (
     EMANet,
@@ -29,6 +28,7 @@ from ..merging.coefficients import (
 )
 from ..merging.pool import CheckpointPool
 from ..policies import DiffusionPolicy, Model
+from ..seeds import keyed_generator
 from . import checkpointing
 from .advantages import normalize_advantages
 from .base import DiffusionTrainer
@@ -171,7 +171,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         if self.search is not None:
             samples = self.search.ask()
         else:
-            (generator,) = image_generators(args.seed, "coefficients", step, [0])
+            generator = keyed_generator(args.seed, "coefficients", step)
             samples = gaussian_samples(self.mean, std, args.num_generations, generator, args.antithetic_sampling)
         with self.timed("candidates"):
             values = self.judge.judge(coefficients_of(samples, args.coefficient_map), step)  # (B, functions)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conditions import Conditions, take
-from ..generation import SamplingSchedule, image_generators
+from ..generation import SamplingSchedule
+from ..seeds import keyed_generator
 from .image_sets import decode_and_extract, generate_for
 from .reward_functions import joined
 from .stopping import stop_if_asked
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 class Rollout:
     """New images of one process, K of them, as training and rewards see them."""
 
+    step: int  # optimizer step
     slots: Tensor  # (B, n) replaced places of all processes
     local_slots: Tensor  # (K,) places of this process's images
     schedule: SamplingSchedule  # how they were sampled, with the step's window of noise
@@ -57,7 +59,7 @@ class Sampler:
         steps = schedule.trainable_steps
         places = len(steps) - size + 1
         if self.args.sde_window == "random":
-            (generator,) = image_generators(self.args.seed, "window", step, [0])
+            generator = keyed_generator(self.args.seed, "window", step)
             first = int(torch.randint(places, (1,), generator=generator))
         else:
             first = step // self.args.num_iterations // self.args.sde_window_interval % places
@@ -108,6 +110,7 @@ class Sampler:
             parts.append((trajectory, cond, *decode_and_extract(self.trainer, batch.sample, batch.conditions)))
         trajectories, conds, features, finite, images = zip(*parts, strict=True)
         return Rollout(
+            step=step,
             slots=slots,
             local_slots=local,
             schedule=schedule,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...generation import SamplingSchedule, image_generators
+from ...generation import SamplingSchedule
 from ...sampling import Transition, send, transition
+from ...seeds import keyed_generator
 from ..rollouts import Rollout
 from .base import Estimator, MicroBatch, State
 from .pairs import Deal, PairBatch
@@ -96,7 +97,7 @@ class PolicyGradient(Estimator):
         args, steps = self.args, schedule.trainable_steps
         if args.timestep_fraction == 1.0:
             return steps
-        (generator,) = image_generators(args.seed, "steps", step, [0])
+        generator = keyed_generator(args.seed, "steps", step)
         count = max(1, round(args.timestep_fraction * len(steps)))
         return tuple(sorted(steps[int(i)] for i in torch.randperm(len(steps), generator=generator)[:count]))
 
