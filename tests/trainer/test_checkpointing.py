@@ -28,6 +28,12 @@ CASES = {
     "normalized ratios": ({"num_iterations": 2, "ratio_normalization": True, "offload_trajectories": True}, [1]),
     "windows, best of two": ({"sde_window_size": 2, "sde_window": "random", "best_of_n": 2}, [2]),
     "rejection sampling": ({"loss_type": "rft"}, [2]),
+    "nft, rollouts of the old policy": ({"loss_type": "nft", "sample_old_policy": True, "ema_decay": 0.5}, [1, 3]),
+    "transport": ({"loss_type": "transport", "transport_advantage": 0.5, "sampler": "ode"}, [3]),
+    "adapter by transport between the updates of a rollout": (
+        {"lora": True, "loss_type": "transport", "sampler": "ode", "num_iterations": 2, "beta": 0.1},
+        [3],
+    ),
     "adapter": ({"lora": True, "reference_update": "rolling", "ema_decay": 0.5}, [2]),
     "adapter between the updates of a rollout": ({"lora": True, "num_iterations": 2, "beta": 0.1}, [1]),
 }

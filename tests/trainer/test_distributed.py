@@ -64,6 +64,8 @@ BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_st
         (3, {"reference_refresh_steps": 2, "num_eval_images": 17}),
         (2, {"reference_update": "rolling", "replace_size": 1, "top_advantage_quantile": 0.2, "bright": True}),
         (2, BACKPROP),
+        (2, {"loss_type": "nft", "sampler": "ode", "top_advantage_quantile": 0.4}),
+        (3, {"loss_type": "transport", "sampler": "ode", "transport_advantage": 0.5}),
         pytest.param(3, BACKPROP, marks=pytest.mark.slow),
     ],
 )
@@ -78,7 +80,7 @@ def test_several_processes_train_like_one(tmp_path, processes, settings):
         assert values(other, key) == pytest.approx(values(log, key), rel=1e-9), key
     assert bool(values(log, "darkness")) == ("bright" in settings)
     assert values(other, "darkness") == pytest.approx(values(log, "darkness"))
-    if settings.get("loss_type") != "backprop":
+    if settings.get("loss_type", "grpo") == "grpo":
         assert values(other, "ratio/min") == values(other, "ratio/max") == [1.0] * 3
     for name, value in expected.items():  # gradients add up in another order
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)

@@ -25,9 +25,10 @@ class DiffusionPolicy(Protocol):
     Samples are float32 tensors `(B, ...)` on the path `x_t = (1-t) x_0 + t x_1`, with data at `t = 0`. `velocity`
     takes the network as an argument, because wrapped, initial, averaged and merged networks take its place.
 
-    Three members are optional. `grid(num_steps)` returns the times of the model's own sampler, from noise to 0, and
+    Four members are optional. `grid(num_steps)` returns the times of the model's own sampler, from noise to 0, and
     the scale of its starting noise, for `time_grid="auto"`; `solver` names its ODE solver. `velocity_at_data = False`
-    says that the model has no velocity at `t = 0`, which the solver `"dopri5"` needs.
+    says that the model has no velocity at `t = 0`, which the solver `"dopri5"` needs. `unguided_velocity`, see
+    [`PipelinePolicy`], is what the estimators on the forward process train in place of `velocity`.
     """
 
     model: nn.Module  # the trained network
@@ -125,6 +126,16 @@ class PipelinePolicy:
         # one forward pass for both: distributed wrappers expect one per step
         unconditional, conditional = self.predict(model, torch.cat([x, x]), torch.cat([t, t]), inputs).chunk(2)
         return self.guide(conditional.float(), unconditional.float())
+
+    def unguided_velocity(
+        self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor], dropped: Tensor
+    ) -> Tensor:
+        """Predicts like `velocity`, but without guidance, and without the condition where `dropped` `(B,)` is true."""
+        inputs = self.inputs(cond, self.guided)
+        if self.guided:  # the unconditional half comes first
+            rows = torch.arange(len(x), device=x.device) + len(x) * ~dropped
+            inputs = {name: value[rows] for name, value in inputs.items()}
+        return self.predict(model, x, t, inputs).float()
 
     def decode(self, x: Tensor) -> Tensor:
         vae = getattr(self.pipeline, "vae", None)

@@ -53,12 +53,22 @@ class ClassConditionalPolicy(ClassLabelPolicy):
             raise ValueError(f"guidance_channels={guidance_channels} must lie in 1 to {channels}, as the model has.")
         self.guidance_channels = guidance_channels
         self.num_conditions = max(self.config.num_classes, 1)  # an unconditional model has one class
+        # a network of its own guides without a null class
+        self.null_class = self.num_conditions if self.guided and not hasattr(pipeline, "guider") else None
         self.sample_shape = (channels, self.config.sample_size, self.config.sample_size)
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         options = {} if self.guidance_channels is None else {"guidance_channels": self.guidance_channels}
         labels = cond["class_labels"]
         return self.pipeline.predict_velocity(model, x, t, labels, self.guidance_scale, **options).float()
+
+    def unguided_velocity(
+        self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor], dropped: Tensor
+    ) -> Tensor:
+        labels = cond["class_labels"]
+        if self.null_class is not None:
+            labels = torch.where(dropped, self.null_class, labels)
+        return self.pipeline.predict_velocity(model, x, t, labels).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.pipeline.decode(x)

@@ -92,7 +92,9 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     # Parameters that control the update
     loss_type: str = option(
         "grpo",
-        "'grpo': clipped policy gradient (Eq. 6). 'rft': flow-matching loss (Eq. 2) on the selected images. "
+        "'transport': moves images along the rewards' gradient and matches the flow to that. 'nft': DiffusionNFT. "
+        "'awm': advantage-weighted matching. 'rft': flow-matching loss (Eq. 2) on the selected images. 'grpo': "
+        "clipped policy gradient (Eq. 6), which needs sampler='sde'. "
         "'backprop': gradient of the distance itself through the last backprop_steps of sampling; all images of an "
         "update replace their slots at once.",
         ESTIMATORS.keys(),  # a view: estimators can be added from outside
@@ -126,6 +128,20 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         "of the mean squared difference of the two velocities.",
     )
     num_iterations: int = option(1, "Updates per rollout. 1 is strictly on-policy: the ratio is then exactly 1.")
+    num_train_timesteps: int = option(2, "Times drawn per image by 'transport', 'nft', 'awm' and 'rft'.")
+    condition_dropout: float = option(
+        0.1, "Share of the pairs that these train without their condition, if guidance_scale is not 1."
+    )
+    old_policy_decay: float = option(
+        0.5, "Share of the old policy that stays when it follows the weights before a rollout; 0: it is the policy."
+    )
+    sample_old_policy: bool = option(False, "Makes rollouts with the old policy, as DiffusionNFT does.")
+    advantage_clip: float = option(1.0, "Advantage at which DiffusionNFT's pull is full, A_max in the paper.")
+    nft_beta: float = option(1.0, "β of 'nft': how far its two branches are from the old policy.")
+    transport_size: float = option(
+        0.2, "Root mean square of the displacements of 'transport', in units of the sample, whose noise has std 1."
+    )
+    transport_advantage: float = option(0.0, "Weight of DiffusionNFT's pull by the advantage beside the displacement.")
     ema_decay: float = option(0.9, "Decay of an average of the weights, which is evaluated and saved; 0 keeps none.")
     offload_trajectories: bool = option(False, "Keeps the rollout's states in CPU memory until they are trained on.")
 
@@ -169,7 +185,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             raise ValueError(f"best_of_n={self.best_of_n} with reference_refresh_steps='auto': {reason}.")
         self._check_counts(("num_subsets",), least=2)
         self._check_counts(("replace_size", "num_iterations", "best_of_n"))
-        self._check_counts(("sde_window_interval", "rollout_batch_size"))
+        self._check_counts(("sde_window_interval", "rollout_batch_size", "num_train_timesteps"))
         check_size(self.replace_size, self.reference_set_size)
 
     def _check_update(self) -> None:
@@ -182,6 +198,11 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]; 1.0 keeps everything.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average.")
+        if not 0 <= self.old_policy_decay < 1 or self.advantage_clip <= 0 or self.nft_beta <= 0:
+            asked = f"old_policy_decay={self.old_policy_decay}, advantage_clip={self.advantage_clip}"
+            raise ValueError(f"{asked}, nft_beta={self.nft_beta}: the first must lie in [0, 1), the others above 0.")
+        if self.transport_size <= 0:
+            raise ValueError(f"transport_size={self.transport_size} must be positive.")
         if self.epsilon <= 0 or self.beta < 0:
             raise ValueError(f"epsilon={self.epsilon} must be positive, and beta={self.beta} not negative.")
 

@@ -246,16 +246,24 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     # ---- networks ----
 
-    def velocity(self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """The velocity of a network under the trainer's autocast."""
+    def velocity(
+        self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor], dropped: Tensor | None = None
+    ) -> Tensor:
+        """
+        The velocity of a network under the trainer's autocast. With a mask `dropped` `(B,)` it is the velocity without
+        guidance, and for the masked samples without their condition.
+        """
         with self.autocast():
+            if dropped is not None and hasattr(self.policy, "unguided_velocity"):
+                return self.policy.unguided_velocity(model, x, t.to(x.dtype), cond, dropped)
             return self.policy.velocity(model, x, t.to(x.dtype), cond)
 
-    def initial_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def initial_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], dropped: Tensor | None = None) -> Tensor:
         """The velocity of the network before training: the frozen copy, or the trained one with its adapter off."""
         network = self.network
         with network.disable_adapter() if isinstance(network, PeftModel) else nullcontext():
-            return self.velocity(network if self.initial_model is None else self.initial_model, x, t, cond)
+            model = network if self.initial_model is None else self.initial_model
+            return self.velocity(model, x, t, cond, dropped)
 
     # ---- state ----
 

@@ -54,6 +54,16 @@ class PolicyEMA:
             copy_whole(average, state[name])
 
 
+class OldPolicy(PolicyEMA):
+    """An average that lags behind the weights, without correction for its start: the old policy of some losses."""
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Moves the average to the weights, by all but the share `decay` of the way."""
+        for name, parameter in _trainable(model):
+            self.averages[name].lerp_(parameter.detach().float(), 1 - self.decay)
+
+
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     reshard(model)
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

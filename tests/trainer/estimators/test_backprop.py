@@ -7,7 +7,7 @@ from tests.helpers import features, real_images, tiny_config, tiny_reward, tiny_
 from tests.runs import SAVE_EVERY_STEP, assert_same_weights, calls_of, first_gradients, logged, weights
 from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
-from trl_distreward.trainer.estimators.backprop import _has_gradient
+from trl_distreward.trainer.estimators.gradients import has_gradient
 
 BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3, "top_advantage_quantile": 1.0}
 
@@ -195,7 +195,7 @@ def test_loss_is_minus_the_weighted_reward_and_every_function_is_logged_by_name(
 @pytest.mark.parametrize("score", [lambda x: (x - 3.0).mean(1), lambda x: x.softmax(1)])
 def test_a_gradient_is_found_where_scores_are_zero_or_have_a_fixed_sum(score):
     tracked = torch.tensor([[1.0, 2.0, 4.0, 5.0]] * 2, requires_grad=True)
-    assert _has_gradient(score(tracked), tracked) and not _has_gradient(score(tracked.round()), tracked)
+    assert has_gradient(score(tracked), tracked) and not has_gradient(score(tracked.round()), tracked)
 
 
 def listed(images, **kwargs):

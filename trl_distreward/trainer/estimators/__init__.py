@@ -3,13 +3,17 @@
 
 from .backprop import Backprop
 from .base import Estimator
-from .forward_process import ForwardProcess
+from .forward_process import AWM, NFT, ForwardProcess
 from .policy_gradient import PolicyGradient
+from .transport import Transport
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "grpo": PolicyGradient,
     "rft": ForwardProcess,
+    "nft": NFT,
+    "awm": AWM,
+    "transport": Transport,
     "backprop": Backprop,
 }
 
-__all__ = ["ESTIMATORS", "Backprop", "Estimator", "ForwardProcess", "PolicyGradient"]
+__all__ = ["AWM", "ESTIMATORS", "NFT", "Backprop", "Estimator", "ForwardProcess", "PolicyGradient", "Transport"]

@@ -23,11 +23,19 @@ from ...sampling import replay, send
 from ..reward_functions import Reward
 from ..rollouts import Rollout
 from .base import Estimator, MicroBatch, State
+from .gradients import (
+    REMEDY,
+    call_with_gradient,
+    check_all_stand,
+    check_distance,
+    feature_gradients,
+    has_gradient,
+    straight_through_uint8,
+    tracked,
+)
 
 if TYPE_CHECKING:
     from ..diffusion_distribution_config import DiffusionDistributionConfig
-
-_REMEDY = "use a policy gradient: loss_type='grpo' with sampler='sde'"
 
 
 @dataclass
@@ -69,15 +77,9 @@ class Backprop(Estimator):
         steps, most = args.backprop_steps, args.num_inference_steps
         if not 1 <= steps <= most:
             raise ValueError(f"backprop_steps={steps} must lie in 1 to num_inference_steps={most}.")
-        images, size = args.num_subsets * args.replace_size, args.reference_set_size
-        if images >= size:
-            raise ValueError(
-                f"num_subsets * replace_size = {images}, which 'backprop' replaces at once, must be below "
-                f"reference_set_size={size}: lower num_subsets."
-            )
-        if args.num_iterations > 1 or args.num_generations > 1 or args.best_of_n > 1:
-            names = "num_iterations, num_generations and best_of_n"
-            raise ValueError(f"{names} must be 1: 'backprop' trains on every image of a rollout, once.")
+        check_all_stand(args)
+        if args.num_iterations > 1 or args.best_of_n > 1:
+            raise ValueError("num_iterations and best_of_n must be 1: 'backprop' trains on every image once.")
         if args.reference_update == "refresh" and args.reference_refresh_steps == "auto":
             raise ValueError(
                 "reference_refresh_steps='auto' needs rewards of subsets: give 'backprop' a number of steps."
@@ -91,18 +93,14 @@ class Backprop(Estimator):
         return self.sampler(model, slots, step, keep_states=range(last - self.args.backprop_steps, last + 1))
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> TailBatch:
-        share = rollout.slots.numel() / self.args.reference_set_size
         mine = self.sampler.local(torch.arange(rollout.slots.numel(), device=rollout.slots.device))
-        gradients, offset = [], 0.0
+        whole, offset = feature_gradients(self.rewards, rollout, self.args.reference_set_size), 0.0
         for reward, value in zip(self.rewards.all, rewards, strict=True):
             if reward.of_sets:
-                features = rollout.gathered[reward.index]
-                # divided by the replaced share of the set, so that the scale does not depend on it
-                found = reward.function.gradient(rollout.slots[0], features)
-                whole = {space: rows * (reward.weight / share) for space, rows in found.items()}
-                gradients.append({space: rows[mine] for space, rows in whole.items()})
-                linear = sum((features[space] * rows).sum().item() for space, rows in whole.items())
+                features, found = rollout.gathered[reward.index], whole[reward.index]
+                linear = sum((features[space] * rows).sum().item() for space, rows in found.items())
                 offset -= reward.weight * value.item() + linear
+        gradients = [{space: rows[mine] for space, rows in found.items()} for found in whole]
         return TailBatch(rollout, min(rollout.states), gradients, offset)
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,51 +148,30 @@ class Backprop(Estimator):
         return loss, values
 
     def _scores(self, reward: Reward, images: Tensor, conditions: Conditions, slots: Tensor) -> Tensor:
-        arguments = self.rewards.arguments(conditions, slots, self.trainer.state)
-        for log in ("log_metric", "log_extra"):  # `score` has logged these images
-            arguments[log] = lambda *args, **kwargs: None
-        return reward.function(images=images, **arguments)
+        return call_with_gradient(self.rewards, reward, images, conditions, slots, self.trainer.state)
 
     def num_passes(self) -> int:
         return self.args.num_subsets * self.args.replace_size * self.args.backprop_steps
 
     def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
         """Back-propagates every reward to two images."""
-        tracked = 64 + images.float() / 2  # avoids 0 and 255, where rounding or clamping hides the gradient
-        tracked.requires_grad_()
+        x = tracked(images)
         for reward in self.rewards.all:
             with torch.enable_grad():
                 if reward.of_sets:
                     _check_distance(reward.function)
-                    found = reward.function.extract(tracked, conditions, gradient=True)
+                    found = reward.function.extract(x, conditions, gradient=True)
                 else:
-                    found = {reward.name: self._scores(reward, tracked, conditions, torch.arange(2).to(images.device))}
+                    found = {reward.name: self._scores(reward, x, conditions, torch.arange(2).to(images.device))}
             for name, values in found.items():
-                if not _has_gradient(values, tracked):
+                if not has_gradient(values, x):
                     raise ValueError(
                         f"{name!r} returned {values!r} for 2 images, float32 in [0, 255]: it must return a tensor of "
-                        f"2 rows, with a gradient to them; or {_REMEDY}."
+                        f"2 rows, with a gradient to them; or {REMEDY}."
                     )
-
-
-def straight_through_uint8(images: Tensor) -> Tensor:
-    """Rounds images in [0, 1] to whole numbers in [0, 255], float32; the gradient ignores the rounding."""
-    scaled = images * 255
-    return scaled + (scaled.round() - scaled).detach()
 
 
 def _check_distance(reward: SubsetReplaceReward) -> None:
     if reward.credit != "shared" or reward.control_variate:
         raise ValueError("'backprop' takes the distance's own gradient: set credit='shared', control_variate=False.")
-    lacking = [space for space, distance in reward.distances.items() if not hasattr(distance, "gradient")]
-    if lacking:
-        raise ValueError(f"the distances of {', '.join(lacking)} have no gradient: {_REMEDY}.")
-
-
-def _has_gradient(values: object, tracked: Tensor) -> bool:
-    if not isinstance(values, Tensor) or values.shape[:1] != tracked.shape[:1] or not values.requires_grad:
-        return False
-    # Uneven weights: the plain sum may be the same for all images, and squares have no gradient at 0.
-    weights = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
-    (gradient,) = torch.autograd.grad(values, tracked, weights, allow_unused=True)
-    return gradient is not None and bool((gradient != 0).any())
+    check_distance(reward)

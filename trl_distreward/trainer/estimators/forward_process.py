@@ -1,6 +1,15 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Estimators on the forward process: regression of the velocity on noised samples, whatever sampler made them."""
+"""
+Estimators on the forward process: the velocity is regressed on noised samples, whatever sampler made them.
 
+No density is needed and nothing of the trajectory is kept: a final sample `x_0`, fresh noise `x_1` and drawn times `t`
+give `x_t = (1-t) x_0 + t x_1` and the drawn velocity `v* = x_1 - x_0`. What is trained is the velocity without
+guidance.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,69 +17,230 @@ from torch import Tensor, nn
 
 from ...generation import image_generators
 from ...sampling import send
+from ..ema import OldPolicy
 from ..rollouts import Rollout
 from .base import Estimator, MicroBatch, State
-from .pairs import Deal, PairBatch
+from .pairs import Deal, cut_pairs
+from .policy_gradient import clipped_policy_loss
 
 if TYPE_CHECKING:
-    from ..diffusion_distribution_config import DiffusionDistributionConfig
+    from ..distribution_reward_trainer import DistributionRewardTrainer
+
+
+@dataclass
+class SampleBatch:
+    """Final samples of one process, K of them, each with S times and noises."""
+
+    cond: dict[str, Tensor]  # (K, ...) encoded conditions
+    sample: Tensor  # (K, ...) x_0
+    noise: Tensor  # (K, S, ...) x_1
+    times: Tensor  # (K, S) in [0, 1]
+    dropped: Tensor  # (K, S) pairs without their condition
+    advantages: Tensor  # (K,) float32
+    num_own: int  # images that count; a process left without any holds one that does not
+    num_images: int  # images that count, over all processes
+    displacement: Tensor | None = None  # (K, ...) where transport moves each sample
+    old: Tensor | None = None  # (K, S, ...) velocities of the old policy
+
+    def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
+        device = self.advantages.device
+        for pairs in cut_pairs(self.num_own, self.num_images, self.times.shape[1], size, processes):
+            rows, columns = send(pairs.image, device), send(pairs.column, device)
+            x, x_1, t = self.sample[rows], self.noise[rows, columns], self.times[rows, columns]
+            wide = t.view(-1, *[1] * (x.ndim - 1))
+            micro: MicroBatch = {
+                "cond": {name: value[rows] for name, value in self.cond.items()},
+                "x": (1 - wide) * x + wide * x_1,
+                "t": t,
+                "drawn": x_1 - x,
+                "dropped": self.dropped[rows, columns],
+                "advantages": self.advantages[rows],
+                "weights": send(pairs.weights, device),
+            }
+            if self.displacement is not None:
+                micro["displacement"] = self.displacement[rows]
+            if self.old is not None:
+                micro["old"] = self.old[rows, columns]
+            yield micro, pairs.is_last
+
+    def state_dict(self) -> State:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class ForwardProcess(Estimator):
-    """Rejection sampling: the flow-matching loss (Eq. 2 of arXiv 2607.02291) on the selected images alone."""
+    """
+    Base class, and rejection sampling: the flow-matching loss (Eq. 2 of arXiv 2607.02291) on the selected images.
 
-    @staticmethod
-    def check_config(args: "DiffusionDistributionConfig") -> None:
-        if args.num_iterations > 1 or args.beta > 0:
+    A subclass whose loss compares with the old policy, an average of the weights that follows them with the decay
+    `old_policy_decay`, sets `uses_old`.
+    """
+
+    uses_old = False
+
+    def __init__(self, trainer: "DistributionRewardTrainer"):
+        super().__init__(trainer)
+        self.old: OldPolicy | None = None
+        if self.uses_old and trainer.is_deepspeed_enabled:
             raise ValueError(
-                f"num_iterations={args.num_iterations}, beta={args.beta}: loss_type='rft' has no probability ratio "
-                "and no KL. Set num_iterations=1 and beta=0."
+                f"loss_type={self.args.loss_type!r} keeps an average of the weights, which DeepSpeed does not let "
+                "change: launch with examples/accelerate_configs/fsdp2.yaml."
             )
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
-        rollout = self.sampler(model, slots, step)
-        args, indices = self.args, self.sampler.image_indices(len(rollout.local_slots))
-        generators = image_generators(args.seed, "flow_matching", step, indices)
-        noise = self.policy.noise(rollout.conditions, generators)
-        device = torch.device("cpu") if args.offload_trajectories else noise.device
-        rollout.states = {0: noise.to(device), 1: rollout.sample.to(device)}
-        draws = [torch.rand(1, generator=g) for g in image_generators(args.seed, "time", step, indices)]
-        rollout.log_probs = send(torch.stack(draws), noise.device)  # (K, 1): the times
-        return rollout
+        args, network = self.args, self.trainer.network
+        if self.uses_old:
+            if self.old is None or step == 0:
+                self.old = OldPolicy(network, args.old_policy_decay)
+            self.old.follow(network)
+        old_policy = self.old if args.sample_old_policy else None
+        with nullcontext() if old_policy is None else old_policy.swapped_in(network):
+            return self.sampler(model, slots, step)
 
-    def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> PairBatch | None:
+    def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> SampleBatch | None:
         accelerator = self.accelerator
-        advantages = self.compute_advantages(rewards)
-        if not (advantages != 0).any():
+        advantages, displacement = self.compute_advantages(rewards), self.displacement(rollout)
+        if displacement is None and not (advantages != 0).any():
             return None
         kept = self.select(rollout, advantages)
         size, processes = len(rollout.local_slots), accelerator.num_processes
         deal = Deal(kept, size, accelerator.gather, accelerator.process_index, processes)
-        times = deal(rollout.log_probs)
-        return PairBatch(
+        batch = SampleBatch(
             cond={name: deal(value) for name, value in rollout.cond.items()},
-            states={i: deal(state) for i, state in rollout.states.items()},
-            steps=[0],
-            grid=torch.tensor([1.0, 0.0], dtype=torch.float64),
-            log_probs=torch.zeros_like(times),
+            sample=deal(rollout.sample),
+            **self._draw(rollout, deal.mine),
             advantages=advantages.expand(rollout.slots.shape).flatten()[deal.mine].float(),
-            step_weights=torch.ones(1, device=accelerator.device),
             num_own=deal.num_own,
             num_images=len(kept),
-            times=times[:, 0],
+            displacement=None if displacement is None else deal(displacement),
         )
+        if self.old is not None:
+            batch.old = self._old_velocities(batch)
+        return batch
+
+    def displacement(self, rollout: Rollout) -> Tensor | None:
+        """Where transport moves each of this process's samples `(K, ...)`."""
+        return None
+
+    def _draw(self, rollout: Rollout, images: Tensor) -> dict[str, Tensor]:
+        """Draws the times, noises and dropped conditions of images, by their number among those of all processes."""
+        args, count = self.args, self.args.num_train_timesteps
+        sample, noise, times, dropped = rollout.sample, [], [], []
+        for generator in image_generators(args.seed, "forward", rollout.step, images.tolist()):
+            draws = torch.rand(2, count, generator=generator)
+            times.append((torch.arange(count) + draws[0]) / count)  # one time in each of `count` equal parts
+            dropped.append(draws[1] < args.condition_dropout)
+            noise.append(torch.randn(count, *sample.shape[1:], generator=generator))
+        drops = torch.stack(dropped) & getattr(self.policy, "guided", False)
+        stacked = {"noise": torch.stack(noise), "times": torch.stack(times), "dropped": drops}
+        return {name: send(value, sample.device) for name, value in stacked.items()}
+
+    @torch.no_grad()
+    def _old_velocities(self, batch: SampleBatch) -> Tensor:
+        """Velocities of the old policy `(K, S, ...)` for every sample and time."""
+        assert self.old is not None
+        trainer, size, found = self.trainer, self.args.rollout_batch_size, []
+        micro_batches = batch.micro_batches(
+            size or self.args.per_device_train_batch_size, self.accelerator.num_processes
+        )
+        with self.old.swapped_in(trainer.network):
+            for micro, _ in micro_batches:
+                found.append(self.velocity(trainer.model_wrapped, micro))
+        pairs = torch.cat(found)[: max(1, batch.num_own) * batch.times.shape[1]]
+        return pairs.view(batch.noise.shape)
+
+    def velocity(self, model: nn.Module, pairs: MicroBatch) -> Tensor:
+        """The velocity `(P, ...)` of a network without guidance."""
+        return self.trainer.velocity(model, pairs["x"], pairs["t"], pairs["cond"], pairs["dropped"])
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        noise, data = micro_batch["x"], micro_batch["next_x"]
-        t = micro_batch["t"].to(data.dtype)
-        wide = t.view(-1, *[1] * (data.ndim - 1))
-        predicted = self.trainer.velocity(model, (1 - wide) * data + wide * noise, t, micro_batch["cond"])
-        loss = (predicted - (noise - data)).square().flatten(1).mean(1)
-        return (loss * micro_batch["weights"]).sum(), {"flow_matching_loss": loss}
+        v = self.velocity(model, micro_batch)
+        loss, values = self.pair_loss(v, micro_batch)
+        if self.args.beta > 0:
+            with torch.no_grad():
+                pairs = (micro_batch[name] for name in ("x", "t", "cond", "dropped"))
+                initial = self.trainer.initial_velocity(*pairs)
+            values["kl"] = mean_square(v - initial)
+            loss = loss + self.args.beta * values["kl"]
+        return (loss * micro_batch["weights"]).sum(), values
+
+    def pair_loss(self, v: Tensor, pairs: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss `(P,)` of each pair of a sample and a time, and what to log."""
+        loss = mean_square(v - pairs["drawn"])
+        return loss, {"flow_matching_loss": loss}
 
     def num_passes(self) -> int:
-        return self.num_selected()
+        return self.num_selected() * self.args.num_train_timesteps
 
-    def restore(self, state: State) -> PairBatch:
+    def restore(self, state: State) -> SampleBatch:
         device = self.accelerator.device
-        return PairBatch.from_state(state, device, device)
+        moved = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
+        cond = {name: value.to(device) for name, value in state["cond"].items()}
+        return SampleBatch(**{**state, **moved, "cond": cond})
+
+    def state_dict(self) -> State:
+        return {} if self.old is None else {"old_policy": self.old.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        if self.uses_old:
+            self.old = OldPolicy(self.trainer.network, self.args.old_policy_decay)
+            self.old.load_state_dict(state["old_policy"])
+
+
+class NFT(ForwardProcess):
+    """
+    DiffusionNFT (arXiv 2509.16117): pulls the velocity towards the drawn one where the advantage is positive, away
+    from it where it is negative, and both to the old policy.
+    """
+
+    uses_old = True
+
+    def pair_loss(self, v: Tensor, pairs: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        args = self.args
+        pull = (pairs["advantages"] / args.advantage_clip).clamp(-1, 1)
+        loss = nft_loss(v, pairs["old"], pairs["drawn"], pairs["t"], pull, args.nft_beta)
+        return loss, {"old_policy_distance": mean_square(v - pairs["old"]).detach()}
+
+
+class AWM(ForwardProcess):
+    """
+    Advantage-weighted matching (arXiv 2509.25050): a clipped policy gradient with minus the squared error of the
+    velocity in place of the log-probability.
+    """
+
+    uses_old = True
+
+    def pair_loss(self, v: Tensor, pairs: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        log_prob, old = (-mean_square(velocity - pairs["drawn"]) for velocity in (v, pairs["old"]))
+        policy = clipped_policy_loss(log_prob, old, pairs["advantages"], self.args.epsilon)
+        return policy.loss, {"ratio": policy.ratio, "clip_ratio": policy.clipped}
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of squares over all dimensions but the first: `(P, ...)` to `(P,)`."""
+    return x.square().flatten(1).mean(1)
+
+
+def mean_size(x: Tensor, t: Tensor) -> Tensor:
+    """Mean absolute value `(P,)` of `(P, ...)`, detached; a predicted sample's error, t times it, is at least 1e-5."""
+    return torch.maximum(x.detach().abs().flatten(1).mean(1), 1e-5 / t.clamp(min=1e-5))
+
+
+def nft_loss(v: Tensor, old: Tensor, drawn: Tensor, t: Tensor, pull: Tensor, beta: float = 1.0) -> Tensor:
+    """
+    Loss of DiffusionNFT (arXiv 2509.16117, Eq. 5 and its adaptive weights), `(P,)`, for velocities `(P, ...)`.
+
+    With the optimality `r = (1 + pull) / 2`, `v⁺ = (1-β) v_old + β v` and `v⁻ = (1+β) v_old - β v`, it is
+    `r |v⁺ - v*|² / m⁺ + (1 - r) |v⁻ - v*|² / m⁻`, measured on predicted samples: times t², and each branch divided by
+    its own mean error `t m`. If v is `v_old`, its gradient at β = 1 is that of [`regression`] on
+    `v_old + pull (v* - v_old)`.
+    """
+    error, change = old - drawn, beta * (v - old)
+    towards, away = error + change, error - change
+    towards_loss = mean_square(towards) / mean_size(towards, t)
+    away_loss = mean_square(away) / mean_size(away, t)
+    return t * ((1 + pull) / 2 * towards_loss + (1 - pull) / 2 * away_loss)
+
+
+def regression(v: Tensor, target: Tensor, old: Tensor, drawn: Tensor, t: Tensor) -> Tensor:
+    """Squared distance `(P,)` of a velocity from its target, with DiffusionNFT's weight `t / mean|v_old - v*|`."""
+    return t * mean_square(v - target) / mean_size(old - drawn, t)

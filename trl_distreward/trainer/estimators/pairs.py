@@ -4,12 +4,35 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...sampling import send
 from .base import MicroBatch, State
+
+
+class Pairs(NamedTuple):
+    """Pairs of an image and a time, in CPU memory: asking a GPU would wait for the last micro-batch."""
+
+    image: Tensor  # (P,) among this process's images
+    column: Tensor  # (P,) among the times of an image
+    weights: Tensor  # (P,) that add up to 1 over all processes
+    is_last: bool
+
+
+def cut_pairs(num_own: int, num_images: int, num_times: int, size: int, processes: int) -> Iterator[Pairs]:
+    """
+    Cuts this process's `num_own` of all `num_images` images, each with `num_times` times, into micro-batches of `size`
+    pairs. A process with fewer images than others repeats its last pair at weight 0.
+    """
+    own, most = num_own * num_times, math.ceil(num_images / processes) * num_times
+    for start in range(0, most, size):
+        index = torch.arange(start, min(start + size, most))
+        weights = torch.where(index < own, 1.0 / (num_images * num_times), 0.0)
+        index = index.clamp(max=max(own - 1, 0))
+        yield Pairs(index // num_times, index % num_times, weights, start + size >= most)
 
 
 @dataclass
@@ -28,30 +51,21 @@ class PairBatch:
     # anchor of the ratio (K, S) and means (K, S, ...), written during the first of several updates
     old_log_probs: Tensor | None = None
     old_means: Tensor | None = None
-    times: Tensor | None = None  # (K,) times that replace the grid's, for flow matching
     anchored: bool = False  # whether the anchors are written
 
     def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
-        """Cuts the pairs into micro-batches. A process with fewer than others repeats its last pair at weight 0."""
         device, steps = self.advantages.device, torch.tensor(self.steps)
-        pairs = self.num_own * len(steps)
-        most = math.ceil(self.num_images / processes) * len(steps)
-        weight = 1.0 / (self.num_images * len(steps))
-        for start in range(0, most, size):
-            # The host knows all indices: asking the device would wait for the last micro-batch.
-            index = torch.arange(start, min(start + size, most))
-            weights = send(torch.where(index < pairs, weight, 0.0), device)
-            index = index.clamp(max=max(pairs - 1, 0))
-            image, column = index // len(steps), index % len(steps)
-            step, rows, columns = steps[column], send(image, device), send(column, device)
+        for pairs in cut_pairs(self.num_own, self.num_images, len(steps), size, processes):
+            image, column, step = pairs.image, pairs.column, steps[pairs.column]
+            rows, columns = send(image, device), send(column, device)
             micro: MicroBatch = {
                 "cond": {name: value[rows] for name, value in self.cond.items()},
                 "x": _pick(self.states, image, step, device),
                 "next_x": _pick(self.states, image, step + 1, device),
-                "t": send(self.grid[step], device) if self.times is None else self.times[rows],
+                "t": send(self.grid[step], device),
                 "t_next": send(self.grid[step + 1], device),
                 "advantages": self.advantages[rows],
-                "weights": weights * self.step_weights[columns],
+                "weights": send(pairs.weights, device) * self.step_weights[columns],
                 "log_probs": self.log_probs[rows, columns],
             }
             if self.old_log_probs is not None:
@@ -62,7 +76,7 @@ class PairBatch:
                         micro["old_means"] = send(self.old_means[where], device)
                 else:
                     micro["anchor"] = (self, image, column)
-            yield micro, start + size >= most
+            yield micro, pairs.is_last
         self.anchored = self.old_log_probs is not None
 
     def anchor(self, image: Tensor, column: Tensor, log_prob: Tensor, mean: Tensor) -> None:
