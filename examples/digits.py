@@ -327,7 +327,7 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "policy_gradient": {},
-    "backprop": {"loss_type": "backprop", "sampler": "ode", "backprop_steps": 3},
+    "backprop": {"loss_type": "backprop", "sampler": "ode", "backprop_from": 0.3},
 }
 
 

@@ -54,7 +54,7 @@ PAPER = {
     "time_grid": "uniform",
 }
 ROLLING = {"reference_update": "rolling", "num_subsets": 8, "replace_size": 1, "top_advantage_quantile": 1.0}
-BACKPROP = {**ROLLING, "loss_type": "backprop", "sampler": "ode", "backprop_steps": 2}
+BACKPROP = {**ROLLING, "loss_type": "backprop", "sampler": "ode", "backprop_from": 0.5}
 RUNS = {
     "grpo": {},
     "grpo, average": {"ema_decay": 0.5, "lr_scheduler_type": "linear"},

@@ -14,7 +14,7 @@ import trl_distreward
 _SHARED = ("reference_update", "top_advantage_quantile", "lr_scheduler_type", "ema_decay")
 PAPER: dict[str, Any] = {**{name: trl_distreward.PAPER[name] for name in _SHARED}, "replace_size": 8}
 POLICY_GRADIENT: dict[str, Any] = {"reference_update": "rolling", "lr_scheduler_type": "linear", "replace_size": 1}
-BACKPROP: dict[str, Any] = {**POLICY_GRADIENT, "loss_type": "backprop", "sampler": "ode", "backprop_steps": 3}
+BACKPROP: dict[str, Any] = {**POLICY_GRADIENT, "loss_type": "backprop", "sampler": "ode", "backprop_from": 0.3}
 # Chosen on a seed that nothing else uses: python benchmarks/paper rates --seeds 100
 RATES: dict[str, dict[str, float]] = {
     "digits": {"paper": 5e-5, "rejection": 3e-6, "gradient": 1e-4, "backprop": 1e-4},
@@ -87,7 +87,7 @@ def backprop(**settings: Any) -> Arm:
 
 
 SAMPLE_WISE = {**POLICY_GRADIENT, "multi_objective_aggregation": "normalize_then_sum"}
-ONE_STEP = {"num_inference_steps": 1, "backprop_steps": 1}
+ONE_STEP = {"num_inference_steps": 1, "backprop_from": 1.0}
 
 TRIED = {
     "paper": (PAPER, [2e-5, 5e-5, 1e-4]),
@@ -231,8 +231,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "policy gradient, control variate": rolling({"control_variate": True}),
             "policy gradient, one space": rolling({"space_weights": {"middle": 0, "pixels": 0, "asked": 0}}),
             "back-propagation": backprop(),
-            "back-propagation, last step": backprop(backprop_steps=1),
-            "back-propagation, all steps": backprop(backprop_steps=10),
+            "back-propagation, last step": backprop(backprop_from=0.1),
+            "back-propagation, all steps": backprop(backprop_from=1.0),
             "back-propagation, not averaged": backprop(ema_decay=0.0),
         },
         budget=7_000,
@@ -244,9 +244,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "policy gradient": rolling(),
             "rejection sampling": replace(rolling(loss_type="rft", top_advantage_quantile=0.25), rate=1e-4),
             **{
-                f"back-propagation, {name}, {sampler.upper()}": backprop(sampler=sampler, backprop_steps=steps)
+                f"back-propagation, {name}, {sampler.upper()}": backprop(sampler=sampler, backprop_from=start)
                 for sampler in ("sde", "ode")
-                for name, steps in (("last step", 1), ("last 3", 3), ("all 10", 10))
+                for name, start in (("last step", 0.1), ("last 3", 0.3), ("all 10", 1.0))
             },
         },
         budget=7_140,

@@ -71,7 +71,7 @@ def test_size_of_weights_has_no_effect_and_stays():
     torch.testing.assert_close(model(z, sigma, labels).sample, expected, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_type": "backprop", "sampler": "ode", "backprop_steps": 2}])
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "backprop", "sampler": "ode", "backprop_from": 0.6}])
 def test_weights_are_normalized_after_every_step_if_asked(tmp_path, settings):
     settings |= {"reference_update": "rolling", "top_advantage_quantile": 1.0, "num_subsets": 12, "replace_size": 1}
 

@@ -37,7 +37,8 @@ def test_leave_one_in_credit_equals_the_updated_sets_gain_by_the_image():
         updated[slots[b]] = new[3 * b : 3 * b + 3]
         for j in range(3):
             without = torch.cat([updated[: slots[b, j]], updated[slots[b, j] + 1 :]])
-            assert credits[b, j].item() == pytest.approx(fd(without, REAL) - fd(updated, REAL), rel=1e-5)
+            gain = fd(without, REAL) - fd(updated, REAL) - reward.removal_effects.mean().item()
+            assert credits[b, j].item() == pytest.approx(gain, rel=1e-5)
     assert reward(new.view(6, 6, 1, 1), slots=slots) == pytest.approx(credits.flatten().tolist())
 
 
@@ -111,3 +112,30 @@ def test_a_first_distance_of_zero_cannot_be_a_unit():
     reward = SubsetReplaceReward({"a": identity, "b": identity}, real)
     with pytest.raises(ValueError, match="must be positive to divide by"):
         reward.set_reference({"a": REFERENCE.float(), "b": REFERENCE.float().double()})
+
+
+def classes(count=40, rare=8):
+    """Labels of a set in which the last `rare` images are of a class far from the others."""
+    return torch.arange(count) >= count - rare
+
+
+@pytest.mark.parametrize("options", [{"credit": "leave_one_in"}, {"control_variate": True}])
+def test_no_class_gets_more_credit_for_being_rare(options):
+    far = classes()[:, None] * 4.0
+    real, reference = draw(200, 0) + classes(200, 60)[:, None] * 4.0, REFERENCE + far
+    slots, new = torch.arange(40)[:, None], {"features": draw(40, 8, spread=0.8) + far}
+
+    def offset(members):
+        reward = reward_for(real, reference, **options)
+        if members is not None:
+            reward.centre_by(members)
+        scores = reward.score(slots, new).flatten()
+        return (scores[classes()].mean() - scores[~classes()].mean()).abs().item(), scores.var().item()
+
+    groups = [(~classes()).nonzero().flatten(), classes().nonzero().flatten()]
+    (plain, spread), (centred, less) = offset(None), offset(groups)
+    if "credit" in options:  # the removed image's class cancels in a plain reward
+        assert centred < 0.3 * plain and less < spread
+    else:
+        assert centred < plain or less < spread
+    assert offset([torch.tensor([i]) for i in range(40)]) == (plain, spread)  # groups too small for a mean

@@ -54,7 +54,7 @@ def test_a_signal_to_one_process_stops_all_in_the_same_micro_batch(tmp_path):
     assert values(other, "reward") == values(log, "reward")
 
 
-BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 2, "checkpoint_steps": True}
+BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_from": 0.5, "checkpoint_steps": True}
 
 
 @pytest.mark.distributed

@@ -26,7 +26,7 @@ BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 1.0}
         {"loss_type": "rft"},
         {"sde_window_size": 2, "selection": "all"},
         {"timestep_fraction": 0.5, "reward_funcs": tiny_reward(credit="leave_one_in"), "reference_refresh_steps": 1},
-        {**BACKPROP, "backprop_steps": 2},
+        {**BACKPROP, "backprop_from": 0.5},
         {**BACKPROP, "sampler": "ode", "last_step_size": 0},
     ],
     ids=lambda settings: "-".join(settings) or "default",

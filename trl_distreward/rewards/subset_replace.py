@@ -41,10 +41,11 @@ class SubsetReplaceReward:
             dominates by its units.
         credit (`str`, *optional*, defaults to `"shared"`): `"shared"`: the images of a subset share its reward (Eq.
             4). `"leave_one_in"`: each image gets its own reward, `D(updated set without it) - D(updated set)`,
-            computed exactly. It does not pay for more of what the other images of the subset already supply.
+            computed exactly, minus what the images of its class in the reference set get on average. It does not pay
+            for more of what the other images of the subset already supply.
         control_variate (`bool`, *optional*, defaults to `False`): adds to a shared reward the change that removing the
-            old images causes by itself, minus its mean. That part of the reward says nothing about the new images: the
-            mean stays the same, the variance falls.
+            old images causes by itself, minus its mean over their class. That part of the reward says nothing about
+            the new images: the mean stays the same, the variance falls.
 
     Example:
 
@@ -57,6 +58,7 @@ class SubsetReplaceReward:
 
     __name__ = "subset_replace"
 
+    groups: Tensor | None = None  # group of each slot (N,), see `centre_by`
     features: dict[str, Tensor]  # reference set, per space (N, d) float32
     first_distances: dict[str, float]
     _removal_effects: Tensor | None
@@ -129,9 +131,12 @@ class SubsetReplaceReward:
     @property
     def baseline(self) -> float:
         """Reward that new images get, on average, if they are distributed as the reference set."""
-        if self.credit == "leave_one_in":
-            return self.removal_effects.mean().item()
-        return -sum(self._weight(name) * distance.value for name, distance in self.distances.items())
+        return 0.0 if self.credit == "leave_one_in" else -self.weighted_distance
+
+    @property
+    def weighted_distance(self) -> float:
+        """Weighted distance of the reference set from real data, which rewards are differences of."""
+        return sum(self._weight(name) * distance.value for name, distance in self.distances.items())
 
     @property
     def removal_effects(self) -> Tensor:
@@ -141,6 +146,28 @@ class SubsetReplaceReward:
             parts = [self._weight(name) * distance.delete_one(every) for name, distance in self.distances.items()]
             self._removal_effects = torch.stack(parts).sum(dim=0)
         return self._removal_effects
+
+    @property
+    def _centres(self) -> Tensor:
+        """Mean removal effect of each slot's group, `(N,)`."""
+        effects = self.removal_effects
+        if self.groups is None:
+            return effects.mean().expand(len(effects))
+        groups = self.groups.to(effects.device)
+        sums = effects.new_zeros(int(groups.max()) + 1).index_add(0, groups, effects)
+        return (sums / groups.bincount())[groups]
+
+    def centre_by(self, members: Sequence[Tensor]) -> None:
+        """
+        Centres `credit="leave_one_in"` and `control_variate` within groups of slots, such as the images of one class:
+        what a class adds by being rare or far off says nothing about its new images. `members` are the slots of each
+        group. Groups of fewer than 4 slots on average are ignored, as their means would add more noise than they take.
+        """
+        self.groups = None
+        if len(torch.cat(list(members))) >= 4 * len(members):
+            self.groups = torch.empty(sum(map(len, members)), dtype=torch.long)
+            for number, slots in enumerate(members):
+                self.groups[slots] = number
 
     def _weight(self, name: str) -> float:
         return self.space_weights[name] / (self.first_distances[name] if len(self.distances) > 1 else 1.0)
@@ -188,12 +215,12 @@ class SubsetReplaceReward:
 
     def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         """Rewards with `credit` and `control_variate` applied: `(B,)` if shared, else `(B, n)`, float64."""
+        places = slots.to(next(iter(features.values())).device)
         if self.credit == "leave_one_in":
-            return self._total("leave_one_in", slots, features)
+            return self._total("leave_one_in", slots, features) - self._centres[places]
         rewards = self.subset_rewards(slots, features)
         if self.control_variate:
-            effects = self.removal_effects
-            rewards = rewards + (effects[slots.to(effects.device)] - effects.mean()).sum(dim=1)
+            rewards = rewards + (self.removal_effects - self._centres)[places].sum(dim=1)
         return rewards
 
     def gradient(self, slots: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -61,7 +61,9 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         "Optimizer steps between two refreshes. 'auto': refreshes when the mean reward has drifted by more than "
         "refresh_drift from that of the unchanged set.",
     )
-    refresh_drift: float = option(0.5, "Drift that triggers a refresh, in standard deviations of an update's rewards.")
+    refresh_drift: float = option(
+        0.5, "Drift that triggers a refresh: change of the distance if the whole set were replaced, relative to it."
+    )
     best_of_n: int = option(1, "Candidates per slot; the one with the best replaced distance is kept (Appendix C).")
     multi_objective_aggregation: str = option(
         "normalize_then_sum",
@@ -95,11 +97,14 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         "'transport': moves images along the rewards' gradient and matches the flow to that. 'nft': DiffusionNFT. "
         "'awm': advantage-weighted matching. 'rft': flow-matching loss (Eq. 2) on the selected images. 'grpo': "
         "clipped policy gradient (Eq. 6), which needs sampler='sde'. "
-        "'backprop': gradient of the distance itself through the last backprop_steps of sampling; all images of an "
-        "update replace their slots at once.",
+        "'backprop': gradient of the distance itself through sampling from the time backprop_from on.",
         ESTIMATORS.keys(),  # a view: estimators can be added from outside
     )
-    backprop_steps: int = option(3, "Last steps that 'backprop' goes through. Memory grows, unless checkpoint_steps.")
+    backprop_from: float = option(
+        0.3,
+        "Time from which 'backprop' goes through the steps of sampling: 0 is data, 1 noise. Memory grows with their "
+        "number, unless checkpoint_steps.",
+    )
     checkpoint_steps: bool = option(False, "Recomputes each step's activations in the backward pass of 'backprop'.")
     advantage_normalization: str = option(
         "batch",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..conditions import EvalRows, Rows, take
+from ..conditions import EvalRows, Rows, members_of, take
 from ..evaluation.image_metrics import ImageMetric
 from ..files import State
 from ..policies import Model
@@ -100,6 +100,11 @@ class DistributionRewardTrainer(DiffusionTrainer):
         if args.best_of_n > 1 and not self.rewards.of_sets:
             raise ValueError(f"best_of_n={args.best_of_n} chooses by a SubsetReplaceReward: give one, or best_of_n=1.")
         self.reference_set = ReferenceSet(self.rewards.of_sets, args, self.accelerator)
+        labels = self.conditions.tolist() if isinstance(self.conditions, Tensor) else None
+        members = getattr(self.slot_sampler, "members", None) if labels is None else members_of(labels)
+        if members is not None:
+            for reward in self.rewards.of_sets:
+                reward.centre_by(members)
         self.batch: Batch | None = None
         self.sampler = Sampler(self)
         self.estimator = ESTIMATORS[args.loss_type](self)

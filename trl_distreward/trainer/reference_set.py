@@ -99,13 +99,14 @@ class ReferenceSet:
 
     def watch_drift(self, rewards: Sequence[Tensor]) -> float:
         """
-        Returns how far the mean reward is from that of the unchanged set, in standard deviations of the rewards; the
-        most of all rewards. Images of the policy that made the set change its distance by little on average.
+        Estimates how far the distance would move if the whole set were generated anew, relative to the distance; the
+        most of all rewards. `rewards` are `(B, 1)` of subsets of `replace_size` images, or `(B, n)` of images.
         """
-        moved = [
-            (values.mean() - reward.baseline).abs() / values.std().clamp(min=torch.finfo(values.dtype).tiny)
-            for reward, values in zip(self.rewards, rewards, strict=True)
-        ]
+        size, moved = self.args.reference_set_size, []
+        for reward, values in zip(self.rewards, rewards, strict=True):
+            replaced = 1 if reward.credit == "leave_one_in" else self.args.replace_size
+            change = (values.mean() - reward.baseline).abs() * size / replaced
+            moved.append(change / abs(reward.weighted_distance))
         # One process decides for all: they might differ in the last bit.
         drift = broadcast(torch.stack(moved).max()).item()
         self.drifted = drift > self.args.refresh_drift

@@ -154,4 +154,4 @@ class Sampler:
                 spaces = rollout.features[reward.index]
                 filled = {space: torch.where(rollout.finite[:, None], v, 0.0) for space, v in spaces.items()}
                 total += reward.weight * reward.function.subset_rewards(slots, filled)
-        return torch.where(rollout.finite, total, -torch.inf)
+        return torch.where(rollout.finite & total.isfinite(), total, -torch.inf)

@@ -9,7 +9,12 @@ from trl_distreward import FeatureStatistics, SubsetReplaceReward
 from trl_distreward.generation import image_generators
 from trl_distreward.trainer.estimators.gradients import has_gradient
 
-BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_steps": 3, "top_advantage_quantile": 1.0}
+BACKPROP = {
+    "loss_type": "backprop",
+    "reference_update": "rolling",
+    "backprop_from": 0.75,
+    "top_advantage_quantile": 1.0,
+}
 
 
 def backprop_trainer(folder, **kwargs):
@@ -35,7 +40,7 @@ def distance(rows, real):
 @pytest.mark.parametrize(("steps", "checkpointed"), [(1, False), (3, True), (4, False)])
 def test_update_is_the_gradient_of_the_whole_sets_distance(tmp_path, sampler, steps, checkpointed):
     """Compares with plain autograd through sampling, all features at once, and the distance of the updated set."""
-    settings = {"backprop_steps": steps, "sampler": sampler, "checkpoint_steps": checkpointed}
+    settings = {"backprop_from": steps / 4, "sampler": sampler, "checkpoint_steps": checkpointed}
     trainer = backprop_trainer(tmp_path, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **settings)
     sets = calls_of(trainer.rewards.of_sets[0], "set_reference")
     found = first_gradients(trainer)
@@ -121,17 +126,17 @@ def held_for_backward(folder, **kwargs):
     return most
 
 
-def test_memory_grows_with_backprop_steps_and_not_with_all_steps(tmp_path):
-    few = held_for_backward(tmp_path, num_inference_steps=6, backprop_steps=2)
-    assert held_for_backward(tmp_path, num_inference_steps=24, backprop_steps=2) <= 1.05 * few
-    deep = held_for_backward(tmp_path, num_inference_steps=6, backprop_steps=6)
+def test_memory_grows_with_the_steps_gone_through_and_not_with_all_steps(tmp_path):
+    few = held_for_backward(tmp_path, num_inference_steps=6, backprop_from=2 / 6)
+    assert held_for_backward(tmp_path, num_inference_steps=24, backprop_from=2 / 24) <= 1.05 * few
+    deep = held_for_backward(tmp_path, num_inference_steps=6, backprop_from=1.0)
     assert deep > 2 * few
-    again = held_for_backward(tmp_path, num_inference_steps=6, backprop_steps=6, checkpoint_steps=True)
+    again = held_for_backward(tmp_path, num_inference_steps=6, backprop_from=1.0, checkpoint_steps=True)
     assert again < 0.6 * deep
 
 
 def test_distances_fall(tmp_path):
-    settings = {"learning_rate": 1e-2, "sampler": "ode", "backprop_steps": 4, "num_eval_images": 200}
+    settings = {"learning_rate": 1e-2, "sampler": "ode", "backprop_from": 1.0, "num_eval_images": 200}
     trainer = backprop_trainer(tmp_path, max_steps=40, **settings)
     before = trainer.evaluate()["eval_ode_distance_features"]
     trainer.train()
@@ -181,7 +186,7 @@ def test_loss_is_minus_the_weighted_reward_and_every_function_is_logged_by_name(
 
     dark.__name__ = "brightness"
     rewards = {"reward_funcs": [tiny_reward(), brightness, dark], "reward_weights": [0.1, 100.0, 10.0]}
-    trainer = backprop_trainer(tmp_path, max_steps=1, backprop_steps=1, **rewards)
+    trainer = backprop_trainer(tmp_path, max_steps=1, backprop_from=0.1, **rewards)
     trainer.train()
     names = ["subset_replace", "brightness", "brightness_2"]
     of_set, bright, dim = (logged(trainer, f"rewards/{name}/mean")[0] for name in names)
@@ -226,9 +231,10 @@ def test_rewards_without_a_gradient_are_refused(tmp_path, reward, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backprop_steps": 9}, "backprop_steps=9"),
+        ({"backprop_from": 1.5}, "backprop_from=1.5 must lie in"),
+        ({"num_generations": 2}, "num_generations=2"),
         ({"num_subsets": 12}, "below reference_set_size=24"),
-        ({"num_iterations": 2}, "num_iterations, .* must be 1"),
+        ({"num_iterations": 2}, "num_iterations and best_of_n must be 1"),
         ({"reference_update": "refresh", "reference_refresh_steps": "auto"}, "a number of steps"),
     ],
 )
@@ -242,3 +248,10 @@ def test_guidance_is_back_propagated(tmp_path):
         first_gradients(backprop_trainer(tmp_path, guidance_scale=scale, max_steps=1)) for scale in (1.0, 2.0)
     )
     assert any(not torch.allclose(plain[name], value) for name, value in guided.items())
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0.3, (3, 15)), (0.05, (1, 2)), (1.0, (10, 50)), (0.001, (1, 1))])
+def test_the_same_time_goes_through_the_same_part_of_sampling_whatever_the_number_of_steps(tmp_path, start, steps):
+    for count, expected in zip((10, 50), steps, strict=True):
+        trainer = backprop_trainer(tmp_path, sampler="ode", num_inference_steps=count, backprop_from=start)
+        assert trainer.estimator.num_passes() == 12 * expected

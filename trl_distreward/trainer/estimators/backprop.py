@@ -74,9 +74,8 @@ class Backprop(Estimator):
 
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:
-        steps, most = args.backprop_steps, args.num_inference_steps
-        if not 1 <= steps <= most:
-            raise ValueError(f"backprop_steps={steps} must lie in 1 to num_inference_steps={most}.")
+        if not 0 < args.backprop_from <= 1:
+            raise ValueError(f"backprop_from={args.backprop_from} must lie in (0, 1]; 1 goes through all steps.")
         check_all_stand(args)
         if args.num_iterations > 1 or args.best_of_n > 1:
             raise ValueError("num_iterations and best_of_n must be 1: 'backprop' trains on every image once.")
@@ -89,8 +88,12 @@ class Backprop(Estimator):
         return sampler.draw(self.args.num_subsets, self.args.replace_size, distinct=True).view(1, -1)
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
-        last = self.args.num_inference_steps
-        return self.sampler(model, slots, step, keep_states=range(last - self.args.backprop_steps, last + 1))
+        times = self.sampler.schedule(step).times
+        return self.sampler(model, slots, step, keep_states=range(self._first_step(times), len(times)))
+
+    def _first_step(self, times: list[float]) -> int:
+        """The first grid index at or below the time `backprop_from`; the last step is always gone through."""
+        return next((i for i, t in enumerate(times[:-2]) if t <= self.args.backprop_from + 1e-6), len(times) - 2)
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> TailBatch:
         mine = self.sampler.local(torch.arange(rollout.slots.numel(), device=rollout.slots.device))
@@ -151,7 +154,8 @@ class Backprop(Estimator):
         return call_with_gradient(self.rewards, reward, images, conditions, slots, self.trainer.state)
 
     def num_passes(self) -> int:
-        return self.args.num_subsets * self.args.replace_size * self.args.backprop_steps
+        times = self.args.rollout_schedule.times
+        return self.args.num_subsets * self.args.replace_size * (len(times) - 1 - self._first_step(times))
 
     def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
         """Back-propagates every reward to two images."""
