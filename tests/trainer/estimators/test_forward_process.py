@@ -1,9 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import diffusers
 import pytest
 import torch
 
 from tests.helpers import tiny_config, tiny_pipeline, tiny_trainer, trained
-from tests.policies_tiny import sd3
+from tests.policies_tiny import ddim_pixels, sd3
 from tests.runs import logged, weights
 from trl_distreward import as_policy
 from trl_distreward.trainer.estimators.forward_process import mean_square, nft_loss, regression
@@ -98,11 +99,12 @@ def test_advantage_weighted_matching_is_the_gradient_of_weighted_errors(tmp_path
             torch.testing.assert_close(found[name], p.grad, atol=1e-7, rtol=1e-4)
 
 
+def bright(images, **kwargs):
+    return images.float().mean((1, 2, 3))
+
+
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
 def test_nft_makes_rewarded_samples_likelier_and_others_less_likely(tmp_path, sampler):
-    def bright(images, **kwargs):
-        return images.float().mean((1, 2, 3))
-
     settings = {**NFT, "sampler": sampler, "num_subsets": 12, "replace_size": 1, "max_steps": 12}
     trainer = tiny_trainer(tmp_path, reward_funcs=bright, **settings)
     trainer.train()
@@ -187,3 +189,11 @@ def test_kl_is_the_distance_from_the_initial_velocity(tmp_path):
 def test_settings_outside_their_range_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, loss_type="nft", **settings)
+
+
+@pytest.mark.parametrize(("scheduler", "warned"), [("LCMScheduler", True), ("DDIMScheduler", False)])
+def test_a_model_distilled_for_few_steps_is_warned_about(tmp_path, caplog, scheduler, warned):
+    pipeline = ddim_pixels()
+    pipeline.register_modules(scheduler=getattr(diffusers, scheduler).from_config(pipeline.scheduler.config))
+    tiny_trainer(tmp_path, model=pipeline, reward_funcs=bright, **NFT)
+    assert ("looks distilled for few steps" in caplog.text) == warned

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from ...generation import image_generators
@@ -25,6 +26,10 @@ from .policy_gradient import clipped_policy_loss
 
 if TYPE_CHECKING:
     from ..distribution_reward_trainer import DistributionRewardTrainer
+
+logger = get_logger(__name__)
+
+_DISTILLED = ("lcm", "tcd", "turbo", "schnell", "lightning", "hyper-sd", "distill")  # in the names of such models
 
 
 @dataclass
@@ -84,6 +89,15 @@ class ForwardProcess(Estimator):
             raise ValueError(
                 f"loss_type={self.args.loss_type!r} keeps an average of the weights, which DeepSpeed does not let "
                 "change: launch with examples/accelerate_configs/fsdp2.yaml."
+            )
+
+        pipeline = getattr(self.policy, "pipeline", None)
+        source, scheduler = getattr(pipeline, "config", {}).get("_name_or_path"), getattr(pipeline, "scheduler", None)
+        name = f"{source} with {type(scheduler).__name__}"
+        if any(mark in name.lower() for mark in _DISTILLED):
+            logger.warning(
+                f"{name} looks distilled for few steps. A loss on the forward process makes such a model blurry: train "
+                "the model it was distilled from, or use loss_type='grpo'."
             )
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
