@@ -96,7 +96,7 @@ class ForwardProcess(Estimator):
         name = f"{source} with {type(scheduler).__name__}"
         if any(mark in name.lower() for mark in _DISTILLED):
             logger.warning(
-                f"{name} looks distilled for few steps. A loss on the forward process makes such a model blurry: train "
+                f"{name} looks distilled for few steps. A loss on the forward process makes it blurry: train "
                 "the model it was distilled from, or use loss_type='grpo'."
             )
 
