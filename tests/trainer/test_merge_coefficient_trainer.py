@@ -43,7 +43,7 @@ def test_every_method_finds_a_better_merge_with_equally_many_images(tmp_path, po
     assert trainer.coefficients.tolist() == [last]
     trainer.train()
     assert trainer.evaluate()["eval_ode_distance_features"] < before
-    assert trainer.num_images == 40 * (1 + 5 * 5) == logged(trainer, "num_images")[-1]
+    assert trainer.num_images == 40 * (1 + 5 * 5 + 4) == logged(trainer, "num_images")[-1]
     assert len(logged(trainer, "reward")) == 5 and logged(trainer, "coefficients/3")[-1] == trainer.coefficients[0, 3]
 
 
@@ -53,10 +53,10 @@ def test_a_policy_gradient_without_a_network_is_natural_evolution(tmp_path, pool
     trainer = tiny_merge_trainer(tmp_path, pool, method="emanet", sampling_std=0.2, max_steps=1, **settings)
     calls, start = calls_of(trainer.judge, "judge"), trainer.mean
     trainer.train()
-    (((candidates, _), values),) = calls
+    ((candidates, _), values), _ = calls
     advantages = (values[:, 0] - values.mean()) / values.std()
     step = (advantages[:, None, None] * (candidates - start)).mean(dim=0)
-    found = trainer.coefficients - start
+    found = trainer.learnt_coefficients - start
     torch.testing.assert_close(found, step - step.mean(), atol=1e-6, rtol=1e-5)  # the sum stays one
 
 
@@ -132,7 +132,7 @@ def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts_distances
     settings = {"reward_funcs": [two_spaces(), brightness], "reward_weights": [1.0, 0.01], "scale_set_size": 30}
     steps = []
     trainer = merged(tmp_path, pool, max_steps=2, **settings)
-    assert trainer.num_images == 30 + 2 * 5 * 20 and set(steps) == {0, 1}
+    assert trainer.num_images == 30 + 2 * 5 * 20 + 4 * 20 and set(steps) == {0, 1, 2}
     start = trainer.judge.judge_set(trainer.initial_coefficients, balanced_labels(30, 3), "start", step=0)
     assert start[0].item() == pytest.approx(-2)  # each space's distance, divided by itself
     of_sets, bright = (logged(trainer, f"rewards/{name}/mean")[0] for name in ("subset_replace", "brightness"))
@@ -159,11 +159,31 @@ def judged_as(trainer, values):
 def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
     trainer = tiny_merge_trainer(tmp_path, pool, method="cma", max_steps=1)
     judge, first = trainer.judge.judge, torch.tensor([[torch.nan], [1.0], [1.0], [1.0], [1.0]])
-    trainer.judge.judge = lambda candidates, step: judge(candidates, step) * first
+    trainer.judge.judge = lambda candidates, step: judge(candidates, step) * first[: len(candidates)]
     trainer.train()
     assert logged(trainer, "finite_candidates") == [0.8]
-    assert trainer.coefficients.isfinite().all()
-    assert not torch.equal(trainer.coefficients, trainer.initial_coefficients)
+    assert trainer.learnt_coefficients.isfinite().all()
+    assert not torch.equal(trainer.learnt_coefficients, trainer.initial_coefficients)
+    # the last checkpoint, judged first at the end, makes no images either
+    assert logged(trainer, "final_reward/last") == [-torch.inf] and trainer.coefficients[0, 3] != 1
+
+
+@pytest.mark.parametrize("best", ["last", "uniform", "start", "learnt"])
+def test_the_result_is_the_best_of_learnt_and_simple_merges_on_fresh_noise(tmp_path, pool, caplog, best):
+    trainer = tiny_merge_trainer(tmp_path, pool, max_steps=1)
+    judge, order = trainer.judge.judge, ["last", "uniform", "start", "learnt"]
+
+    def judged(candidates, step):
+        values = judge(candidates, step)
+        return values if step == 0 else values + 1000 * (torch.arange(4)[:, None] == order.index(best))
+
+    trainer.judge.judge = judged
+    trainer.train()
+    assert torch.equal(trainer.coefficients, trainer._merges()[best])
+    assert (f"{best!r} is better than what was learnt" in caplog.text) == (best != "learnt")
+    trainer.save_model()
+    saved = json.loads((tmp_path / "coefficients.json").read_text())
+    assert saved["coefficients"][trainer.group_names[0]] == trainer.coefficients[0].tolist()
 
 
 def test_equal_rewards_skip_the_update_and_a_run_without_images_ends(tmp_path, pool):
@@ -276,21 +296,21 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, pool, settings):
     assert logged(resumed, "reward") == logged(whole, "reward")
     assert resumed.num_images == whole.num_images
     saved = json.loads((tmp_path / "whole" / "checkpoint-4" / "coefficients.json").read_text())
-    assert saved["coefficients"][whole.group_names[0]] == whole.coefficients[0].tolist()
+    assert saved["coefficients"][whole.group_names[0]] == whole.learnt_coefficients[0].tolist()
 
 
 @pytest.mark.parametrize("method", ["emanet", "cma"])
 def test_best_coefficients_come_back(tmp_path, pool, method):
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            kept.append(trainer.coefficients)
+            kept.append(trainer.learnt_coefficients)
 
     kept, best = [], {"metric_for_best_model": "ode_rising", "load_best_model_at_end": True, "max_steps": 2}
     settings = {"eval_metrics": {"rising": Rising()}, "callbacks": [Keep()], **SAVE_EVERY_STEP, **EVALUATE_EVERY_STEP}
     trainer = tiny_merge_trainer(tmp_path, pool, method=method, **best, **settings)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    assert torch.equal(trainer.coefficients, kept[0]) and not torch.equal(kept[0], kept[1])
+    assert torch.equal(trainer.learnt_coefficients, kept[0]) and not torch.equal(kept[0], kept[1])
 
 
 def with_other_weights(path):

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..conditions import EvalRows, Rows, conditions_of_slots
 from ..evaluation.image_metrics import ImageMetric
@@ -107,7 +108,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         times = args.checkpoint_times or [float(i + 1) for i in range(len(self.pool))]
         self.search = build_search(args, self.initial_coefficients, times)
         self.comparison: dict[str, dict[str, float]] = {}
-        self._shown: Tensor | None = None  # coefficients that are evaluated instead of the learnt ones
+        self._chosen: Tensor | None = None  # the best of the learnt and the simple merges, after training
+        self._shown: Tensor | None = None  # coefficients that are evaluated instead
         device = self.accelerator.device
         self.merged_network.to(device)
         if device.type == "cuda" and self.pool.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
@@ -148,15 +150,51 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         return self.network().detach().cpu() if self.search is None else self.search.mean
 
     @property
-    def coefficients(self) -> Tensor:
-        """The learnt coefficients `(G, N_c)`, float64; one row for each of `group_names`."""
+    def learnt_coefficients(self) -> Tensor:
+        """The coefficients `(G, N_c)` that the search has come to, float64; one row for each of `group_names`."""
         return coefficients_of(self.mean, self.args.coefficient_map)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The result: the learnt coefficients, or after training the start or a simple merge if that was better."""
+        return self.learnt_coefficients if self._chosen is None else self._chosen
+
+    def _merges(self) -> dict[str, Tensor]:
+        """The last checkpoint, the uniform average, the start and the learnt merge: `(G, N_c)` each."""
+        simple = {name: initial_coefficients(name, len(self.pool)) for name in ("last", "uniform")}
+        rows = simple | {"start": self.initial_coefficients, "learnt": self.learnt_coefficients}
+        return {name: self._expanded(row) for name, row in rows.items()}
 
     def _expanded(self, coefficients: Coefficients) -> Tensor:
         """One row for each group, from coefficients `(N_c,)` or `(G, N_c)`."""
         return torch.as_tensor(coefficients, dtype=torch.float64).cpu().expand(self.initial_coefficients.shape)
 
-    # ---- one step ----
+    # ---- training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: object) -> TrainOutput:
+        self._chosen = None
+        output = super().train(resume_from_checkpoint, **kwargs)
+        if not self.interrupted:
+            self._choose()
+        return output
+
+    @torch.no_grad()
+    def _choose(self) -> None:
+        """
+        Judges what was learnt on noise that the search has not seen, beside the start and simple merges, and keeps the
+        best: a search may follow the noise of its own steps.
+        """
+        rows = self._merges()
+        values = self.judge.judge(torch.stack(list(rows.values())), self.state.max_steps)
+        rewards = self.rewards.total(values.unbind(dim=1)).nan_to_num(nan=-torch.inf)
+        self.count_images("candidates", len(rows) * self.args.images_per_candidate)
+        found = dict(zip(rows, rewards.tolist(), strict=True))
+        best = max(found, key=lambda name: (found[name], name == "learnt"))
+        self._chosen = rows[best]
+        self.log({f"final_reward/{name}": value for name, value in found.items()})
+        if best != "learnt":
+            logger.warning(f"On fresh noise {best!r} is better than what was learnt, so it is the result: {found}.")
+        write_record(self)
 
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: object = None) -> Tensor:
         """Draws candidates, judges them and learns from their rewards."""
@@ -234,7 +272,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """Evaluates the merge with the learnt coefficients, or given ones `(N_c,)` or `(G, N_c)`."""
         if coefficients is not None:
             self._shown = self._expanded(coefficients)
-            kwargs.setdefault("seed", self.args.eval_seed)  # with a seed it does not count as one of the run
+            if kwargs.get("seed") is None:  # with a seed it does not count as one of the run
+                kwargs["seed"] = self.args.eval_seed
         try:
             return super().evaluate(*args, **kwargs)
         finally:
@@ -246,10 +285,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise.
         Returns `{sampler}_{metric}` of each merge; the model card shows the table.
         """
-        rows = {name: initial_coefficients(name, len(self.pool)) for name in ("last", "uniform")}
-        rows |= {"start": self.initial_coefficients, "learnt": self.coefficients}
-        for name, coefficients in rows.items():
-            self._shown = self._expanded(coefficients)
+        for name, coefficients in self._merges().items():
+            self._shown = coefficients
             self.comparison[name] = evaluate_samplers(self, self.eval_sets, self.args.eval_seed)
         self._shown = None
         write_record(self)
