@@ -244,7 +244,7 @@ def test_comparison_is_in_the_card(tmp_path, pool):
     rows = trainer.compare()
     assert list(rows) == ["last", "uniform", "start", "learnt"]
     assert set(rows["learnt"]) == {"sde_distance_features", "ode_distance_features"}
-    for name, given in (("learnt", None), ("last", [0, 0, 0, 1.0])):
+    for name, given in (("learnt", trainer.learnt_coefficients), ("last", [0, 0, 0, 1.0])):
         alone = trainer.evaluate(coefficients=given)["eval_ode_distance_features"]
         assert rows[name]["ode_distance_features"] == pytest.approx(alone)
     trainer.create_model_card()
