@@ -152,7 +152,8 @@ class ForwardProcess(Estimator):
     def _old_velocities(self, batch: SampleBatch) -> Tensor:
         """Velocities of the old policy `(K, S, ...)` for every sample and time."""
         assert self.old is not None
-        trainer, size, found = self.trainer, self.args.rollout_batch_size, []
+        trainer, found = self.trainer, []
+        size = self.args.rollout_batch_size or trainer.fitting_batch_size
         micro_batches = batch.micro_batches(
             size or self.args.per_device_train_batch_size, self.accelerator.num_processes
         )
