@@ -154,9 +154,7 @@ class ForwardProcess(Estimator):
         assert self.old is not None
         trainer, found = self.trainer, []
         size = self.args.rollout_batch_size or trainer.fitting_batch_size
-        micro_batches = batch.micro_batches(
-            size or self.args.per_device_train_batch_size, self.accelerator.num_processes
-        )
+        micro_batches = batch.micro_batches(size, self.accelerator.num_processes)
         with self.old.swapped_in(trainer.network):
             for micro, _ in micro_batches:
                 found.append(self.velocity(trainer.model_wrapped, micro))
