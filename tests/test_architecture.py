@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A room imports from lower layers alone, and nothing from its neighbours in the same layer
 LAYERS = [
+    {"seeds"},
     {"sampling", "files", "hub", "conditions", "importing"},
     {"models"},
     {"pipelines", "conversion", "merging"},

@@ -237,6 +237,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
         budget=7_000,
     ),
+    "forward_process": Experiment(
+        "Transport and DiffusionNFT, at half and twice the learning rate",
+        {
+            f"{name}, {rate:g}": Arm("gradient", {**POLICY_GRADIENT, "sampler": "ode", **settings}, rate=rate)
+            for name, settings in {
+                "transport": {"loss_type": "transport"},
+                "transport and half the pull": {"loss_type": "transport", "transport_advantage": 0.5},
+                "DiffusionNFT": {"loss_type": "nft"},
+            }.items()
+            for rate in (1.5e-4, 3e-4, 6e-4)
+        },
+        budget=7_000,
+    ),
     "estimators": Experiment(
         "Policy gradients, rejection sampling and back-propagation through some or all steps",
         {
