@@ -20,6 +20,8 @@ PLACES = {
     "a reference set": (lambda t: (t.reference_set, "refresh"), 2, {"reference_refresh_steps": 2}),
     "an evaluation": (lambda t: (t, "evaluate"), 2, {"eval_strategy": "steps", "eval_steps": 2}),
     "a rollout of rejection sampling": (lambda t: (t.estimator, "rollout"), 2, {"loss_type": "rft"}),
+    "transport": (lambda t: (t.rewards.of_sets[0], "score"), 2, {"loss_type": "transport", "sampler": "ode"}),
+    "a rollout of nft": (lambda t: (t.estimator, "rollout"), 2, {"loss_type": "nft", "old_policy_decay": 0.9}),
     "backpropagation": (lambda t: (t.estimator, "loss"), 2, {"loss_type": "backprop", "reference_update": "rolling"}),
 }
 

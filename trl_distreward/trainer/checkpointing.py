@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..files import State
 from ..merging.adapters import ADAPTER_FOLDER
 from .ema import PolicyEMA
-from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict
+from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict, whole_tensors
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -82,6 +82,7 @@ def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
 def _write_training_state(trainer: "DiffusionTrainer", folder: Path) -> None:
     state = trainer.stop.state_before or trainer.training_state()  # an update that was left halfway is dropped
     writes, network = trainer.args.should_save, trainer.network
+    state["estimator"] = whole_tensors(state.get("estimator", {}), keep=writes)
     state["ema"] = None if trainer.ema is None else trainer.ema.state_dict(keep=writes)
     if trainer.ema is not None:  # the pipeline holds the average: keep the weights that the optimizer works on
         reshard(network)

@@ -59,9 +59,9 @@ class OldPolicy(PolicyEMA):
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
-        """Moves the average to the weights, by all but the share `decay` of the way."""
-        for name, parameter in _trainable(model):
-            self.averages[name].lerp_(parameter.detach().float(), 1 - self.decay)
+        """Moves the average to the weights, by all but the share `decay` of the way, in new tensors."""
+        parameters = _trainable(model)
+        self.averages = {name: self.averages[name].lerp(p.detach().float(), 1 - self.decay) for name, p in parameters}
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

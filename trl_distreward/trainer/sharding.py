@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..files import State
+
 
 def is_split(module: nn.Module) -> bool:
     """Whether processes hold parts of the module's weights, or DeepSpeed holds their float32 originals."""
@@ -51,6 +53,15 @@ def whole_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     wholes = ((name, whole(parameters.get(name, value))) for name, value in module.state_dict().items())
     return {name: value.detach().cpu() for name, value in wholes if keep}
+
+
+def whole_tensors(state: State, keep: bool = True) -> State:
+    """A nested state with whole tensors in CPU memory; processes with `keep=False` get nothing."""
+    gathered: State = {}
+    for name, value in state.items():
+        found = whole_tensors(value, keep) if isinstance(value, dict) else value
+        gathered[name] = whole(found).cpu() if isinstance(found, Tensor) else found
+    return gathered if keep else {}
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ...generation import image_generators
 from ...sampling import send
 from ..ema import OldPolicy
 from ..rollouts import Rollout
+from ..stopping import stop_if_asked
 from .base import Estimator, MicroBatch, State
 from .pairs import Deal, cut_pairs
 from .policy_gradient import clipped_policy_loss
@@ -157,6 +158,7 @@ class ForwardProcess(Estimator):
         micro_batches = batch.micro_batches(size, self.accelerator.num_processes)
         with self.old.swapped_in(trainer.network):
             for micro, _ in micro_batches:
+                stop_if_asked(trainer)
                 found.append(self.velocity(trainer.model_wrapped, micro))
         pairs = torch.cat(found)[: max(1, batch.num_own) * batch.times.shape[1]]
         return pairs.view(batch.noise.shape)
@@ -191,7 +193,7 @@ class ForwardProcess(Estimator):
         return SampleBatch(**{**state, **moved, "cond": cond})
 
     def state_dict(self) -> State:
-        return {} if self.old is None else {"old_policy": self.old.state_dict()}
+        return {} if self.old is None else {"old_policy": dict(self.old.averages)}  # whole tensors are written
 
     def load_state_dict(self, state: State) -> None:
         if self.uses_old:

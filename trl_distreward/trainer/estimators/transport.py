@@ -19,6 +19,7 @@ from ...conditions import Conditions, take
 from ...rewards.slots import SlotSampler, StratifiedSlotSampler
 from ..reward_functions import Reward
 from ..rollouts import Rollout
+from ..stopping import stop_if_asked
 from .forward_process import ForwardProcess, MicroBatch, mean_square, regression
 from .gradients import (
     REMEDY,
@@ -76,6 +77,7 @@ class Transport(ForwardProcess):
         gradients = [{space: values[rows] for space, values in spaces.items()} for spaces in whole]
         parts: list[list[Tensor]] = []
         for start in range(0, len(sample), size):
+            stop_if_asked(self.trainer)
             stop = min(start + size, len(sample))
             x = sample[start:stop].detach().requires_grad_()
             images = straight_through_uint8(self.policy.decode(x))
