@@ -74,15 +74,6 @@ def test_dopri5_is_refused_for_models_without_a_velocity_at_data():
     assert schedule.on(as_policy(tiny_pipeline())).solver == "dopri5"
 
 
-def test_streams_of_noise_do_not_meet():
-    seeds = {
-        generator.initial_seed()
-        for stream, step in (("rollout", 0), ("rollout", 1), ("reference", 0), ("evaluation", 0))
-        for generator in image_generators(0, stream, step, range(6400))
-    }
-    assert len(seeds) == 4 * 6400
-
-
 class PointData(DiscreteTimePolicy):
     """The exact network of data in one point, `μ = 0.3`, for every prediction type."""
 

@@ -66,6 +66,8 @@ def test_a_log_is_a_line_for_people_and_whole_for_trackers(tmp_path, capsys, kin
     trainer = kind(tmp_path, max_steps=2, **EVALUATE_EVERY_STEP)
     trainer.train()
     lines = capsys.readouterr().out.splitlines()
+    if kind is tiny_merge_trainer:  # says how good the merges are on fresh noise
+        assert "final_reward/learnt" in lines.pop()
     assert len(lines) == 5 and all(len(line) < 160 for line in lines)  # two updates, two evaluations, the end
     assert [line.split("  ")[0] for line in lines] == ["step 1", "step 1", "step 2", "step 2", "step 2"]
     first = trainer.state.log_history[0]

@@ -25,7 +25,7 @@ def test_batches_are_large_unless_a_size_is_asked_for(tmp_path):
     assert sizes(tiny_trainer(tmp_path, **settings, **AUTOMATIC)) == [64, 36, 12]
     assert sizes(tiny_trainer(tmp_path, **settings, **asked)) == [50, 50, 8, 4]
     merging = {"max_steps": 1, "num_generations": 2, "reference_set_size": 70, "per_device_eval_batch_size": 0}
-    assert sizes(tiny_merge_trainer(tmp_path, **merging)) == [64, 6] * 3  # the start and two candidates
+    assert sizes(tiny_merge_trainer(tmp_path, **merging)) == [64, 6] * 7  # the start, two candidates and four merges
 
 
 @pytest.mark.parametrize("part", ["velocity", "decode", "extract"])

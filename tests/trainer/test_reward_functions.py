@@ -87,7 +87,7 @@ def test_candidates_are_judged_with_the_rows_of_their_images(tmp_path):
     )
     trainer.train()
     calls = calls[1:]
-    assert sum(len(call["images"]) for call in calls) == 5 * 20
+    assert sum(len(call["images"]) for call in calls) == 5 * 20 + 4 * 20  # candidates, and merges at the end
     for call in calls:
         assert call["labels"].tolist() == [ROWS["label"]["abcde".index(name)] for name in call["name"]]
         assert torch.equal(call["labels"], trainer.conditions[call["slots"]])

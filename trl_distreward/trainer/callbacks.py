@@ -51,7 +51,8 @@ class UpdateWeights(TrainerCallback):
 _SPEEDS = ("_runtime", "_per_second", "epoch")
 # Logged values that are shown to people; trackers get all
 _SHOWN = re.compile(
-    "loss|learning_rate|reference_distance/.+|reward(_std|_best)?|rewards/.+/mean|skipped_updates|num_images|train_runtime"
+    "loss|learning_rate|reference_distance/.+|reward(_std|_best)?|rewards/.+/mean|final_reward/.+|skipped_updates|"
+    "num_images|train_runtime"
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ from .run_record import is_evaluation, write_record
 from .stopping import droppable
 
 Coefficients = Tensor | Sequence[float]  # (N_c,) or (G, N_c)
+
+logger = get_logger(__name__)
 
 
 class MergeCoefficientTrainer(DiffusionTrainer):
@@ -191,6 +194,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         found = dict(zip(rows, rewards.tolist(), strict=True))
         best = max(found, key=lambda name: (found[name], name == "learnt"))
         self._chosen = rows[best]
+        self._metrics.clear()  # of the judging itself
         self.log({f"final_reward/{name}": value for name, value in found.items()})
         if best != "learnt":
             logger.warning(f"On fresh noise {best!r} is better than what was learnt, so it is the result: {found}.")
