@@ -45,7 +45,7 @@ from .reference_set import conditions_and_slots, evaluated_conditions
 from .reward_functions import RewardFunction, RewardFunctions
 from .run_record import RunRecord, describe_run, is_evaluation, write_record
 from .sharding import is_split, without_weights
-from .sizing import misleading_sets, show_messages
+from .sizing import say_before_training
 from .stopping import Interrupted, StopOnSignal, leave
 
 logger = get_logger(__name__)
@@ -110,8 +110,7 @@ class DiffusionTrainer(_BaseTrainer):
             optimizers=optimizers,
         )
         self.rewards.read_columns(self, train_dataset)
-        # rewards are tried below, and may divide by max_steps
-        self.state.epoch, self.state.max_steps = 0.0, max(args.max_steps, 1)
+        self.state.epoch, self.state.max_steps = 0.0, max(args.max_steps, 1)  # rewards are tried, and may read them
         add_default_callbacks(self)
         check_launch(self)
         for part in (self.policy, self.rewards, *self.eval_metrics.values()):
@@ -120,9 +119,7 @@ class DiffusionTrainer(_BaseTrainer):
         decay = getattr(args, "ema_decay", 0.0)
         self.ema = PolicyEMA(self.network, decay) if decay > 0 else None
         check_rewards_and_metrics(self)
-        show_messages(args)
-        for warning in misleading_sets(self):
-            logger.warning(warning)
+        say_before_training(self)
 
     def prepare_network(
         self, network: nn.Module, args: DiffusionTrainerConfig, peft_config: PeftConfig | None
