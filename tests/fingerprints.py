@@ -68,6 +68,9 @@ RUNS = {
     "grpo, refreshed": {"reference_refresh_steps": 3},
     "grpo, refreshed by drift": {"reference_refresh_steps": "auto", "refresh_drift": 0.3},
     "rft": {"loss_type": "rft"},
+    "nft": {**ROLLING, "loss_type": "nft", "sampler": "ode"},
+    "awm": {**ROLLING, "loss_type": "awm", "sampler": "ode"},
+    "transport": {**ROLLING, "loss_type": "transport", "sampler": "ode", "transport_advantage": 0.5},
     "backprop": BACKPROP,
     "backprop, SDE, pull": {**BACKPROP, "sampler": "sde", "beta": 0.1, "checkpoint_steps": True},
 }

@@ -11,6 +11,7 @@ from .class_conditional import ClassLabelPolicy as ClassLabelPolicy
 from .loading import Model as Model
 from .loading import as_policy as as_policy
 from .loading import load_pipeline as load_pipeline
+from .loading import source_of as source_of
 from .paths import DiscreteTimePolicy as DiscreteTimePolicy
 from .paths import FlowPolicy as FlowPolicy
 from .text_to_image import TextToImagePolicy as TextToImagePolicy

@@ -99,6 +99,11 @@ def _without_its_code(folder: Path, parts: State, **kwargs: object) -> Diffusion
     return _PIPELINES[parts["_class_name"][-1]](**arguments)
 
 
+def source_of(policy: DiffusionPolicy) -> str | None:
+    """Returns the folder or Hub id that a policy's pipeline was loaded from, if it says so."""
+    return getattr(getattr(policy, "pipeline", None), "config", {}).get("_name_or_path")
+
+
 def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> DiffusionPolicy:
     """
     Finds the policy for a pipeline, folder or Hub id. Returns a [`DiffusionPolicy`] unchanged.

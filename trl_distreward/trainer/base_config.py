@@ -91,6 +91,11 @@ class DiffusionTrainerConfig(_BaseConfig):
             self.greater_is_better: bool | None = False
         super().__post_init__()
 
+    @property
+    def averages_weights(self) -> bool:
+        """Whether training keeps an average of the weights."""
+        return False
+
     @classmethod
     def of(cls, args: object, output_dir: str) -> Self:
         """Returns `args` if it is a configuration of this class; by default one for `output_dir`."""

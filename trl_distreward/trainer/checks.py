@@ -64,10 +64,11 @@ def check_launch(trainer: "DiffusionTrainer") -> None:
     if plugin is not None and plugin.mixed_precision_policy is not None:
         # FSDP would round the times too: in bfloat16 0.98 and 0.984 are the same.
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
-    changed = getattr(args, "ema_decay", 0.0) > 0 or asks_for_normalization(trainer.network)
+    changed = args.averages_weights or asks_for_normalization(trainer.network)
     if trainer.is_deepspeed_enabled and changed:
-        reason = "DeepSpeed lets only the optimizer change weights, not an average or forced_weight_normalization"
-        raise ValueError(f"{reason}: set ema_decay=0, or launch with examples/accelerate_configs/fsdp2.yaml.")
+        reason = "DeepSpeed lets only the optimizer change weights: no average, old policy or normalization"
+        remedy = "set ema_decay=0 and a loss_type without an old policy, or launch with accelerate_configs/fsdp2.yaml"
+        raise ValueError(f"{reason}. Either {remedy}.")
     if split and any(schedule.num_evaluations is None for schedule in args.eval_schedules.values()):
         raise ValueError(
             "eval_solver='dopri5' steps differently on each process, as FSDP and ZeRO cannot: use 'heun'."

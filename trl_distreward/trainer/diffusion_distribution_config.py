@@ -173,6 +173,10 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         self.rollout_schedule = self._schedule(self.num_inference_steps, self.sampler, "euler")
         self.eval_schedules = self._evaluation_schedules()
 
+    @property
+    def averages_weights(self) -> bool:
+        return self.ema_decay > 0 or ESTIMATORS[self.loss_type].uses_old
+
     def bind(self, policy: DiffusionPolicy) -> None:
         super().bind(policy)
         steps, size = len(self.rollout_schedule.trainable_steps), self.sde_window_size

@@ -16,22 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...conditions import Conditions, take
+from ...conditions import Conditions
 from ...rewards.slots import SlotSampler, StratifiedSlotSampler
-from ...rewards.subset_replace import SubsetReplaceReward
 from ...sampling import replay, send
-from ..reward_functions import Reward
 from ..rollouts import Rollout
-from .base import Estimator, MicroBatch, State
+from .base import Estimator, MicroBatch, State, mean_square
 from .gradients import (
     REMEDY,
-    call_with_gradient,
     check_all_stand,
-    check_distance,
     feature_gradients,
-    has_gradient,
+    own_rows,
+    reward_terms,
     straight_through_uint8,
-    tracked,
+    without_gradient,
 )
 
 if TYPE_CHECKING:
@@ -54,9 +51,8 @@ class TailBatch:
             stop = min(start + size, count)
             micro: MicroBatch = {
                 "batch": self,
-                "rows": send(torch.arange(start, stop), device),
+                "rows": slice(start, stop),
                 "cond": {name: value[start:stop] for name, value in rollout.cond.items()},
-                "conditions": take(rollout.conditions, range(start, stop)),
                 "states": {i: send(state[start:stop], device) for i, state in rollout.states.items()},
                 "weights": torch.full((stop - start,), 1 / rollout.slots.numel(), device=device),
             }
@@ -71,6 +67,7 @@ class Backprop(Estimator):
 
     single_pass = False
     has_advantages = False
+    replaces_all = True
 
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:
@@ -85,7 +82,7 @@ class Backprop(Estimator):
             )
 
     def draw_slots(self, sampler: SlotSampler | StratifiedSlotSampler) -> Tensor:
-        return sampler.draw(self.args.num_subsets, self.args.replace_size, distinct=True).view(1, -1)
+        return super().draw_slots(sampler).view(1, -1)
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
         times = self.sampler.schedule(step).times
@@ -96,19 +93,17 @@ class Backprop(Estimator):
         return next((i for i, t in enumerate(times[:-2]) if t <= self.args.backprop_from + 1e-6), len(times) - 2)
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> TailBatch:
-        mine = self.sampler.local(torch.arange(rollout.slots.numel(), device=rollout.slots.device))
         whole, offset = feature_gradients(self.rewards, rollout, self.args.reference_set_size), 0.0
         for reward, value in zip(self.rewards.all, rewards, strict=True):
             if reward.of_sets:
                 features, found = rollout.gathered[reward.index], whole[reward.index]
                 linear = sum((features[space] * rows).sum().item() for space, rows in found.items())
                 offset -= reward.weight * value.item() + linear
-        gradients = [{space: rows[mine] for space, rows in found.items()} for found in whole]
-        return TailBatch(rollout, min(rollout.states), gradients, offset)
+        return TailBatch(rollout, min(rollout.states), own_rows(self.sampler, rollout, whole), offset)
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         args, batch = self.args, micro_batch["batch"]
-        rows, cond, conditions = micro_batch["rows"], micro_batch["cond"], micro_batch["conditions"]
+        rows, cond = micro_batch["rows"], micro_batch["cond"]
         schedule, penalties = batch.rollout.schedule, []
 
         trained = partial(self.trainer.velocity, model)
@@ -122,7 +117,7 @@ class Backprop(Estimator):
                 own = trained_velocity(held, t, cond) if x.requires_grad else v
                 with torch.no_grad():
                     initial = self.trainer.initial_velocity(held, t, cond)
-                penalties.append((own - initial).square().flatten(1).mean(1))
+                penalties.append(mean_square(own - initial))
             return v
 
         x = replay(
@@ -137,21 +132,13 @@ class Backprop(Estimator):
         images = straight_through_uint8(self.policy.decode(x))
         loss, values, number = micro_batch["weights"].sum() * batch.offset, {}, batch.rollout.slots.numel()
         for reward in self.rewards.all:
-            if reward.of_sets:
-                features = reward.function.extract(images, conditions, check_finite=False, gradient=True)
-                for space, gradient in batch.gradients[reward.index].items():
-                    loss = loss + (features[space] * gradient[rows].to(features[space].dtype)).sum()
-            else:
-                scores = self._scores(reward, images, conditions, batch.rollout.local_slots[rows])
-                loss = loss - reward.weight * scores.sum() / number
+            for term in reward_terms(self.trainer, reward, images, batch.rollout, rows, batch.gradients):
+                loss = loss + term
         if penalties:
             penalty = torch.stack(penalties).mean(0)
             values["kl"] = penalty.detach()
             loss = loss + args.beta * penalty.sum() / number
         return loss, values
-
-    def _scores(self, reward: Reward, images: Tensor, conditions: Conditions, slots: Tensor) -> Tensor:
-        return call_with_gradient(self.rewards, reward, images, conditions, slots, self.trainer.state)
 
     def num_passes(self) -> int:
         times = self.args.rollout_schedule.times
@@ -159,23 +146,12 @@ class Backprop(Estimator):
 
     def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
         """Back-propagates every reward to two images."""
-        x = tracked(images)
         for reward in self.rewards.all:
-            with torch.enable_grad():
-                if reward.of_sets:
-                    _check_distance(reward.function)
-                    found = reward.function.extract(x, conditions, gradient=True)
-                else:
-                    found = {reward.name: self._scores(reward, x, conditions, torch.arange(2).to(images.device))}
-            for name, values in found.items():
-                if not has_gradient(values, x):
-                    raise ValueError(
-                        f"{name!r} returned {values!r} for 2 images, float32 in [0, 255]: it must return a tensor of "
-                        f"2 rows, with a gradient to them; or {REMEDY}."
-                    )
-
-
-def _check_distance(reward: SubsetReplaceReward) -> None:
-    if reward.credit != "shared" or reward.control_variate:
-        raise ValueError("'backprop' takes the distance's own gradient: set credit='shared', control_variate=False.")
-    check_distance(reward)
+            if reward.of_sets and (reward.function.credit != "shared" or reward.function.control_variate):
+                asked = "set credit='shared', control_variate=False"
+                raise ValueError(f"'backprop' takes the distance's own gradient: {asked}.")
+            for name, values in without_gradient(self.trainer, reward, images, conditions).items():
+                raise ValueError(
+                    f"{name!r} returned {values!r} for 2 images, float32 in [0, 255]: it must return a tensor of "
+                    f"2 rows, with a gradient to them; or {REMEDY}."
+                )

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 MicroBatch = dict[str, Any]
 
 
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of squares over all dimensions but the first: `(P, ...)` to `(P,)`."""
+    return x.square().flatten(1).mean(1)
+
+
 class Batch(Protocol):
-    """What one rollout gives to one or several updates."""
+    """The part of a rollout that one or several updates are made from."""
 
     def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
         """
@@ -30,7 +35,7 @@ class Batch(Protocol):
         """
 
     def state_dict(self) -> State:
-        """What a checkpoint in the middle of a rollout's updates keeps."""
+        """The state that a checkpoint in the middle of a rollout's updates keeps."""
 
 
 class Estimator:
@@ -42,6 +47,8 @@ class Estimator:
     # Whether `loss` passes the network once. Otherwise DDP sends gradients only after the last micro-batch.
     single_pass = True
     has_advantages = True  # whether rewards are compared within an update
+    replaces_all = False  # whether all new images stand in the reference set at once, each in a slot of its own
+    uses_old = False  # whether the loss compares with an average of the weights
 
     def __init__(self, trainer: "DistributionRewardTrainer"):
         self.trainer, self.policy, self.args = trainer, trainer.policy, trainer.args
@@ -56,9 +63,8 @@ class Estimator:
 
     def draw_slots(self, sampler: SlotSampler | StratifiedSlotSampler) -> Tensor:
         """Draws the replaced places `(B, n)`; the `num_generations` subsets of a group replace the same places."""
-        args = self.args
-        groups = args.num_subsets // args.num_generations
-        slots = sampler.draw(groups, args.replace_size, distinct=args.reference_update == "rolling")
+        args, distinct = self.args, self.replaces_all or self.args.reference_update == "rolling"
+        slots = sampler.draw(args.num_subsets // args.num_generations, args.replace_size, distinct)
         return slots.repeat_interleave(args.num_generations, dim=0)
 
     def compute_advantages(self, rewards: list[Tensor]) -> Tensor:

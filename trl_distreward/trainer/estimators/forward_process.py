@@ -9,20 +9,22 @@ guidance.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
+from ...files import State
 from ...generation import image_generators
+from ...policies import source_of
 from ...sampling import send
 from ..ema import OldPolicy
 from ..rollouts import Rollout
 from ..stopping import stop_if_asked
-from .base import Estimator, MicroBatch, State
-from .pairs import Deal, cut_pairs
+from .base import Estimator, MicroBatch, mean_square
+from .pairs import Deal, StoredBatch, cut_pairs
 from .policy_gradient import clipped_policy_loss
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ _DISTILLED = ("lcm", "tcd", "turbo", "schnell", "lightning", "hyper-sd", "distil
 
 
 @dataclass
-class SampleBatch:
+class SampleBatch(StoredBatch):
     """Final samples of one process, K of them, each with S times and noises."""
 
     cond: dict[str, Tensor]  # (K, ...) encoded conditions
@@ -69,9 +71,6 @@ class SampleBatch:
                 micro["old"] = self.old[rows, columns]
             yield micro, pairs.is_last
 
-    def state_dict(self) -> State:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
 
 class ForwardProcess(Estimator):
     """
@@ -81,20 +80,11 @@ class ForwardProcess(Estimator):
     `old_policy_decay`, sets `uses_old`.
     """
 
-    uses_old = False
-
     def __init__(self, trainer: "DistributionRewardTrainer"):
         super().__init__(trainer)
         self.old: OldPolicy | None = None
-        if self.uses_old and trainer.is_deepspeed_enabled:
-            raise ValueError(
-                f"loss_type={self.args.loss_type!r} keeps an average of the weights, which DeepSpeed does not let "
-                "change: launch with examples/accelerate_configs/fsdp2.yaml."
-            )
-
-        pipeline = getattr(self.policy, "pipeline", None)
-        source, scheduler = getattr(pipeline, "config", {}).get("_name_or_path"), getattr(pipeline, "scheduler", None)
-        name = f"{source} with {type(scheduler).__name__}"
+        scheduler = getattr(getattr(self.policy, "pipeline", None), "scheduler", None)
+        name = f"{source_of(self.policy)} with {type(scheduler).__name__}"
         if any(mark in name.lower() for mark in _DISTILLED):
             logger.warning(
                 f"{name} looks distilled for few steps. A loss on the forward process makes it blurry: train "
@@ -133,7 +123,7 @@ class ForwardProcess(Estimator):
         return batch
 
     def displacement(self, rollout: Rollout) -> Tensor | None:
-        """Where transport moves each of this process's samples `(K, ...)`."""
+        """Displacements of this process's samples `(K, ...)` by transport; `None` for other estimators."""
         return None
 
     def _draw(self, rollout: Rollout, images: Tensor) -> dict[str, Tensor]:
@@ -178,6 +168,10 @@ class ForwardProcess(Estimator):
             loss = loss + self.args.beta * values["kl"]
         return (loss * micro_batch["weights"]).sum(), values
 
+    def pull(self, pairs: MicroBatch) -> Tensor:
+        """DiffusionNFT's pull `(P,)` towards the drawn velocity, in [-1, 1]."""
+        return (pairs["advantages"] / self.args.advantage_clip).clamp(-1, 1)
+
     def pair_loss(self, v: Tensor, pairs: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss `(P,)` of each pair of a sample and a time, and what to log."""
         loss = mean_square(v - pairs["drawn"])
@@ -187,10 +181,7 @@ class ForwardProcess(Estimator):
         return self.num_selected() * self.args.num_train_timesteps
 
     def restore(self, state: State) -> SampleBatch:
-        device = self.accelerator.device
-        moved = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
-        cond = {name: value.to(device) for name, value in state["cond"].items()}
-        return SampleBatch(**{**state, **moved, "cond": cond})
+        return SampleBatch.from_state(state, self.accelerator.device)
 
     def state_dict(self) -> State:
         return {} if self.old is None else {"old_policy": dict(self.old.averages)}  # whole tensors are written
@@ -210,9 +201,7 @@ class NFT(ForwardProcess):
     uses_old = True
 
     def pair_loss(self, v: Tensor, pairs: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        args = self.args
-        pull = (pairs["advantages"] / args.advantage_clip).clamp(-1, 1)
-        loss = nft_loss(v, pairs["old"], pairs["drawn"], pairs["t"], pull, args.nft_beta)
+        loss = nft_loss(v, pairs["old"], pairs["drawn"], pairs["t"], self.pull(pairs), self.args.nft_beta)
         return loss, {"old_policy_distance": mean_square(v - pairs["old"]).detach()}
 
 
@@ -228,11 +217,6 @@ class AWM(ForwardProcess):
         log_prob, old = (-mean_square(velocity - pairs["drawn"]) for velocity in (v, pairs["old"]))
         policy = clipped_policy_loss(log_prob, old, pairs["advantages"], self.args.epsilon)
         return policy.loss, {"ratio": policy.ratio, "clip_ratio": policy.clipped}
-
-
-def mean_square(x: Tensor) -> Tensor:
-    """Mean of squares over all dimensions but the first: `(P, ...)` to `(P,)`."""
-    return x.square().flatten(1).mean(1)
 
 
 def mean_size(x: Tensor, t: Tensor) -> Tensor:

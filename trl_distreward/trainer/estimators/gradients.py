@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import TrainerState
 
-from ...conditions import Conditions
-from ...rewards.subset_replace import SubsetReplaceReward
+from ...conditions import Conditions, take
 from ..reward_functions import Reward, RewardFunctions
-from ..rollouts import Rollout
+from ..rollouts import Rollout, Sampler
 
 if TYPE_CHECKING:
     from ..diffusion_distribution_config import DiffusionDistributionConfig
+    from ..distribution_reward_trainer import DistributionRewardTrainer
 
 REMEDY = "use loss_type='nft' or 'grpo', which need no gradient"
 
@@ -30,6 +29,12 @@ def feature_gradients(rewards: RewardFunctions, rollout: Rollout, size: int) -> 
             rows = reward.function.gradient(rollout.slots.flatten(), rollout.gathered[reward.index])
             found.append({space: values * (reward.weight / share) for space, values in rows.items()})
     return found
+
+
+def own_rows(sampler: Sampler, rollout: Rollout, found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The rows of this process's images among `(M, d)` of all new images."""
+    mine = sampler.image_indices(len(rollout.local_slots))
+    return [{space: rows[mine.start : mine.stop] for space, rows in spaces.items()} for spaces in found]
 
 
 def straight_through_uint8(images: Tensor) -> Tensor:
@@ -52,16 +57,63 @@ def check_all_stand(args: "DiffusionDistributionConfig") -> None:
         )
 
 
-def check_distance(reward: SubsetReplaceReward) -> None:
-    """Raises `ValueError` if a distance has no gradient."""
-    lacking = [space for space, distance in reward.distances.items() if not hasattr(distance, "gradient")]
+def values_of(
+    trainer: "DistributionRewardTrainer",
+    reward: Reward,
+    images: Tensor,
+    conditions: Conditions,
+    slots: Tensor,
+    check_finite: bool = False,
+) -> dict[str, Tensor]:
+    """
+    Values of float32 images in [0, 255], with gradients: features by space, or the scores of a function of single
+    images by its name. What such a function logs has been logged with its score.
+    """
+    if reward.of_sets:
+        return reward.function.extract(images, conditions, check_finite=check_finite, gradient=True)
+    arguments = trainer.rewards.arguments(conditions, slots, trainer.state)
+    for log in ("log_metric", "log_extra"):
+        arguments[log] = lambda *args, **kwargs: None
+    return {reward.name: reward.function(images=images, **arguments)}
+
+
+def reward_terms(
+    trainer: "DistributionRewardTrainer",
+    reward: Reward,
+    images: Tensor,
+    rollout: Rollout,
+    rows: slice,
+    gradients: list[dict[str, Tensor]],
+) -> list[Tensor]:
+    """
+    Terms of minus a reward by the images of `rows` of this process: linear in the features, with the `gradients` by
+    all features of this process, or the scores of single images.
+    """
+    conditions = take(rollout.conditions, range(rows.start, rows.stop))
+    values = values_of(trainer, reward, images, conditions, rollout.local_slots[rows])
+    if reward.of_sets:
+        wanted = gradients[reward.index]
+        return [(features * wanted[space][rows].to(features.dtype)).sum() for space, features in values.items()]
+    return [-reward.weight * scores.sum() / rollout.slots.numel() for scores in values.values()]
+
+
+def without_gradient(
+    trainer: "DistributionRewardTrainer", reward: Reward, images: Tensor, conditions: Conditions
+) -> dict[str, object]:
+    """
+    Values of a reward, by name, that are not one row for each of two uint8 images, with a gradient to them. Raises
+    `ValueError` if a distance has no gradient.
+    """
+    # without 0 and 255, where rounding or clamping hides the gradient
+    x = (64 + images.float() / 2).requires_grad_()
+    slots = torch.arange(len(x), device=x.device)
+    distances = reward.function.distances.items() if reward.of_sets else ()
+    lacking = [space for space, distance in distances if not hasattr(distance, "gradient")]
     if lacking:
         raise ValueError(f"the distances of {', '.join(lacking)} have no gradient: {REMEDY}.")
-
-
-def tracked(images: Tensor) -> Tensor:
-    """Float images that record gradients, without 0 and 255, where rounding or clamping hides the gradient."""
-    return (64 + images.float() / 2).requires_grad_()
+    with torch.enable_grad():
+        found = values_of(trainer, reward, x, conditions, slots, check_finite=True)
+        return {name: values for name, values in found.items() if not has_gradient(values, x)}
 
 
 def has_gradient(values: object, images: Tensor) -> bool:
@@ -72,18 +124,3 @@ def has_gradient(values: object, images: Tensor) -> bool:
     weights = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
     (gradient,) = torch.autograd.grad(values, images, weights, allow_unused=True)
     return gradient is not None and bool((gradient != 0).any())
-
-
-def call_with_gradient(
-    rewards: RewardFunctions,
-    reward: Reward,
-    images: Tensor,
-    conditions: Conditions,
-    slots: Tensor,
-    trainer_state: TrainerState,
-) -> Tensor:
-    """Calls a function of single images on float32 images in [0, 255]; what it logs has been logged with its score."""
-    arguments = rewards.arguments(conditions, slots, trainer_state)
-    for log in ("log_metric", "log_extra"):
-        arguments[log] = lambda *args, **kwargs: None
-    return reward.function(images=images, **arguments)

@@ -2,9 +2,9 @@
 """Batches of (image, time) pairs: selected images, dealt out to the processes and cut into micro-batches."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -36,7 +36,27 @@ def cut_pairs(num_own: int, num_images: int, num_times: int, size: int, processe
 
 
 @dataclass
-class PairBatch:
+class StoredBatch:
+    """Base class of batches that a checkpoint may hold."""
+
+    def state_dict(self) -> State:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state(cls, state: State, device: torch.device, elsewhere: Mapping[str, str] | None = None) -> Self:
+        """Rebuilds a saved batch on `device`; `elsewhere` names other devices of some of its fields."""
+        moved = dict(state)
+        for name, value in state.items():
+            there = (elsewhere or {}).get(name, device)
+            if isinstance(value, dict):
+                moved[name] = {key: tensor.to(there) for key, tensor in value.items()}
+            elif isinstance(value, Tensor):
+                moved[name] = value.to(there)
+        return cls(**moved)
+
+
+@dataclass
+class PairBatch(StoredBatch):
     """Images of one process, K of them, paired with each of the S trained steps of their trajectories."""
 
     cond: dict[str, Tensor]  # (K, ...) encoded conditions
@@ -87,21 +107,6 @@ class PairBatch:
         if self.old_means is not None:
             device = self.old_means.device
             self.old_means[image.to(device), column.to(device)] = mean.detach().to(device)
-
-    def state_dict(self) -> State:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_state(cls, state: State, device: torch.device, states_device: torch.device) -> "PairBatch":
-        """Rebuilds a saved batch; states and means go to `states_device`."""
-        moved = dict(state)
-        for name, value in state.items():
-            there = states_device if name in ("states", "old_means") else device
-            if isinstance(value, dict):
-                moved[name] = {key: tensor.to(there) for key, tensor in value.items()}
-            elif isinstance(value, Tensor) and name != "grid":  # which the host reads
-                moved[name] = value.to(there)
-        return cls(**moved)
 
 
 class Deal:

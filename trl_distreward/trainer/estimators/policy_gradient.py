@@ -12,7 +12,7 @@ from ...generation import SamplingSchedule
 from ...sampling import Transition, send, transition
 from ...seeds import keyed_generator
 from ..rollouts import Rollout
-from .base import Estimator, MicroBatch, State
+from .base import Estimator, MicroBatch, State, mean_square
 from .pairs import Deal, PairBatch
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class PolicyGradient(Estimator):
 
     def restore(self, state: State) -> PairBatch:
         device = self.accelerator.device
-        return PairBatch.from_state(state, device, torch.device("cpu") if self.args.offload_trajectories else device)
+        elsewhere = dict.fromkeys(("states", "old_means"), "cpu") if self.args.offload_trajectories else {}
+        return PairBatch.from_state(state, device, {"grid": "cpu", **elsewhere})  # the host reads the grid
 
     def _trained_steps(self, schedule: SamplingSchedule, step: int) -> tuple[int, ...]:
         """Draws the share `timestep_fraction` of the steps with noise."""
@@ -142,7 +143,7 @@ def clipped_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tens
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
     """KL `(P,)` of `N(mean, std²)` from `N(reference_mean, std²)`, averaged over dimensions; `std` has sqrt(dt)."""
-    return (mean - reference_mean).square().flatten(1).mean(1) / (2 * std**2)
+    return mean_square(mean - reference_mean) / (2 * std**2)
 
 
 def normalize_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
