@@ -148,6 +148,12 @@ def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashabl
     return torch.cat(rounds)[:count]
 
 
+def dealt_rows(dataset: Rows, count: int, seed: int, stratify_by: str | None) -> Tensor:
+    """The row of a dataset for each of `count` slots, see [`rows_of_slots`]; `stratify_by` is a column of strata."""
+    strata = None if stratify_by is None else column_of(dataset, stratify_by)
+    return rows_of_slots(len(dataset), count, seed, strata)
+
+
 def strata_of_slots(dataset: Rows | None, column: str, count: int, seed: int, labels: Conditions) -> list[Hashable]:
     """The stratum of each of `count` slots: a column of the dataset, or the slot's class if there is no dataset."""
     if dataset is None:
@@ -155,7 +161,7 @@ def strata_of_slots(dataset: Rows | None, column: str, count: int, seed: int, la
             raise ValueError(f"stratify_by={column!r} needs a train_dataset with that column: pass one.")
         return labels.tolist()
     strata = column_of(dataset, column)
-    return [strata[row] for row in rows_of_slots(len(strata), count, seed, strata).tolist()]
+    return [strata[row] for row in dealt_rows(dataset, count, seed, column).tolist()]
 
 
 def conditions_of_slots(
@@ -178,5 +184,4 @@ def conditions_of_slots(
     rows = column_of(dataset, column)
     conditions = rows if prompts else read_labels(rows, column)
     policy.check_conditions(conditions)
-    strata = None if stratify_by is None else column_of(dataset, stratify_by)
-    return take(conditions, rows_of_slots(len(rows), count, seed, strata))
+    return take(conditions, dealt_rows(dataset, count, seed, stratify_by))

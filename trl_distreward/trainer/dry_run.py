@@ -32,7 +32,7 @@ HEADROOM = 0.95  # share of the free disk to plan with
 
 @dataclass(frozen=True)
 class Plan:
-    """How often what happens in a run, and network evaluations of all processes for each; guidance counts twice."""
+    """Numbers of events in a run, and network evaluations of all processes for each; guidance counts twice."""
 
     steps: int
     refreshes: int

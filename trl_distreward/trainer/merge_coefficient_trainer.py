@@ -149,7 +149,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     @property
     def mean(self) -> Tensor:
-        """What has been learnt, before the map to coefficients: `(G, N_c)`, float64, in CPU memory."""
+        """The learnt mean before the map to coefficients: `(G, N_c)`, float64, in CPU memory."""
         return self.network().detach().cpu() if self.search is None else self.search.mean
 
     @property
@@ -346,7 +346,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     @property
     def _identity(self) -> State:
-        """What gives learnt coefficients their meaning."""
+        """Settings and checkpoints that give learnt coefficients their meaning."""
         return {
             "method": self.args.method,
             "coefficient_map": self.args.coefficient_map,

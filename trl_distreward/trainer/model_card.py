@@ -13,6 +13,7 @@ from peft import PeftModel
 from trl.trainer.base_config import _BaseConfig
 
 from ..merging.adapters import ADAPTER_FOLDER
+from ..policies import source_of
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -69,7 +70,7 @@ def write_model_card(
 
 def _base_model(trainer: "DiffusionTrainer") -> str | None:
     """The Hub id of the model that training began from; `None` for a folder, which belongs to this machine."""
-    source = getattr(getattr(trainer.policy, "pipeline", None), "config", {}).get("_name_or_path")
+    source = source_of(trainer.policy)
     return source if source and source.count("/") == 1 and not os.path.isdir(source) else None
 
 

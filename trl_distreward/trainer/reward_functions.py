@@ -20,9 +20,8 @@ from ..conditions import (
     Rows,
     as_arguments,
     column_names,
-    column_of,
+    dealt_rows,
     plain,
-    rows_of_slots,
 )
 from ..evaluation.image_metrics import ImageMetric
 from ..metrics.extractors import module_of
@@ -99,8 +98,8 @@ class RewardFunctions:
                     f"the dataset's column {name!r} is called as an argument of rewards: use rename_column."
                 )
         args = trainer.args
-        strata = None if args.stratify_by is None else column_of(dataset, args.stratify_by)
-        self._dataset, self._rows = dataset, rows_of_slots(len(dataset), args.reference_set_size, args.seed, strata)
+        self._dataset = dataset
+        self._rows = dealt_rows(dataset, args.reference_set_size, args.seed, args.stratify_by)
 
     def arguments(self, conditions: Conditions, slots: Tensor, trainer_state: TrainerState) -> dict[str, object]:
         """Keyword arguments of functions of single images, beside `images`; named as TRL's."""

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import __version__
 from ..files import State, write_json
 from ..hub import without_tokens
+from ..policies import source_of
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -66,7 +67,7 @@ def is_evaluation(logs: Mapping[str, object]) -> bool:
 
 
 def describe_run(trainer: "DiffusionTrainer") -> State:
-    """What is trained, on what, and the sums of the run."""
+    """Describes what is trained, the device, and the sums of the run."""
     pipeline = getattr(trainer.policy, "pipeline", None)
     parameters, device = list(trainer.skeleton.parameters()), trainer.accelerator.device
     return {
@@ -75,7 +76,7 @@ def describe_run(trainer: "DiffusionTrainer") -> State:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         "processes": trainer.accelerator.num_processes,
         "model": {
-            "source": getattr(pipeline, "config", {}).get("_name_or_path"),
+            "source": source_of(trainer.policy),
             "pipeline": type(pipeline if pipeline is not None else trainer.policy).__name__,
             "network": type(trainer.policy.model).__name__,
             "parameters": sum(p.numel() for p in parameters),

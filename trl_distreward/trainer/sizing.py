@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""What is said before training: messages are shown, and sizes that mislead are warned of."""
+"""Messages before training: they are shown to users, and sizes that mislead are warned of."""
 
 import logging
 from collections.abc import Iterator
