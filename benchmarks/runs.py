@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Training runs of small generators, of digits or MNIST, on a given number of generated images."""
+"""Training runs of small generators, of digits, MNIST or CIFAR-10, on a given number of generated images."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import cifar
 import mnist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,6 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from digits import METRICS, Digits, prepare  # noqa: E402
 
 IMAGES_PER_UPDATE = 256
+DATA: dict[str, Callable[[Path, Path, int], Digits]] = {
+    "digits": lambda cache, _, seed: prepare(cache, seed, 600),
+    "mnist": mnist.prepare,
+    "cifar": cifar.prepare,
+}
 PHASES = ("refresh", "rollout", "reward", "training")
 
 
@@ -182,15 +188,12 @@ def _named(trainer: DistributionRewardTrainer, metrics: dict[str, float]) -> dic
     }
 
 
-def parse_args(parser: argparse.ArgumentParser, data: Sequence[str] = ("digits", "mnist")) -> argparse.Namespace:
+def parse_args(parser: argparse.ArgumentParser, data: Sequence[str] = tuple(DATA)) -> argparse.Namespace:
     """Parses arguments that training benchmarks share. `args.prepare` makes the generator of a seed."""
     parser.add_argument("--data", default="digits", choices=data, help="images to generate")
-    parser.add_argument("--mnist", type=Path, default=Path("../shared/data"), help="folder of MNIST and its judges")
+    parser.add_argument("--folder", type=Path, default=Path("../shared/data"), help="folder of images and judges")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 10, 20, 30, 40], help="training seeds")
     parser.add_argument("--cache", type=Path, default=Path("outputs/digits/cache"), help="pretrained networks")
     args = parser.parse_args()
-    if args.data == "mnist":
-        args.prepare = cache(partial(mnist.prepare, args.cache, args.mnist))
-    else:
-        args.prepare = cache(lambda seed: prepare(args.cache, seed, 600))
+    args.prepare = cache(partial(DATA[args.data], args.cache, args.folder))
     return args

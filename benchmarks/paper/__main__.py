@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-The paper's tables and figures in miniature, and comparisons of this library's estimators, on digits or MNIST.
+The paper's tables and figures in miniature, and comparisons of this library's estimators, on digits, MNIST or CIFAR-10.
 
     OMP_NUM_THREADS=1 python benchmarks/paper training
-    OMP_NUM_THREADS=1 python benchmarks/paper training --data mnist --mnist FOLDER
+    OMP_NUM_THREADS=1 python benchmarks/paper training --data mnist --folder FOLDER
     python benchmarks/paper page
 
 An experiment keeps its runs in a log in `outputs/paper`, continues where the log ends, and writes a table of means and
