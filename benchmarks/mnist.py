@@ -135,7 +135,7 @@ def judge(folder: Path) -> tuple[Tensor, Tensor, Digits]:
         "last": lenet.last_features,
         "middle": lenet.middle_features,
         "pixels": pixel_features,
-        "asked": JointFeatures(lenet.probabilities, num_classes=10),
+        "asked": JointFeatures(lenet.probabilities, num_classes=10, scale=1),
     }
     real = {
         name: FeatureStatistics.from_features(extract_features(extract, images, labels))

@@ -303,7 +303,7 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
             base_path
         )
     # class probabilities joined with labels tell whether images show the requested digits; features alone do not
-    asked = JointFeatures(judge.probabilities, num_classes=10)
+    asked = JointFeatures(judge.probabilities, num_classes=10, scale=1)
     spaces = {"last": judge.last_features, "middle": judge.middle_features, "pixels": pixel_features, "asked": asked}
     with torch.no_grad():
         real = {

@@ -22,7 +22,7 @@ from trl_distreward.rewards import pick_score
 
 captions = load_dataset("lambdalabs/naruto-blip-captions", split="train")  # columns "image" and "text"
 clip = load_clip("openai/clip-vit-large-patch14")
-joint = JointTextFeatures(clip, clip.prompts)  # embeddings of an image and of its prompt
+joint = JointTextFeatures(clip, clip.prompts, scale=1)  # embeddings of an image and of its prompt, of length 1 each
 trainer = DistributionRewardTrainer(
     model=as_policy("stabilityai/stable-diffusion-3.5-medium", guidance_scale=4.5, height=512, width=512),
     reward_funcs=[

@@ -185,6 +185,14 @@ def test_pipelines_without_the_asked_velocity_are_refused():
         as_policy(stable_diffusion(ddim())).check_conditions("a cat")
 
 
+@pytest.mark.parametrize("missing", ["encode", "num_conditions"])
+def test_an_own_policy_that_lacks_a_member_is_told_which(missing):
+    own = {name: None for name in [*DiffusionPolicy.__annotations__, *vars(DiffusionPolicy)] if name[0] != "_"}
+    del own[missing]
+    with pytest.raises(TypeError, match=f"Mine lacks {missing}:"):
+        as_policy(type("Mine", (), own)())
+
+
 def wrapped(network):
     """Runs the code that the error about a bare network shows."""
     with pytest.raises(TypeError, match=f"{type(network).__name__} is a network: pass a pipeline with it.\n") as error:

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """
-The paper's tables and figures in miniature, and comparisons of this library's estimators, on digits, MNIST or CIFAR-10.
+The paper's tables and figures in miniature, and comparisons of this library's estimators, on small images.
 
     OMP_NUM_THREADS=1 python benchmarks/paper training
     OMP_NUM_THREADS=1 python benchmarks/paper training --data mnist --folder FOLDER

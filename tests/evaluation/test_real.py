@@ -114,7 +114,7 @@ def test_statistics_of_datasets_are_kept_unless_their_images_could_change(tmp_pa
 
 def test_extractors_that_need_conditions_find_them_in_a_dataset():
     images, labels = pixels(9), [0, 1, 2] * 3
-    joint = JointFeatures(project, num_classes=3)
+    joint = JointFeatures(project, num_classes=3, scale=1)
     expected = joint(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels))
     torch.testing.assert_close(real_data(dataset_of(images, label=labels), joint, features=True), expected)
 

@@ -73,7 +73,7 @@ def test_joint_features_are_concatenated_and_move_together(clip):
     values = extract_features(joint, images, prompts)
     assert torch.equal(values, torch.cat([clip(images), 3.0 * clip.prompts(prompts)], dim=1))
     other = CLIPEmbeddings(tiny_clip(1), tokenizer())
-    mixed = JointTextFeatures(features, other.prompts)
+    mixed = JointTextFeatures(features, other.prompts, scale=1)
     assert mixed(real_images(2), prompts[:2]).shape == (2, 14)
     mixed.to("meta")
     assert other.mean.is_meta

@@ -19,7 +19,13 @@ from transformers import (
 )
 
 from tests.helpers import features, pattern_images, real_images
-from trl_distreward import FeatureStatistics, JointFeatures, SubsetReplaceReward, load_feature_extractor
+from trl_distreward import (
+    FeatureStatistics,
+    JointFeatures,
+    JointTextFeatures,
+    SubsetReplaceReward,
+    load_feature_extractor,
+)
 from trl_distreward.metrics.extractors import network_digest
 
 IMAGES = pattern_images(2, 3, 40, 48)
@@ -50,7 +56,7 @@ class Colours(nn.Module):
 
 colours = Colours()
 doubled = colours.doubled
-joint = JointFeatures(features, num_classes=3)
+joint = JointFeatures(features, num_classes=3, scale=1)
 
 
 def save(model, folder, **preprocessor):
@@ -215,3 +221,20 @@ def test_your_own_callable_is_wrapped():
 def test_unknown_names_and_options_are_refused(name, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         load_feature_extractor(name, **options)
+
+
+@pytest.mark.parametrize(("factor", "text"), [(1.0, False), (40.0, False), (0.01, True)])
+def test_the_fitted_scale_lets_conditions_vary_as_much_as_features(factor, text):
+    images, conditions = real_images(300), torch.arange(300) % 3
+    if text:
+        conditions = [f"{'ab' * (label + 1)}" for label in conditions.tolist()]
+        lengths = lambda prompts: torch.tensor([[len(prompt), 1.0] for prompt in prompts])  # noqa: E731
+        joint = JointTextFeatures(lambda x: factor * features(x), lengths)
+    else:
+        joint = JointFeatures(lambda x: factor * features(x), num_classes=3)
+    with pytest.raises(ValueError, match=r"call fit\(real_images"):
+        joint(images, conditions)
+    values = joint.fit(images, conditions)(images, conditions)
+    dimension = features(images).shape[1]
+    ratio = values[:, dimension:].var(dim=0).sum() / values[:, :dimension].var(dim=0).sum()
+    assert ratio.item() == pytest.approx(1.0, rel=1e-4)

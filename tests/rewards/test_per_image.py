@@ -109,7 +109,7 @@ def test_a_text_to_image_policy_trains_on_joint_and_sample_wise_rewards(tmp_path
     """Prompts in strata, a joint distance, PickScore and an aesthetic head, by both estimators."""
     real, captions = coloured(39)
     pick = pick_score(folder)
-    joint = JointTextFeatures(pick.clip, pick.clip.prompts)
+    joint = JointTextFeatures(pick.clip, pick.clip.prompts, scale=1)
     rewards = [
         SubsetReplaceReward(joint, FeatureStatistics.from_features(joint(real, captions))),
         pick,

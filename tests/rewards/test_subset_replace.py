@@ -102,7 +102,7 @@ class Network(nn.Module):
     forward = features
 
 
-@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: n.features, lambda n: JointFeatures(n.features, 3)])
+@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: n.features, lambda n: JointFeatures(n.features, 3, 1)])
 def test_networks_are_frozen_and_moved_behind_methods_and_wrappers_too(wrap):
     network = Network()
     reward = SubsetReplaceReward(wrap(network), FeatureStatistics.from_features(torch.randn(40, 8)))
@@ -114,7 +114,7 @@ def test_networks_are_frozen_and_moved_behind_methods_and_wrappers_too(wrap):
 def test_joint_features_see_labels_that_images_alone_do_not():
     labels = torch.arange(60) % 3
     pictures = (labels * 80).view(-1, 1, 1, 1).to(torch.uint8) + images(60) // 16
-    joint = JointFeatures(pixels, num_classes=3)
+    joint = JointFeatures(pixels, num_classes=3, scale=1)
     alone = FeatureDistance(pixels, FeatureStatistics.from_features(pixels(pictures)))
     beside = FeatureDistance(joint, FeatureStatistics.from_features(joint(pictures, labels)))
 

@@ -139,6 +139,18 @@ def test_several_rewards_are_weighted_and_spaces_divided_by_the_starts_distances
     assert 0 < bright < 255 and logged(trainer, "reward")[0] == pytest.approx(of_sets + 0.01 * bright)
 
 
+def test_weights_of_several_rewards_compare_spreads_and_not_units(tmp_path, pool):
+    def brightness(images, **kwargs):
+        return images.float().mean((1, 2, 3)).tolist()
+
+    trainer = tiny_merge_trainer(tmp_path, pool, reward_funcs=[tiny_reward(), brightness])
+    order = torch.tensor([[3.0, 1e6], [2.0, 0.0], [torch.nan, 9e9], [-9.0, 1.0]], dtype=torch.float64)
+    fitness = trainer._fitness(order)
+    assert fitness[[0, 1, 3]].argsort().tolist() == [2, 1, 0] and fitness[2].isnan()
+    in_other_units = trainer._fitness(order * torch.tensor([1.0, 1e-9]))
+    assert torch.allclose(fitness, in_other_units, equal_nan=True)
+
+
 def test_a_reward_forgets_the_units_of_an_earlier_run(tmp_path, pool):
     reward, settings = two_spaces(), {"max_steps": 1}
     other = merged(tmp_path, pool, reward_funcs=reward, seed=1, initial_coefficients="last", **settings)

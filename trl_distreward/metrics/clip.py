@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conditions import Conditions
 from .backbones import CLIP_MEAN, CLIP_STD, BackboneFeatures
-from .extractors import FeatureExtractor, freeze, module_of
+from .extractors import FeatureExtractor, Joint, freeze, module_of
 from .precision import full_precision
 
 if TYPE_CHECKING:
@@ -65,30 +66,36 @@ class CLIPEmbeddings(BackboneFeatures):
         return embeddings.to(self.mean.device)
 
 
-class JointTextFeatures(nn.Module):
+class JointTextFeatures(Joint, nn.Module):
     """
-    Features of an image joined with the embedding of its prompt: a distance of images alone is blind to prompts. Real
-    statistics come from real images with their captions, as in the example of [`JointFeatures`]. `text_encoder` maps a
-    list of B prompts to embeddings `(B, e)`, as [`~metrics.CLIPEmbeddings.prompts`] does.
+    Features of an image joined with the embedding of its prompt, times `scale`: a distance of images alone is blind to
+    prompts. Real statistics come from real images with their captions, as in the example of [`JointFeatures`].
+    `text_encoder` maps a list of B prompts to embeddings `(B, e)`, as [`~metrics.CLIPEmbeddings.prompts`] does.
     """
-
-    needs_conditions = True
 
     def __init__(
-        self, feature_extractor: FeatureExtractor, text_encoder: Callable[[Sequence[str]], Tensor], scale: float = 1.0
+        self,
+        feature_extractor: FeatureExtractor,
+        text_encoder: Callable[[Sequence[str]], Tensor],
+        scale: float | None = None,
     ):
         super().__init__()
         self.extractor = freeze(feature_extractor)
         self.text_encoder = freeze(text_encoder)
         # registered here, because the module behind a method or a wrapper would not be moved otherwise
         self.image_module, self.text_module = module_of(feature_extractor), module_of(text_encoder)
-        self.scale = scale
-        self.name = f"{getattr(feature_extractor, 'name', 'features')}+text-{scale:g}"
-        self.resize = str(getattr(feature_extractor, "resize", self.name))
+        self.scale, self.image_name = scale, getattr(feature_extractor, "name", "features")
+        self.resize = str(getattr(feature_extractor, "resize", self.image_name))
+
+    @property
+    def name(self) -> str:
+        return f"{self.image_name}+text-{self.scale:g}"
+
+    def embed(self, conditions: Conditions, like: Tensor) -> Tensor:
+        return self.text_encoder(conditions).to(like)
 
     def forward(self, images: Tensor, conditions: Sequence[str]) -> Tensor:
-        features = self.extractor(images)  # (B, d)
-        return torch.cat([features, self.scale * self.text_encoder(conditions).to(features)], dim=1)
+        return self.join(images, conditions)
 
 
 def load_clip(

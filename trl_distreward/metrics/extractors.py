@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -106,28 +106,57 @@ def extract_features(
     return values.float()
 
 
-class JointFeatures:
+class Joint:
+    """What joins features of an image with those of its condition. `fit` sets `scale`, the factor of the latter."""
+
+    needs_conditions = True
+    scale: float | None
+    extractor: FeatureExtractor
+
+    def embed(self, conditions: Conditions, like: Tensor) -> Tensor:
+        """Features of conditions `(B, e)`, on the device and in the dtype of `like`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, conditions: Conditions) -> Self:
+        """
+        Chooses `scale` so that both parts have the same total variance over real images `(M, C, H, W)` and their
+        conditions. A few thousand suffice.
+        """
+        features = extract_features(self.extractor, images)
+        variances = [values.double().var(dim=0).sum() for values in (features, self.embed(conditions, features))]
+        self.scale = (variances[0] / variances[1]).sqrt().item()
+        return self
+
+    def join(self, images: Tensor, conditions: Conditions) -> Tensor:
+        if self.scale is None:
+            raise ValueError("scale is not set: call fit(real_images, their_conditions) first, or give a number.")
+        features = self.extractor(images)  # (B, d)
+        return torch.cat([features, self.scale * self.embed(conditions, features)], dim=1)
+
+
+class JointFeatures(Joint):
     """
     Features of an image joined with its class, so that the distance sees whether images match their labels: one of
     images alone does not change if the images of two classes are swapped. Labels become one-hot vectors of length
-    `num_classes`, times `scale`.
+    `num_classes`, times `scale`, which `fit` chooses if it is not given.
 
     ```python
-    >>> joint = JointFeatures(inception, num_classes=1000)
+    >>> joint = JointFeatures(inception, num_classes=1000).fit(real_images, real_labels)
     >>> reward = SubsetReplaceReward(joint, FeatureStatistics.from_features(joint(real_images, real_labels)))
     ```
     """
 
-    needs_conditions = True
-
-    def __init__(self, feature_extractor: FeatureExtractor, num_classes: int, scale: float = 1.0):
+    def __init__(self, feature_extractor: FeatureExtractor, num_classes: int, scale: float | None = None):
         self.extractor = freeze(feature_extractor)
         self.num_classes, self.scale = num_classes, scale
 
+    def embed(self, conditions: Conditions, like: Tensor) -> Tensor:
+        labels = torch.as_tensor(conditions).to(like.device, torch.long)
+        return F.one_hot(labels, self.num_classes).to(like)
+
     def __call__(self, images: Tensor, conditions: Conditions) -> Tensor:
-        features = self.extractor(images)  # (B, d)
-        labels = torch.as_tensor(conditions).to(features.device, torch.long)
-        return torch.cat([features, self.scale * F.one_hot(labels, self.num_classes).to(features)], dim=1)
+        return self.join(images, conditions)
 
 
 class CallableFeatures(nn.Module):

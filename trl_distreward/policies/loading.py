@@ -126,6 +126,9 @@ def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> Di
     pipeline = _PIPELINE_OF.get(kind, kind.replace("Transformer2DModel", "Pipeline"))
     if pipeline in _POLICIES:
         raise TypeError(f"{kind} is a network: pass a pipeline with it.\n{_wrapping(model, pipeline)}")
+    members = [*DiffusionPolicy.__annotations__, *(name for name in vars(DiffusionPolicy) if name[0] != "_")]
+    if len(missing := [name for name in members if not hasattr(model, name)]) < len(members) / 2:
+        raise TypeError(f"{kind} lacks {', '.join(missing)}: a policy has all members of DiffusionPolicy.")
     raise TypeError(
         f"{kind} is not a pipeline this library knows ({', '.join(_POLICIES)}): write a class with "
         "the members of trl_distreward.policies.DiffusionPolicy and pass an instance of it as `model`."

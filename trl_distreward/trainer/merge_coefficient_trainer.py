@@ -189,16 +189,30 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         """
         rows = self._merges()
         values = self.judge.judge(torch.stack(list(rows.values())), self.state.max_steps)
-        rewards = self.rewards.total(values.unbind(dim=1)).nan_to_num(nan=-torch.inf)
         self.count_images("candidates", len(rows) * self.args.images_per_candidate)
-        found = dict(zip(rows, rewards.tolist(), strict=True))
-        best = max(found, key=lambda name: (found[name], name == "learnt"))
+        found, fitness = (
+            dict(zip(rows, each.nan_to_num(nan=-torch.inf).tolist(), strict=True))
+            for each in (self.rewards.total(values.unbind(dim=1)), self._fitness(values))
+        )
+        best = max(rows, key=lambda name: (fitness[name], name == "learnt"))
         self._chosen = rows[best]
         self._metrics.clear()  # of the judging itself
         self.log({f"final_reward/{name}": value for name, value in found.items()})
         if best != "learnt":
             logger.warning(f"On fresh noise {best!r} is better than what was learnt, so it is the result: {found}.")
         write_record(self)
+
+    def _fitness(self, values: Tensor) -> Tensor:
+        """
+        What candidates are compared by, from rewards `(B, functions)`: `(B,)`, NaN for those without a finite one. Of
+        several rewards each is normalized over the candidates first, so that weights compare spreads.
+        """
+        fitness, finite = torch.full((len(values),), torch.nan, dtype=values.dtype), values.isfinite().all(dim=1)
+        columns = values[finite].unbind(dim=1)
+        if len(columns) > 1 and bool(finite.any()):
+            columns = tuple(normalize_advantages(column[:, None])[:, 0] for column in columns)
+        fitness[finite] = self.rewards.total(columns)
+        return fitness
 
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: object = None) -> Tensor:
         """Draws candidates, judges them and learns from their rewards."""
@@ -218,15 +232,16 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         with self.timed("candidates"):
             values = self.judge.judge(coefficients_of(samples, args.coefficient_map), step)  # (B, functions)
         self.count_images("candidates", len(samples) * args.images_per_candidate)
-        rewards = self.rewards.total(values.unbind(dim=1))
+        rewards = self._fitness(values)
         finite = rewards.isfinite()
         if not bool(finite.any()):
             self.skip_update("no candidate's images and features are finite")
             return self.no_update()
         self.skipped_in_a_row = 0
         rewards = torch.where(finite, rewards, rewards[finite].min())  # the worst merges may make no images at all
-        self.record_rewards(rewards, values[finite].T[..., None].unbind())
-        self.record("reward_best", rewards.max().item())
+        totals = self.rewards.total(values[finite].unbind(dim=1))
+        self.record_rewards(totals, values[finite].T[..., None].unbind())
+        self.record("reward_best", totals[rewards[finite].argmax()].item())
         self.record("finite_candidates", finite.double().mean().item())
         if self.search is not None:
             self.search.tell(rewards)
