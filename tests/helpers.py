@@ -73,7 +73,14 @@ def tiny_config(output_dir, **kwargs):
 
 
 def tiny_trainer(
-    output_dir, model=None, reward_funcs=None, peft_config=None, eval_metrics=None, eval_dataset=None, **kwargs
+    output_dir,
+    model=None,
+    reward_funcs=None,
+    peft_config=None,
+    eval_metrics=None,
+    eval_dataset=None,
+    train_dataset=None,
+    **kwargs,
 ):
     return DistributionRewardTrainer(
         model=tiny_pipeline() if model is None else model,
@@ -81,6 +88,7 @@ def tiny_trainer(
         args=tiny_config(output_dir, **kwargs),
         peft_config=peft_config,
         eval_metrics=eval_metrics,
+        train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
 

@@ -342,9 +342,9 @@ def stopped(tmp_path_factory, pool):
 @pytest.mark.parametrize(
     ("settings", "change", "message"),
     [
-        ({"method": "emanet"}, list, "method: grid, not emanet"),
-        ({"coefficient_map": "none"}, list, "coefficient_map: affine, not none"),
-        ({"granularity": "per_block"}, list, "groups"),
+        ({"method": "emanet"}, list, "method was 'grid' and is 'emanet'"),
+        ({"coefficient_map": "none"}, list, "coefficient_map was 'affine' and is 'none'"),
+        ({"granularity": "per_block"}, list, "granularity"),
         ({}, lambda pool: pool[:3], "checkpoints"),
         ({}, lambda pool: [pool[0], pool[2], pool[1], pool[3]], "checkpoints"),
         ({}, lambda pool: [*pool[:3], with_other_weights(pool[0])], "checkpoints"),
@@ -352,7 +352,7 @@ def stopped(tmp_path_factory, pool):
 )
 def test_a_checkpoint_of_another_search_is_refused(tmp_path, pool, stopped, settings, change, message):
     other = tiny_merge_trainer(tmp_path, change(pool), **{"method": "grid", **settings})
-    with pytest.raises(ValueError, match=f"written by a run with other {message}"):
+    with pytest.raises(ValueError, match=f"is of a run with other settings: {message}"):
         other.train(resume_from_checkpoint=stopped)
 
 

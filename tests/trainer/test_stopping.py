@@ -93,13 +93,22 @@ def test_the_checkpoint_of_a_stop_counts_once(tmp_path):
     assert len(calls) == 2  # after each update
 
 
+def test_a_checkpoint_that_a_run_resumed_from_is_not_written_again(tmp_path):
+    tiny_trainer(tmp_path, max_steps=1, **SAVE_EVERY_STEP).train()
+    trainer = tiny_trainer(tmp_path, max_steps=2, **SAVE_EVERY_STEP)
+    stop_in(trainer, trainer.estimator, "rollout", 1)
+    calls = calls_of(trainer, "_save_checkpoint")
+    trainer.train(resume_from_checkpoint=True)  # a kill would hit it between its deletion and its replacement
+    assert trainer.interrupted and calls == []
+
+
 def test_a_second_signal_leaves_at_once_but_not_one_that_a_launcher_passes_on(monkeypatch):
     now, received = [100.0], []
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         stop = stopping.StopOnSignal()
-        stop.install()
+        stop.__enter__()
         for _ in range(2):  # by the terminal, and by the launcher
             signal.raise_signal(signal.SIGINT)
         assert stop.requested and received == []

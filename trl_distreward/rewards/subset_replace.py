@@ -7,7 +7,6 @@ new images g' take the places of n of them, g, that have the same conditions. `R
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -257,19 +256,21 @@ class SubsetReplaceReward:
     # ---- checkpoints ----
 
     def state_dict(self) -> State:
-        """The reference set's features, the first distances and the identity of the extractors."""
-        state = {"features": dict(self.features), "first_distances": dict(self.first_distances)}
-        return {**state, "extractors": self._identities}
-
-    @cached_property
-    def _identities(self) -> dict[str, dict[str, str | None]]:
-        return {space: describe_extractor(extractor) for space, extractor in self.extractors.items()}
+        """The reference set's features and the first distances."""
+        return {"features": dict(self.features), "first_distances": dict(self.first_distances)}
 
     def load_state_dict(self, state: State) -> None:
-        """Restores a reference set, whose features must come from the same extractors."""
-        if state["extractors"] != self._identities:
-            both = f"{state['extractors']}, and this reward has {self._identities}"
-            raise ValueError(f"the checkpoint's features come from the extractors {both}: resume with the former.")
+        """Restores a reference set of a reward with the same [`~SubsetReplaceReward.describe`]."""
         self.first_distances = dict(state["first_distances"])
         if state["features"]:
             self.set_reference(state["features"])
+
+    def describe(self) -> State:
+        """Describes settings and extractors, and real data by their distance from fixed features, to five digits."""
+        about: State = {name: getattr(self, name) for name in ("credit", "control_variate", "space_weights")}
+        for space, distance in self.distances.items():
+            about[f"extractor.{space}"] = describe_extractor(self.extractors[space])
+            if hasattr(distance, "dimension"):
+                noise = torch.randn(64, distance.dimension, generator=torch.Generator().manual_seed(0))
+                about[f"real_statistics.{space}"] = f"{copy.copy(distance).fit(noise).value:.5g} from fixed features"
+        return about

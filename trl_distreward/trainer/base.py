@@ -32,7 +32,7 @@ from ..evaluation.image_metrics import ImageMetric, as_metric
 from ..files import State
 from ..hub import with_retries
 from ..policies import Model, as_policy
-from . import checkpointing
+from . import checkpointing, resuming
 from .base_config import DiffusionTrainerConfig
 from .callbacks import LogSamplesCallback, UpdateWeights, add_default_callbacks
 from .checks import check_launch, check_rewards_and_metrics
@@ -69,6 +69,7 @@ class DiffusionTrainer(_BaseTrainer):
     args: DiffusionTrainerConfig
     control: TrainerControl
     steps_per_epoch: int  # optimizer steps that count as an epoch
+    identity: State  # of the run, on the process that writes; see `resuming`
 
     def __init__(
         self,
@@ -178,14 +179,13 @@ class DiffusionTrainer(_BaseTrainer):
         self._metrics.clear()
         self.rewards.reset()
         started = time.time()
-        self.stop.install()
-        try:
-            return super().train(resume_from_checkpoint, **kwargs)
-        except Interrupted:
-            return leave(self, started)
-        finally:
-            self.stop.restore()
-            write_record(self)
+        with resuming.output_folder(self, resume_from_checkpoint) as checkpoint, self.stop:
+            try:
+                return super().train(checkpoint, **kwargs)
+            except Interrupted:
+                return leave(self, started)
+            finally:
+                write_record(self)
 
     @property
     def weights_step(self) -> int:
@@ -399,6 +399,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.ema is not None and is_split(self.network):
             self.ema.share_out(self.network)
         if resume_from_checkpoint is not None:
+            self.state.compute_steps(self.args, max_steps)  # Trainer goes on with the checkpoint's
             self.load_training_state(checkpointing.read_training_state(self, resume_from_checkpoint))
             own = checkpointing.read_process_state(self, resume_from_checkpoint)
             if own is not None:
@@ -422,7 +423,6 @@ class DiffusionTrainer(_BaseTrainer):
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        self.create_model_card()
         run_dir = Path(self._get_output_dir(trial=trial))
         with self.run_record.timed("checkpoints"):
             written = checkpointing.write_checkpoint(self, run_dir)
@@ -441,7 +441,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.is_deepspeed_enabled:  # its optimizer holds the weights
             super()._load_best_model()
         else:
-            self.load_best(str(self.state.best_model_checkpoint))
+            self.load_best(str(resuming.newest_whole([Path(str(self.state.best_model_checkpoint))])))
 
     def _finish_current_push(self) -> None:
         self.publisher.finish()

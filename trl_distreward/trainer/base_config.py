@@ -31,6 +31,7 @@ class DiffusionTrainerConfig(_BaseConfig):
     logging_steps: float = option(1, "Steps between two logs.")
     gradient_checkpointing: bool | None = option(None, "Alias of activation_checkpointing, which is preferred.")
     bf16: bool | None = option(False, "Whether to run the network under bfloat16 autocast.")
+    overwrite_output_dir: bool = option(False, "Start in an output_dir with another run's checkpoints; delete them.")
     # 0 and not None: transformers multiplies it
     per_device_eval_batch_size: int = option(
         0, "Images at a time in reference sets, evaluations and merges. 0: 64, halved on a GPU until they fit."

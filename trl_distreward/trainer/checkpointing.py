@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -24,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..files import State
 from ..merging.adapters import ADAPTER_FOLDER
 from .ema import PolicyEMA
+from .resuming import write_manifest
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict, whole_tensors
 
 if TYPE_CHECKING:
@@ -45,11 +47,20 @@ def write_checkpoint(trainer: "DiffusionTrainer", run_dir: Path) -> Path:
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    _write_into(trainer, partial, final)
-    trainer.accelerator.wait_for_everyone()
-    if writes:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+    try:
+        trainer.create_model_card()
+        _write_into(trainer, partial, final)
+        trainer.accelerator.wait_for_everyone()
+        if writes:
+            write_manifest(trainer, partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError where a disk is full
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        remedy = "earlier checkpoints are whole: make room, or the folder writable, and resume from the newest"
+        raise OSError(f"{final} cannot be written: {remedy}. The error was: {error}") from error
     trainer.accelerator.wait_for_everyone()
     return final
 
@@ -175,11 +186,7 @@ def load_trained_weights(trainer: "DiffusionTrainer", folder: str) -> None:
     if not os.path.isfile(raw):
         load_pipeline_weights(trainer, folder)
         return
-    trained = load_file(raw)
-    odd = set(trained) ^ {name for name, p in trainer.network.named_parameters() if p.requires_grad}
-    if odd:
-        raise ValueError(f"{folder} was trained with other parameters, e.g. {min(odd)}: resume the run's own model.")
-    load_whole_state_dict(trainer.network, trained, strict=False)
+    load_whole_state_dict(trainer.network, load_file(raw), strict=False)
     if trainer.ema is not None:
         trainer.ema.load_state_dict(state["ema"])
 

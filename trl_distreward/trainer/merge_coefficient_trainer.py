@@ -355,18 +355,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             # every candidate has a set of its own; the first distances stay
             "rewards": [reward.state_dict() | {"features": {}} for reward in self.rewards.of_sets],
             "comparison": self.comparison,
-            # only the process that writes reads the pool for its hashes
-            "identity": self._identity if self.args.should_save else None,
-        }
-
-    @property
-    def _identity(self) -> State:
-        """Settings and checkpoints that give learnt coefficients their meaning."""
-        return {
-            "method": self.args.method,
-            "coefficient_map": self.args.coefficient_map,
-            "groups": self.group_names,
-            "checkpoints": [sorted(member["files"].values()) for member in self.pool_description["members"]],
         }
 
     def load_training_state(self, state: State) -> None:
@@ -377,12 +365,6 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     def load_trained(self, folder: str) -> None:
         state = checkpointing.read_training_state(self, folder)
-        for name, value in self._identity.items():
-            if state["identity"][name] != value:
-                found = (
-                    f"the checkpoint was written by a run with other {name}: {state['identity'][name]}, not {value}"
-                )
-                raise ValueError(f"{found}. Resume the run as it was, or start anew from its coefficients.json.")
         self.network.load_state_dict(state["network"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..hub import push_folder
 from .checkpointing import RAW_WEIGHTS, TRAINING_STATE
+from .resuming import IDENTITY, MANIFEST
 from .run_record import RUN_RECORD
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ logger = get_logger(__name__)
 
 # Files of a checkpoint that only resuming needs; some are DeepSpeed's
 _RESUME_ONLY = ["optimizer*", "global_step*", "latest", "zero_to_fp32.py", "scheduler.pt", "scaler.pt", "rng_state*"]
-_RESUME_ONLY += ["trainer_state.json", "process_state*", RAW_WEIGHTS, TRAINING_STATE]
+_RESUME_ONLY += ["trainer_state.json", "process_state*", RAW_WEIGHTS, TRAINING_STATE, IDENTITY, MANIFEST]
 # Files of the output folder that name folders of this machine, or that are results of other runs
 _NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", RUN_RECORD, "*.html"]
 _NOT_PUSHED += ["real_statistics.*", "*.work/*"]

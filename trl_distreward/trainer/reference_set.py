@@ -117,10 +117,7 @@ class ReferenceSet:
         return {"rewards": rewards, "last_refresh": self.last_refresh, "drifted": self.drifted}
 
     def load_state_dict(self, state: State) -> None:
-        size = self.args.reference_set_size
         for reward, saved in zip(self.rewards, state["rewards"], strict=True):
             features = {space: values.to(self.accelerator.device) for space, values in saved["features"].items()}
-            if any(len(values) != size for values in features.values()):
-                raise ValueError(f"reference_set_size={size} is not the checkpoint's: resume with the same number.")
             reward.load_state_dict({**saved, "features": features})
         self.last_refresh, self.drifted = state["last_refresh"], state["drifted"]

@@ -24,7 +24,8 @@ from ..conditions import (
     plain,
 )
 from ..evaluation.image_metrics import ImageMetric
-from ..metrics.extractors import module_of
+from ..files import State
+from ..metrics.extractors import describe_extractor, module_of
 from ..metrics.image_scores import RewardFunction, score_images
 from ..rewards.subset_replace import SubsetReplaceReward
 from .advantages import normalize_advantages
@@ -155,6 +156,19 @@ class RewardFunctions:
                     f"The first {_WATCHED} updates had {'equal' if alike else 'the same'} rewards by {reward.name!r}: "
                     "nothing can be learned from them. It may ignore the images (uint8, 0 to 255) or round its result."
                 )
+
+    def rows(self) -> list:
+        """What the dataset's other columns hold for each slot, if functions get them."""
+        rows = (self._dataset[int(row)] for row in self._rows) if self._columns else ()
+        return [[row[name] for name in self._columns] for row in rows]
+
+    def describe(self) -> State:
+        """Describes each function: two runs with other descriptions learn other things."""
+        described: State = {"reward_funcs": [reward.name for reward in self.all]}
+        for reward in self.all:
+            about = reward.function.describe() if reward.of_sets else describe_extractor(reward.function)
+            described |= {f"{reward.name}.{name}": value for name, value in {"weight": reward.weight, **about}.items()}
+        return described
 
     def to(self, device: torch.device) -> None:
         """Moves the networks behind all functions."""

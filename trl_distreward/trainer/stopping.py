@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..files import State
 
@@ -39,12 +40,12 @@ class StopOnSignal(TrainerCallback):
         self._asked = 0.0
         self._previous: dict[int, object] = {}
 
-    def install(self) -> None:
+    def __enter__(self) -> None:
         self.stopped, self.saved, self.state_before = False, -1, None
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
-    def restore(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous, self.requested = {}, False
@@ -55,7 +56,7 @@ class StopOnSignal(TrainerCallback):
             name = signal.Signals(number).name
             logger.warning(f"{name}: training stops after the batch at hand, with a checkpoint; again: at once.")
         elif time.monotonic() - self._asked > PASSED_ON:
-            self.restore()
+            self.__exit__()
             signal.raise_signal(number)
 
     def asked(self, args: TrainingArguments) -> bool:
@@ -65,6 +66,10 @@ class StopOnSignal(TrainerCallback):
         flag = torch.tensor(float(self.requested), device=args.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return flag.item() > 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        if Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").is_dir():  # resumed from
+            self.saved = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.asked(args):
