@@ -25,8 +25,12 @@ def bright(images, log_metric, **kwargs):
     return [score if score > 100 else None for score in scores]
 
 
+def broken(*args, **kwargs):
+    raise OSError("this process fails")
+
+
 def train(output, settings):
-    samples, stop = settings.pop("samples", 0), settings.pop("stop", None)
+    samples, stop, fail = (settings.pop(name, None) for name in ("samples", "stop", "fail"))
     if settings.pop("bright", False):
         settings["reward_funcs"] = [tiny_reward(), bright]
     resume_from, launch = settings.pop("resume_from", None), settings.pop("launch", "ddp")
@@ -44,6 +48,8 @@ def train(output, settings):
         trainer.add_callback(LogSamplesCallback(trainer, trainer.conditions[:samples], freq=100))
     if stop is not None and trainer.accelerator.process_index == 1:
         stop_in(trainer, trainer.estimator, "loss", stop)
+    if fail is not None and trainer.accelerator.process_index == fail[0]:
+        setattr(trainer, fail[1], broken)
     trainer.train(resume_from_checkpoint=resume_from)
     assert trainer.interrupted == (stop is not None)
     metrics = trainer.evaluate()

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,15 @@ def test_a_signal_to_one_process_stops_all_in_the_same_micro_batch(tmp_path):
     weights, other = run(tmp_path / "resumed", 2, resume)
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert values(other, "reward") == values(log, "reward")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("fail", [(1, "score"), (0, "write_model")])
+def test_a_process_that_fails_ends_the_others_and_its_error_comes_first(tmp_path, fail):
+    settings = json.dumps({"max_steps": 3, **SAVE_EVERY_STEP, "fail": fail})
+    result = launch(SCRIPT, tmp_path, settings, ACCELERATE_USE_CPU="true")  # within its time limit
+    errors = [line for line in result.stderr.splitlines() if re.match(r"(\[rank\d\]: )?\w+Error: ", line)]
+    assert result.returncode != 0 and errors[0].endswith("this process fails")
 
 
 BACKPROP = {"loss_type": "backprop", "reference_update": "rolling", "backprop_from": 0.5, "checkpoint_steps": True}
