@@ -1,8 +1,9 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and archives that are no larger than they seem."""
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,17 @@ def written_whole(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_archive(file: str | os.PathLike | IO[bytes]) -> None:
+    """Raises `ValueError` for a zip archive that claims to be much larger unpacked; other files pass."""
+    try:
+        members = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"it is a damaged archive: {error}") from error
+    for member in members:
+        if member.file_size > max(2**20, 100 * member.compress_size):  # else 40 KB could take 10 GB of memory
+            raise ValueError(f"its member {member.filename} claims {member.file_size} bytes: save it uncompressed")
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

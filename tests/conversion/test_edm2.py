@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conversion.snapshots import Call, original_modules, snapshot
+from tests.conversion.snapshots import Call, original_modules, persistent, snapshot
 from tests.edm2 import tiny_edm2
 from trl_distreward.conversion import load_original_edm2, read_original_edm2
 
@@ -75,7 +75,7 @@ def test_other_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
         other = pickle.dumps({"ema": Call(os.system, "touch executed")})
     cases = {
         "posix.system|nt.system": other,
-        "truncated": whole[: len(whole) // 2],
+        "damaged": whole[: len(whole) // 2],
         "laid out": pickle.dumps({"network": 1}),
         "int": pickle.dumps({"ema": 1}),
         "not one of the known names": whole.replace(b"EasyDict", b"EvilDict"),
@@ -86,3 +86,23 @@ def test_other_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     assert not Path("executed").exists()
     with pytest.raises(FileNotFoundError):
         load_original_edm2(tmp_path / "absent.pkl")
+
+
+def test_snapshots_that_claim_more_than_they_hold_are_refused(tmp_path):
+    def written(network):
+        with original_modules():
+            return write(tmp_path, pickle.dumps({"ema": network}))
+
+    whole, empty = torch.nn.Linear(40, 40, bias=False), persistent(torch.nn.Identity())
+    repeated = persistent(whole, "Precond")
+    repeated.state["_buffers"] |= dict.fromkeys(map(str, range(50)), whole.weight.data)
+    nested = empty
+    for _ in range(40):  # 2 ** 40 modules
+        nested, inner = persistent(torch.nn.Identity(), "Precond"), nested
+        nested.state["_modules"] = {"left": inner, "right": inner}
+    for network, message in ((repeated, "its weights take more memory than its"), (nested, "'_modules'")):
+        with pytest.raises(ValueError, match=f"is refused as an EDM2 snapshot: .*{message}"):
+            read_original_edm2(written(network))
+    for name, many in (("num_blocks", 10**8), ("channel_mult", [1] * 10**5)):
+        with pytest.raises(ValueError, match="weights are too few for so many blocks"):
+            load_original_edm2(write(tmp_path, snapshot(tiny_edm2(), **{name: many})))

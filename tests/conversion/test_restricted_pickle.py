@@ -1,4 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import contextlib
 import os
 import pickle
 import struct
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from tests.conversion.snapshots import Call, storage_bytes, tensor_call
-from trl_distreward.conversion.restricted_pickle import load_records, read_array, read_tensor
+from trl_distreward.conversion import load_original_sit
+from trl_distreward.conversion.restricted_pickle import check_sharded_state, load_records, read_array, read_tensor
 
 EVIL = pickle.dumps(Call(os.system, "touch executed"))
 TEN_GIGABYTES = 10 * 2**30
@@ -98,6 +101,46 @@ def test_truncated_files_are_refused(tmp_path):
 def test_claims_of_gigabytes_are_refused(tmp_path, kind):
     with pytest.raises(pickle.UnpicklingError):
         read(b"\x80\x04" + kind + struct.pack("<Q", TEN_GIGABYTES) + b"few bytes.", tmp_path / "p")
+
+
+@pytest.mark.parametrize("put", [b"r" + struct.pack("<I", 2**27), b"p134217728\n"], ids=["binary", "text"])
+def test_claims_of_many_objects_are_refused(tmp_path, put):
+    with pytest.raises(pickle.UnpicklingError, match="claims 134217728 objects in"):
+        read(b"\x80\x02]" + put + b".", tmp_path / "p")
+
+
+def test_an_archive_in_a_storage_that_claims_gigabytes_is_refused(tmp_path):
+    torch.save(torch.zeros(10**6), tmp_path / "t")
+    with (
+        zipfile.ZipFile(tmp_path / "t") as stored,
+        zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in stored.namelist():
+            small.writestr(name, stored.read(name))
+    record = read(pickle.dumps(tensor_call((tmp_path / "z").read_bytes(), (3,))), tmp_path / "p")
+    with pytest.raises(ValueError, match="data/0 claims 4000000 bytes"):
+        read_tensor(record)
+    with pytest.raises(ValueError, match="data/0 claims 4000000 bytes"):
+        load_original_sit(tmp_path / "z")
+
+
+@pytest.mark.parametrize("place", [".metadata", "__1.metadata", "__0_0.distcp"])
+def test_code_in_a_sharded_state_is_refused_and_does_not_run(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    state = {"exp_avg": torch.randn(3, 4).bfloat16(), "lr": 0.1}
+    dcp.save(state, checkpoint_id="optimizer_0", no_dist=True)
+    check_sharded_state(Path("optimizer_0"))
+    if place == "__0_0.distcp":  # values that are no tensors are pickles too
+        dcp.save({**state, "lr": Call(os.system, "touch executed")}, checkpoint_id="optimizer_0", no_dist=True)
+    else:
+        Path("optimizer_0", place).write_bytes(EVIL)
+    with pytest.raises(ValueError, match="optimizer_0 is damaged, or would run code if it were read"):
+        check_sharded_state(Path("optimizer_0"))
+    assert not Path("executed").exists()
+    if place != "__1.metadata":  # which only another process would read
+        with contextlib.suppress(BaseException):
+            dcp.load(state, checkpoint_id="optimizer_0", no_dist=True)
+        assert Path("executed").exists()  # torch runs it
 
 
 def test_tensors_that_claim_gigabytes_are_refused(tmp_path):

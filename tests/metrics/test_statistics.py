@@ -7,9 +7,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from trl_distreward import FeatureDistance, FeatureStatistics, SubsetReplaceReward
-from trl_distreward.metrics.statistics import check_extractor
+from trl_distreward.metrics.statistics import check_extractor, load_features
 
 
 def moments(dimension=3, seed=0):
@@ -71,6 +72,75 @@ def test_npz_of_other_tools_is_read(tmp_path):
     np.savez(tmp_path / "sample.npz", arr_0=np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="images: give it as a source"):
         FeatureStatistics.load(tmp_path / "sample.npz")
+
+
+def spoiled(**entries):
+    matrix = torch.eye(4).double()
+    for place, value in entries.values():
+        matrix[place] = value
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("covariance", "count", "message"),
+    [
+        (-100 * torch.eye(4), None, "eigenvalue -100, or is not symmetric"),
+        (spoiled(a=((0, 1), 1e6), b=((1, 0), 1e6)), 50, "eigenvalue -1e"),
+        (spoiled(a=((0, 1), 0.5)), 50, "not symmetric"),
+        (spoiled(a=((2, 2), torch.inf)), 50, "finite"),
+        (torch.eye(4), 1, "count=1 must be a whole number of at least 2"),
+        (torch.eye(4), 2.5, "count=2.5"),
+        (torch.eye(4), 4, "rank 4, which needs more than 4 images"),
+        (torch.eye(3), None, r"covariance \(3, 3\)"),
+        (torch.eye(4), 5, None),
+        (torch.zeros(4, 4), 5, None),
+        (spoiled(a=((0, 1), 1.0), b=((1, 0), 1 + 1e-7)), 5, None),  # as float32 rounds
+    ],
+)
+def test_statistics_that_are_none_are_refused_where_they_come_in(tmp_path, covariance, count, message):
+    content = {"num_images": count, "fid": {"mu": np.zeros(4), "sigma": covariance.numpy()}}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, 4))
+    for read in (
+        lambda: FeatureStatistics.from_moments(torch.zeros(4), covariance, count),
+        lambda: FeatureStatistics.load(tmp_path / "a.pkl", "inception"),
+    ):
+        if message is None:
+            assert read().dimension == 4
+            continue
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
+def test_a_flipped_bit_in_a_file_is_noticed(tmp_path):
+    path, rows = tmp_path / "real.safetensors", torch.randn(9, 3)
+    FeatureStatistics.from_features(rows, {"extractor": "test"}).save(path, rows)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    flipped = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(start, len(content), 5)]
+    flipped += [content.replace(b'"count":"9"', b'"count":"8"'), content.replace(b"test", b"vest")]
+    for damaged in flipped:
+        path.write_bytes(damaged)
+        for read in (FeatureStatistics.load, load_features):
+            with pytest.raises(ValueError, match="it is damaged, as its digest shows"):
+                read(path)
+    path.write_bytes(content)
+    assert FeatureStatistics.load(path).count == 9 and torch.equal(load_features(path), rows)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_a_small_archive_that_claims_gigabytes_is_refused(tmp_path, method):
+    path, held = tmp_path / "a.npz", io.BytesIO()
+    np.save(held, np.zeros((1200, 1200)))
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("mu.npy", held.getvalue())
+        archive.writestr("sigma.npy", held.getvalue())
+    assert path.stat().st_size < 40_000
+    with pytest.raises(ValueError, match="its member mu.npy claims 11520128 bytes"):
+        FeatureStatistics.load(path)
+    path = path.with_suffix(".safetensors")
+    save_file({"mean": torch.zeros(3), "covariance": torch.zeros(2**15, 1)}, path)
+    with pytest.raises(ValueError, match="32768 dimensions"):
+        FeatureStatistics.load(path)
 
 
 class Runs:

@@ -38,7 +38,7 @@ class OriginalEDM2:
 def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
     """Reads a snapshot (`.pkl`) that NVIDIA's code wrote, or raises `ValueError`. Nothing in it is executed."""
     try:
-        return _interpret(load_records(Path(path)))
+        return _interpret(load_records(Path(path)), os.path.getsize(path))
     except FileNotFoundError:
         raise
     except Exception as error:  # a malformed snapshot can raise anything
@@ -62,6 +62,9 @@ def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> ED
         stays = any(part in name for part in EDM2UNet2DModel._keep_in_fp32_modules)
         weights[name] = value.to(torch.float32 if stays else dtype)
     try:
+        levels = len(original.config.get("channel_mult", "1"))
+        if original.config.get("num_blocks", 0) > len(weights) or levels > len(weights):  # to make them takes forever
+            raise ArithmeticError(f"{len(weights)} weights are too few for so many blocks")
         with torch.device("meta"):  # no random weights that are thrown away
             model = EDM2UNet2DModel(**original.config)
         model.load_state_dict(weights, assign=True)
@@ -70,11 +73,15 @@ def build_edm2(original: OriginalEDM2, dtype: torch.dtype = torch.float32) -> ED
     return model.eval()
 
 
-def _interpret(snapshot: Value) -> OriginalEDM2:
+def _interpret(snapshot: Value, size: int) -> OriginalEDM2:
     network = snapshot["ema"]
     if _class_name(network) != "Precond":
         raise pickle.UnpicklingError(f"its network is a {_class_name(network)}, not a Precond")
-    weights = dict(_tensors(network))
+    weights, seen = {}, 0
+    for name, value in _tensors(network):
+        weights[name], seen = value, seen + value.nbytes
+        if seen > size:  # the same values again and again
+            raise pickle.UnpicklingError(f"its weights take more memory than its {size} bytes")
     return OriginalEDM2(_read_config(_state(network)), weights, *_read_encoder(snapshot.get("encoder")))
 
 
@@ -97,7 +104,7 @@ def _tensors(module: Value, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for name, value in [*state["_parameters"].items(), *state["_buffers"].items()]:
         if value is not None:
             yield prefix + name, read_tensor(value)
-    for name, child in state["_modules"].items():
+    for name, child in state.pop("_modules").items():  # a module that is in itself, or twice in each of many, fails
         if child is not None:
             yield from _tensors(child, f"{prefix}{name}.")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Read EDM2's pickles as inert records: nothing in the file is imported, called or executed.
+"""Read pickles of EDM2 and of sharded states as inert records: nothing in the file is imported, called or executed.
 
 Unpickling gives records of the names in the file and the arguments passed to them. Tensors and arrays are then read
 from the bytes in these records.
@@ -7,13 +7,17 @@ from the bytes in these records.
 
 import io
 import math
+import os
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..files import check_archive
 
 # a value in a pickle: anything but an object of the classes that the file names
 Value = Any
@@ -49,6 +53,15 @@ _RECORDS = {
     "numpy": ["ndarray", "dtype"],
     "numpy.core.multiarray": ["_reconstruct"],
     "numpy._core.multiarray": ["_reconstruct"],
+    # of a state that torch.distributed.checkpoint wrote
+    "torch.distributed.checkpoint.metadata": [
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    ],
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.serialization": ["_get_layout"],
+    "torch": ["Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))],
+    "pathlib": ["PosixPath", "WindowsPath"],
 }
 GLOBALS: dict[tuple[str, str], type] = {
     ("dnnlib.util", "EasyDict"): Items,
@@ -68,6 +81,11 @@ def load_records(path: Path) -> Value:
     """Reads the object in a pickle file as records; raises `pickle.UnpicklingError` for unknown names and damage."""
     try:
         with path.open("rb") as file:
+            most = os.fstat(file.fileno()).st_size
+            for opcode, argument, _ in pickletools.genops(file):
+                if "PUT" in opcode.name and int(argument or 0) > most:  # room for so many objects would be made
+                    raise pickle.UnpicklingError(f"it claims {argument} objects in {most} bytes")
+            file.seek(0)
             return _Unpickler(file).load()
     except (pickle.UnpicklingError, FileNotFoundError):
         raise
@@ -87,6 +105,7 @@ def read_tensor(value: Value) -> Tensor:
     if not is_record(value, "_rebuild_tensor_v2") or not is_record(value.args[0], "_load_from_bytes"):
         raise pickle.UnpicklingError(f"a {type(value).__name__} is where a tensor should be")
     storage, offset, size, stride = value.args[:4]
+    check_archive(io.BytesIO(storage.args[0]))
     found = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
     flat = torch.empty(0, dtype=found.dtype).set_(found._untyped_storage)
     if math.prod(size) > flat.numel():
@@ -103,3 +122,19 @@ def read_array(value: Value) -> np.ndarray:
     _, shape, dtype, fortran_order, data = value.state
     kind = np.dtype(dtype.state[1] + dtype.args[0])
     return np.frombuffer(data, kind).reshape(shape, order="F" if fortran_order else "C")
+
+
+def check_sharded_state(folder: Path) -> None:
+    """Raises `ValueError` if a state of torch.distributed.checkpoint, which unpickles freely, could run code."""
+    for path in folder.glob("*.metadata"):
+        try:
+            content = load_records(path).state
+            for index, place in content["storage_data"].items():
+                if is_record(content["state_dict_metadata"][index.state["fqn"]], "BytesStorageMetadata"):
+                    with open(path.parent / place.state["relative_path"], "rb") as file:
+                        file.seek(place.state["offset"])
+                        torch.load(io.BytesIO(file.read(place.state["length"])), weights_only=True)
+        except Exception as error:  # a malformed pickle can raise anything
+            raise ValueError(
+                f"{folder} is damaged, or would run code if it were read: resume from another."
+            ) from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import check_archive
 from ..models.sit import SIT_SIZES, SiTTransformer2DModel
 
 
@@ -54,6 +55,7 @@ def load_original_sit(
 def _read(path: str | os.PathLike) -> object:
     file = open(path, "rb")
     try:
+        check_archive(path)
         with file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:

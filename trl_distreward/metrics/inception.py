@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..files import check_archive
 from .precision import full_precision
 from .preprocessing import resize_pillow, resize_tensorflow, to_rgb
 
@@ -263,4 +264,5 @@ def _read_weights(source: str | os.PathLike | None) -> dict[str, Tensor]:
             raise OSError(f"{FID_WEIGHTS_URL} cannot be downloaded ({error}): put that file into {folder}.") from error
     repo, _, name = os.fspath(source).partition(":")
     path = hf_hub_download(repo, name) if name and not os.path.exists(source) else source
+    check_archive(path)
     return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)

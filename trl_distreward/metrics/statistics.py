@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """First and second moments of feature vectors, accumulated in float64, and the files that hold them."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,13 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..files import written_whole
+from ..files import check_archive, written_whole
 from .checks import check_features
 
 SPATIAL = "inception-spatial"  # name of ADM's spatial features, whose moments its reference batches hold too
 # feature spaces in EDM2's files by extractor, and their resizes, which the files do not name
 _EDM2_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
 _EDM2_RESIZE = {"inception": "tensorflow", "dinov2": "torch-bicubic-224"}
+_MOST_DIMENSIONS = 2**14  # a covariance of 2 GiB
+_ROUNDING = 1e-5  # relative to the largest value; float32 leaves 1e-6
 
 
 class FeatureStatistics:
@@ -51,12 +54,13 @@ class FeatureStatistics:
     def from_moments(
         cls, mean: Tensor, covariance: Tensor, count: int | None = None, metadata: Mapping[str, str] | None = None
     ) -> "FeatureStatistics":
-        """Statistics from a mean `(d,)` and a covariance `(d, d)` (divided by `count - 1`)."""
-        if mean.ndim != 1 or tuple(covariance.shape) != (len(mean), len(mean)):
+        """Statistics from a mean `(d,)` and a covariance `(d, d)` (divided by `count - 1`), if they are such."""
+        if mean.ndim != 1 or not len(mean) or tuple(covariance.shape) != (len(mean), len(mean)):
             shapes = f"mean has shape {tuple(mean.shape)} and covariance {tuple(covariance.shape)}"
             raise ValueError(f"{shapes}: they must be (d,) and (d, d).")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean and covariance must be finite: the statistics file is damaged.")
+        _check_covariance(covariance.double(), count)
         statistics = cls(len(mean), metadata)
         symmetric = (covariance.double() + covariance.double().T) / 2
         statistics.mean, statistics.count = mean.double().clone(), count
@@ -104,6 +108,7 @@ class FeatureStatistics:
         if features is not None:
             tensors["features"] = features
         metadata = {"format": "pt", "count": json.dumps(self.count), "metadata": json.dumps(self.metadata)}
+        metadata["digest"] = _digest(tensors, metadata)
         with written_whole(path) as file:
             file.write(save(tensors, metadata))
 
@@ -132,15 +137,51 @@ class FeatureStatistics:
 Moments = tuple[Tensor, Tensor, int | None, dict[str, str]]  # mean, covariance, count and metadata
 
 
-def _read_safetensors(path: Path, extractor: str | None) -> Moments:
+def _check_covariance(covariance: Tensor, count: int | None) -> None:
+    """Raises `ValueError` for a matrix that no `count` vectors have as their covariance."""
+    if count is not None and (not isinstance(count, int) or count < 2):
+        raise ValueError(f"count={count!r} must be a whole number of at least 2, or None if it is unknown.")
+    values = torch.linalg.eigvalsh(covariance)
+    rounding = _ROUNDING * values.abs().max()
+    if values[0] < -rounding or (covariance - covariance.T).abs().max() > rounding:
+        found = f"has the eigenvalue {values[0]:.3g}, or is not symmetric"
+        raise ValueError(f"the covariance {found}: recompute the statistics in float64.")
+    rank = int((values > rounding).sum())
+    if count is not None and rank >= count:
+        raise ValueError(f"the covariance has rank {rank}, which needs more than {count} images: correct the count.")
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a `.safetensors` file, unless they are not those that were written."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
-        mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
-    return mean, covariance, json.loads(header.get("count", "null")), json.loads(header.get("metadata", "{}"))
+        width = max(file.get_slice("covariance").get_shape())
+        if width > _MOST_DIMENSIONS:
+            raise ValueError(f"its features have {width} dimensions: at most {_MOST_DIMENSIONS} can be compared.")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    written = header.pop("digest", None)
+    if written not in (None, _digest(tensors, header)):
+        raise ValueError("it is damaged, as its digest shows: copy or compute it anew.")
+    return tensors, header
+
+
+def _read_safetensors(path: Path, extractor: str | None) -> Moments:
+    tensors, header = _read_whole(path)
+    about = json.loads(header.get("count", "null")), json.loads(header.get("metadata", "{}"))
+    return tensors["mean"], tensors["covariance"], *about
 
 
 def _read_npz(path: Path, extractor: str | None) -> Moments:
     names = ("mu_s", "sigma_s") if extractor == SPATIAL else ("mu", "sigma")
+    check_archive(path)
     with np.load(path, allow_pickle=False) as archive:
         if not {*names} <= {*archive}:
             also = ", but images: give it as a source of images" if "arr_0" in archive else ""
@@ -168,8 +209,9 @@ def load_features(path: str | os.PathLike) -> Tensor | None:
     """Real features `(M, d)` that a `.safetensors` file holds beside their statistics; `None` without them."""
     if Path(path).suffix != ".safetensors":
         return None
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("features") if "features" in file.keys() else None
+    tensors, _ = _read_whole(Path(path))
+    found = tensors.get("features")
+    return None if found is None else check_features(found, f"features in {path}", len(tensors["mean"]), least=2)
 
 
 def check_extractor(held: Mapping[str, object], seen: Mapping[str, object], path: object = "the real data") -> None:

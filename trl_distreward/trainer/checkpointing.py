@@ -22,6 +22,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..conversion.restricted_pickle import check_sharded_state
 from ..files import State
 from ..merging.adapters import ADAPTER_FOLDER
 from .ema import PolicyEMA
@@ -156,6 +157,8 @@ def _merged(trainer: "DiffusionTrainer", network: PeftModel) -> nn.Module:
 
 def read_training_state(trainer: "DiffusionTrainer", folder: str) -> State:
     """Reads what `training_state` returned when the checkpoint was written."""
+    for part in Path(folder).glob("*/"):
+        check_sharded_state(part)
     state = _read(trainer, folder, TRAINING_STATE)
     if state is None:
         remedy = "resume from one made without save_only_model=True, or start a new run with this folder as its model"
