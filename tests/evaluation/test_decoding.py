@@ -68,6 +68,29 @@ def test_8_bits_and_fewer_are_not_mistaken_for_more():
     assert decode(bitmap + bytes(8)).shape == (2, 2, 3)  # 5 bits each
 
 
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "SGI"])
+def test_formats_that_are_not_meant_are_refused_whatever_their_name(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(encoded(pixels(1, 16, 16)[0], kind))  # Pillow runs Ghostscript for the first
+    with pytest.raises(UnreadableImage, match="its format is none of JPEG, PNG"):
+        decode(str(tmp_path / "a.png"))
+
+
+def test_small_files_that_claim_gigabytes_are_refused(tmp_path):
+    wide = encoded(np.zeros((1, 50_000, 3), np.uint8))
+    large = encoded(Image.new("1", (9000, 9000)))
+    sparse = tmp_path / "a.png"
+    with sparse.open("wb") as file:
+        file.truncate(10 * 2**30)
+    for content, resize, message in (
+        (large, None, "9000 x 9000 pixels take too much memory"),
+        (wide, 256, "50000 x 1 pixels take too much memory"),
+        (str(sparse), None, "more than 268435456 bytes"),
+    ):
+        with pytest.raises(UnreadableImage, match=message):
+            decode_image(StoredImage("a.png", content), resize)
+    assert decode(wide).shape == (1, 50_000, 3)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_damaged_files_are_named(kind):
     whole = encoded(pixels(1, 64, 64)[0], kind)

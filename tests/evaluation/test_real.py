@@ -16,6 +16,7 @@ from tests.evaluation.images import encoded, pixels, project, project_pixels, wr
 from tests.runs import launch
 from trl_distreward import FeatureDistance, FeatureStatistics, JointFeatures, SubsetReplaceReward
 from trl_distreward.evaluation import open_images, real_data
+from trl_distreward.evaluation.real import build_distance
 
 
 def dataset_of(images, **columns):
@@ -67,6 +68,8 @@ def test_images_of_a_folder_are_brought_to_a_size_when_asked(tmp_path):
         real_data(tmp_path / "folder", project, features=True, resize=4),
         real_data(tmp_path / "folder", project, features=True),
     )
+    sizes = [build_distance("frechet", tmp_path / "folder", project, side).image_size for side in (4, None)]
+    assert sizes == ["4x4", "16x12"]
     metric = FeatureDistance(project, tmp_path / "folder", "kernel", real_resize=4)
     generated = torch.randn(9, 5)
     assert metric.distance.fit(generated).value == small.distances["features"].fit(generated).value
@@ -87,23 +90,27 @@ def test_statistics_of_a_folder_are_kept_until_anything_changes(tmp_path):
     assert [computed(scale=2.0), computed(scale=2.0), computed(resize=4), computed(resize=4)] == [9, 0, 9, 0]
     first, second = sorted(folder.rglob("*.png"))[:2]
     content, times = second.read_bytes(), os.stat(second)
-    second.write_bytes(encoded(255 - pixels(9)[2]))
+    second.write_bytes(encoded(255 - pixels(9)[2]).ljust(len(content), b"\0"))
+    assert os.stat(second).st_size == times.st_size  # with the same time too, as an archive leaves it
+    os.utime(second, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert [computed(), computed()] == [9, 0]
     second.write_bytes(content)
-    os.utime(second, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert computed() == 0  # as it was at first
+    folder = folder.rename(tmp_path / "moved")
+    assert computed() == 0
+    first, second = sorted(folder.rglob("*.png"))[:2]
     second.rename(second.with_name("zzz.png"))
     assert [computed(), computed()] == [9, 0]
     first.unlink()
     assert [computed(), computed()] == [8, 0]
 
 
-def test_statistics_of_datasets_are_kept_unless_their_images_could_change(tmp_path):
+def test_statistics_of_datasets_are_kept_but_for_streams(tmp_path):
     images = write_folder(tmp_path / "folder", 9)
     dataset = dataset_of(images)
     paths = Dataset.from_dict({"picture": sorted(map(str, (tmp_path / "folder").rglob("*.png")))})
     paths = paths.cast_column("picture", ImageColumn())
-    for source, kept in ((dataset, True), (paths, False), (dataset.to_iterable_dataset(), False)):
+    for source, kept in ((dataset, True), (paths, True), (dataset.to_iterable_dataset(), False)):
         extractor = Counted()
         first = real_data(source, extractor, features=True)
         seen, again = extractor.seen, real_data(source, extractor, features=True)

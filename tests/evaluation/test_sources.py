@@ -1,11 +1,17 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 
+import os
+import socket
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from tests.evaluation.images import encoded, pixels, write_folder
-from trl_distreward.evaluation.decoding import decode_image
+from tests.evaluation.images import encoded, pixels, project, project_pixels, write_folder
+from trl_distreward.evaluation.decoding import UnreadableImage, decode_image
+from trl_distreward.evaluation.features import collect_features
 from trl_distreward.evaluation.sources import StreamedImages, open_images
 
 
@@ -31,9 +37,40 @@ def test_links_to_folders_are_followed(tmp_path):
     write_folder(tmp_path / "other", 3)
     (tmp_path / "images" / "a" / "other").symlink_to(tmp_path / "other")
     assert open_images(tmp_path / "images").count == 10
-    (tmp_path / "images" / "lost.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(FileNotFoundError, match="lost.png"):
-        open_images(tmp_path / "images")
+
+
+def test_strange_entries_of_a_folder_are_named_or_skipped_and_counted(tmp_path):
+    folder = tmp_path / "images"
+    images = write_folder(folder, 7)
+    (folder / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "socket.png"))
+    (folder / "a" / "loop").symlink_to(folder)
+    (folder / "c").symlink_to(folder / "b")  # would count the images of b twice
+    (folder / "itself.png").symlink_to("itself.png")
+    with open(os.fsencode(folder) + b"/na\xefve.png", "wb") as file:
+        file.write(encoded(images[0]))
+    with pytest.raises(UnreadableImage, match=f"{folder}/.* cannot be decoded .*--skip-corrupt"):
+        collect_features(open_images(folder), {"f": project}, tmp_path / "work")
+    collected = collect_features(open_images(folder), {"f": project}, tmp_path / "other", skip_corrupt=True)
+    assert torch.allclose(collected.features("f"), project_pixels(images), atol=1e-4)
+    names = ["a/loop", "c", "itself.png", "lost.png", "na\\xefve.png", "pipe.png", "socket.png"]
+    assert [message.partition(" ")[0] for message in collected.skipped] == [f"{folder}/{name}" for name in names]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    write_folder(tmp_path, 7)
+    listed = Path.iterdir
+
+    def refused(folder):
+        if folder.name == "b":
+            raise PermissionError(f"Permission denied: {folder}")
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(PermissionError, match="/b"):
+        open_images(tmp_path)
 
 
 def test_npz_is_mapped_into_memory(tmp_path):
@@ -87,7 +124,7 @@ def test_split_is_needed_if_there_are_several(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"mu": np.zeros(3)}, r"holds \['mu'\]: a sample holds its images as 'arr_0'"),
+        ({"mu": np.zeros(3)}, r"holds \['mu'\], and a sample its images as 'arr_0'"),
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"\(2, 4, 4, 3\) of float64"),
         ({"arr_0": np.zeros((2, 48), np.uint8)}, r"\(N, H, W, 3\)"),
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"\(0, 4, 4, 3\)"),
@@ -98,7 +135,7 @@ def test_only_samples_of_images_are_opened(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message):
         open_images(tmp_path / "s.npz")
     np.savez_compressed(tmp_path / "small.npz", pixels(5))
-    with pytest.raises(ValueError, match="small.npz is compressed or damaged"):
+    with pytest.raises(ValueError, match="small.npz is no sample of images: it is compressed or damaged"):
         open_images(tmp_path / "small.npz")
 
 

@@ -16,6 +16,9 @@ import numpy as np
 from PIL import Image
 
 _EIGHT_BITS = ("RGB", "RGBA", "RGBX", "RGBa", "L", "LA", "La", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
+# Pillow knows more, among them PostScript, for which it starts Ghostscript
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_MOST_BYTES, _MOST_PIXELS = 2**28, 2**26  # of an image, which a small file can claim many more of
 
 
 class UnreadableImage(ValueError):
@@ -35,28 +38,46 @@ def decode_image(stored: StoredImage, resize: int | None = None) -> np.ndarray:
     """Decodes an image to uint8 pixels `(3, H, W)`, after [`center_crop`] to `resize`; may raise `UnreadableImage`."""
     try:
         image = _open(stored.content)
+        grown = (resize or 0) ** 2 * max(image.size) // min(image.size)  # a narrow image, brought to a size
+        if max(image.width * image.height, grown) > _MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels take too much memory")
         mode = _deep_mode(image) or image.mode
         image.load()
     except Exception as error:  # decoders raise many kinds of errors on damaged files
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
-        remedy = "repair or remove it, or pass --skip-corrupt"
-        raise UnreadableImage(f"{stored.name} cannot be decoded ({reason}): {remedy}.") from error
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"its format is none of {', '.join(_FORMATS)}" if unknown else error
+        name, remedy = os.fsencode(stored.name).decode(errors="backslashreplace"), "repair or remove it"
+        raise UnreadableImage(f"{name} cannot be decoded ({reason}): {remedy}, or pass --skip-corrupt.") from error
     if mode not in _EIGHT_BITS:
         raise UnreadableImage(f"{stored.name} has more than 8 bits per channel (mode {mode!r}): convert it to 8 bits.")
     image = image.convert("RGB")
     return np.array(image if resize is None else center_crop(image, resize)).transpose(2, 0, 1)
 
 
-def _open(content: object) -> Image.Image:
+def read_content(content: object) -> bytes | np.ndarray:
+    """Encoded bytes or pixels of a stored image; may raise any error."""
     if isinstance(content, Mapping):
         content = content["path"] if content.get("bytes") is None else content["bytes"]
     if isinstance(content, str | os.PathLike):
-        with fsspec.open(os.fspath(content), "rb") as file:
-            content = file.read()
+        path = os.fspath(content)
+        path.encode()  # a name that is not UTF-8 fits no message and no report
+        if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is a folder that was read before, a pipe or a socket")
+        with fsspec.open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
     if isinstance(content, bytes):
-        return Image.open(io.BytesIO(content))
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        return content
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or content.shape[2:] not in ((), (1,), (3,)):
         raise ValueError("its pixels are not uint8 of shape (H, W), (H, W, 1) or (H, W, 3)")
+    return content
+
+
+def _open(content: object) -> Image.Image:
+    content = read_content(content)
+    if isinstance(content, bytes):
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
     return Image.fromarray(content[:, :, 0] if content.shape[2:] == (1,) else content)
 
 

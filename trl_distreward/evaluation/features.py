@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..files import write_json, written_whole
 from ..metrics.extractors import FeatureExtractor, describe_extractor, extract_features, freeze, move
 from ..metrics.statistics import FeatureStatistics
@@ -31,6 +33,7 @@ from .sources import ImageSource
 
 _PATTERN, _SETTINGS = "features-*.safetensors", "settings.json"
 _BLOCK = 4096  # rows that enter the moments together; the last bits of the sums depend on it
+LIBRARY = f"trl-distreward {__version__}, torch {version('torch')}, pillow {version('pillow')}"  # what features are of
 
 
 def start_processes() -> PartialState:
@@ -44,12 +47,19 @@ class CollectedFeatures:
     def __init__(self, paths: Sequence[Path]):
         self.paths: list[Path] = []
         self.skipped: list[str] = []  # one message for each image that was left out
+        sizes = set()
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                self.skipped += json.loads(file.metadata()["skipped"])
-                self.paths += [path] if file.keys() else []
+                about = json.loads(file.metadata()["about"])
+                self.skipped += about["skipped"]
+                if file.keys():
+                    self.paths.append(path)
+                    sizes.add(about["size"])
         if not self.paths:
             raise ValueError(f"none of the {len(self.skipped)} images can be read: {self.skipped[0]}")
+        if len(sizes) > 1:
+            raise ValueError(f"images have {' and '.join(sorted(sizes))} pixels: pass --resize N.")
+        self.image_size = sizes.pop()  # height x width
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Features of one extractor in float32, at most 4096 rows at a time."""
@@ -118,6 +128,7 @@ def collect_features(
     state, folder = PartialState(), Path(folder)
     about = {name: describe_extractor(freeze(extractor)) for name, extractor in extractors.items()}
     settings = {"images": source.description, "extractors": about, "batch_size": batch_size, "resize": resize}
+    settings["library"] = LIBRARY
     _begin(folder, settings, state)
     paths = [folder / _PATTERN.replace("*", f"{i:05d}") for i in range(source.num_shards(batch_size))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
@@ -138,7 +149,8 @@ def collect_features(
         if images is None:
             rows = {name: torch.cat(each).cpu() for name, each in columns.pop(shard).items()}
             with written_whole(paths[shard]) as file:
-                file.write(save(rows, {"skipped": json.dumps(messages.pop(shard))}))
+                found = {"skipped": messages.pop(shard), "size": "x".join(map(str, size[1:]))}
+                file.write(save(rows, {"about": json.dumps(found)}))
             bar.update()
         elif images:
             size = size or images[0].content.shape

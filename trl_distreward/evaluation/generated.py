@@ -25,6 +25,7 @@ class GeneratedImages(ImageSource):
     """
 
     in_workers = False  # the network is in this process
+    is_stored = False
 
     def __init__(
         self,

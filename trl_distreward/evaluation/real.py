@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
@@ -20,7 +19,6 @@ from datasets import Dataset
 from huggingface_hub import constants
 from torch import Tensor
 
-from .. import __version__
 from ..conditions import LABEL_COLUMNS, TEXT_COLUMNS
 from ..metrics.distance import DISTANCES, Distance
 from ..metrics.extractors import FeatureExtractor, describe_extractor, extract_features, freeze, move
@@ -29,7 +27,7 @@ from ..metrics.kernel import KernelDistance
 from ..metrics.scores import OF_STATISTICS, feature_metrics
 from ..metrics.statistics import SPATIAL, FeatureStatistics, check_extractor, load_features
 from .decoding import decode_image
-from .features import CollectedFeatures, collect_features, start_processes
+from .features import LIBRARY, CollectedFeatures, collect_features, start_processes
 from .sources import ImageSource, npz_names, open_images
 
 RealSource: TypeAlias = FeatureStatistics | Tensor | np.ndarray | str | os.PathLike | Dataset | ImageSource
@@ -67,9 +65,9 @@ def real_data(
     Brings real data in any form to features, if `features` are asked for and there are any, or to their statistics.
 
     All processes call it, and share the work on images. Statistics of images are kept in the folder `trl_distreward`
-    of the Hugging Face cache, which all machines must share. They are computed anew if `resize`, the extractor or what
-    it makes of the first image, or a file's name, size or time changes; and every time for a stream or a dataset that
-    holds paths instead of images, whose changes would go unnoticed.
+    of the Hugging Face cache, which all machines must share. They are computed anew if an image, `resize`, the
+    extractor or what it makes of the first image, or this library changes; and every time for a stream. To find out,
+    all images are read: write a statistics file of large sets.
 
     `source` is [`FeatureStatistics`]; features `(M, d)`; a statistics file; a folder or `.npz` of images; a dataset
     with one column of images; or an [`~evaluation.ImageSource`]. An `extractor` that needs conditions finds them in a
@@ -99,14 +97,14 @@ def real_data(
         needed = getattr(extractor, "needs_conditions", False)
         source = open_images(source, prompt_column=columns if needed else None)
     state = start_processes()
-    name = _identity(source, extractor, features, resize) if source.is_fixed else uuid4().hex
+    name = _identity(source, extractor, features, resize) if source.is_stored else uuid4().hex
     path = Path(constants.HF_HOME, "trl_distreward", f"{name}.safetensors")
     path, is_there = broadcast_object_list([path, path.is_file()])
     if not is_there:
         write_statistics(source, extractor, path, features=features, resize=resize)
     found = load_features(path) if features else FeatureStatistics.load(path)
     state.wait_for_everyone()
-    if not source.is_fixed and state.is_main_process:
+    if not source.is_stored and state.is_main_process:
         path.unlink()
     assert found is not None
     return found
@@ -118,7 +116,7 @@ def _identity(source: ImageSource, extractor: FeatureExtractor, features: bool, 
     move(freeze(extractor), device)
     pixels = torch.from_numpy(decode_image(image, resize))[None].to(device)
     probe = extract_features(extractor, pixels, None if image.prompt is None else [image.prompt])
-    made_of = [source.description, describe_extractor(extractor), resize, features, probe.tolist()]
+    made_of = [source.digest(), describe_extractor(extractor), resize, features, probe.tolist(), LIBRARY]
     return hashlib.blake2b(json.dumps(made_of, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -200,7 +198,7 @@ def write_statistics(
     collected = collect_features(images, {"real": extractor}, folder, resize=resize, **options)
     if state.is_main_process:
         about = {**describe_extractor(extractor), **images.description, "image_resize": resize}
-        about["library"] = f"trl-distreward {__version__}, torch {version('torch')}, pillow {version('pillow')}"
+        about |= {"image_size": collected.image_size, "library": LIBRARY}
         metadata = {name: str(value) for name, value in about.items() if value is not None}
         statistics = collected.statistics("real", metadata)
         statistics.save(output, collected.features("real") if features else None)

@@ -10,15 +10,16 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from tqdm.auto import tqdm
 
 from ..conditions import find_column
-from .decoding import StoredImage
+from .decoding import StoredImage, read_content
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -26,17 +27,23 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 class ImageSource:
     """
     A set of `count` images that `read` returns by number, as [`~evaluation.decoding.StoredImage`]. A shard is a range
-    of at most 64 batches. Unfinished work is continued only if the `description` of the set is unchanged; `is_fixed`
-    tells that no image can change without it.
+    of at most 64 batches. Unfinished work is continued only if the `description` of the set is unchanged.
     """
 
     in_workers = True  # whether the worker processes of a DataLoader may read the images
-    is_fixed = False
+    is_stored = True  # whether images can be read again
 
-    def __init__(
-        self, description: dict[str, object], count: int, read: Callable[[int], StoredImage], is_fixed: bool = False
-    ):
-        self.description, self.count, self.read, self.is_fixed = description, count, read, is_fixed
+    def __init__(self, description: dict[str, object], count: int, read: Callable[[int], StoredImage]):
+        self.description, self.count, self.read = description, count, read
+
+    def digest(self) -> str:
+        """Digest of all images and prompts, in order. Decoding will say why one cannot be read."""
+        digest = hashlib.blake2b(digest_size=16)
+        for stored in map(self.read, tqdm(range(self.count), "Looking for changed images", leave=False, delay=5)):
+            with suppress(Exception):
+                content = read_content(stored.content)
+                digest.update(repr([np.shape(content), len(content), stored.prompt]).encode() + bytes(content))
+        return digest.hexdigest()
 
     def _shard_size(self, batch_size: int) -> int:
         return batch_size * min(64, -(-self.count // (64 * batch_size)))
@@ -53,6 +60,8 @@ class ImageSource:
 
 class StreamedImages(ImageSource):
     """A dataset that is read as a stream. A shard is one of its files."""
+
+    is_stored = False
 
     def __init__(self, rows: IterableDataset, columns: list[str], description: dict[str, object]):
         self.rows, self.columns = rows, columns
@@ -95,7 +104,10 @@ def open_images(
     else:
         path = Path(source)
         if path.suffix == ".npz":
-            return _open_npz(path)
+            try:
+                return _open_npz(path)
+            except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, struct.error) as error:
+                raise ValueError(f"{path} is no sample of images: {error}") from error
         if path.is_dir() and not _is_saved_dataset(path):
             if any(path.glob("checkpoint-*")):  # its sample grids are not what is to be measured
                 raise ValueError(
@@ -127,9 +139,7 @@ def open_images(
     if not len(rows):
         raise ValueError(f"{name} is empty: give one with images.")
     description |= {"images": len(rows), "fingerprint": rows._fingerprint}
-    images = rows.data.column(columns[0])
-    is_fixed = columns[0] in found and not pc.struct_field(images, "bytes").null_count  # no paths of images
-    return ImageSource(description, len(rows), partial(_read_row, rows, columns, name), is_fixed)
+    return ImageSource(description, len(rows), partial(_read_row, rows, columns, name))
 
 
 def _read_row(rows: Dataset, columns: list[str], source: str, index: int) -> StoredImage:
@@ -157,16 +167,28 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 def _open_folder(folder: Path) -> ImageSource:
     """Images of a folder and its subfolders, in the order of their paths; hidden files are left out."""
-    found = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = (path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES))
-    paths = sorted(str(path) for path in images if "/." not in f"/{path.relative_to(folder)}")
+    paths = sorted(map(str, _walk(folder, {os.path.realpath(folder)})))
     if not paths:
         raise ValueError(
             f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)}): read other files as a dataset, by the source "
             "'webdataset' or 'parquet' and --data-files."
         )
     description = {"source": str(folder), "images": len(paths), "files": _state_of(paths)}
-    return ImageSource(description, len(paths), partial(_read_file, paths), is_fixed=True)
+    return ImageSource(description, len(paths), partial(_read_file, paths))
+
+
+def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """Images in a folder, and links to folders that were already read: no image counts twice, no loop is endless."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield from [path] if path.name.lower().endswith(IMAGE_SUFFIXES) else []
+        elif os.path.realpath(path) in seen:
+            yield path
+        else:
+            seen.add(os.path.realpath(path))
+            yield from _walk(path, seen)
 
 
 def _read_file(paths: Sequence[str], index: int) -> StoredImage:
@@ -177,8 +199,8 @@ def _state_of(paths: Sequence[str | Path]) -> str:
     """Digest of the files' names, sizes and times, by which replaced files are noticed."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
-        state = os.stat(path)
-        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+        state = os.stat(path) if os.path.exists(path) else os.lstat(path)  # of a link that dangles
+        digest.update(os.fsencode(f"{path} {state.st_size} {state.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
@@ -195,21 +217,21 @@ def _open_npz(path: Path) -> ImageSource:
     """An ADM sample: `arr_0`, uint8 `(N, H, W, 3)`, in an uncompressed `.npz` file, which is mapped into memory."""
     names = npz_names(path)
     if "arr_0" not in names:
-        raise ValueError(f"{path} holds {names}: a sample holds its images as 'arr_0'.")
+        raise ValueError(f"it holds {names}, and a sample its images as 'arr_0'.")
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
         np.lib.format.read_magic(stream)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
         member, start = archive.getinfo("arr_0.npy"), stream.tell()
     if dtype != np.uint8 or len(shape) != 4 or fortran_order or 0 in shape:
-        raise ValueError(f"{path} holds {shape} of {dtype}: a sample is uint8 of shape (N, H, W, 3).")
+        raise ValueError(f"it holds {shape} of {dtype}, and a sample uint8 of shape (N, H, W, 3).")
     if member.compress_type != zipfile.ZIP_STORED or start + math.prod(shape) != member.file_size:
-        raise ValueError(f"{path} is compressed or damaged: save it with numpy.savez.")
+        raise ValueError("it is compressed or damaged: save it with numpy.savez.")
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26)  # where the local header has the lengths of the two fields at its end
         offset = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + start
     pixels = np.memmap(path, np.uint8, "r", offset, shape)
     description = {"source": str(path), "images": len(pixels), "files": _state_of([path])}
-    return ImageSource(description, len(pixels), partial(_read_pixels, path, pixels), is_fixed=True)
+    return ImageSource(description, len(pixels), partial(_read_pixels, path, pixels))
 
 
 def _read_pixels(path: Path, pixels: np.ndarray, index: int) -> StoredImage:

@@ -46,6 +46,7 @@ class FrechetDistance:
         if method not in ("auto", "logdet", "direct"):
             raise ValueError(f"method={method!r} is unknown: choose 'auto', 'logdet' or 'direct'.")
         self.method, self.dimension = method, real.dimension
+        self.image_size = real.metadata.get("image_size")  # of the real images, if it is known
         self._real = RealRoot.of(real)
 
     def fit(self, features: Tensor) -> "FrechetDistance":
