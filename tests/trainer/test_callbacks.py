@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import PrinterCallback
 
-from tests.helpers import tiny_merge_trainer, tiny_trainer
+from tests.helpers import tiny_merge_trainer, tiny_pipeline, tiny_trainer
 from tests.runs import EVALUATE_EVERY_STEP, logged
 from trl_distreward import LogSamplesCallback
 from trl_distreward.trainer.callbacks import ShowProgress, image_grid
@@ -94,3 +94,52 @@ def test_the_user_may_choose_another_way_to_show_progress(tmp_path, capsys):
     trainer.add_callback(PrinterCallback())
     trainer.train()
     assert "'grad_norm'" in capsys.readouterr().out
+
+
+def blind(images, **kwargs):
+    return [1.0] * len(images)
+
+
+def frozen(trainer):
+    """Lets no gradient reach the weights."""
+    for parameter in trainer.network.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "warned"),
+    [
+        ({}, None, None),
+        ({"max_steps": 2, "max_grad_norm": 1e-6}, None, None),  # too few to say so
+        ({"max_steps": 11, "max_grad_norm": 1e-6}, None, "Nearly all gradients are longer than max_grad_norm=1e-06"),
+        ({"learning_rate": 0.0}, None, "The last 3 updates changed nothing, as the learning rate is 0"),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10**9, "learning_rate": 1e-9},
+            None,
+            "rounding",
+        ),
+        ({"learning_rate": 1e-30, "max_steps": 12}, None, "The last 10 updates changed nothing, as changes are lost"),
+        ({"reward_funcs": blind, "weight_decay": 0.1}, None, "changed nothing, as they were skipped"),
+        ({"weight_decay": 0.1}, frozen, "changed nothing, as all gradients are 0"),  # though weights decay
+    ],
+)
+def test_runs_that_learn_nothing_say_so_once(tmp_path, caplog, settings, change, warned):
+    trainer = tiny_trainer(tmp_path, **{"max_steps": 3, **settings})
+    if change is not None:
+        change(trainer)
+    trainer.train()
+    said = [r.message for r in caplog.records if r.name.endswith("callbacks")]
+    assert len(said) == (warned is not None) and (warned or "") in "".join(said)
+
+
+def test_a_search_has_no_gradient_to_warn_of(tmp_path, caplog):
+    tiny_merge_trainer(tmp_path, method="cma").train()
+    assert "changed nothing" not in caplog.text
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.transformer.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        tiny_trainer(tmp_path, pipeline)

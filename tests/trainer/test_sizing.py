@@ -126,3 +126,11 @@ def test_features_of_another_dimension_are_refused_before_the_network_runs(tmp_p
     metric = {"other": FeatureDistance(features, wide(real_images()), distance)}
     with pytest.raises(ValueError, match="dimension 8, but the statistics they are compared with have 32"):
         tiny_trainer(tmp_path, pipeline, eval_metrics=metric)
+
+
+@pytest.mark.parametrize(("size", "warned"), [("4x4", False), ("8x8", True), ("4x8", True), (None, False)])
+def test_real_images_of_another_size_are_warned_of(tmp_path, caplog, size, warned):
+    held = {} if size is None else {"image_size": size}
+    real = FeatureStatistics.from_features(features(real_images()), held)
+    tiny_trainer(tmp_path, reward_funcs=SubsetReplaceReward(features, real))
+    assert (f"compares images of 4x4 pixels with real ones of {size}" in caplog.text) == warned

@@ -1,11 +1,12 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks: normalizing and averaging weights, progress, and sample grids."""
+"""Callbacks: normalizing and averaging weights, progress, warnings of runs that learn nothing, and sample grids."""
 
 import math
 import re
 import time
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..generation import evaluating
 from .image_sets import shared_images
 from .network import asks_for_normalization
 from .run_record import is_evaluation
+from .sharding import reshard
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -45,6 +47,55 @@ class UpdateWeights(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.network, state.global_step)
+
+
+class WatchLearning(TrainerCallback):
+    """Warns, once each, of ten logged updates, or all of a shorter run, that learn nothing or that are all clipped."""
+
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.logs: list[dict[str, float]] = []
+        self.warned: set[str] = set()
+        self.weights = self._weights()
+
+    def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
+        if "grad_norm" in logs and getattr(self.trainer, "search", None) is None:  # a search has no gradient
+            self.logs.append(logs)
+            self._judge(10)
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        self._judge(1)
+
+    def _judge(self, least: int) -> None:
+        if len(self.logs) < least:
+            return
+        logs, before, most = self.logs, self.weights, self.trainer.args.max_grad_norm
+        self.logs, self.weights, norms = [], self._weights(), [log["grad_norm"] for log in logs]
+        causes = {
+            "the learning rate is 0: change learning_rate or its schedule": not any(x["learning_rate"] for x in logs),
+            "they were skipped, for which warnings before say the reason": all("skipped_updates" in x for x in logs),
+            "all gradients are 0: train what the images depend on": not any(norms),
+            "changes are lost in rounding: raise learning_rate": before == self.weights,
+        }
+        messages = [f"The last {len(logs)} updates changed nothing, as {cause}." for cause in causes if causes[cause]][
+            :1
+        ]
+        if sum(norm > most > 0 for norm in norms) >= 9:
+            reason = "the clip, not the rewards, decides how far an update goes"
+            remedy = f"set it to about {2 * median(norms):.2g}, or to 0 for no clipping"
+            messages.append(f"Nearly all gradients are longer than max_grad_norm={most:g}, so {reason}: {remedy}.")
+        for message in messages:
+            if message.split()[0] not in self.warned:
+                self.warned.add(message.split()[0])
+                logger.warning(message)
+
+    def _weights(self) -> list[float]:
+        """Lengths of this process's parts of the trained weights, none of them the same after an update."""
+        reshard(self.trainer.network)
+        parts = [getattr(p, "_local_tensor", p) for p in self.trainer.network.parameters() if p.requires_grad]
+        return [torch.linalg.vector_norm(part.detach(), dtype=torch.float64).item() for part in parts]
 
 
 # Ends of the names of an evaluation's times
@@ -157,9 +208,10 @@ class LogSamplesCallback(TrainerCallback):
 
 
 def add_default_callbacks(trainer: "DiffusionTrainer") -> None:
-    """Shows progress in place of transformers' callbacks, and writes grids of samples unless `log_samples=False`."""
+    """Shows progress in place of transformers' callbacks, watches, and writes grids unless `log_samples=False`."""
     for each in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(each)
     trainer.add_callback(ShowProgress())
+    trainer.add_callback(WatchLearning(trainer))
     if trainer.args.log_samples:
         trainer.add_callback(LogSamplesCallback(trainer))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..conditions import Conditions, take
@@ -15,6 +16,8 @@ from .network import asks_for_normalization
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
+
+logger = get_logger(__name__)
 
 
 @torch.no_grad()
@@ -39,10 +42,15 @@ def check_rewards_and_metrics(trainer: "DiffusionTrainer") -> None:
     for name, scores in zip(trainer.rewards.single, tried, strict=True):
         if scores.isinf().any():
             raise ValueError(f"reward function {name!r} returned NaN or infinity for a test image: return a number.")
-    for metric in trainer.eval_metrics.values():
+    size = "x".join(map(str, images.shape[-2:]))
+    for name, metric in trainer.eval_metrics.items():
         metric.reset()
         metric.update(images, conditions)
         metric.reset()
+        real = getattr(getattr(metric, "distance", None), "image_size", None)
+        if real not in (None, size):  # no error: extractors resize both
+            remedy = "pass real_resize, or compute statistics with --resize"
+            logger.warning(f"{name} compares images of {size} pixels with real ones of {real}, so blur too: {remedy}.")
     args, best = trainer.args, trainer.args.metric_for_best_model
     if best is None:
         return
@@ -57,6 +65,8 @@ def check_rewards_and_metrics(trainer: "DiffusionTrainer") -> None:
 
 def check_launch(trainer: "DiffusionTrainer") -> None:
     """Raises `ValueError` for a way of launching that would fail late, or train something else than asked for."""
+    if not any(p.requires_grad for p in trainer.network.parameters()):
+        raise ValueError("no parameter requires a gradient: call requires_grad_() on some, or pass peft_config.")
     args, split = trainer.args, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and plugin.fsdp_version != 2:
