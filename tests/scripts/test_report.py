@@ -1,5 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -107,6 +108,24 @@ def test_merge_shows_coefficients_and_comparison(merged):
     coefficients = rows(page, "Coefficients")
     assert [row[1] for row in coefficients[1:]] == [f"{value:,.4g}" for value in record["coefficients"]["all"]]
     assert [row[0] for row in rows(page, "Comparison")] == ["merge", "last", "uniform", "start", "learnt"]
+
+
+def test_names_from_outside_are_shown_as_they_are(run, tmp_path):
+    folder, nasty = tmp_path / "run", "<script>alert(1)</script>"
+    shutil.copytree(run, folder)
+    record, state = (json.loads((folder / name).read_text()) for name in ("run.json", "trainer_state.json"))
+    record["rewards"], record["model"]["source"], record["trainer"] = {nasty: 1.0}, nasty, nasty
+    record["evaluations"][0]["values"] |= {f"ode_{nasty}": 1.0, f"sde_{nasty}": 1.0}
+    record["seconds"][nasty] = 1.0
+    state["log_history"].append({"step": 3, f"rewards/{nasty}/mean": 1.0, f'x" onload="{nasty}': 2.0})
+    for name, content in (("run.json", record), ("trainer_state.json", state)):
+        (folder / name).write_text(json.dumps(content))
+    settings = json.loads((folder / "training_args.json").read_text())
+    (folder / "training_args.json").write_text(json.dumps({**settings, "noise_schedule": nasty}))
+    (folder / "samples" / "step-last.png").write_bytes(b"no grid")
+    os.mkfifo(folder / "samples" / "step-9.png")
+    read = Reader(report.render_report(folder))
+    assert not {"script", "iframe"} & set(read.tags) and "".join(read.text).count(nasty) >= 7
 
 
 def test_command_writes_one_file(run, tmp_path, capsys):

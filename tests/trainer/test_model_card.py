@@ -1,10 +1,12 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """The model card says how the model was made, and its code runs."""
 
+import ast
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -124,3 +126,32 @@ def test_the_card_shows_small_grids_of_samples(tmp_path):
     assert "![step-0](samples/step-0.png) ![step-1](samples/step-1.png)" in card
     (tmp_path / "samples" / "step-1.png").write_bytes(bytes(2**21))
     assert "samples/" not in card_of(trainer)
+
+
+NASTY = "a|b `c` <script>\n# [x](y)"
+
+
+def test_the_card_shows_names_from_outside_as_they_are(tmp_path):
+    def named(images, **kwargs):
+        return brightness(images)
+
+    named.__name__ = NASTY
+    trainer = tiny_trainer(tmp_path / NASTY[:13], reward_funcs=named, eval_metrics={NASTY: brightness}, run_name=NASTY)
+    trainer.evaluate()
+    (tmp_path / NASTY[:13] / "samples").mkdir(parents=True)
+    (tmp_path / NASTY[:13] / "samples" / "step-last.png").touch()  # is none of the grids
+    card = card_of(trainer).split("---", 2)[2]
+    text = re.sub(r"```.*?```", "", card, flags=re.DOTALL)  # code blocks show all as it is
+    outside = re.sub(r"`[^`\n]*`", "", text.replace("\\`", ""))
+    assert "<script" not in outside.replace("\\<", "") and "[x](" not in outside
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) for lines in tables] == [1] * len(tables)
+    assert sum("script" in line for lines in tables for line in lines) >= 2
+    assert text.count("\n# ") == 1  # the title
+
+
+@pytest.mark.parametrize("name", ['my "model"', "it's", "a\\b"])
+def test_code_of_the_card_quotes_the_name(tmp_path, name):
+    code = re.search(r"```python\n(.*?)```", card_of(tiny_trainer(tmp_path / name)), flags=re.DOTALL)[1]
+    loaded = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert name in loaded

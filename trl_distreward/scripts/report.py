@@ -30,7 +30,7 @@ from .. import __version__
 from ..files import State, written_whole
 from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.merge_coefficient_config import MergeCoefficientConfig
-from ..trainer.run_record import RUN_RECORD
+from ..trainer.run_record import RUN_RECORD, sample_grids
 from . import cli
 
 Lines = dict[str, dict[int, float]]  # values by update, for each line of a chart
@@ -76,7 +76,6 @@ def render_report(run_dir: str | Path) -> str:
     record = json.loads((folder / RUN_RECORD).read_text()) if (folder / RUN_RECORD).is_file() else {}
     lines = chart_lines(state["log_history"], record.get("evaluations", []))
     charts = {name: _draw(name, each) for name, each in sorted(lines.items())}
-    grids = sorted(folder.glob("samples/step-*.png"), key=_step)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text())
@@ -89,7 +88,7 @@ def render_report(run_dir: str | Path) -> str:
         distances={name: chart for name, chart in charts.items() if name.startswith("eval_")},
         curves={name: chart for part in SHOWN for name, chart in charts.items() if name.startswith(part)},
         others={name: chart for name, chart in charts.items() if not name.startswith(("eval_", *SHOWN))},
-        samples={_step(path): _embed(path) for path in grids[:1] + grids[1:][-1:]},
+        samples={path.stem.removeprefix("step-"): _embed(path) for path in sample_grids(folder)},
         tables={**record_tables(record), "Settings that differ from the defaults": settings_table(settings or {})},
     )
 
@@ -98,10 +97,6 @@ def _read_newest(folder: Path, name: str) -> Any:
     """Content of the JSON file of the run or of one of its checkpoints that was written last."""
     found = [*folder.glob(name), *folder.glob(f"checkpoint-*/{name}")]
     return json.loads(max(found, key=lambda path: path.stat().st_mtime).read_text()) if found else None
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
 
 
 def chart_lines(logs: list[State], evaluations: list[State]) -> dict[str, Lines]:
@@ -145,7 +140,7 @@ def _draw(title: str, lines: Lines) -> Markup:
 def _embed(path: Path) -> str:
     """A data URL of an image, made smaller if it is large."""
     buffer = io.BytesIO()
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         image.save(buffer, "WEBP", quality=90, lossless=max(image.size) < LARGEST_SIDE // 2)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -37,7 +37,7 @@ from .base import DiffusionTrainer
 from .candidates import CandidateJudge, build_search
 from .image_sets import evaluate_samplers
 from .merge_coefficient_config import MergeCoefficientConfig
-from .model_card import comparison_table, table
+from .model_card import code, comparison_table, table
 from .network import disable_dropout
 from .reward_functions import RewardFunction
 from .run_record import is_evaluation, write_record
@@ -389,8 +389,8 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         rows = []
         for member, values in zip(members, self.coefficients.T.tolist(), strict=True):
             hashes = ", ".join(f"`{value[:12]}`" for value in member["files"].values())
-            rows.append([f"`{_place_of(member)}`", hashes, *(f"{value:.4f}" for value in values)])
-        head = [f"`{name}`" for name in names] if len(names) > 1 else ["coefficient"]
+            rows.append([code(_place_of(member)), hashes, *(f"{value:.4f}" for value in values)])
+        head = [*map(code, names)] if len(names) > 1 else ["coefficient"]
         sections = ["## Coefficients\n\n" + table(["checkpoint", "SHA-256", *head], rows)]
         if self.comparison:
             sections.append(f"## Comparison\n\n{comparison_table(self.comparison)}")

@@ -2,7 +2,9 @@
 """The model card: what was trained, from what and by which reward, the evaluations, and code that loads the result."""
 
 import inspect
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +16,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..merging.adapters import ADAPTER_FOLDER
 from ..policies import source_of
+from .run_record import sample_grids
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -56,13 +59,13 @@ def write_model_card(
         tags=sorted({*given, *trainer._tag_names, "generated_from_trainer"}),
         **{"base_model": base, **metadata},
     )
-    parts: list[str | None] = [f"# {title}", _summary(trainer, base), _reward_section(trainer)]
+    parts: list[str | None] = [f"# {plain(title)}", _summary(trainer, base), _reward_section(trainer)]
     if evaluations:
         parts.append(_evaluation_section(evaluations))
     parts += [_sample_section(Path(args.output_dir)), _usage_section(trainer, base, name), *sections]
     inherited = {field.name for field in fields(_BaseConfig)}
     settings = [*(field.name for field in fields(args) if field.name not in inherited), *_OPTIMIZER]
-    rows = [[f"`{name}`", f"`{getattr(args, name)}`"] for name in settings]
+    rows = [[code(name), code(getattr(args, name))] for name in settings]
     parts.append("## Settings\n\n" + table(["setting", "value"], rows))
     card = ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
     card.save(os.path.join(args.output_dir, "README.md"))
@@ -87,7 +90,7 @@ def _summary(trainer: "DiffusionTrainer", base: str | None) -> str:
 def _reward_section(trainer: "DiffusionTrainer") -> str:
     rows = []
     for reward in trainer.rewards.all:
-        function, cells = reward.function, [f"`{reward.name}`", f"{reward.weight:g}"]
+        function, cells = reward.function, [code(reward.name), f"{reward.weight:g}"]
         if not reward.of_sets:
             rows.append([*cells, "single images", "", ""])
             continue
@@ -95,7 +98,7 @@ def _reward_section(trainer: "DiffusionTrainer") -> str:
             name = getattr(extractor, "name", getattr(extractor, "__name__", type(extractor).__name__))
             shown = os.path.basename(name) if os.path.exists(name) else name
             distance, share = type(function.distances[space]).__name__, f"{function.space_weights[space]:g}"
-            rows.append([*cells, f"`{space}`: `{shown}`", f"`{distance}`", share])
+            rows.append([*cells, f"{code(space)}: {code(shown)}", code(distance), share])
     return "## Reward\n\n" + table(["reward", "weight", "features", "distance from real images", "share"], rows)
 
 
@@ -103,16 +106,16 @@ def _evaluation_section(evaluations: Sequence[Mapping]) -> str:
     first, last = evaluations[0], evaluations[-1]
     shown = [first] if first is last else [first, last]
     common = [metric for metric in last["values"] if metric in first["values"]]
-    rows = [[metric, *(f"{each['values'][metric]:.4g}" for each in shown)] for metric in common]
+    rows = [[plain(metric), *(f"{each['values'][metric]:.4g}" for each in shown)] for metric in common]
     return "## Evaluation\n\n" + table(["metric", *(f"step {each['step']}" for each in shown)], rows)
 
 
 def _sample_section(folder: Path) -> str | None:
     """The first and the last grid of samples, if they are small."""
-    grids = sorted(folder.glob("samples/step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
-    if len(grids) < 2 or max(grid.stat().st_size for grid in (grids[0], grids[-1])) > _LARGEST_GRID:
+    grids = sample_grids(folder)
+    if len(grids) < 2 or max(grid.stat().st_size for grid in grids) > _LARGEST_GRID:
         return None
-    shown = [f"![{grid.stem}](samples/{grid.name})" for grid in (grids[0], grids[-1])]
+    shown = [f"![{grid.stem}](samples/{grid.name})" for grid in grids]
     return "## Samples\n\nFrom the same noise, before and after:\n\n" + " ".join(shown)
 
 
@@ -126,10 +129,10 @@ def _usage_section(trainer: "DiffusionTrainer", base: str | None, name: str) -> 
         return None
     adapted = base and isinstance(trainer.network, PeftModel) and hasattr(pipeline, "save_lora_weights")
     lines = [f"from {library} import {loader.partition('.')[0]}", ""]
-    lines.append(f'pipeline = {loader}("{base if adapted else name}")')
+    lines.append(f"pipeline = {loader}({json.dumps(base if adapted else name)})")
     if adapted:
         file = f'subfolder="{ADAPTER_FOLDER}", weight_name="pytorch_lora_weights.safetensors"'
-        lines.append(f'pipeline.load_lora_weights("{name}", {file})')
+        lines.append(f"pipeline.load_lora_weights({json.dumps(name)}, {file})")
     schedules, (height, width) = args.eval_schedules, getattr(trainer.policy, "size", (None, None))
     steps = schedules.get("ode", next(iter(schedules.values()))).num_steps
     values = {"prompt": "a photo of a cat", "class_labels": [0], "height": height, "width": width}
@@ -141,8 +144,19 @@ def _usage_section(trainer: "DiffusionTrainer", base: str | None, name: str) -> 
     else:  # diffusers' own call takes no labels
         schedule = f'SamplingSchedule({values["num_inference_steps"]}, sampler="ode")'
         lines = ["from trl_distreward import SamplingSchedule, as_policy, generate_images", ""]
-        lines.append(f'images, _ = next(generate_images(as_policy("{name}"), [0], {schedule}))  # uint8 (1, C, H, W)')
+        lines += [f"policy = as_policy({json.dumps(name)})"]
+        lines += [f"images, _ = next(generate_images(policy, [0], {schedule}))  # uint8 (1, C, H, W)"]
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def plain(text: object) -> str:
+    """Text from outside, for Markdown that shows it as it is."""
+    return re.sub(r"([\\`*\[\]<>&|#~])", r"\\\1", " ".join(str(text).split()))
+
+
+def code(text: object) -> str:
+    """Text from outside as code in Markdown, in which backticks would end."""
+    return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -154,5 +168,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> str:
     """A row for each merge, from the same noise; a column for each metric."""
     metrics = list(next(iter(comparison.values())))
-    rows = [[name, *(f"{values[metric]:.4g}" for metric in metrics)] for name, values in comparison.items()]
-    return table(["merge", *metrics], rows)
+    rows = [[plain(name), *(f"{values[metric]:.4g}" for metric in metrics)] for name, values in comparison.items()]
+    return table(["merge", *map(plain, metrics)], rows)

@@ -61,6 +61,13 @@ class RunRecord:
         self.evaluations = list(state["evaluations"])
 
 
+def sample_grids(folder: Path) -> list[Path]:
+    """The first and the last grid of samples of a run, if there are such."""
+    found = [path for path in folder.glob("samples/step-*.png") if path.stem[5:].isdecimal() and path.is_file()]
+    found.sort(key=lambda path: int(path.stem[5:]))
+    return found[:1] + found[1:][-1:]
+
+
 def is_evaluation(logs: Mapping[str, object]) -> bool:
     """Whether a log entry comes from an evaluation."""
     return any(key.endswith("_runtime") and not key.startswith("train_") for key in logs)
