@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"seeds"},
     {"sampling", "files", "hub", "conditions", "importing"},
-    {"models"},
+    {"models", "saving"},
     {"pipelines", "conversion", "merging"},
     {"policies", "metrics"},
     {"generation"},

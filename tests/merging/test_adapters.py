@@ -98,18 +98,34 @@ def test_whole_modules_beside_an_adapter_are_weighted(tmp_path):
     assert torch.equal(merged, PeftModel.from_pretrained(Base(), paths[1]).merge_and_unload().head.weight)
 
 
+@pytest.mark.parametrize("module", [nn.Conv1d(4, 4, 3, groups=2), nn.Conv2d(4, 8, 1, groups=4)])
+def test_adapters_of_grouped_convolutions_are_refused(tmp_path, module):
+    adapted = get_peft_model(nn.Sequential(module), LoraConfig(r=4, target_modules=["0"]))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="grouped convolution, .*lora_A.*exclude_modules"):
+        CheckpointPool([tmp_path] * 2)
+
+
+def test_a_merged_adapter_names_no_path_of_its_base(tmp_path):
+    paths = write(tmp_path, count=2)
+    config = paths[0] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    CheckpointPool(paths).save_merged(tmp_path / "merged" / "adapter_model.safetensors", torch.ones(2) / 2)
+    assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
 def test_adapters_that_differ_are_refused(tmp_path):
     paths = write(tmp_path, count=2)
     config = paths[1] / "adapter_config.json"
     original = json.loads(config.read_text())
     for name, value in (
         ("lora_alpha", 4),
-        ("use_dora", True),
+        *(("use_dora", True), ("use_bdlora", {"nblocks": 2}), ("target_parameters", ["head.weight"])),
         ("peft_type", "IA3"),
         *(("init_lora_weights", start) for start in ("pissa", "pissa_niter_4", "olora")),  # change the network below
     ):
         config.write_text(json.dumps({**original, name: value}))
-        with pytest.raises(ValueError, match="DoRA" if name == "use_dora" else str(value)):
+        with pytest.raises(ValueError, match=f"{name}|{value}"):
             CheckpointPool(paths)
     config.write_text(json.dumps(original | {"target_modules": original["target_modules"][::-1], "lora_dropout": 0.5}))
     CheckpointPool(paths)

@@ -159,18 +159,42 @@ def test_odd_checkpoint_is_named(tmp_path, change, message, odd):
         CheckpointPool(paths)
 
 
-def sharded(folder, seed=0):
+@pytest.mark.parametrize("change", [{"num_attention_heads": 4}, {"activation_fn": "silu"}])
+def test_a_checkpoint_of_the_same_shapes_and_another_architecture_is_named(tmp_path, change):
+    config = {"num_attention_heads": 2, "activation_fn": "gelu"}
+    for name, about in (("a", {}), ("b", {"_diffusers_version": "0.43", "of_one_release": 1}), ("c", change)):
+        (tmp_path / name).mkdir()
+        save_file(Small().state_dict(), tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps({"_diffusers_version": "0.42"} | config | about))
+    CheckpointPool([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(ValueError, match=rf"c is not like .*a: {[*change][0]} is .* in its config.json, but .* there"):
+        CheckpointPool([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+
+
+def sharded(folder, seed=0, variant=""):
     """Writes two shards and their index, as diffusers does."""
     folder.mkdir(parents=True, exist_ok=True)
     state = Small(seed).state_dict()
     placed = {}
     for number, keys in enumerate((sorted(state)[::2], sorted(state)[1::2]), 1):
-        name = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        name = f"diffusion_pytorch_model{variant}-{number:05d}-of-00002.safetensors"
         save_file({key: state[key] for key in keys}, folder / name)
         placed |= dict.fromkeys(keys, name)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index = folder / f"diffusion_pytorch_model.safetensors.index{variant}.json"
     index.write_text(json.dumps({"weight_map": placed}))
     return index
+
+
+@pytest.mark.parametrize("variant", [".fp16", ".non_ema"])
+def test_shards_of_a_variant_are_found_and_yield_to_the_usual_ones(tmp_path, variant):
+    index = sharded(tmp_path / "unet", 1, variant)
+    (tmp_path / "model_index.json").write_text("{}")
+    for source in (tmp_path, tmp_path / "unet", index):
+        (member,) = CheckpointPool([source]).members
+        assert len(member.files) == 2 and all(variant in name for name in member.files)
+    sharded(tmp_path / "unet")
+    (member,) = CheckpointPool([tmp_path]).members
+    assert len(member.files) == 2 and not any(variant in name for name in member.files)
 
 
 def test_all_kinds_of_sources_make_one_pool(tmp_path, monkeypatch):

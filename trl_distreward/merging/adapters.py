@@ -21,6 +21,9 @@ ADAPTER_FOLDER = "adapter"  # where this library's trainers save one
 _LOW_RANK = re.compile(r"\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
 # names of factors by peft, diffusers and kohya, before and after peft
 _FACTOR = re.compile(r"(^|[._])lora_(embedding_)?[AB](\.|$)|[._]lora[._](up|down)\.|lora_linear_layer\.(up|down)\.")
+# kinds of LoRA whose sum is no LoRA of concatenated factors
+_VARIANTS = ["use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"]
+_VARIANTS += ["monteclora_config", "target_parameters"]
 # initializations that move a part of the network's own weights into the adapter
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 # fields in which adapters may differ and still be the same function of their weights
@@ -74,9 +77,14 @@ def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, object] 
 
 def _check_config(member: "Checkpoint", first: "Checkpoint") -> None:
     config, expected = member.adapter_config or {}, first.adapter_config or {}
-    kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+    kind = next((f"LoRA with {name}" for name in _VARIANTS if config.get(name)), config.get("peft_type"))
     if kind != "LORA":
-        raise ValueError(f"{member.source} is a {kind} adapter: only LoRA adapters can be merged.")
+        raise ValueError(f"{member.source} is {kind}: only plain LoRA adapters can be merged.")
+    for key, ((rank, *_), _) in member.specs.items():
+        other = re.sub("lora_(embedding_)?A", r"lora_\1B", key)
+        if concatenated_axis(key) == 0 and member.specs[other][0][1] != rank:
+            reason = "adapts a grouped convolution, whose factors cannot be merged"
+            raise ValueError(f"{member.source} {reason}, {key}: train without it, see exclude_modules.")
     if changes_base(config.get("init_lora_weights")):
         raise ValueError(
             f"{member.source} was started with init_lora_weights={config['init_lora_weights']!r}, which changes the "

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import write_json, written_whole
+from ..saving import without_machine
 from .adapters import ADAPTER_CONFIG, concatenated, concatenated_axis, merged_adapter_config
 from .sources import Checkpoint, open_checkpoint
 
@@ -157,7 +158,7 @@ class CheckpointPool:
                     raise ValueError(f"{key} is not finite in {tensor.dtype}: pass smaller weights.")
             tensors[key] = tensor.cpu().contiguous()
         if self._adapter_config is not None:
-            write_json(Path(path).with_name(ADAPTER_CONFIG), self._adapter_config)
+            write_json(Path(path).with_name(ADAPTER_CONFIG), without_machine(self._adapter_config))
         with written_whole(path) as file:
             save_file(tensors, file.name, metadata={"format": "pt"})
 
@@ -212,3 +213,8 @@ def check_alike(members: Sequence[Checkpoint]) -> None:
                 f"{member.source} is not like {other}: {key} is {member.specs.get(key, 'absent')} in it, but "
                 f"{usual.get(key, 'absent')} there. Leave it out, or save it as the others were."
             )
+        config, expected = member.config, members[0].config
+        for key in sorted(config.keys() & expected.keys()):  # releases of diffusers add and drop entries
+            if not key.startswith("_") and config[key] != expected[key]:
+                both = f"{key} is {config[key]!r} in its config.json, but {expected[key]!r} there"
+                raise ValueError(f"{member.source} is not like {members[0].source}: {both}. Leave it out.")

@@ -20,10 +20,10 @@ from .adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
 
 T = TypeVar("T")
 
-INDEX = ".safetensors.index.json"
-WEIGHTS = (".safetensors", INDEX)
+# a file of weights, or the index of its shards, which may be those of a variant: model.safetensors.index.fp16.json
+WEIGHTS = re.compile(r".*\.safetensors(\.index(\.[^./]+)?\.json)?")
 # names under which diffusers, transformers and peft save weights
-USUAL = {stem + end for stem in ("diffusion_pytorch_model", "model", "adapter_model") for end in WEIGHTS}
+USUAL = re.compile(r"(.*/)?(diffusion_pytorch_model|model|adapter_model)\.safetensors(\.index\.json)?")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^:@\s]+))?(?::(\S*))?")
 NO_PICKLES = (
     "pickles (.bin, .pth, .pt, .ckpt) run code when they are read, so convert them once with "
@@ -41,6 +41,7 @@ class Checkpoint:
     Attributes:
         specs (`dict[str, TensorSpec]`): shape and dtype of its tensors, sorted by name.
         adapter_config (`dict` or `None`): content of `adapter_config.json`, if there is one beside the weights.
+        config (`dict`): content of `config.json` beside the weights, empty if there is none.
         files (`dict[str, Path]`): local path of each weight file, by its name in the checkpoint's folder.
         place (`dict[str, str]`): where it is, for a description that may be published.
     """
@@ -52,7 +53,7 @@ class Checkpoint:
         file = file or find_weights(names, source)
         folder = file.rpartition("/")[0]
         weights = {file}
-        if file.endswith(INDEX):
+        if file.endswith(".json"):
             listed = json.loads(self._path(file).read_text())["weight_map"].values()
             weights = {f"{folder}/{shard}".lstrip("/") for shard in listed}
             if missing := sorted(weights - {*names}):  # among them files outside of the checkpoint's folder
@@ -60,8 +61,9 @@ class Checkpoint:
         headers = {name: self._read_header(name) for name in sorted(weights)}
         self._file_of = {key: name for name, header in headers.items() for key in header}
         self.specs: dict[str, TensorSpec] = {key: headers[self._file_of[key]][key] for key in sorted(self._file_of)}
-        config = f"{folder}/{ADAPTER_CONFIG}".lstrip("/")
-        self.adapter_config = json.loads(self._path(config).read_text()) if config in names else None
+        beside = {name: f"{folder}/{name}".lstrip("/") for name in (ADAPTER_CONFIG, "config.json")}
+        read = {name: json.loads(self._path(path).read_text()) for name, path in beside.items() if path in names}
+        self.adapter_config, self.config = read.get(ADAPTER_CONFIG), read.get("config.json", {})
         self.files: dict[str, Path] = {}
 
     def load(self) -> dict[str, Tensor]:
@@ -97,10 +99,10 @@ class LocalCheckpoint(Checkpoint):
 
     def __init__(self, source: str):
         path = Path(source).expanduser().absolute()
-        self.place = {"path": "/".join(path.parts[-2:])}  # without the folders above
+        self.place = {"path": path.name if path.parent == Path.home() else "/".join(path.parts[-2:])}  # no more
         self._folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-        if file is not None and not file.endswith(WEIGHTS):
-            raise ValueError(f"{source} is not a folder, a .safetensors file or a {INDEX} file; {NO_PICKLES}.")
+        if file is not None and WEIGHTS.fullmatch(file) is None:
+            raise ValueError(f"{source} is not a folder, a .safetensors file or the index of some; {NO_PICKLES}.")
         found = [path for pattern in ("*", "*/*") for path in self._folder.glob(pattern) if path.is_file()]
         super().__init__(source, {path.relative_to(self._folder).as_posix() for path in found}, file)
 
@@ -120,13 +122,13 @@ class HubCheckpoint(Checkpoint):
         self._options = {"token": token, "local_files_only": offline}
         self.revision, found = self._call(self._list_cached if offline else self._list)
         below, file = (match[3] or "").strip("/"), None
-        if below.endswith(WEIGHTS):
+        if WEIGHTS.fullmatch(below):
             below, _, file = below.rpartition("/")
         self.subfolder, self._prefix = below, f"{below}/" if below else ""
         self.place = {"repo_id": self.repo_id, "revision": self.revision, "subfolder": below}
         names = {name.removeprefix(self._prefix) for name in found if name.startswith(self._prefix)}
         if not names or (file is not None and file not in names):
-            folders = sorted({name.rpartition("/")[0] for name in found if name.endswith(WEIGHTS)})
+            folders = sorted({name.rpartition("/")[0] for name in found if WEIGHTS.fullmatch(name)})
             raise FileNotFoundError(f"{source} is not in {self.repo_id} at {self.revision[:12]}, but in {folders}.")
         super().__init__(source, names, file)
 
@@ -192,9 +194,9 @@ def find_weights(names: Collection[str], source: str) -> str:
         folder = networks[0]
     elif f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}" in names:  # a checkpoint of a run that trains an adapter
         folder = ADAPTER_FOLDER
-    safe = sorted(name for name in names if name.rpartition("/")[0] == folder and name.endswith(WEIGHTS))
-    usual = [name for name in safe if name.rpartition("/")[2] in USUAL]
-    found = usual or [name for name in safe if name.endswith(INDEX)] or safe
+    safe = sorted(name for name in names if name.rpartition("/")[0] == folder and WEIGHTS.fullmatch(name))
+    usual = [name for name in safe if USUAL.fullmatch(name)]
+    found = usual or [name for name in safe if name.endswith(".json")] or safe
     if len(found) == 1:
         return found[0]
     if safe:
