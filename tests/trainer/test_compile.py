@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.utils import counters
 
-from tests.helpers import tiny_config, tiny_trainer
-from tests.runs import SAVE_EVERY_STEP, calls_of, weights
+from tests.helpers import QUIET, tiny_config, tiny_pipeline, tiny_reward, tiny_trainer
+from tests.runs import EVALUATE_EVERY_STEP, SAVE_EVERY_STEP, Rising, assert_same_weights, calls_of, weights
 from tests.trainer.test_distributed import run, values
-from trl_distreward import load_pipeline
+from trl_distreward import MergeCoefficientConfig, MergeCoefficientTrainer, load_pipeline
 
 # A single batch size, because each is compiled anew
 ONE_SIZE = {
@@ -90,3 +90,39 @@ def test_compilers_that_record_cuda_graphs_are_refused(tmp_path, settings):
     with pytest.raises(ValueError, match="CUDA graphs"):
         tiny_config(tmp_path, **settings)
     assert tiny_config(tmp_path, torch_compile_mode="max-autotune-no-cudagraphs").torch_compile
+
+
+def in_place(pipeline, whole):
+    pipeline.transformer.compile(backend="eager")
+
+
+def wrapped(pipeline, whole):
+    owner, name = (pipeline, "transformer") if whole else (pipeline.transformer.blocks, "1")
+    setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "whole", "lora"),
+    [(wrapped, True, None), (wrapped, False, LoraConfig(r=2, target_modules=["qkv"])), (in_place, True, None)],
+)
+def test_a_pipeline_that_is_compiled_already_is_trained_as_if_it_were_not(tmp_path, compiled, whole, lora):
+    best = {"metric_for_best_model": "ode_rising", "load_best_model_at_end": True, **EVALUATE_EVERY_STEP}
+    settings = {"peft_config": lora, "max_steps": 2, "beta": 0.1, "overwrite_output_dir": True}
+    settings, networks, saved = settings | SAVE_EVERY_STEP | best, [], []
+    for folder in (tmp_path / "plain", tmp_path / "compiled"):
+        for resume in (None, str(folder / "checkpoint-1")):
+            pipeline = tiny_pipeline()
+            if folder.name == "compiled":
+                compiled(pipeline, whole)
+            trainer = tiny_trainer(folder, pipeline, eval_metrics={"rising": Rising()}, **settings)
+            trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        networks.append(trainer.network)
+        saved.append({str(p.relative_to(folder)): load_file(p).keys() for p in folder.rglob("*.safetensors")})
+    assert_same_weights(*networks)
+    assert saved[0] == saved[1]
+    pipeline, merge = tiny_pipeline(), MergeCoefficientConfig(str(tmp_path / "merged"), max_steps=1, **QUIET)
+    compiled(pipeline, whole)
+    checkpoints = [tmp_path / "compiled" / f"checkpoint-{step}" for step in (1, 2)]
+    MergeCoefficientTrainer(pipeline, checkpoints, tiny_reward(), merge).save_model()
+    load_pipeline(tmp_path / "merged")

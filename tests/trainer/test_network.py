@@ -7,11 +7,19 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from tests.helpers import tiny_config, tiny_pipeline, tiny_reward, tiny_trainer, trained
-from tests.runs import assert_same_weights, logged, weights
+from tests.policies_tiny import sd3
+from tests.runs import SAVE_EVERY_STEP, assert_same_weights, logged, weights
 from trl_distreward import DistributionRewardTrainer, load_pipeline
+from trl_distreward.trainer.network import prepare_network
+
+
+def brightness(images, **kwargs):
+    return images.float().mean((1, 2, 3))
 
 
 def test_an_adapters_own_dropout_is_off_and_its_targets_have_a_default(tmp_path):
@@ -82,3 +90,85 @@ def test_activation_checkpointing_changes_no_weight_and_stays_in_the_configurati
     trainer.save_model()
     assert json.loads((tmp_path / "training_args.json").read_text())["activation_checkpointing"] is True
     assert_same_weights(trainer.network, trained(tmp_path).network)
+
+
+def lora(*targets, **kwargs):
+    return LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=targets, **kwargs)
+
+
+def adapted_by_peft():
+    pipeline, config = tiny_pipeline(), lora("qkv", "fc1", rank_pattern={"fc1": 4}, modules_to_save=["linear"])
+    pipeline.transformer = get_peft_model(pipeline.transformer, config, "style").requires_grad_(False)
+    return pipeline
+
+
+def adapted_by_diffusers(part="transformer", names=("style",)):
+    torch.manual_seed(0)
+    pipeline = sd3()
+    for name in names:
+        targets = ("q_proj",) if part == "text_encoder" else ("to_q", "to_k")
+        getattr(pipeline, part).add_adapter(lora(*targets, use_dora=True), name)
+    return pipeline
+
+
+def neutral(network, name):
+    """Parameters by the names that they have without an adapter's."""
+    named = network.named_parameters()
+    return {key.removeprefix("base_model.model.").replace(f".{name}", ""): parameter for key, parameter in named}
+
+
+@pytest.mark.parametrize("adapted", [adapted_by_peft, adapted_by_diffusers])
+def test_an_adapter_that_the_network_carries_is_trained_further(tmp_path, adapted):
+    data = Dataset.from_dict({"class_labels": [0, 1]} if adapted is adapted_by_peft else {"prompt": ["a", "b"]})
+    settings = {"time_grid": "auto", "last_step_size": 0, "learning_rate": 1e-2, "beta": 0.1, **SAVE_EVERY_STEP}
+    networks = []
+    for folder, resume in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-1"))):
+        pipeline = adapted()
+        start = {key: value.clone() for key, value in neutral(pipeline.transformer, "style").items()}
+        trainer = DistributionRewardTrainer(pipeline, brightness, tiny_config(tmp_path / folder, **settings), data)
+        found = neutral(trainer.network, "default")
+        assert found.keys() == start.keys() and all(torch.equal(found[key], start[key]) for key in start)
+        trainer.train(resume)
+        changed = {key for key in start if not torch.equal(found[key], start[key])}
+        assert changed == {key for key, parameter in found.items() if parameter.requires_grad} and len(changed) >= 4
+        assert resume or logged(trainer, "kl")[0] == 0
+        trainer.save_model()
+        networks.append(trainer.network)
+    assert_same_weights(*networks)
+    merged = weights(load_pipeline(tmp_path / "whole").transformer)
+    for key, value in weights(networks[0].merge_and_unload()).items():
+        torch.testing.assert_close(merged[key], value)
+
+
+def fused():
+    pipeline = adapted_by_diffusers()
+    pipeline.transformer.fuse_lora()
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("adapted", "peft_config", "message"),
+    [
+        (
+            lambda: adapted_by_diffusers("text_encoder"),
+            None,
+            "text_encoder carries an adapter, but is not trained: ",
+        ),
+        (adapted_by_diffusers, lora("to_q"), "has an adapter: pass no peft_config to train it further, or fold it in"),
+        (lambda: adapted_by_diffusers(names="ab"), None, "adapters, a, b, are fused, off, or several: fold it in"),
+        (fused, None, "adapters, style, are fused, off, or several: fold it in"),
+    ],
+)
+def test_adapters_that_would_be_lost_or_added_twice_are_refused(tmp_path, adapted, peft_config, message):
+    data = Dataset.from_dict({"prompt": ["a"] * 4})
+    with pytest.raises(ValueError, match=message):
+        DistributionRewardTrainer(adapted(), brightness, tiny_config(tmp_path), data, peft_config=peft_config)
+
+
+def test_a_configuration_of_an_adapter_is_only_read_and_grouped_convolutions_are_refused(tmp_path):
+    config = LoraConfig(r=4, task_type="FEATURE_EXTRACTION")
+    before = copy.deepcopy(config.to_dict())
+    tiny_trainer(tmp_path, peft_config=config)
+    assert config.to_dict() == before
+    with pytest.raises(ValueError, match="adapter of a grouped convolution, Conv2d.*exclude_modules"):
+        prepare_network(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), tiny_config(tmp_path), lora("0"))

@@ -77,7 +77,9 @@ class PipelinePolicy:
         self.guidance_scale = guidance_scale
         self.model: nn.Module = getattr(pipeline, self.component)
         self.config = self.model.config
-        self._network_class = type(self.model)  # FSDP puts its own in place
+        plain = getattr(self.model, "_orig_mod", self.model)  # within torch.compile's wrapper
+        # remembered, because FSDP puts a class of its own in place
+        self._network_class = type(plain.get_base_model() if isinstance(plain, PeftModel) else plain)
         self.guided = guidance_scale != 1.0
         for part in self._frozen_parts():
             part.requires_grad_(False).eval()

@@ -39,7 +39,7 @@ from .checks import check_launch, check_rewards_and_metrics
 from .ema import PolicyEMA
 from .image_sets import evaluate_samplers, fitting_batch_size
 from .model_card import write_model_card
-from .network import prepare_network
+from .network import plain_network, prepare_network
 from .publishing import Publisher
 from .reference_set import conditions_and_slots, evaluated_conditions
 from .reward_functions import RewardFunction, RewardFunctions
@@ -98,7 +98,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._without_update, self._holds_best, self.skipped_in_a_row = False, False, 0
         self.stop = StopOnSignal()
         self.publisher = Publisher(self)
-        network = self.prepare_network(self.policy.model, args, peft_config)
+        network = self.prepare_network(plain_network(self.policy), args, peft_config)
         self.skeleton = without_weights(network)
         super().__init__(
             model=network,
@@ -354,7 +354,7 @@ class DiffusionTrainer(_BaseTrainer):
         """Writes a pipeline and its card, with PEFT merged and the adapter too. Pushes if `push_to_hub` is set."""
         self.write_model(Path(output_dir or self.args.output_dir))
         if not _internal_call:
-            self.create_model_card()
+            self.create_model_card(folder=output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
