@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from .files import write_json
 from .hub import without_tokens
@@ -62,7 +61,7 @@ def _parts(index: Path) -> set[str]:
         return set()
 
 
-def without_machine(value: Any) -> Any:
+def without_machine(value: object) -> object:
     """Shortens the paths of this machine in a JSON value to their last names, and hides tokens of the Hub."""
     if isinstance(value, dict):
         return {key: without_machine(entry) for key, entry in value.items()}

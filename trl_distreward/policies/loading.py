@@ -101,7 +101,8 @@ def _without_its_code(folder: Path, parts: State, **kwargs: object) -> Diffusion
 
 def source_of(policy: DiffusionPolicy) -> str | None:
     """Returns the folder or Hub id that a policy's pipeline was loaded from, if it says so."""
-    return getattr(getattr(policy, "pipeline", None), "config", {}).get("_name_or_path")
+    source = getattr(getattr(policy, "pipeline", None), "config", {}).get("_name_or_path")
+    return None if source is None else str(source)
 
 
 def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> DiffusionPolicy:

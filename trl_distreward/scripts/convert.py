@@ -7,8 +7,6 @@ Convert original checkpoints to folders that load as pipelines. Nothing in a che
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from ..conversion.hub import push_with_code
 from ..conversion.sit import load_original_sit
 from ..pipelines.edm2 import EDM2Pipeline
 from ..pipelines.sit import SiTPipeline
+from ..saving import saved_whole, without_machine
 from . import cli
 
 SIT_VAE = "stabilityai/sd-vae-ft-ema"
@@ -88,15 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty: name a folder that does not exist yet.")
     pipeline, vae = convert(arguments)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    load = "" if vae is None or pipeline.vae is not None else f', vae=AutoencoderKL.from_pretrained("{vae}")'
+    load = ', vae=AutoencoderKL.from_pretrained("{}")' if vae is not None and pipeline.vae is None else ""
     if load:
-        print(f"The pipeline has no VAE: load it with {load[2:]}.")
-    about = {"name": repo or output, "family": family, "source": arguments.checkpoint.name, "paper": PAPERS[family]}
-    (partial / "README.md").write_text(CARD.format(vae=load, **about))
-    os.replace(partial, output)
+        print(f"The pipeline has no VAE: load it with {load[2:].format(vae)}.")
+    name, load = repo or output.resolve().name, load.format(without_machine(vae))
+    about = {"name": name, "family": family, "source": arguments.checkpoint.name, "paper": PAPERS[family]}
+    with saved_whole(output) as partial:
+        pipeline.save_pretrained(partial)
+        (partial / "README.md").write_text(CARD.format(vae=load, **about))
     print(f"{output}: {type(pipeline).__name__}")
     if repo:
         print(push_with_code(pipeline, output, repo, private=arguments.private or None))

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..conversion.restricted_pickle import check_sharded_state
 from ..files import State
 from ..merging.adapters import ADAPTER_FOLDER
+from ..saving import saved_whole
 from .ema import PolicyEMA
 from .resuming import write_manifest
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict, whole_tensors
@@ -115,16 +116,16 @@ def write_pipeline(trainer: "DiffusionTrainer", folder: Path, adapter_alone: boo
         network = _whole_network(trainer)
         if not trainer.args.should_save:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        # not transformers' training_args.bin: a pickle with the Hub token in plain text
-        (folder / "training_args.json").write_text(trainer.args.to_json_string() + "\n")
-        if isinstance(network, PeftModel):
-            save_adapter = getattr(trainer.policy, "save_adapter", lambda path, adapted: adapted.save_pretrained(path))
-            save_adapter(os.path.join(folder, ADAPTER_FOLDER), network)
-            if adapter_alone:
-                return
-            network = _merged(trainer, network)
-        trainer.policy.save_pretrained(folder, model=network)
+        with saved_whole(folder) as whole_folder:
+            # not transformers' training_args.bin: a pickle with the Hub token in plain text
+            (whole_folder / "training_args.json").write_text(trainer.args.to_json_string() + "\n")
+            if isinstance(network, PeftModel):
+                save = getattr(trainer.policy, "save_adapter", lambda path, adapted: adapted.save_pretrained(path))
+                save(os.path.join(whole_folder, ADAPTER_FOLDER), network)
+                if adapter_alone:
+                    return
+                network = _merged(trainer, network)
+            trainer.policy.save_pretrained(whole_folder, model=network)
 
 
 def _whole_network(trainer: "DiffusionTrainer") -> nn.Module:

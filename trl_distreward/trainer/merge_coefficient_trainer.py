@@ -30,6 +30,7 @@ from ..merging.coefficients import (
 )
 from ..merging.pool import CheckpointPool
 from ..policies import DiffusionPolicy, Model
+from ..saving import saved_whole
 from ..seeds import keyed_generator
 from . import checkpointing
 from .advantages import normalize_advantages
@@ -340,13 +341,14 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             return
         coefficients = self.coefficients
         self.judge.merge(coefficients)
-        if isinstance(self.merged_network, PeftModel):
-            adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
-            self.pool.save_merged(adapter, coefficients, self.groups)
-        self.policy.save_pretrained(folder, model=self._plain_network())
         about = {"coefficients": self._by_group(coefficients), "pool": self.pool_description}
-        write_json(folder / "coefficients.json", about | {"num_images": self.num_images})
-        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+        with saved_whole(folder) as whole:
+            if isinstance(self.merged_network, PeftModel):
+                adapter = whole / ADAPTER_FOLDER / "adapter_model.safetensors"
+                self.pool.save_merged(adapter, coefficients, self.groups)
+            self.policy.save_pretrained(whole, model=self._plain_network())
+            write_json(whole / "coefficients.json", about | {"num_images": self.num_images})
+            (whole / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def training_state(self) -> State:
         return super().training_state() | {

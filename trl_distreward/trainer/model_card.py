@@ -32,11 +32,13 @@ def write_model_card(
     dataset_name: str | None = None,
     tags: str | Sequence[str] = (),
     license: str | None = None,
+    folder: str | os.PathLike | None = None,
     **_: object,
 ) -> None:
-    """Writes `README.md` into the output folder; it names no folder of this machine."""
+    """Writes `README.md` into `folder`, by default the output folder; it names no folder of this machine."""
     args, base = trainer.args, _base_model(trainer)
-    name = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name
+    folder = Path(folder or args.output_dir)
+    name = trainer.hub_model_id or args.hub_model_id or folder.resolve().name
     title = model_name or name.rpartition("/")[2]
     prompts = trainer.policy.num_conditions is None
     pipeline_tag = "text-to-image" if prompts else "unconditional-image-generation"
@@ -62,13 +64,13 @@ def write_model_card(
     parts: list[str | None] = [f"# {plain(title)}", _summary(trainer, base), _reward_section(trainer)]
     if evaluations:
         parts.append(_evaluation_section(evaluations))
-    parts += [_sample_section(Path(args.output_dir)), _usage_section(trainer, base, name), *sections]
+    parts += [_sample_section(folder), _usage_section(trainer, base, name), *sections]
     inherited = {field.name for field in fields(_BaseConfig)}
     settings = [*(field.name for field in fields(args) if field.name not in inherited), *_OPTIMIZER]
     rows = [[code(name), code(getattr(args, name))] for name in settings]
     parts.append("## Settings\n\n" + table(["setting", "value"], rows))
     card = ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
-    card.save(os.path.join(args.output_dir, "README.md"))
+    card.save(folder / "README.md")
 
 
 def _base_model(trainer: "DiffusionTrainer") -> str | None:

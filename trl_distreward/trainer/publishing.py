@@ -25,7 +25,7 @@ _RESUME_ONLY = ["optimizer*", "global_step*", "latest", "zero_to_fp32.py", "sche
 _RESUME_ONLY += ["trainer_state.json", "process_state*", RAW_WEIGHTS, TRAINING_STATE, IDENTITY, MANIFEST]
 # Files of the output folder that name folders of this machine, or that are results of other runs
 _NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", RUN_RECORD, "*.html"]
-_NOT_PUSHED += ["real_statistics.*", "*.work/*"]
+_NOT_PUSHED += ["real_statistics.*", "*.work/*", "*.tfevents.*"]  # whose names hold the host's
 
 
 class Publisher:

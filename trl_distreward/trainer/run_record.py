@@ -16,8 +16,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..files import State, write_json
-from ..hub import without_tokens
 from ..policies import source_of
+from ..saving import without_machine
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -100,8 +100,8 @@ def write_record(trainer: "DiffusionTrainer") -> None:
         return
     folder = Path(trainer.args.output_dir)
     try:
-        text = without_tokens(json.dumps(trainer.describe_run(), default=str))
-        write_json(folder / RUN_RECORD, json.loads(text))
+        described = json.loads(json.dumps(trainer.describe_run(), default=str))
+        write_json(folder / RUN_RECORD, without_machine(described))
         trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     except OSError as error:  # no reason to end a run
         logger.warning(f"{RUN_RECORD} could not be written to {folder}: {error}.")
