@@ -1,12 +1,15 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Folders of models: saved whole or not at all, and without anything that belongs to this machine."""
 
+import inspect
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from diffusers import DiffusionPipeline
 
 from .files import write_json
 from .hub import without_tokens
@@ -59,6 +62,28 @@ def _parts(index: Path) -> set[str]:
         return {name for name, value in json.loads(index.read_text()).items() if isinstance(value, list)}
     except (OSError, ValueError, AttributeError):  # there is none, or it is damaged
         return set()
+
+
+def code_of(pipeline: DiffusionPipeline) -> tuple[dict[str, bytes], dict[str, list[str]]]:
+    """Reads the modules that came with a pipeline, and the entries of its index that name their classes."""
+    files: dict[str, bytes] = {}
+    entries = {}
+    for name, part in {"": pipeline, **pipeline.components}.items():
+        if type(part).__module__.startswith("diffusers_modules."):
+            module = Path(inspect.getfile(type(part)))  # a copy, beside those of other models
+            origin = Path(str(getattr(getattr(part, "config", None), "_name_or_path", "")))
+            found = origin.glob("*.py") if (origin / module.name).is_file() else [module]
+            files |= {f"{name}/{path.name}".lstrip("/"): path.read_bytes() for path in found}
+            entries[name or "_class_name"] = [module.stem, type(part).__name__]
+    return files, entries
+
+
+def add_code(folder: Path, files: dict[str, bytes], entries: dict[str, list[str]]) -> None:
+    """Adds modules to a saved pipeline, so that it loads again. None of them is run."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if entries:
+        write_json(folder / INDEX, json.loads((folder / INDEX).read_text()) | entries)
 
 
 def without_machine(value: object) -> object:

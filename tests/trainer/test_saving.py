@@ -4,11 +4,13 @@
 import json
 import os
 import shutil
+import sys
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig, get_peft_model
 
 from tests.helpers import (
@@ -21,7 +23,7 @@ from tests.helpers import (
     tiny_vae,
 )
 from tests.runs import EVALUATE_EVERY_STEP, SAVE_EVERY_STEP, Rising, assert_same_weights
-from trl_distreward import MergeCoefficientConfig, MergeCoefficientTrainer, SiTPipeline, load_pipeline
+from trl_distreward import MergeCoefficientConfig, MergeCoefficientTrainer, SiTPipeline, load_pipeline, saving
 
 BEST = {"metric_for_best_model": "ode_rising", "load_best_model_at_end": True}
 
@@ -138,3 +140,53 @@ def test_nothing_that_is_saved_names_a_folder_or_a_token_of_the_machine(tmp_path
     assert {"run.json", "README.md", "training_args.json", "checkpoint-2/training_args.json"} < names
     told = [n for n in names for word in ("alice", token) if word.encode() in (home / "run" / n).read_bytes()]
     assert told == []
+
+
+def with_code(folder, executed):
+    """Writes a pipeline whose classes are defined in its folder; its modules note when they are executed."""
+    tiny_pipeline().save_pretrained(folder)
+    package, note = Path(saving.__file__).parent, f"\nopen({str(executed)!r}, 'a').write(__name__ + ' ')\n"
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": ["mine", "MyPipeline"], "transformer": ["network", "SiTTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    source = (package / "pipelines" / "sit.py").read_text() + f"class MyPipeline(SiTPipeline): pass{note}"
+    (folder / "mine.py").write_text(source)
+    source = "from .first import x\nfrom .second import y\n" + (package / "models" / "sit.py").read_text() + note
+    (folder / "transformer" / "network.py").write_text(source)
+    (folder / "transformer" / "first.py").write_text(f"from .second import y as x{note}")
+    (folder / "transformer" / "second.py").write_text(f"y = 1{note}")
+    return folder
+
+
+@pytest.fixture
+def modules(monkeypatch, tmp_path):
+    """A folder of its own for diffusers' copies of modules."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path / "modules" / "diffusers_modules" / "local"
+
+
+@pytest.mark.parametrize("kind", ["train", "merge"])
+def test_a_pipeline_with_code_of_its_own_is_saved_with_it_and_nothing_is_executed(tmp_path, modules, kind):
+    base, executed = tmp_path / "base", tmp_path / "executed"
+    with_code(base, executed)
+    expected = {name: content for name, content in files(base).items() if name.endswith(".py")}
+    assert len(expected) == 4
+    trainer = trainer_of(kind, tmp_path / "run", load_pipeline(base, trust_remote_code=True))
+    before = executed.read_text()
+    assert len(before.split()) == 4
+    for name in ("mine", "network", "first"):
+        assert (modules / f"{name}.py").is_file()
+        (modules / f"{name}.py").write_text("raise RuntimeError('of another model, with modules of the same names')")
+    for folder in (tmp_path / "saved", base):  # over itself as well
+        trainer.save_model(str(folder))
+        assert {name: content for name, content in files(folder).items() if name.endswith(".py")} == expected
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_pipeline(tmp_path / "saved")
+    assert executed.read_text() == before
+    loaded = load_pipeline(tmp_path / "saved", trust_remote_code=True)
+    assert type(loaded).__name__ == "MyPipeline" and executed.read_text() != before
+    trainer.save_model()  # merges anew, if it merges
+    assert_same_weights(loaded.transformer, load_pipeline(tmp_path / "run", trust_remote_code=True).transformer)

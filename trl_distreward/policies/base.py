@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..conditions import Conditions
 from ..sampling import Generators, gaussian_noise
+from ..saving import add_code, code_of
 
 # What diffusers needs to rebuild an adapter; more would tie the file to one release of peft
 _LORA_METADATA = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", "use_rslora", "use_dora")
@@ -81,6 +83,7 @@ class PipelinePolicy:
         # remembered, because FSDP puts a class of its own in place
         self._network_class = type(plain.get_base_model() if isinstance(plain, PeftModel) else plain)
         self.guided = guidance_scale != 1.0
+        self._code = code_of(pipeline)
         for part in self._frozen_parts():
             part.requires_grad_(False).eval()
 
@@ -153,6 +156,7 @@ class PipelinePolicy:
             self.pipeline.save_pretrained(path)
         finally:
             setattr(self.pipeline, self.component, trained)
+        add_code(Path(path), *self._code)
 
     def save_adapter(self, path: str | os.PathLike, network: PeftModel) -> None:
         """Writes the adapter of `network` in peft's format, and in diffusers' if the pipeline loads adapters."""
