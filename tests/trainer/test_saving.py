@@ -136,10 +136,25 @@ def test_nothing_that_is_saved_names_a_folder_or_a_token_of_the_machine(tmp_path
     trainer.train()
     trainer.save_model()
     names = {*files(home / "run")}
-    names -= {name for name in names if name.endswith("trainer_state.json")}  # which is not pushed with the model
-    assert {"run.json", "README.md", "training_args.json", "checkpoint-2/training_args.json"} < names
+    assert {"run.json", "README.md", "training_args.json", "checkpoint-2/trainer_state.json"} < names
     told = [n for n in names for word in ("alice", token) if word.encode() in (home / "run" / n).read_bytes()]
     assert told == []
+
+
+def test_the_best_model_is_found_in_a_folder_of_another_name(tmp_path, caplog):
+    def run(folder, steps):
+        settings = {"max_steps": steps, **SAVE_EVERY_STEP, **EVALUATE_EVERY_STEP, **BEST}
+        return tiny_trainer(folder, eval_metrics={"rising": Rising()}, **settings)
+
+    run(tmp_path / "run", 2).train()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    again = run(tmp_path / "moved", 3)
+    again.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-2"))
+    assert again.weights_step == 1
+    assert_same_weights(again.network, load_pipeline(tmp_path / "moved" / "checkpoint-1").transformer)
+    shutil.rmtree(tmp_path / "moved" / "checkpoint-1")
+    run(tmp_path / "moved", 4).train(resume_from_checkpoint=True)
+    assert "checkpoint-1, which is not there" in caplog.text
 
 
 def with_code(folder, executed):

@@ -401,8 +401,8 @@ class DiffusionTrainer(_BaseTrainer):
         if resume_from_checkpoint is not None:
             self.state.compute_steps(self.args, max_steps)  # Trainer goes on with the checkpoint's
             self.load_training_state(checkpointing.read_training_state(self, resume_from_checkpoint))
-            own = checkpointing.read_process_state(self, resume_from_checkpoint)
-            if own is not None:
+            checkpointing.find_best(self, Path(resume_from_checkpoint).parent)
+            if (own := checkpointing.read_process_state(self, resume_from_checkpoint)) is not None:
                 self.load_process_state(own)
         return prepared
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -28,10 +29,13 @@ from ..merging.adapters import ADAPTER_FOLDER
 from ..saving import saved_whole
 from .ema import PolicyEMA
 from .resuming import write_manifest
+from .run_record import save_state
 from .sharding import is_split, load_whole_state_dict, reshard, whole, whole_state_dict, whole_tensors
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
+
+logger = get_logger(__name__)
 
 RAW_WEIGHTS = "trained_weights.safetensors"
 TRAINING_STATE = "diffusion_state.pt"
@@ -51,7 +55,7 @@ def write_checkpoint(trainer: "DiffusionTrainer", run_dir: Path) -> Path:
     trainer.accelerator.wait_for_everyone()
     try:
         trainer.create_model_card()
-        _write_into(trainer, partial, final)
+        _write_into(trainer, partial)
         trainer.accelerator.wait_for_everyone()
         if writes:
             write_manifest(trainer, partial)
@@ -64,10 +68,11 @@ def write_checkpoint(trainer: "DiffusionTrainer", run_dir: Path) -> Path:
         remedy = "earlier checkpoints are whole: make room, or the folder writable, and resume from the newest"
         raise OSError(f"{final} cannot be written: {remedy}. The error was: {error}") from error
     trainer.accelerator.wait_for_everyone()
+    find_best(trainer, run_dir)
     return final
 
 
-def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
+def _write_into(trainer: "DiffusionTrainer", folder: Path) -> None:
     state, writes = trainer.state, trainer.args.should_save
     trainer.write_model(folder, adapter_alone=True)
     if not trainer.args.save_only_model:
@@ -81,15 +86,11 @@ def _write_into(trainer: "DiffusionTrainer", folder: Path, final: Path) -> None:
         trainer._save_scaler(str(folder))
         trainer._save_rng_state(str(folder))
         _write_training_state(trainer, folder)
-    if state.best_global_step:
-        best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-        if best == final or best.is_dir():
-            state.best_model_checkpoint = str(best)
     if writes:
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks[type(callback).__name__] = callback.state()
-        state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        save_state(state, folder)
 
 
 def _write_training_state(trainer: "DiffusionTrainer", folder: Path) -> None:
@@ -165,6 +166,16 @@ def read_training_state(trainer: "DiffusionTrainer", folder: str) -> State:
         remedy = "resume from one made without save_only_model=True, or start a new run with this folder as its model"
         raise FileNotFoundError(f"{folder} has no {TRAINING_STATE}: {remedy}.")
     return state
+
+
+def find_best(trainer: "DiffusionTrainer", run_dir: Path) -> None:
+    """Finds the checkpoint of the best model so far."""
+    state = trainer.state
+    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    if best.is_dir():
+        state.best_model_checkpoint = str(best)
+    elif state.best_global_step and state.best_model_checkpoint is None and trainer.args.load_best_model_at_end:
+        logger.warning(f"The model was best at {best}, which is not there: unless a better one comes, the last stays.")
 
 
 def read_process_state(trainer: "DiffusionTrainer", folder: str) -> State | None:

@@ -6,12 +6,13 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
@@ -94,6 +95,11 @@ def describe_run(trainer: "DiffusionTrainer") -> State:
     }
 
 
+def save_state(state: TrainerState, folder: Path) -> None:
+    """Writes `trainer_state.json` without the folder of the best checkpoint, which resuming finds by its step."""
+    replace(state, best_model_checkpoint=None).save_to_json(str(folder / TRAINER_STATE_NAME))
+
+
 def write_record(trainer: "DiffusionTrainer") -> None:
     """Writes `run.json` and `trainer_state.json` into the output folder."""
     if not trainer.is_world_process_zero() or not trainer.state.global_step:
@@ -102,6 +108,6 @@ def write_record(trainer: "DiffusionTrainer") -> None:
     try:
         described = json.loads(json.dumps(trainer.describe_run(), default=str))
         write_json(folder / RUN_RECORD, without_machine(described))
-        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        save_state(trainer.state, folder)
     except OSError as error:  # no reason to end a run
         logger.warning(f"{RUN_RECORD} could not be written to {folder}: {error}.")
