@@ -19,7 +19,8 @@ demo: $(INSTALLED)  ## the main job on real digits, written to outputs/digits
 smoke: $(INSTALLED)  ## every part of the runs on ImageNet and on prompts, on random weights
 	$(BIN)/accelerate launch --cpu --num_processes 1 examples/sit_imagenet.py --config examples/configs/sit_s_smoke.yaml
 	$(BIN)/accelerate launch --cpu --num_processes 1 examples/sit_imagenet.py --config examples/configs/dit_smoke.yaml
-	$(BIN)/accelerate launch --cpu --num_processes 1 examples/sd3_lora.py --config examples/configs/sd3_smoke.yaml
+	$(BIN)/python examples/tiny_sd3.py outputs/tiny-sd3
+	$(BIN)/trl-distreward train --config examples/configs/sd3_smoke.yaml
 
 test: $(INSTALLED)  ## the default test suite, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,14 +1,17 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Tiny random parts for the smoke test of sd3_lora.py: a Stable Diffusion 3, a CLIP and captioned images."""
+"""
+Writes what configs/sd3_smoke.yaml trains on: a tiny random Stable Diffusion 3, a CLIP and captioned images.
 
-import os
-import shutil
+    python examples/tiny_sd3.py outputs/tiny-sd3
+    trl-distreward train --config examples/configs/sd3_smoke.yaml
+"""
+
+import sys
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -23,18 +26,12 @@ WIDTH = 16
 
 
 def make_parts(folder: Path) -> None:
-    """Writes `pipeline`, `clip` and `dataset` to a folder, once. All processes call it."""
-    state = PartialState()
-    if state.is_main_process and not folder.is_dir():
-        unfinished = folder.with_name(f"_{folder.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        torch.manual_seed(0)
-        random_pipeline().save_pretrained(unfinished / "pipeline")
-        random_clip().save_pretrained(unfinished / "clip")
-        word_tokenizer().save_pretrained(unfinished / "clip")
-        captioned_images(64).save_to_disk(unfinished / "dataset")
-        os.replace(unfinished, folder)
-    state.wait_for_everyone()
+    """Writes `pipeline`, `clip` and `dataset` to a folder."""
+    torch.manual_seed(0)
+    random_pipeline().save_pretrained(folder / "pipeline")
+    random_clip().save_pretrained(folder / "clip")
+    word_tokenizer().save_pretrained(folder / "clip")
+    captioned_images(64).save_to_disk(folder / "dataset")
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -130,3 +127,7 @@ def captioned_images(count: int) -> Dataset:
         rows["image"].append(PILImage.fromarray(pixels.clamp(0, 255).to(torch.uint8).numpy()))
         rows["prompt"].append(f"a {colour} {noun}")
     return Dataset.from_dict(rows, features=Features({"image": Image(), "prompt": Value("string")}))
+
+
+if __name__ == "__main__":
+    make_parts(Path(sys.argv[1]))

@@ -15,6 +15,7 @@ from trl import TrlParser
 
 from tests.helpers import tiny_pipeline
 from trl_distreward import PAPER, DiffusionDistributionConfig, as_policy, load_pipeline
+from trl_distreward.scripts import train
 from trl_distreward.trainer.dry_run import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -30,8 +31,7 @@ def example(monkeypatch):
 
 
 def parsed(example, recipe, *options):
-    sd3 = recipe.stem.startswith("sd3")
-    arguments = example("sd3_lora").SD3Arguments if sd3 else example("sit_imagenet").ImageNetArguments
+    arguments = train.TrainArguments if recipe.stem.startswith("sd3") else example("sit_imagenet").ImageNetArguments
     parser = TrlParser((arguments, DiffusionDistributionConfig))
     return parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "True", *options])
 
@@ -155,8 +155,11 @@ def test_dit_smoke_recipe_writes_a_diffusers_pipeline_and_resumes(example, tmp_p
 
 
 def test_sd3_smoke_recipe_writes_an_adapter_that_diffusers_loads_and_resumes(example, tmp_path):
-    options = ["--config", str(CONFIGS / "sd3_smoke.yaml"), "--output_dir", str(tmp_path)]
-    launch("sd3_lora", *options)
+    example("tiny_sd3").make_parts(parts := tmp_path / "parts")
+    recipe = (CONFIGS / "sd3_smoke.yaml").read_text().replace("outputs/tiny-sd3", str(parts))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    options = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path)]
+    train.main(options)
     evaluations = [entry for entry in logs(tmp_path, 2) if "eval_runtime" in entry]
     names = {f"eval_{sampler}_{name}" for sampler in ("sde", "ode") for name in ("distance_features", "pick_score")}
     assert len(evaluations) == 2 and all(math.isfinite(entry[name]) for entry in evaluations for name in names)
@@ -164,10 +167,10 @@ def test_sd3_smoke_recipe_writes_an_adapter_that_diffusers_loads_and_resumes(exa
 
     start, merged, adapted = (
         StableDiffusion3Pipeline.from_pretrained(folder)
-        for folder in (tmp_path / "random" / "pipeline", tmp_path, tmp_path / "random" / "pipeline")
+        for folder in (parts / "pipeline", tmp_path, parts / "pipeline")
     )
-    parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    assert not any(changed(getattr(start, part), getattr(merged, part)) for part in parts)
+    frozen = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    assert not any(changed(getattr(start, part), getattr(merged, part)) for part in frozen)
     moved = changed(start.transformer, merged.transformer)
     assert len(moved) == 2 * 4 and all(".attn.to_" in name for name in moved)
     adapted.load_lora_weights(str(tmp_path), subfolder="adapter", weight_name="pytorch_lora_weights.safetensors")
@@ -180,5 +183,5 @@ def test_sd3_smoke_recipe_writes_an_adapter_that_diffusers_loads_and_resumes(exa
     torch.testing.assert_close(images(adapted), made, rtol=0, atol=1e-5)
     assert made.shape == (1, 3, 16, 16) and (made - images(start)).abs().max() > 1e-4
 
-    example("sd3_lora").main([*options, "--resume_from_checkpoint", "true", "--max_steps", "3"])
+    train.main([*options, "--resume_from_checkpoint", "true", "--max_steps", "3"])
     assert [entry["step"] for entry in logs(tmp_path, 3) if "loss" in entry] == [1, 2, 3]
