@@ -39,6 +39,10 @@ def project(images):
     return small.flatten(1) @ torch.randn(48, 5, generator=generator)
 
 
+def squared(images):
+    return project(images) ** 2
+
+
 def project_pixels(images):
     """Features `project` of images `(N, H, W, 3)`."""
     return project(torch.from_numpy(images).permute(0, 3, 1, 2))

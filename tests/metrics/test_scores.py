@@ -78,10 +78,13 @@ def small_kid(monkeypatch):
 
 
 def test_table_equals_each_metric_alone(small_kid):
-    table = feature_metrics(REAL, GENERATED, METRICS, logits=LOGITS, seed=5)
+    other = FeatureStatistics.from_features(normal(260, 8, 3))
+    table = feature_metrics(REAL, GENERATED, METRICS, logits=LOGITS, other_real=other, seed=5)
     kid, score = small_kid(REAL, GENERATED, seed=5), inception_score(LOGITS, seed=5)
     expected = {
         "frechet": frechet_distance(*map(FeatureStatistics.from_features, (GENERATED, REAL))),
+        "frechet_ratio": frechet_distance(*map(FeatureStatistics.from_features, (GENERATED, REAL)))
+        / frechet_distance(other, FeatureStatistics.from_features(REAL)),
         "frechet_infinity": frechet_infinity(REAL, GENERATED, seed=5),
         "inception_score": score[0],
         "inception_score_std": score[1],
@@ -97,9 +100,10 @@ def test_table_equals_each_metric_alone(small_kid):
 
 def test_statistics_suffice_for_frechet_distances_only():
     statistics = FeatureStatistics.from_features(REAL)
-    names = ["frechet", "frechet_infinity", "inception_score"]
-    table = feature_metrics(statistics, GENERATED, names, logits=LOGITS)
-    assert table == pytest.approx(feature_metrics(REAL, GENERATED, names, logits=LOGITS), rel=1e-9)
+    names = ["frechet", "frechet_ratio", "frechet_infinity", "inception_score"]
+    options = {"logits": LOGITS, "other_real": FeatureStatistics.from_features(normal(260, 8, 3))}
+    table = feature_metrics(statistics, GENERATED, names, **options)
+    assert table == pytest.approx(feature_metrics(REAL, GENERATED, names, **options), rel=1e-9)
     for name in set(METRICS) - set(names):
         with pytest.raises(ValueError, match=f"^frechet, {name} need real features"):
             feature_metrics(statistics, GENERATED, ["frechet", name])
@@ -134,6 +138,8 @@ def test_float16_features_give_the_values_of_float64_ones():
     [
         ({"metrics": ["kid", "IS"]}, r"\['kid', 'IS'\] are unknown or none: choose from frechet, "),
         ({"metrics": []}, r"\[\] are unknown or none"),
+        ({"metrics": ["frechet_ratio"]}, "compares 260 images with as many other real ones: got none"),
+        ({"metrics": ["frechet_ratio"], "other_real": FeatureStatistics.from_features(REAL)}, "ones: got 300"),
         ({"metrics": ["inception_score"]}, "inception_score needs logits of the 260"),
         ({"logits": LOGITS[:7], "metrics": ["inception_score"]}, "needs logits of the 260"),
         ({"generated": GENERATED[:4], "logits": LOGITS[:4], "metrics": ["inception_score"]}, "splits=10"),

@@ -58,6 +58,22 @@ def test_values_are_those_of_the_features(folder):
     assert metrics_of(report)["frechet"] == pytest.approx(frechet_distance(generated, real), rel=1e-5)
 
 
+def test_fdr_is_the_mean_of_ratios_to_other_real_images(folder, capsys):
+    images, other = write_folder(folder / "images", 30, height=4, width=4), pixels(90, 4, 4)[60:]
+    np.savez("other.npz", other)
+    spaces = ["tests.evaluation.images.project", "tests.evaluation.images.squared"]
+    ratios = ["--model", "images", "--real", "real.npz", "--metrics", "frechet_ratio", "--feature-extractor", *spaces]
+    found = [result["metrics"]["frechet_ratio"] for result in run(*ratios, "--other-real", "other.npz")["results"]]
+    for power, ratio in zip((1, 2), found, strict=True):
+        sets = (project_pixels(x).float() ** power for x in (images, other, pixels(60, 4, 4)))
+        generated, others, real = map(FeatureStatistics.from_features, sets)
+        expected = frechet_distance(generated, real) / frechet_distance(others, real)
+        assert ratio == pytest.approx(expected, rel=1e-4)
+    assert f"| FDr^k | mean | {sum(found) / 2:.5g} |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--other-real names 0 sets for 2 feature extractors"):
+        run(*ratios)
+
+
 def test_moments_serve_frechet_and_features_every_metric(folder):
     common = ["real.npz", *EXTRACTOR, "--num-workers", "0", "--output"]
     statistics.main([*common, "moments.safetensors"])

@@ -165,7 +165,7 @@ class RealSet:
             self.statistics = self.statistics or collected.statistics("real")
             self.features = collected.features("real") if self.needs_features else None
 
-    def compare(self, generated: Tensor, seed: int, spread: int) -> dict[str, object]:
+    def compare(self, generated: Tensor, other: FeatureStatistics | None, seed: int, spread: int) -> dict[str, object]:
         """Computes one of the results in a report from features `(N, d)`; see [`feature_metrics`]."""
         network: Any = self.extractor
         statistics: Any = self.statistics
@@ -174,7 +174,8 @@ class RealSet:
         for real, of_statistics in ((statistics, True), (self.features, False)):
             names = [name for name in self.metrics if (name in OF_STATISTICS) == of_statistics]
             if names and real is not None:
-                metrics |= feature_metrics(real, generated, names, logits=logits, seed=seed, spread=spread)
+                options: dict[str, Any] = {"logits": logits, "other_real": other, "seed": seed, "spread": spread}
+                metrics |= feature_metrics(real, generated, names, **options)
         mean_norm = statistics.mean.norm().item()  # tells whether two reports are against the same data
         about = {"path": str(self.path), "count": statistics.count, "mean_norm": mean_norm}
         return {"extractor": network.name, "resize": network.resize, "real": about, "metrics": metrics}

@@ -8,6 +8,7 @@ generation, `library`, and `results`, one for each feature extractor: `extractor
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Report = Mapping[str, Any]
@@ -16,6 +17,7 @@ Report = Mapping[str, Any]
 _LITERATURE = {
     ("inception", "frechet"): "FID",
     ("inception", "frechet_infinity"): "FID∞",
+    ("mean", "frechet_ratio"): "FDr^k",
     ("inception-spatial", "frechet"): "sFID",
     ("dinov2", "frechet"): "FD-DINOv2",
     ("clip", "cmmd"): "CMMD",
@@ -42,7 +44,8 @@ def markdown_table(*reports: Report) -> str:
     for key, (first, _) in values[0].items():
         if all(key in each for each in values):
             extractor, resize, metric = key
-            row = [_LITERATURE.get((extractor, metric), metric), ", ".join(dict.fromkeys((extractor, resize)))]
+            features = ", ".join(filter(None, dict.fromkeys((extractor, resize))))
+            row = [_LITERATURE.get((extractor, metric), metric), features]
             for value, std in (each[key] for each in values):
                 row.append(f"{value:.5g}" + (f" ± {std:.2g}" if std else ""))
             if len(reports) > 1:
@@ -54,8 +57,10 @@ def markdown_table(*reports: Report) -> str:
 
 
 def _values(report: Report) -> dict[tuple[str, str, str], tuple[float, float | None]]:
-    """Values and standard deviations by extractor, resize and metric."""
-    return {
+    """Values and standard deviations by extractor, resize and metric; of several spaces' ratios the mean (FDr^k)."""
+    ratios = [result["metrics"].get("frechet_ratio") for result in report["results"]]
+    mean = {("mean", "", "frechet_ratio"): (fmean(ratios), None)} if None not in ratios and len(ratios) > 1 else {}
+    return mean | {
         (result["extractor"], result["resize"], metric): (value, result["metrics"].get(f"{metric}_std"))
         for result in report["results"]
         for metric, value in result["metrics"].items()

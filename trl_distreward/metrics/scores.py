@@ -16,7 +16,8 @@ from .kernel import KernelDistance
 from .prdc import precision_recall_density_coverage
 from .statistics import FeatureStatistics
 
-OF_STATISTICS = ("frechet", "frechet_infinity", "inception_score")  # the others need features of real images
+# The others need features of real images
+OF_STATISTICS = ("frechet", "frechet_ratio", "frechet_infinity", "inception_score")
 METRICS = (*OF_STATISTICS, "kid", "kernel", "mmd", "cmmd", "precision", "recall", "density", "coverage")
 
 
@@ -93,6 +94,7 @@ def feature_metrics(
     metrics: Sequence[str] = ("frechet",),
     *,
     logits: Tensor | None = None,
+    other_real: FeatureStatistics | None = None,
     seed: int = 0,
     spread: int = 0,
 ) -> dict[str, float]:
@@ -107,11 +109,13 @@ def feature_metrics(
         real ([`FeatureStatistics`] or `torch.Tensor` of shape `(M, d)`): the real set. Statistics suffice for the
             Fréchet distances and the Inception Score.
         generated (`torch.Tensor` of shape `(N, d)`): any float dtype.
-        metrics (`Sequence[str]`, *optional*, defaults to `("frechet",)`): `"frechet"`; `"frechet_infinity"`; `"kid"`;
-            `"kernel"` and `"mmd"`, the unbiased polynomial and Gaussian [`KernelDistance`]; `"cmmd"`, for CLIP
-            embeddings; `"precision"` and `"recall"` with k = 3; `"density"` and `"coverage"` with k = 5;
-            `"inception_score"`. Each may come with a `"<name>_std"`.
+        metrics (`Sequence[str]`, *optional*, defaults to `("frechet",)`): `"frechet"`; `"frechet_ratio"`, divided by
+            that of other real images (FDr, arXiv 2604.28190); `"frechet_infinity"`; `"kid"`; `"kernel"` and `"mmd"`,
+            the unbiased polynomial and Gaussian [`KernelDistance`]; `"cmmd"`, for CLIP embeddings; `"precision"` and
+            `"recall"` with k = 3; `"density"` and `"coverage"` with k = 5; `"inception_score"`. Each may come with a
+            `"<name>_std"`.
         logits (`torch.Tensor` of shape `(N, C)`, *optional*): class logits of the generated images.
+        other_real ([`FeatureStatistics`], *optional*): N other real images, for `"frechet_ratio"`.
         seed (`int`, *optional*, defaults to 0): seed of random subsets and of the Inception Score's order.
     """
     if not metrics or not {*metrics} <= {*METRICS}:
@@ -125,6 +129,9 @@ def feature_metrics(
     check_features(generated, "generated features", dimension)
     if "inception_score" in metrics and (logits is None or len(logits) != len(generated)):
         raise ValueError(f"inception_score needs logits of the {len(generated)} generated images: pass logits (N, C).")
+    if "frechet_ratio" in metrics and (other_real is None or other_real.count not in (0, None, len(generated))):
+        found = "none" if other_real is None else str(other_real.count)
+        raise ValueError(f"frechet_ratio compares {len(generated)} images with as many other real ones: got {found}.")
     generator, size = torch.Generator().manual_seed(seed), round(len(generated) / 2)
     halves = [torch.randperm(len(generated), generator=generator)[:size] for _ in range(spread)]
     values: dict[str, float] = {}
@@ -136,7 +143,7 @@ def feature_metrics(
         elif name == "frechet_infinity":
             values[name] = frechet_infinity(real, generated, seed=seed)
         elif name not in values:
-            metric = _metric(name, real)
+            metric = _metric(name, real, other_real)
             values |= metric(generated)
             repeated = [metric(generated[rows]) for rows in halves]
             for key in repeated[0] if halves else ():
@@ -144,12 +151,15 @@ def feature_metrics(
     return {key: values[key] for name in dict.fromkeys(metrics) for key in (name, f"{name}_std") if key in values}
 
 
-def _metric(name: str, real: Tensor | FeatureStatistics) -> Callable[[Tensor], dict[str, float]]:
+def _metric(
+    name: str, real: Tensor | FeatureStatistics, other_real: FeatureStatistics | None
+) -> Callable[[Tensor], dict[str, float]]:
     """A metric as a function of the generated features; work on the real side is done here, once."""
-    if name == "frechet":
+    if name in ("frechet", "frechet_ratio"):
         statistics = _statistics(real)
         root = RealRoot.of(statistics)
-        return lambda generated: {name: frechet_distance(_statistics(generated), statistics, root)}
+        unit = 1.0 if name == "frechet" or other_real is None else frechet_distance(other_real, statistics, root)
+        return lambda generated: {name: frechet_distance(_statistics(generated), statistics, root) / unit}
     assert isinstance(real, Tensor)
     if name in ("kernel", "mmd"):
         distance = KernelDistance(real, kernel="polynomial" if name == "kernel" else "gaussian")

@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     add, metrics = parser.add_argument, f"any of {', '.join(METRICS)} (default: frechet)"
     real = "statistics (.safetensors, .npz, EDM2's .pkl) or images (folder, .npz, dataset), for all extractors or each"
     add("--real", nargs="+", default=[], help=real)
+    add("--other-real", nargs="+", default=[], help="other real images, or statistics of them, for frechet_ratio")
     add("--feature-extractor", nargs="+", default=["inception"], metavar="NAME", help=EXTRACTOR_HELP)
     add("--metrics", nargs="+", default=["frechet"], choices=METRICS, metavar="METRIC", help=metrics)
     add("--spread", type=int, default=0, help="number of repeats from which standard deviations are estimated")
@@ -80,21 +81,23 @@ def main(argv: list[str] | None = None) -> None:
         return
     state, folder = start_processes(), Path(arguments.work_dir or f"{arguments.output}.work")
     opening, options = image_options(arguments)
-    reals = open_reals(arguments, opening)
-    for i, real in enumerate(reals):
+    reals, others = open_reals(arguments, opening), open_others(arguments, opening)
+    for i, real in enumerate([*reals, *others]):
         real.collect(folder / f"real-{i}", **options)
     images = open_model(arguments, state)
     networks = {name: real.extractor for name, real in zip(arguments.feature_extractor, reals, strict=True)}
     collected = collect_features(images, networks, folder / "generated", **options)
     if state.is_main_process:
-        rows, repeats = [collected.features(name) for name in networks], (arguments.seed, arguments.spread)
+        rows = [collected.features(name) for name in networks]
+        other_real = [each.statistics for each in others] or [None] * len(reals)
+        sets, repeats = zip(reals, rows, other_real, strict=True), (arguments.seed, arguments.spread)
         report = {
             "model": arguments.model,
             "images": len(rows[0]),
             "resize": arguments.resize,
             "skipped": collected.skipped,
             "settings": images.description,
-            "results": [real.compare(row, *repeats) for real, row in zip(reals, rows, strict=True)],
+            "results": [real.compare(row, other, *repeats) for real, row, other in sets],
             "library": f"trl-distreward {__version__}, torch {torch.__version__}",
         }
         write_json(arguments.output, report)
@@ -104,13 +107,27 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
 
 
+def paths_of(option: str, paths: list[str], names: list[str]) -> list[str]:
+    """Paths of an option, one for each feature extractor; a single one is for all."""
+    if len(paths) not in (1, len(names)):
+        raise ValueError(f"{option} names {len(paths)} sets for {len(names)} feature extractors: give one for each.")
+    return paths * len(names) if len(paths) == 1 else paths
+
+
+def open_others(arguments: argparse.Namespace, options: Options) -> list[RealSet]:
+    """Opens the other real images of `frechet_ratio`, for each feature extractor."""
+    if "frechet_ratio" not in arguments.metrics:
+        return []
+    names = arguments.feature_extractor
+    paths = paths_of("--other-real", arguments.other_real, names)
+    pairs = zip(names, paths, strict=True)
+    return [RealSet(path, find_extractor(name), ["frechet"], **options) for name, path in pairs]
+
+
 def open_reals(arguments: argparse.Namespace, options: Options) -> list[RealSet]:
     """Opens the real data of each feature extractor."""
-    names, paths = arguments.feature_extractor, arguments.real
-    if len(paths) not in (1, len(names)):
-        raise ValueError(f"--real names {len(paths)} sets for {len(names)} feature extractors: give one for each.")
-    reals = []
-    for name, path in zip(names, paths * len(names) if len(paths) == 1 else paths, strict=True):
+    names, reals = arguments.feature_extractor, []
+    for name, path in zip(names, paths_of("--real", arguments.real, names), strict=True):
         extractor = find_extractor(name)
         has_logits = getattr(extractor, "output", None) == "pool3"
         metrics = [metric for metric in arguments.metrics if metric != "inception_score" or has_logits]
