@@ -72,7 +72,7 @@ def test_page_shows_the_run_and_loads_nothing(run):
     assert "digits & <b>more" in text and "update 3 of" in text
     for title in ("Evaluation", "Samples", "Training", "Cost", "Settings that differ from the defaults"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("data:image/webp;base64,") == 2  # before and after
+    assert page.count("data:image/webp;base64,") == 4  # before and after each update
     assert page.count('<svg role="img"') > 6 and "currentColor" in page and report.INK not in page
 
 

@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..files import State, written_whole
 from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.merge_coefficient_config import MergeCoefficientConfig
 from ..trainer.run_record import RUN_RECORD, sample_grids
+from ..trainer.watch import PARTED, parted
 from . import cli
 
 Lines = dict[str, dict[int, float]]  # values by update, for each line of a chart
@@ -44,6 +45,8 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
+HELD_OUT = "held out"
+GRIDS = 6  # of samples, at most
 LARGEST_SIDE = 1280  # of an embedded image, in pixels
 CHART_OF = {"reward": "reward/mean", "reward_std": "reward/std", "reward_best": "reward/best"}
 SHOWN = ("reward", "reference", "seconds", "coefficients")  # charts that are not folded
@@ -76,6 +79,7 @@ def render_report(run_dir: str | Path) -> str:
     record = json.loads((folder / RUN_RECORD).read_text()) if (folder / RUN_RECORD).is_file() else {}
     lines = chart_lines(state["log_history"], record.get("evaluations", []))
     charts = {name: _draw(name, each) for name, each in sorted(lines.items())}
+    warnings, distances = compared(record.get("evaluations", []), record.get("heldout", []))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text())
@@ -85,10 +89,12 @@ def render_report(run_dir: str | Path) -> str:
         state=state,
         record=record,
         summary=summary_rows(lines),
-        distances={name: chart for name, chart in charts.items() if name.startswith("eval_")},
+        distances={**distances, **{name: chart for name, chart in charts.items() if name.startswith("eval_")}},
         curves={name: chart for part in SHOWN for name, chart in charts.items() if name.startswith(part)},
         others={name: chart for name, chart in charts.items() if not name.startswith(("eval_", *SHOWN))},
-        samples={path.stem.removeprefix("step-"): _embed(path) for path in sample_grids(folder)},
+        samples={path.stem.removeprefix("step-"): _embed(path) for path in sample_grids(folder, GRIDS)},
+        warnings=warnings,
+        best=(settings or {}).get("metric_for_best_model"),
         tables={**record_tables(record), "Settings that differ from the defaults": settings_table(settings or {})},
     )
 
@@ -114,8 +120,26 @@ def chart_lines(logs: list[State], evaluations: list[State]) -> dict[str, Lines]
     return {name if len(lines) > 1 else "/".join({name: 0, **lines}): lines for name, lines in charts.items()}
 
 
-def _draw(title: str, lines: Lines) -> Markup:
-    """An SVG of lines over updates; a line `std` becomes a band around `mean`."""
+def compared(evaluations: list[State], heldout: list[str]) -> tuple[dict[int, str], dict[str, Markup]]:
+    """
+    Returns warnings by update, and a chart of the reward's and the held-out distances relative to the first, with a
+    mark where they part.
+    """
+    lines: Lines = defaultdict(dict)
+    for each in evaluations if heldout else ():
+        for key, value in each["values"].items():
+            own, first = "_distance_" in key, evaluations[0]["values"].get(key)
+            if first and (own or key.endswith(tuple(f"_{name}" for name in heldout))):
+                lines[key if own else f"{key}, {HELD_OUT}"][each["step"]] = value / first
+    ends = range(1, len(evaluations) + 1)
+    found = {evaluations[end - 1]["step"]: parted(evaluations[:end], heldout) for end in ends}
+    warnings = {step: f"{', '.join(names)} {PARTED}." for step, names in found.items() if names}
+    title = "distances, relative to the first"
+    return warnings, {title: _draw(title, lines, warnings)} if lines else {}
+
+
+def _draw(title: str, lines: Lines, marks: Iterable[int] | None = None) -> Markup:
+    """An SVG of lines by update; a line `std` becomes a band around `mean`. With `marks`, the reward's are dashed."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.subplots()
@@ -126,7 +150,10 @@ def _draw(title: str, lines: Lines) -> Markup:
                 low, high = ([mean + sign * std for mean, std in zip(means, y, strict=True)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, alpha=0.2, linewidth=0)
             else:
-                axes.plot(x, y, label=name, marker="." if len(x) < 60 else None)
+                style = "-" if marks is None or HELD_OUT in name else "--"
+                axes.plot(x, y, style, label=name, marker="." if len(x) < 60 else None)
+        for step in marks or ():
+            axes.axvline(step, color="tab:red", linewidth=1)
         axes.set_xlabel("update")
         if len(axes.lines) > 1:
             axes.legend(frameon=False, fontsize="small")

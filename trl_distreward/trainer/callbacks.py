@@ -27,6 +27,7 @@ from .image_sets import shared_images
 from .network import asks_for_normalization
 from .run_record import is_evaluation
 from .sharding import reshard
+from .watch import WatchHeldOut
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -213,5 +214,6 @@ def add_default_callbacks(trainer: "DiffusionTrainer") -> None:
         trainer.remove_callback(each)
     trainer.add_callback(ShowProgress())
     trainer.add_callback(WatchLearning(trainer))
+    trainer.add_callback(WatchHeldOut(trainer))
     if trainer.args.log_samples:
         trainer.add_callback(LogSamplesCallback(trainer))

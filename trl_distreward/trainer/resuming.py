@@ -37,7 +37,10 @@ _FREE = (
     "reward_weights",  # compared by function
 )
 # Settings that may change unless the best model so far was chosen under them
-_EVALUATION = ("eval_samplers", "eval_solver", "eval_seed", "num_eval_images", "num_inference_steps_eval")
+_EVALUATION = (
+    *("eval_samplers", "eval_solver", "eval_seed", "num_eval_images", "num_inference_steps_eval"),
+    *("metric_for_best_model", "greater_is_better"),
+)
 _OF_A_COPY = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")  # of a peft_config
 
 

@@ -19,6 +19,7 @@ from .. import __version__
 from ..files import State, write_json
 from ..policies import source_of
 from ..saving import without_machine
+from .watch import heldout_metrics
 
 if TYPE_CHECKING:
     from .base import DiffusionTrainer
@@ -62,11 +63,11 @@ class RunRecord:
         self.evaluations = list(state["evaluations"])
 
 
-def sample_grids(folder: Path) -> list[Path]:
-    """The first and the last grid of samples of a run, if there are such."""
+def sample_grids(folder: Path, most: int = 2) -> list[Path]:
+    """At most so many grids of samples of a run, evenly from the first to the last."""
     found = [path for path in folder.glob("samples/step-*.png") if path.stem[5:].isdecimal() and path.is_file()]
     found.sort(key=lambda path: int(path.stem[5:]))
-    return found[:1] + found[1:][-1:]
+    return [found[i] for i in sorted({round(k * (len(found) - 1) / (most - 1)) for k in range(most)})] if found else []
 
 
 def is_evaluation(logs: Mapping[str, object]) -> bool:
@@ -91,6 +92,7 @@ def describe_run(trainer: "DiffusionTrainer") -> State:
             "trained": sum(p.numel() for p in parameters if p.requires_grad),
         },
         "rewards": {reward.name: reward.weight for reward in trainer.rewards.all},
+        "heldout": heldout_metrics(trainer),
         **trainer.run_record.state_dict(),
     }
 
