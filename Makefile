@@ -13,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(INSTALLED)
 
-demo: $(INSTALLED)  ## the main job on real digits, written to outputs/digits
+demo: $(INSTALLED)  ## the main job on real digits, written to outputs/digits; overview.png shows it
 	$(BIN)/python examples/digits.py
 
 smoke: $(INSTALLED)  ## every part of the runs on ImageNet and on prompts, on random weights

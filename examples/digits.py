@@ -11,7 +11,8 @@ Two estimators are compared: policy gradients, and back-propagation of the dista
 ODE. The reward sees one network's features and class probabilities, and pixels. Another network is held out and judges
 the images.
 
-Output folder: report.json and report.md, before.png, and for each estimator its pipeline and after_*.png.
+Output folder: overview.png, report.json and report.md, before.png, and for each estimator
+its pipeline and after_*.png.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits as load_sklearn_digits
@@ -231,6 +233,40 @@ def report_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def draw_overview(out: Path, report: dict[str, Any]) -> Path:
+    """Draws samples before and after from the same noise, distances by update, and a table, under the ODE."""
+    figure = Figure(figsize=(12, 7.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(4, 3.2))
+    titles = {"before": "before", **{f"after_{name}": f"after: {LABELS[name]}" for name in ESTIMATORS}}
+    for axes, (name, title) in zip(above.subplots(1, len(titles)), titles.items(), strict=True):
+        axes.imshow(Image.open(out / f"{name}.png"), cmap="gray")
+        axes.set_title(title)
+        axes.axis("off")
+    curves, cells = below.subplots(1, 2, width_ratios=(4, 5))
+    for colour, name in zip(("tab:blue", "tab:orange"), ESTIMATORS, strict=True):
+        for key, style in (("distance_last", "--"), ("heldout", "-")):
+            points = {each["step"]: each["values"][f"ode_{key}"] for each in report["evaluations"][name]}
+            seen = "held out" if key == "heldout" else "rewarded"
+            curves.plot(
+                *zip(*points.items(), strict=True), style, marker=".", c=colour, label=f"{LABELS[name]}, {seen}"
+            )
+    curves.set(title="Fréchet distance from real digits", xlabel="update", ylim=(0, None))
+    curves.legend(frameon=False, fontsize="small")
+    rows = {"before": report["base"]["ode"], **{LABELS[name]: report[name]["ode"] for name in ESTIMATORS}}
+    rows["real test digits"] = report["floor"]
+    names = {"fd_heldout": "distance,\nheld out", "fd_pixel": "distance,\npixels", "accuracy": "right\ndigit"}
+    values = [
+        [f"{row[name]['mean']:.1%}" if name == "accuracy" else f"{row[name]['mean']:.2f}" for name in names]
+        for row in rows.values()
+    ]
+    cells.axis("off")
+    table = cells.table(values, rowLabels=list(rows), colLabels=list(names.values()), bbox=(0.3, 0.1, 0.7, 0.9))
+    table.auto_set_font_size(False)
+    table.set_fontsize(11)
+    figure.savefig(out / "overview.png", dpi=80)
+    return out / "overview.png"
+
+
 @dataclass
 class Digits:
     """
@@ -329,6 +365,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "policy_gradient": {},
     "backprop": {"loss_type": "backprop", "sampler": "ode", "backprop_from": 0.3},
 }
+LABELS = {"policy_gradient": "policy gradient", "backprop": "back-propagation"}
 
 
 def build_trainer(digits: Digits, args: argparse.Namespace, name: str) -> DistributionRewardTrainer:
@@ -352,7 +389,7 @@ def build_trainer(digits: Digits, args: argparse.Namespace, name: str) -> Distri
             per_device_train_batch_size=256,
             per_device_eval_batch_size=500,
             eval_strategy="steps",
-            eval_steps=args.num_updates // 2 + 1,  # once; the end is evaluated below
+            eval_steps=args.num_updates // 3 + 1,  # twice; the end is evaluated below
             save_strategy="no",
             report_to="none",
             use_cpu=True,
@@ -383,11 +420,11 @@ def main() -> None:
     logging.getLogger("trl_distreward").addHandler(logging.StreamHandler())
     started, out = time.perf_counter(), args.output_dir
     digits = prepare(out / "cache", args.seed, args.pretraining_steps)
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"evaluations": {}}
     seconds = {"pretraining": time.perf_counter() - started}
     for name in ESTIMATORS:
         trainer = build_trainer(digits, args, name)
-        if not report:
+        if "base" not in report:
             report["base"] = evaluated(trainer, args.eval_seeds)
             sample_grid(trainer.policy.pipeline, out / "before.png")
         else:
@@ -396,6 +433,7 @@ def main() -> None:
         trainer.train()
         seconds[name] = time.perf_counter() - training
         report[name] = evaluated(trainer, args.eval_seeds)
+        report["evaluations"][name] = trainer.run_record.evaluations
         trainer.save_model(str(out / name / "pipeline"))
         sample_grid(SiTPipeline.from_pretrained(out / name / "pipeline"), out / f"after_{name}.png")
     report["floor"] = digits.floor
@@ -404,7 +442,8 @@ def main() -> None:
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     table = report_table(report)
     (out / "report.md").write_text(f"# Digits\n\n{table}\n")
-    print(f"\n{table}\n\nWritten to {out} in {report['seconds']['total']:.0f} s. A run as a page:")
+    print(f"\n{table}\n\nWritten to {out} in {report['seconds']['total']:.0f} s. All of it at a glance:")
+    print(f"  {draw_overview(out, report)}\nA run as a page:")
     for name in ESTIMATORS:
         print(f"  trl-distreward report {out / name}")
 
