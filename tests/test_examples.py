@@ -16,7 +16,7 @@ from trl import TrlParser
 from tests.helpers import tiny_pipeline
 from trl_distreward import PAPER, DiffusionDistributionConfig, as_policy, load_pipeline
 from trl_distreward.scripts import train
-from trl_distreward.trainer.dry_run import Plan
+from trl_distreward.trainer.costs import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "configs"

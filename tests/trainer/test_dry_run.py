@@ -11,7 +11,8 @@ from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
 from tests.runs import SAVE_EVERY_STEP, calls_of
 from trl_distreward import PAPER, DiffusionDistributionConfig, DistributionRewardTrainer
 from trl_distreward.trainer import dry_run as module
-from trl_distreward.trainer.dry_run import Plan, check_disk, dry_run
+from trl_distreward.trainer.costs import Plan
+from trl_distreward.trainer.dry_run import check_disk, dry_run
 
 BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 1.0}
 
@@ -89,7 +90,7 @@ def test_a_dry_run_predicts_every_phase_and_leaves_no_files(tmp_path):
     trainer.evaluate = None  # not called
     decoded = calls_of(trainer.policy, "decode")
     prediction = dry_run(trainer)
-    assert sum(len(x) for (x,), _ in decoded) == 5 + 12  # a batch of the reference set, and a rollout
+    assert sum(len(x) for (x,), _ in decoded) == 1 + 5 + 12  # counted; a batch of the reference set; a rollout
     assert len(trainer.rewards.of_sets[0].features["features"]) == 24
     assert prediction.fits and prediction.plan.steps == 4 and not list(tmp_path.iterdir())
     assert all(prediction.seconds[phase] > 0 for phase in ("rollout", "reward", "update", "refresh", "evaluation"))

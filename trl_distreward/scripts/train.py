@@ -5,11 +5,13 @@ Fine-tune a pipeline with distribution-wise rewards.
     trl-distreward train --config recipe.yaml
     accelerate launch --multi_gpu -m trl_distreward train --config recipe.yaml --learning_rate 2e-5
     trl-distreward train --config recipe.yaml --dry-run
+    trl-distreward train --config recipe.yaml --device h200
     trl-distreward train --model stabilityai/stable-diffusion-3.5-medium --use_peft --output_dir OUTPUT \\
         --dataset_name DATASET --real_images DATASET --real_resize 512 \\
         --prompt_encoder openai/clip-vit-large-patch14 --reward_funcs pick_score --reward_weights 1.0 0.5 ...
 
---dry-run measures the first steps and prints what the run would take: memory, seconds, device-hours, disk.
+--dry-run measures the first steps and prints what the run would take: memory, seconds, device-hours, disk. --device
+predicts the same for another GPU, without running the network.
 
 Every field of DiffusionDistributionConfig and of TrainingArguments is an option, on the command line or in the YAML
 file. The command line overrides the file.
@@ -25,9 +27,10 @@ from trl import TrlParser
 
 from ..policies import DiffusionPolicy, as_policy, load_pipeline
 from ..rewards.subset_replace import CREDITS
+from ..trainer.costs import GPUS
 from ..trainer.diffusion_distribution_config import DiffusionDistributionConfig
 from ..trainer.distribution_reward_trainer import DistributionRewardTrainer
-from ..trainer.dry_run import check_disk, dry_run
+from ..trainer.dry_run import check_disk, dry_run, predict
 from .arguments import Model, RewardArguments, build_metrics, build_rewards, load_conditions, option, run_trainer
 from .common import make_trl_parser
 
@@ -47,6 +50,7 @@ class TrainArguments(RewardArguments):
     width: int | None = option(None, "Width of the images of a text-to-image model.")
     offload_text_encoders: bool | None = option(None, "Keep text encoders in CPU memory while they do not encode.")
     dry_run: bool = option(False, "Measure and print what the run would take, and stop.")
+    device: str | None = option(None, "Predict and print what the run would take on this GPU, and stop.", list(GPUS))
 
 
 def make_parser() -> TrlParser:
@@ -60,11 +64,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: TrainArguments, config: DiffusionDistributionConfig, model: Model) -> None:
     """Trains a pipeline, given as itself, its folder or its Hub id; or predicts what that would take."""
-    if arguments.dry_run:  # reports and pushes nothing
+    stops = arguments.dry_run or arguments.device
+    if stops:  # reports and pushes nothing
         config.report_to, config.push_to_hub, config.disable_tqdm = [], False, True
     trainer = build_trainer(arguments, config, model)
-    if arguments.dry_run:
-        prediction = dry_run(trainer)
+    if stops:
+        prediction = predict(trainer, arguments.device) if arguments.device else dry_run(trainer)
         if trainer.is_world_process_zero():
             print(prediction)
         trainer.accelerator.end_training()

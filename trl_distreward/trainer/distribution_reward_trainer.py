@@ -17,8 +17,8 @@ from ..files import State
 from ..policies import Model
 from .base import DiffusionTrainer
 from .checks import images_of_noise
+from .costs import Plan
 from .diffusion_distribution_config import DiffusionDistributionConfig
-from .dry_run import Plan
 from .estimators import ESTIMATORS
 from .estimators.base import Batch
 from .image_sets import shared_images

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""The cost of a run before it starts: network evaluations by arithmetic; seconds and memory by one real update."""
+"""The cost of a run before it starts: predicted for a GPU by arithmetic, or measured by one real update."""
 
-import math
 import os
 import shutil
 import sys
@@ -16,87 +15,27 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from peft import PeftModel
-from torch import nn
 
+from . import costs
+from .costs import FLOAT, GPUS, Plan
 from .image_sets import ImageBatch
 
 if TYPE_CHECKING:
     from .distribution_reward_trainer import DistributionRewardTrainer
 
 GIB = 2**30
-FLOAT = 4  # bytes of float32
-# Bytes of the optimizer's state per trained parameter; AdamW's two moments for optimizers that are not listed
-OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rmsprop": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "adafactor": 1}
 HEADROOM = 0.95  # share of the free disk to plan with
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Numbers of events in a run, and network evaluations of all processes for each; guidance counts twice."""
-
-    steps: int
-    refreshes: int
-    evaluations: int
-    checkpoints: int
-    counts: dict[str, int]  # per rollout, update, refresh and evaluation
-
-    @classmethod
-    def of(cls, trainer: "DistributionRewardTrainer") -> "Plan":
-        args, policy, per_epoch = trainer.args, trainer.policy, trainer.steps_per_epoch
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-        interval = 10 if args.reference_refresh_steps == "auto" else int(args.reference_refresh_steps)
-        interval = math.ceil(interval / args.num_iterations) * args.num_iterations
-        factor = 2 if getattr(policy, "guided", getattr(policy, "guidance_scale", 1.0) != 1.0) else 1
-        sampled = factor * args.rollout_schedule.num_steps
-        evaluated = sum(factor * (s.num_evaluations or s.num_steps) for s in args.eval_schedules.values())
-        counts = {
-            "rollout": args.num_subsets * args.replace_size * args.best_of_n * sampled,
-            "update": factor * trainer.estimator.num_passes(),
-            "refresh": args.reference_set_size * sampled if trainer.rewards.of_sets else 0,
-            "evaluation": trainer.num_eval_images * evaluated,
-        }
-
-        def times(strategy: str, every: float | None) -> int:
-            if strategy == "no" or not every:
-                return 0
-            every = every * steps if every < 1 else every  # transformers takes a share of all steps as well
-            return int(steps // (per_epoch if strategy == "epoch" else every))
-
-        refreshes = 1 if args.reference_update == "rolling" else math.ceil(steps / interval)
-        evaluations = times(args.eval_strategy, args.eval_steps) + bool(args.eval_on_start)
-        return cls(steps, refreshes, evaluations, times(args.save_strategy, args.save_steps), counts)
-
-    def describe(self, trainer: "DistributionRewardTrainer") -> str:
-        """The sizes of a run, by arithmetic."""
-        args, of_sets, classes = trainer.args, trainer.rewards.of_sets, trainer.policy.num_conditions or 1
-        often = [math.ceil(self.steps / args.num_iterations), self.steps, self.refreshes, self.evaluations]
-        passes = [count * times for count, times in zip(self.counts.values(), often, strict=True)]
-        new, size = args.num_subsets * args.replace_size * args.best_of_n, args.reference_set_size
-        width = sum(getattr(each, "dimension", 0) for reward in of_sets for each in reward.distances.values())
-        parameters = [(p.numel(), p.requires_grad) for p in trainer.skeleton.parameters()]
-        chosen = f", the best of {args.best_of_n} each" if args.best_of_n > 1 else ""
-        images = new * often[0] + (size * self.refreshes if of_sets else 0)
-        lines = [
-            f"{often[0]:,} rollouts of {args.num_subsets} subsets x {args.replace_size} images{chosen}",
-            f"{images:,} images for training, {trainer.num_eval_images:,} in an evaluation",
-            f"{sum(passes[:3]) / self.steps:,.0f} network evaluations an update, {sum(passes):,} in all",
-            f"{sum(n for n, trained in parameters if trained):,} of {sum(n for n, _ in parameters):,} weights trained",
-        ]
-        if of_sets:
-            held = f"{size * width * FLOAT / 2**20:,.1f} MiB of features"
-            lines.append(f"reference set: {size:,} images, generated {self.refreshes} x; {held}")
-        if trainer.train_dataset is None and classes > 1:
-            lines.append(f"no train_dataset, so labels are all {classes} classes in balance")
-        return "\n- ".join([f"The run: {self.steps:,} updates", *lines])
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """Cost of a run. Memory and disk are in bytes."""
+    """Cost of a run, predicted or measured. Memory and disk are in bytes."""
 
     plan: Plan
     device: str
     processes: int
+    flops: dict[str, float]  # of an average update of all processes, by phase
+    parts: dict[str, float]  # of the memory, by arithmetic
     seconds: dict[str, float]  # of an average update, by phase
     memory: float  # peak on this process's device
     capacity: float  # of that device
@@ -117,15 +56,37 @@ class Prediction:
     def __str__(self) -> str:
         p, total = self, sum(self.seconds.values())
         lines = [f"{p.plan.steps} updates on {p.processes} x {p.device}: {p.device_hours:,.2f} device-hours", ""]
-        lines += ["phase         seconds an update   share"]
-        lines += [f"{phase:12s}{s:19.3f}{s / total if total else 0:8.1%}" for phase, s in p.seconds.items()]
-        lines += [f"{'all':12s}{total:19.3f}", ""]
+        lines += ["phase         seconds an update   share        TFLOP"]
+        for phase, s in p.seconds.items():
+            share = s / total if total else 0.0
+            lines += [f"{phase:12s}{s:19.3f}{share:8.1%}{p.flops.get(phase, 0) / 1e12:13,.3f}"]
+        lines += [f"{'all':12s}{total:19.3f}{sum(p.flops.values()) / 1e12:21,.3f}", ""]
         lines += ["network evaluations: " + ", ".join(f"{name} {v:,}" for name, v in p.plan.counts.items() if v)]
-        lines += [f"peak memory: {p.memory / GIB:.2f} of {p.capacity / GIB:.2f} GiB"]
+        lines += [f"peak memory: {p.memory / GIB:.2f} of {p.capacity / GIB:.2f} GiB; by arithmetic:"]
+        lines += [f"  {name:22s}{size / GIB:9.3f} GiB" for name, size in p.parts.items() if size]
         disk = f"up to {p.disk / GIB:.2f} of {p.free / GIB:.2f} GiB"
         lines += [f"a checkpoint: {p.checkpoint / GIB:.3f} GiB; disk: {disk}"]
         lines += ["", *([f"does not fit: {problem}" for problem in p.problems] or ["fits"])]
         return "\n".join(lines)
+
+
+def predict(trainer: "DistributionRewardTrainer", device: str) -> Prediction:
+    """Predicts the cost of the run on one of `GPUS`, without running the network; see docs/howto/costs.md."""
+    args, plan, processes = trainer.args, Plan.of(trainer), trainer.accelerator.num_processes
+    (flops, parts), (bf16, float32, capacity) = costs.count(trainer, plan), GPUS[device]
+    rate = processes * costs.UTILISATION * (bf16 if args.bf16 or args.fp16 else float32)
+    seconds = {phase: value / rate for phase, value in flops.items()}
+    # an eigendecomposition in each space, whenever the set changes
+    stays = args.reference_update == "refresh" and not trainer.estimator.replaces_all
+    fits = (plan.refreshes if stays else plan.rollouts) / plan.steps
+    seconds["reward"] = fits * sum(9 * width**3 for width in costs.feature_widths(trainer)) / costs.EIGH_RATE
+    memory, disk = sum(parts.values()), disk_bytes(trainer, plan)
+    problems = disk_problems(*disk)
+    if memory > capacity:
+        remedy = "lower per_device_train_batch_size, set activation_checkpointing=True, or train an adapter"
+        problems.append(f"{memory / GIB:.1f} GiB are more than {capacity / GIB:.1f}: {remedy}.")
+    name = f"{device.upper()}, predicted"
+    return Prediction(plan, name, processes, flops, parts, seconds, memory, capacity, *disk, problems)
 
 
 def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
@@ -135,7 +96,7 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     The trainer cannot be used afterwards. All processes call it.
     """
     args, plan, device = trainer.args, Plan.of(trainer), trainer.accelerator.device
-    capacity, run = memory_capacity(device), trainer.describe_run()
+    capacity, run, counted = memory_capacity(device), trainer.describe_run(), costs.count(trainer, plan)
     size = min(trainer.eval_batch_size * run["processes"], len(trainer.conditions))
     args.max_steps, args.eval_strategy, args.save_strategy, args.eval_on_start = 1, "no", "no", False
     _shorten_refresh(trainer)
@@ -159,7 +120,9 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     }
     disk = disk_bytes(trainer, plan)
     problems += disk_problems(*disk)
-    return Prediction(plan, run["device"], run["processes"], seconds, peak_memory(device), capacity, *disk, problems)
+    return Prediction(
+        plan, run["device"], run["processes"], *counted, seconds, peak_memory(device), capacity, *disk, problems
+    )
 
 
 def _shorten_refresh(trainer: "DistributionRewardTrainer") -> None:
@@ -193,12 +156,11 @@ def disk_bytes(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[float,
     """Bytes of one checkpoint, the most bytes of the run on disk, and bytes free for it."""
     args, network = trainer.args, trainer.network
     parts = [network, *getattr(getattr(trainer.policy, "pipeline", None), "components", {}).values()]
-    tensors = [t for m in parts if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())]
-    pipeline = sum({id(t): t.nbytes for t in tensors}.values())
+    pipeline = costs.bytes_of(parts)
     trained = [p for p in network.parameters() if p.requires_grad]
     checkpoint = sum(p.nbytes for p in trained) if isinstance(network, PeftModel) else pipeline
     if not args.save_only_model:
-        each = OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 2 * FLOAT)
+        each = costs.optimizer_bytes(args.optim)
         each += 2 * FLOAT if args.ema_decay > 0 else 0  # the average, and the weights below it
         checkpoint += each * sum(p.numel() for p in trained)
         checkpoint += sum(v.nbytes for reward in trainer.rewards.of_sets for v in reward.features.values())
