@@ -126,18 +126,6 @@ def spread_table(results: Results) -> str:
     return markdown(["n", *sizes], [["CV, %", *cells]])
 
 
-def steps_table(results: Results) -> str:
-    """Generators of many steps and of one, each sampled with many steps and with one."""
-    keys = [f"{metric} ode {steps}" for steps in (20, 1) for metric in ("fd_heldout", "fd_pixel", "accuracy")]
-    costs = ("images", "network evaluations", "seconds")
-    rows = [
-        [arm, *(results.cell(arm, cost) for cost in costs), *(results.mean(arm, key) for key in keys)]
-        for arm in results.arms
-    ]
-    columns = [f"{name}, {steps}" for steps in ("20 steps", "1 step") for name in ("held-out", "pixel", "accuracy")]
-    return markdown(["", *costs, *columns], rows)
-
-
 def of_columns(*columns: str) -> Callable[[Results], str]:
     return partial(arms_table, columns=columns)
 
@@ -153,14 +141,12 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
         of_columns("rate", "held-out, ODE", "recall", "coverage", "precision", "log-odds", "accuracy, ODE"),
     ),
     "figure_3b": ("subset_size", arms_table),
-    "rejection": ("rejection", of_columns("held-out, ODE", "held-out, SDE")),
     "noise": ("noise", of_columns("held-out, ODE", "seconds")),
     "parts": ("parts", of_columns("held-out, ODE", "accuracy, ODE")),
     "estimators": (
         "estimators",
         of_columns("images", "network evaluations", "seconds", "MiB held", *ARMS[2:]),
     ),
-    "one_step": ("one_step", steps_table),
 }
 
 
