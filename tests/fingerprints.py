@@ -153,7 +153,7 @@ def trained():
     updates = {"num_iterations": 2, "epsilon": 0.2, **ROLLING}
     with tempfile.TemporaryDirectory() as folder:
         whole = run(folder=folder, save_strategy="steps", save_steps=5, **updates)
-        resumed = run(f"{folder}/checkpoint-5", folder=folder, **updates)
+        resumed = run(f"{folder}/checkpoint-5", folder=folder, overwrite_output_dir=True, **updates)
     yield "resumed: weights", digest(*weights(resumed.network).values())
     yield "uninterrupted: weights", digest(*weights(whole.network).values())
 
