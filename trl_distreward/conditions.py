@@ -55,10 +55,8 @@ def column_names(dataset: Rows) -> list[str]:
     if not len(dataset):
         raise ValueError("the dataset is empty: pass one with at least one row.")
     if names is None and not isinstance(dataset[0], Mapping):
-        raise ValueError(
-            f"the dataset is a list of {type(dataset[0]).__name__}: pass a Dataset, Dataset.from_dict({{'prompt': "
-            "[...]}), or with 'label' for a model with classes."
-        )
+        kind = type(dataset[0]).__name__
+        raise ValueError(f"the dataset is a list of {kind}: pass a Dataset, Dataset.from_dict({{'prompt': [...]}}).")
     return list(dataset[0]) if names is None else names
 
 
@@ -88,10 +86,8 @@ def read_labels(rows: list, column: str) -> Tensor:
         if labels.is_floating_point():
             raise ValueError("labels are floats")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"column {column!r} holds {rows[0]!r}: labels are integers 0…K−1. Use a ClassLabel feature, or "
-            f"dataset.class_encode_column({column!r})."
-        ) from error
+        remedy = f"use dataset.class_encode_column({column!r})"
+        raise ValueError(f"column {column!r} holds {rows[0]!r}: labels are integers 0…K−1; {remedy}.") from error
     return labels
 
 

@@ -71,10 +71,8 @@ class SamplingSchedule:
         fixed = self.time_grid == "karras" or self.grid is not None
         ends_alone = self.sampler == "sde" and self.last_step_size not in ("auto", None, 0)
         if fixed and (self.time_shift != 1.0 or ends_alone):
-            raise ValueError(
-                f"time_grid={self.time_grid!r} fixes all steps, but time_shift={self.time_shift} and last_step_size="
-                f"{self.last_step_size}: set time_shift=1.0 and last_step_size='auto', or time_grid='uniform'."
-            )
+            asked = f"time_shift={self.time_shift} and last_step_size={self.last_step_size}"
+            raise ValueError(f"time_grid={self.time_grid!r} fixes all steps: leave out {asked}, or set 'uniform'.")
 
     def on(self, policy: DiffusionPolicy) -> "SamplingSchedule":
         """Replaces `"auto"` by what the policy has; raises `ValueError` if grid or solver do not suit the policy."""
@@ -88,19 +86,16 @@ class SamplingSchedule:
         if self.solver == "auto":
             schedule = replace(schedule, solver="euler" if is_even else getattr(policy, "solver", "euler"))
         if self.sampler == "ode" and self.solver == "dopri5" and not getattr(policy, "velocity_at_data", True):
-            raise ValueError(
-                f"solver='dopri5' needs the velocity at t = 0, where {type(policy).__name__} has none: choose 'heun'."
-            )
+            name = type(policy).__name__
+            raise ValueError(f"solver='dopri5' needs the velocity at t = 0, where {name} has none: choose 'heun'.")
         if self.sampler == "ode" and schedule.solver == "heun_sigma" and schedule.times[0] == 1:
             raise ValueError("solver='heun_sigma' cannot start from t = 1: set time_grid='karras'.")
         return schedule
 
     def _on_grid(self, times: list[float], noise_scale: float) -> "SamplingSchedule":
         if len(times) != self.num_steps + 1 or not all(a > b for a, b in pairwise(times)):
-            raise ValueError(
-                f"the scheduler takes {len(times) - 1} steps for num_inference_steps={self.num_steps}, or its times "
-                "do not decrease: choose another number of steps, or set time_grid='uniform'."
-            )
+            found = f"the scheduler takes {len(times) - 1} steps for num_inference_steps={self.num_steps}"
+            raise ValueError(f"{found}, or its times do not decrease: set another number, or time_grid='uniform'.")
         return replace(self, grid=tuple(times), noise_scale=noise_scale)
 
     @property
@@ -259,10 +254,8 @@ def generate_images(
         for batch in generate(policy, conditions, schedule, **options):
             images, finite = decode_uint8(policy, batch.sample, decode_batch_size)
             if not finite.all():
-                raise ValueError(
-                    f"image {batch.indices[int((~finite).nonzero()[0])]} is not finite: the model has diverged, or "
-                    "its precision is too low (SDXL's VAE overflows in float16)."
-                )
+                index = batch.indices[int((~finite).nonzero()[0])]
+                raise ValueError(f"image {index} is not finite: the model has diverged, or needs higher precision.")
             yield images, batch.conditions
 
 

@@ -13,10 +13,7 @@ from ..hub import with_retries
 
 
 def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
-    """
-    Files with which `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` finds the classes: modules, and
-    a `model_index.json` that names them.
-    """
+    """Modules and a `model_index.json`, by which diffusers finds the classes with `trust_remote_code=True`."""
     index = json.loads(pipeline.to_json_string())
     index["_class_name"] = ["pipeline", type(pipeline).__name__]
     index.pop("_name_or_path", None)  # a folder of this machine

@@ -135,6 +135,4 @@ def check_sharded_state(folder: Path) -> None:
                         file.seek(place.state["offset"])
                         torch.load(io.BytesIO(file.read(place.state["length"])), weights_only=True)
         except Exception as error:  # a malformed pickle can raise anything
-            raise ValueError(
-                f"{folder} is damaged, or would run code if it were read: resume from another."
-            ) from error
+            raise ValueError(f"{folder} is damaged, or would run code if it were read: use another.") from error

@@ -80,10 +80,8 @@ def infer_sit_config(
     if num_attention_heads is None:
         heads = {(size["num_layers"], size["hidden_size"]): size["num_attention_heads"] for size in SIT_SIZES.values()}
         if (depth, width) not in heads:
-            raise ValueError(
-                f"{depth} layers of width {width} are not one of SiT's sizes ({', '.join(SIT_SIZES)}), and shapes do "
-                "not tell the number of heads: pass num_attention_heads."
-            )
+            size = f"{depth} layers of width {width} are not one of SiT's sizes ({', '.join(SIT_SIZES)})"
+            raise ValueError(f"{size}, and shapes do not tell the number of heads: pass num_attention_heads.")
         num_attention_heads = heads[depth, width]
     classes = len(labels) - 1 if num_classes is None else num_classes
     if len(labels) - classes not in (0, 1):

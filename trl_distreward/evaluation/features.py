@@ -80,10 +80,7 @@ class CollectedFeatures:
 
 
 class _Batches(IterableDataset):
-    """
-    Decoded batches of some shards, which the workers of a DataLoader share out: a shard's index, images and messages
-    of unreadable images; at the end of a shard, `None` for the images.
-    """
+    """Decoded batches of shards: a shard's index, images (`None` at its end), and messages of unreadable ones."""
 
     def __init__(self, source: ImageSource, shards: list[int], batch_size: int, resize: int | None):
         self.source, self.shards, self.batch_size, self.resize = source, shards, batch_size, resize

@@ -26,10 +26,7 @@ class ImageMetric(Protocol):
 
 
 class MeanScore:
-    """
-    Mean over a generated set of a reward function of single images, called with `images` and `labels` or `prompts`.
-    Images for which it returns `None` do not count.
-    """
+    """Mean over a set of a function of single images; those for which it returns `None` do not count."""
 
     higher_is_better = True
 
@@ -54,18 +51,13 @@ class MeanScore:
 def as_metric(name: str, metric: ImageMetric | RewardFunction) -> ImageMetric:
     """Takes a metric as it is; of a function of single images, the mean."""
     if isinstance(metric, type) or not (isinstance(metric, ImageMetric) or callable(metric)):
-        raise ValueError(
-            f"eval_metrics[{name!r}] is {metric!r}: pass an object with reset(), update(images, conditions) and "
-            "compute(), or a function of images that returns one number per image."
-        )
+        remedy = "pass an object with reset(), update(images, conditions) and compute(), or a function of images"
+        raise ValueError(f"eval_metrics[{name!r}] is {metric!r}: {remedy}.")
     return metric if isinstance(metric, ImageMetric) else MeanScore(metric)
 
 
 class FeatureDistance:
-    """
-    Distance of a generated set from real data in one feature space. `real` is the `real_statistics` of
-    [`SubsetReplaceReward`]; the other arguments mean the same as there.
-    """
+    """Distance of a generated set from `real` data in one space; arguments as in [`SubsetReplaceReward`]."""
 
     higher_is_better = False
 

@@ -110,9 +110,7 @@ def open_images(
                 raise ValueError(f"{path} is no sample of images: {error}") from error
         if path.is_dir() and not _is_saved_dataset(path):
             if any(path.glob("checkpoint-*")):  # its sample grids are not what is to be measured
-                raise ValueError(
-                    f"{path} is the output folder of a run: name a pipeline in it, or a folder of images."
-                )
+                raise ValueError(f"{path} is the output folder of a run: name a pipeline in it, or other images.")
             return _open_folder(path)
         if path.is_file() or (not path.exists() and str(source).startswith((".", "/"))):
             raise FileNotFoundError(f"no folder {source}: name a folder of images, an .npz file or a dataset.")
@@ -125,10 +123,8 @@ def open_images(
         prompt_column = find_column(names, prompt_column, "the images' conditions")
     columns = ([image_column] if image_column else found) + ([prompt_column] if prompt_column else [])
     if len(columns) != 1 + bool(prompt_column) or not set(columns) <= set(names):
-        raise ValueError(
-            f"{name} has the columns {', '.join(names)}, of which {', '.join(found) or 'none'} hold images: name "
-            f"one with --image-column, and one of prompts if they are needed; not {', '.join(columns) or 'none'}."
-        )
+        held = f"{name} has the columns {', '.join(names)}, of which {', '.join(found) or 'none'} hold images"
+        raise ValueError(f"{held}: name one with --image-column, and one of prompts if they are needed.")
     # without a format, so that images of all sources are decoded alike
     rows = rows.with_format(None).select_columns(columns)
     if columns[0] in found:
@@ -169,10 +165,7 @@ def _open_folder(folder: Path) -> ImageSource:
     """Images of a folder and its subfolders, in the order of their paths; hidden files are left out."""
     paths = sorted(map(str, _walk(folder, {os.path.realpath(folder)})))
     if not paths:
-        raise ValueError(
-            f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)}): read other files as a dataset, by the source "
-            "'webdataset' or 'parquet' and --data-files."
-        )
+        raise ValueError(f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)}): name others by --data-files.")
     description = {"source": str(folder), "images": len(paths), "files": _state_of(paths)}
     return ImageSource(description, len(paths), partial(_read_file, paths))
 

@@ -55,10 +55,7 @@ def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, object] 
         factor = next((key for key in member.specs if _FACTOR.search(key)), None)
         if member.adapter_config is None and (configs or factor):
             reason = f"LoRA factors such as {factor} need" if factor else "other checkpoints have"
-            raise ValueError(
-                f"{member.source} has no {ADAPTER_CONFIG}, which {reason}: save each adapter with peft's "
-                "PeftModel.save_pretrained."
-            )
+            raise ValueError(f"{member.source} has no {ADAPTER_CONFIG}, which {reason}: save it by save_pretrained.")
     if not configs:
         return None
     for member in members:
@@ -86,16 +83,12 @@ def _check_config(member: "Checkpoint", first: "Checkpoint") -> None:
             reason = "adapts a grouped convolution, whose factors cannot be merged"
             raise ValueError(f"{member.source} {reason}, {key}: train without it, see exclude_modules.")
     if changes_base(config.get("init_lora_weights")):
-        raise ValueError(
-            f"{member.source} was started with init_lora_weights={config['init_lora_weights']!r}, which changes the "
-            "network below it: save it with peft's path_initial_model_for_weight_conversion."
-        )
+        start = f"init_lora_weights={config['init_lora_weights']!r}, which changes the network below it"
+        raise ValueError(f"{member.source} was started with {start}: pass path_initial_model_for_weight_conversion.")
     for field in sorted({*config, *expected} - _IRRELEVANT):
         if _comparable(config.get(field)) != _comparable(expected.get(field)):
-            raise ValueError(
-                f"{member.source} has {field}={config.get(field)!r}, but {first.source} has {expected.get(field)!r}: "
-                "merge adapters that agree in all but their weights."
-            )
+            other = f"{first.source} has {expected.get(field)!r}"
+            raise ValueError(f"{member.source} has {field}={config.get(field)!r}, but {other}: leave one out.")
 
 
 def changes_base(init_lora_weights: bool | str | None) -> bool:

@@ -35,10 +35,8 @@ def samples_of(coefficients: Tensor, coefficient_map: str) -> Tensor:
     if coefficient_map == "softmax":
         reached = reached and bool((coefficients > 0).all())
     if not reached:
-        raise ValueError(
-            f"coefficients {coefficients.tolist()} must sum to one with coefficient_map={coefficient_map!r}, and be "
-            "positive with 'softmax': choose other coefficients, or coefficient_map='none'."
-        )
+        found = f"coefficients {coefficients.tolist()} with coefficient_map={coefficient_map!r}"
+        raise ValueError(f"{found} must sum to one, and be positive with 'softmax': choose others, or 'none'.")
     return coefficients.log() if coefficient_map == "softmax" else coefficients
 
 
@@ -82,10 +80,8 @@ def coefficient_groups(keys: Iterable[str], granularity: str) -> tuple[dict[str,
     of_key = {key: _group(key, granularity) for key in keys}
     names = list(dict.fromkeys(of_key.values()))
     if granularity == "per_block" and len(names) == 1:
-        raise ValueError(
-            f"granularity='per_block' finds one block only, {names[0]!r}, as a block has a number in its name: use "
-            "granularity='per_model' or 'per_parameter_group'."
-        )
+        found = f"granularity='per_block' finds one block only, {names[0]!r}, as a block has a number in its name"
+        raise ValueError(f"{found}: use 'per_model' or 'per_parameter_group'.")
     return {key: names.index(name) for key, name in of_key.items()}, names
 
 
@@ -137,10 +133,7 @@ class EMANet(nn.Module):
 def gaussian_samples(
     mean: Tensor, std: float, count: int, generator: torch.Generator, antithetic: bool = False
 ) -> Tensor:
-    """
-    Draws samples `(B, G, N_c)` from the policy, float64 (Eq. 8). With `antithetic`, the second half mirrors the first,
-    so that the mean's own reward cancels in the gradient.
-    """
+    """Draws samples `(B, G, N_c)`, float64 (Eq. 8); with `antithetic` in pairs, opposite about the mean."""
     drawn = (count + 1) // 2 if antithetic else count
     noise = torch.randn(drawn, *mean.shape, generator=generator, dtype=torch.float64)
     if antithetic:

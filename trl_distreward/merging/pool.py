@@ -171,10 +171,8 @@ class CheckpointPool:
         if groups is None:
             groups, table = dict.fromkeys(self.weighted, 0), table[None]
         if table.ndim != 2 or table.shape[1] != len(self):
-            raise ValueError(
-                f"weights have shape {tuple(weights.shape)}: pass ({len(self)},), one per checkpoint, or with groups "
-                f"(groups, {len(self)})."
-            )
+            rule = f"({len(self)},), one per checkpoint, or with groups (groups, {len(self)})"
+            raise ValueError(f"weights have shape {tuple(weights.shape)}: pass {rule}.")
         rows = table.tolist()
         return {key: rows[groups[key]] for key in self.weighted}
 
@@ -194,10 +192,8 @@ class CheckpointPool:
         odd = missing + [key for key in shapes if key not in state or state[key].shape != shapes[key]]
         if odd:
             adapters = "" if self._adapter_config is None else " and peft.get_peft_model(network, pool.adapter_config)"
-            raise ValueError(
-                f"{type(network).__name__} and the pool differ in {len(odd)} tensors, e.g. in the shape of {odd[0]}: "
-                f"make the network with the checkpoints' configuration{adapters}."
-            )
+            found = f"{type(network).__name__} and the pool differ in {len(odd)} tensors, e.g. the shape of {odd[0]}"
+            raise ValueError(f"{found}: make the network with the checkpoints' configuration{adapters}.")
         return state
 
 
@@ -209,10 +205,8 @@ def check_alike(members: Sequence[Checkpoint]) -> None:
         keys = [key for key in {*member.specs, *usual} if member.specs.get(key) != usual.get(key)]
         if keys:
             key, other = min(keys), members[kinds.index(usual)].source
-            raise ValueError(
-                f"{member.source} is not like {other}: {key} is {member.specs.get(key, 'absent')} in it, but "
-                f"{usual.get(key, 'absent')} there. Leave it out, or save it as the others were."
-            )
+            both = f"{key} is {member.specs.get(key, 'absent')} in it, but {usual.get(key, 'absent')} there"
+            raise ValueError(f"{member.source} is not like {other}: {both}. Leave it out.")
         config, expected = member.config, members[0].config
         for key in sorted(config.keys() & expected.keys()):  # releases of diffusers add and drop entries
             if not key.startswith("_") and config[key] != expected[key]:

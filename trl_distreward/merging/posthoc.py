@@ -11,15 +11,10 @@ LARGEST_SIGMA_REL = 12**-0.5  # the uniform average, with gamma = 0
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """
-    Computes the exponent of the power function with a relative width (arXiv 2312.02696, Section 3.1): the profile's
-    standard deviation over the training time, in (0, 1 / √12].
-    """
+    """Computes the exponent of the power function whose std, relative to the training time, is `sigma_rel`."""
     if not 0 < sigma_rel <= LARGEST_SIGMA_REL + 1e-12:
-        raise ValueError(
-            f"sigma_rel={sigma_rel} must be above 0 and at most {LARGEST_SIGMA_REL:.4f}, the uniform average: a raw "
-            "checkpoint has no width, so use power_profile_coefficients."
-        )
+        rule = f"must be above 0 and at most {LARGEST_SIGMA_REL:.4f}, the uniform average"
+        raise ValueError(f"sigma_rel={sigma_rel} {rule}; for raw checkpoints use power_profile_coefficients.")
     # (gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3), written as a polynomial; its largest root is real
     inverse = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
@@ -58,10 +53,8 @@ def posthoc_ema_coefficients(
     times = _times(checkpoint_times, "checkpoint_times")
     stds = torch.as_tensor(checkpoint_stds, dtype=torch.float64)
     if len(torch.stack([times, stds]).unique(dim=1)[0]) < len(times):
-        raise ValueError(
-            f"two of the stored averages at checkpoint_times={times.tolist()} and checkpoint_stds={stds.tolist()} are "
-            "the same: leave one out."
-        )
+        given = f"checkpoint_times={times.tolist()} and checkpoint_stds={stds.tolist()}"
+        raise ValueError(f"two of the stored averages at {given} are the same: leave one out.")
     gammas = torch.tensor([sigma_rel_to_gamma(std) for std in stds.tolist()], dtype=torch.float64)
     target = _times([target_time], "target_time"), torch.tensor([sigma_rel_to_gamma(target_std)], dtype=torch.float64)
     gram = _inner_products(times, gammas, times, gammas)

@@ -45,10 +45,8 @@ class GridSearch:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if not torch.equal(state["points"], self.points):
-            raise ValueError(
-                "the checkpoint's grid is not this run's: resume with the num_generations, checkpoint_times and "
-                "checkpoint_stds that it was saved with."
-            )
+            remedy = "resume with its num_generations, checkpoint_times and checkpoint_stds"
+            raise ValueError(f"the checkpoint's grid is not this run's: {remedy}.")
         self.totals = state["totals"].clone()
 
 
@@ -101,10 +99,8 @@ class CMASearch:
         self._start()
         for samples, rewards in zip(state.get("samples", ()), state.get("rewards", ()), strict=True):
             if len(samples) != self.count or not torch.equal(self.ask(), samples):
-                raise ValueError(
-                    f"the search does not repeat itself: resume with num_generations={len(samples)}, and with the "
-                    "sampling_std, seed, and versions of cma and numpy that it was saved with."
-                )
+                kept = f"num_generations={len(samples)}, and its sampling_std, seed, and versions of cma and numpy"
+                raise ValueError(f"the search does not repeat itself: resume with {kept}.")
             if bool(rewards.isfinite().all()):
                 self.tell(rewards)
 

@@ -176,9 +176,8 @@ def open_checkpoint(source: str | os.PathLike, token: str | bool | None = None) 
     if path.exists():
         return LocalCheckpoint(name)
     if path.is_absolute() or name.startswith((".", "~")) or HUB_NAME.fullmatch(name) is None:
-        raise FileNotFoundError(
-            f"there is no file or folder {name}: pass a folder, a .safetensors file, or 'org/repo@revision:subfolder'."
-        )
+        known = "a folder, a .safetensors file, or 'org/repo@revision:subfolder'"
+        raise FileNotFoundError(f"there is no file or folder {name}: pass {known}.")
     return HubCheckpoint(name, token)
 
 
@@ -188,9 +187,7 @@ def find_weights(names: Collection[str], source: str) -> str:
     if "model_index.json" in names:
         networks = [name for name in ("transformer", "unet") if any(n.startswith(f"{name}/") for n in names)]
         if len(networks) != 1:
-            raise ValueError(
-                f"the pipeline {source} has no single 'transformer' or 'unet': name the network's folder."
-            )
+            raise ValueError(f"the pipeline {source} has no single 'transformer' or 'unet': name its folder.")
         folder = networks[0]
     elif f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}" in names:  # a checkpoint of a run that trains an adapter
         folder = ADAPTER_FOLDER

@@ -22,10 +22,7 @@ def check_features(features: Tensor, name: str = "features", dimension: int | No
 
 
 def check_replacement(indices: Tensor, features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Returns rows `(B, n)` of the reference set `(N, d)` and their new features `(B, n, d)` on its device, features in
-    float64; raises `ValueError` if they do not fit.
-    """
+    """Returns rows `(B, n)` and features `(B, n, d)`, float64, on the reference set's device, if they fit it."""
     if indices.ndim != 2 or features.shape[:2] != indices.shape or features.ndim != 3:
         shapes = f"indices have shape {tuple(indices.shape)} and features {tuple(features.shape)}"
         raise ValueError(f"{shapes}: they must be (B, n) and (B, n, d).")

@@ -119,10 +119,7 @@ class Joint:
 
     @torch.no_grad()
     def fit(self, images: Tensor, conditions: Conditions) -> Self:
-        """
-        Chooses `scale` so that both parts have the same total variance over real images `(M, C, H, W)` and their
-        conditions. A few thousand suffice.
-        """
+        """Sets `scale` so that both parts have the same total variance over a few thousand real images."""
         features = extract_features(self.extractor, images)
         variances = [values.double().var(dim=0).sum() for values in (features, self.embed(conditions, features))]
         self.scale = (variances[0] / variances[1]).sqrt().item()

@@ -46,10 +46,8 @@ def _as_scores(name: str, returned: Tensor | np.ndarray | Sequence[float | None]
     except (TypeError, ValueError):
         scores = []
     if len(scores) != len(images):
-        raise ValueError(
-            f"reward function {name!r} returned {what} for {len(images)} images: return one number per image, or None "
-            "where it abstains."
-        )
+        found = f"reward function {name!r} returned {what} for {len(images)} images"
+        raise ValueError(f"{found}: return one number per image, or None where it abstains.")
     return torch.tensor(scores, dtype=torch.float64, device=images.device)
 
 

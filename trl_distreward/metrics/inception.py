@@ -246,10 +246,8 @@ def load_inception(
     except OSError:
         raise
     except Exception as error:  # a malformed pickle can raise anything
-        raise ValueError(
-            f"{source or FID_WEIGHTS_URL} does not hold the weights of the FID Inception-v3 (torchvision's is another "
-            f"network): {error}"
-        ) from error
+        found = f"{source or FID_WEIGHTS_URL} does not hold the weights of the FID Inception-v3"
+        raise ValueError(f"{found} (torchvision's is another network): {error}") from error
     return network
 
 

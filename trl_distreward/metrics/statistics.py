@@ -98,10 +98,7 @@ class FeatureStatistics:
         self.count = total
 
     def save(self, path: str | os.PathLike, features: Tensor | None = None) -> None:
-        """
-        Writes mean, covariance, count and metadata to a `.safetensors` file, whole or not at all; with `features`
-        `(N, d)` these too, which distances other than Fréchet's need.
-        """
+        """Writes the moments, and `features` `(N, d)` if given, to a `.safetensors` file, whole or not at all."""
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"{path} would be read as another format: give it the suffix .safetensors.")
         tensors = {"mean": self.mean.cpu().contiguous(), "covariance": self.covariance.cpu().contiguous()}
@@ -221,7 +218,5 @@ def check_extractor(held: Mapping[str, object], seen: Mapping[str, object], path
     """
     for name, value in seen.items():
         if held.get(name) and value and held[name] != value:
-            raise ValueError(
-                f"{path} has {name} {held[name]!r}, but the images are seen with {value!r}, and such features cannot "
-                f"be compared: recompute the statistics with {seen['extractor']!r}."
-            )
+            found = f"{path} has {name} {held[name]!r}, but the images are seen with {value!r}"
+            raise ValueError(f"{found}: recompute the statistics with {seen['extractor']!r}.")

@@ -69,10 +69,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def check_guidance(self, guidance_scale: float) -> None:
         if guidance_scale != 1.0 and self.transformer.config.class_dropout_prob == 0:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class, but this model has class_dropout_prob=0: "
-                "use guidance_scale=1.0."
-            )
+            raise ValueError(f"guidance_scale={guidance_scale} needs a null class, but class_dropout_prob=0: set 1.0.")
 
     @torch.no_grad()
     def __call__(
@@ -116,16 +113,12 @@ class SiTPipeline(DiffusionPipeline):
         labels = torch.as_tensor(class_labels, device=device)
         self.check_guidance(guidance_scale)
         if labels.ndim != 1 or any(not 0 <= label < config.num_classes for label in labels.tolist()):
-            raise ValueError(
-                f"class_labels={labels.tolist()} must be a list of integers from 0 to {config.num_classes - 1}."
-            )
+            raise ValueError(f"class_labels={labels.tolist()} must be integers from 0 to {config.num_classes - 1}.")
         if num_inference_steps < (2 if sampler == "sde" else 1):
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1, or 2 for sampler='sde'.")
         if sampler not in ("ode", "sde") or solver not in ("euler", "heun", "heun2", "dopri5"):
-            raise ValueError(
-                f"sampler={sampler!r} or solver={solver!r} is unknown: choose sampler 'ode' or 'sde', and solver "
-                "'euler', 'heun', 'heun2' or 'dopri5'."
-            )
+            choices = "'ode' or 'sde', and solver 'euler', 'heun', 'heun2' or 'dopri5'"
+            raise ValueError(f"sampler={sampler!r} or solver={solver!r} is unknown: choose sampler {choices}.")
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

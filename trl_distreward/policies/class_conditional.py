@@ -121,10 +121,7 @@ class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
         self.has_classes, self.null_class = classes is not None, null_class
         self.num_conditions = (classes or 1) if null_class is None else null_class
         if self.guided and null_class is None:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a null class: pass the null_class that the network was "
-                "trained with, or use guidance_scale=1.0."
-            )
+            raise ValueError(f"guidance_scale={guidance_scale} needs a null class: pass null_class, or set 1.0.")
         size = self.config.sample_size
         self.sample_shape = (self.config.in_channels, *((size, size) if isinstance(size, int) else size))
 

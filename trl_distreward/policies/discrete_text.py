@@ -19,10 +19,8 @@ class StableDiffusionPolicy(TextToImagePolicy, DiscreteTimePolicy):
     def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0, **kwargs: Any):
         super().__init__(pipeline, guidance_scale, **kwargs)
         if self.config.get("time_cond_proj_dim") is not None:
-            raise ValueError(
-                f"time_cond_proj_dim={self.config.time_cond_proj_dim}: the UNet takes guidance as an embedding, as "
-                "latent consistency models do. Train the model that it was distilled from."
-            )
+            given = f"time_cond_proj_dim={self.config.time_cond_proj_dim}, as of a latent consistency model"
+            raise ValueError(f"{given}, takes guidance as an embedding: train the model that it was distilled from.")
 
     def network(self, model: nn.Module, z: Tensor, timestep: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return model(z, timestep, encoder_hidden_states=inputs["prompt_embeds"], return_dict=False)[0]

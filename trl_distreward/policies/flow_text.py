@@ -76,10 +76,7 @@ class PackedPolicy(TextFlowPolicy):
 
 
 class FluxPolicy(PackedPolicy):
-    """
-    Policy of a [`~diffusers.FluxPipeline`]. `guidance_scale` is the distilled guidance if the network takes it as an
-    input, else classifier-free guidance against the empty prompt.
-    """
+    """Policy of a [`~diffusers.FluxPipeline`]. A distilled network takes `guidance_scale` as an input."""
 
     embeddings = {"prompt_embeds": 0, "pooled": 1}
     null_embeddings = None
@@ -95,10 +92,7 @@ class FluxPolicy(PackedPolicy):
 
 
 class QwenImagePolicy(PackedPolicy):
-    """
-    Policy of a [`~diffusers.QwenImagePipeline`]. Each token of a guided velocity is rescaled to the norm of the
-    conditional one. The null prompt is a space.
-    """
+    """Policy of a [`~diffusers.QwenImagePipeline`]: a guided token is rescaled to the conditional one's norm."""
 
     null_embeddings = None
     null_prompt = " "
@@ -125,10 +119,7 @@ class QwenImagePolicy(PackedPolicy):
 
 
 class ZImagePolicy(TextFlowPolicy):
-    """
-    Policy of a [`~diffusers.ZImagePipeline`]. `guidance_scale=1.0` is no guidance, as in every policy; the pipeline's
-    own scale is lower by one.
-    """
+    """Policy of a [`~diffusers.ZImagePipeline`], whose own `guidance_scale` is lower by one: here 1.0 is none."""
 
     patch = 2
     _counted: tuple[Tensor | None, list[int]] = (None, [])  # a batch's mask and its prompts' lengths

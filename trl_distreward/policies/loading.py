@@ -130,10 +130,8 @@ def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> Di
     members = [*DiffusionPolicy.__annotations__, *(name for name in vars(DiffusionPolicy) if name[0] != "_")]
     if len(missing := [name for name in members if not hasattr(model, name)]) < len(members) / 2:
         raise TypeError(f"{kind} lacks {', '.join(missing)}: a policy has all members of DiffusionPolicy.")
-    raise TypeError(
-        f"{kind} is not a pipeline this library knows ({', '.join(_POLICIES)}): write a class with "
-        "the members of trl_distreward.policies.DiffusionPolicy and pass an instance of it as `model`."
-    )
+    found = f"{kind} is not a pipeline this library knows ({', '.join(_POLICIES)})"
+    raise TypeError(f"{found}: pass an object with the members of trl_distreward.policies.DiffusionPolicy.")
 
 
 def _wrapping(network: ModelMixin, name: str) -> str:

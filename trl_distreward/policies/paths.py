@@ -29,10 +29,8 @@ class DiscreteTimePolicy(PipelinePolicy):
         super().__init__(pipeline, guidance_scale)
         scheduler = pipeline.scheduler
         if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(scheduler).__name__} has no noise levels of a variance-preserving process: if the network "
-                "predicts noise, set a scheduler such as DDIMScheduler."
-            )
+            found = f"{type(scheduler).__name__} has no noise levels of a variance-preserving process"
+            raise ValueError(f"{found}: if the network predicts noise, set a scheduler such as DDIMScheduler.")
         # a scheduler that was built with `from_config` of another class also stores what only that class reads
         known = inspect.signature(type(scheduler).__init__).parameters
         config = {name: value for name, value in scheduler.config.items() if name in known}

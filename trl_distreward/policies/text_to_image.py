@@ -46,9 +46,7 @@ class TextToImagePolicy(PipelinePolicy):
         rows, columns = (native, native) if isinstance(native, int) else native
         self.size = (rows * factor if height is None else height, columns * factor if width is None else width)
         if any(side < 1 or side % (factor * self.patch) for side in self.size):
-            raise ValueError(
-                f"height={self.size[0]} and width={self.size[1]} must be multiples of {factor * self.patch}."
-            )
+            raise ValueError(f"height and width, {self.size}, must be multiples of {factor * self.patch}.")
         channels = self.config.in_channels // (4 if self.packed else 1)
         self.sample_shape = (channels, *(side // factor for side in self.size))
         self.offload_text_encoders = offload_text_encoders

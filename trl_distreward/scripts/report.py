@@ -121,10 +121,7 @@ def chart_lines(logs: list[State], evaluations: list[State]) -> dict[str, Lines]
 
 
 def compared(evaluations: list[State], heldout: list[str]) -> tuple[dict[int, str], dict[str, Markup]]:
-    """
-    Returns warnings by update, and a chart of the reward's and the held-out distances relative to the first, with a
-    mark where they part.
-    """
+    """Returns warnings by update, and a chart of distances relative to the first, with marks where they part."""
     lines: Lines = defaultdict(dict)
     for each in evaluations if heldout else ():
         for key, value in each["values"].items():

@@ -80,10 +80,7 @@ class CandidateJudge:
         return values
 
     def _generate(self, conditions: Conditions, stream: str, step: int) -> tuple[list[Features] | None, Tensor]:
-        """
-        Generates images: their features per distribution reward, and of candidates the means of the rewards of single
-        images. No features and NaN if images or features are not finite.
-        """
+        """Features of new images per distribution reward, `None` if not finite; mean rewards of single images."""
         trainer, args = self.trainer, self.args
         values = torch.zeros(len(self.rewards.all), dtype=torch.float64)
         chunks: list[list[Features]] = []

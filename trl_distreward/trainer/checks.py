@@ -80,9 +80,7 @@ def check_launch(trainer: "DiffusionTrainer") -> None:
         remedy = "set ema_decay=0 and a loss_type without an old policy, or launch with accelerate_configs/fsdp2.yaml"
         raise ValueError(f"{reason}. Either {remedy}.")
     if split and any(schedule.num_evaluations is None for schedule in args.eval_schedules.values()):
-        raise ValueError(
-            "eval_solver='dopri5' steps differently on each process, as FSDP and ZeRO cannot: use 'heun'."
-        )
+        raise ValueError("eval_solver='dopri5' steps differently on each process, which FSDP cannot: use 'heun'.")
     if args.n_gpu > 1:
         raise ValueError(f"one process sees {args.n_gpu} GPUs: start as many with torchrun, or show it only one.")
     if trainer.accelerator.device.type == "mps":

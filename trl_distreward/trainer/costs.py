@@ -185,10 +185,7 @@ def _backward(returned: object) -> None:
 
 @torch.no_grad()
 def count(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
-    """
-    Counts FLOPs of an average update of all processes by phase, and bytes on the device of one process by part. One
-    image is decoded and its features extracted; the network is not run.
-    """
+    """Counts FLOPs by phase of an average update of all processes, and bytes by part on one process's device."""
     args, policy, estimator = trainer.args, trainer.policy, trainer.estimator
     device, batch = trainer.accelerator.device, args.per_device_train_batch_size
     conditions = take(trainer.conditions, [i % len(trainer.conditions) for i in range(batch)])
@@ -207,10 +204,7 @@ def count(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[dict[str, f
 
 
 def memory_parts(trainer: "DistributionRewardTrainer", held: float, decoded: float, sample: int) -> dict[str, float]:
-    """
-    Bytes on the device of one process, which has the whole network: a micro-batch takes `held`, decoding one image
-    `decoded`, and a sample `sample`.
-    """
+    """Bytes by part, where a micro-batch takes `held`, decoding one image `decoded`, and a sample `sample`."""
     args, policy, estimator, of_sets = trainer.args, trainer.policy, trainer.estimator, trainer.rewards.of_sets
     weights, size = list(trainer.skeleton.parameters()), args.reference_set_size
     trained = sum(p.numel() for p in weights if p.requires_grad)

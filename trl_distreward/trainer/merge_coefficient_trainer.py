@@ -184,10 +184,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _choose(self) -> None:
-        """
-        Judges what was learnt on noise that the search has not seen, beside the start and simple merges, and keeps the
-        best: a search may follow the noise of its own steps.
-        """
+        """Keeps the best of the learnt, the start's and simple merges, on noise that the search has not seen."""
         rows = self._merges()
         values = self.judge.judge(torch.stack(list(rows.values())), self.state.max_steps)
         self.count_images("candidates", len(rows) * self.args.images_per_candidate)

@@ -61,15 +61,11 @@ class RewardFunctions:
         listed = list(functions) if isinstance(functions, list | tuple) else [functions]
         for function in listed or [None]:
             if isinstance(function, type) or not callable(function):
-                raise ValueError(
-                    f"reward_funcs holds {function!r:.90}: pass a SubsetReplaceReward(feature_extractor, "
-                    "real_statistics), or a function of images that returns one number per image."
-                )
+                remedy = "pass a SubsetReplaceReward, or a function of images that returns one number per image"
+                raise ValueError(f"reward_funcs holds {function!r:.90}: {remedy}.")
         weights = [1.0] * len(listed) if weights is None else weights
         if len(weights) != len(listed):
-            raise ValueError(
-                f"reward_weights: {len(weights)} entries for {len(listed)} reward functions, give one each."
-            )
+            raise ValueError(f"reward_weights: {len(weights)} for {len(listed)} reward functions, give one each.")
         self.all: list[Reward] = []
         names = [get_callable_name(function) for function in listed]
         for i, (function, weight) in enumerate(zip(listed, weights, strict=True)):
@@ -95,9 +91,7 @@ class RewardFunctions:
         self._columns = [name for name in column_names(dataset) if name not in conditions]
         for name in self._columns:
             if name in _RESERVED:
-                raise ValueError(
-                    f"the dataset's column {name!r} is called as an argument of rewards: use rename_column."
-                )
+                raise ValueError(f"the dataset's column {name!r} is an argument of rewards: use rename_column.")
         args = trainer.args
         self._dataset = dataset
         self._rows = dealt_rows(dataset, args.reference_set_size, args.seed, args.stratify_by)

@@ -42,10 +42,7 @@ def parted(evaluations: Sequence[State], heldout: Sequence[str]) -> list[str]:
 
 
 class WatchHeldOut(TrainerCallback):
-    """
-    Warns where the distances part, and keeps the checkpoint that is best by `metric_for_best_model`: by default, by
-    the held-out distance.
-    """
+    """Warns where distances part, and keeps the best checkpoint, by default by the held-out distance."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer, self.heldout, args = trainer, heldout_metrics(trainer), trainer.args

@@ -77,9 +77,7 @@ class Backprop(Estimator):
         if args.num_iterations > 1 or args.best_of_n > 1:
             raise ValueError("num_iterations and best_of_n must be 1: 'backprop' trains on every image once.")
         if args.reference_update == "refresh" and args.reference_refresh_steps == "auto":
-            raise ValueError(
-                "reference_refresh_steps='auto' needs rewards of subsets: give 'backprop' a number of steps."
-            )
+            raise ValueError("reference_refresh_steps='auto' needs rewards of subsets: give a number of steps.")
 
     def draw_slots(self, sampler: SlotSampler | StratifiedSlotSampler) -> Tensor:
         return super().draw_slots(sampler).view(1, -1)
@@ -151,7 +149,5 @@ class Backprop(Estimator):
                 asked = "set credit='shared', control_variate=False"
                 raise ValueError(f"'backprop' takes the distance's own gradient: {asked}.")
             for name, values in without_gradient(self.trainer, reward, images, conditions).items():
-                raise ValueError(
-                    f"{name!r} returned {values!r} for 2 images, float32 in [0, 255]: it must return a tensor of "
-                    f"2 rows, with a gradient to them; or {REMEDY}."
-                )
+                rule = "return a tensor of one row each, with a gradient"
+                raise ValueError(f"{name!r} returned {values!r} for float32 images in [0, 255]: {rule}; or {REMEDY}.")

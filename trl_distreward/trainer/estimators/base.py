@@ -29,10 +29,7 @@ class Batch(Protocol):
     """The part of a rollout that one or several updates are made from."""
 
     def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
-        """
-        Yields micro-batches, equally many on every process, and whether each is the last. A micro-batch has the
-        `weights` `(P,)` of its rows, which add up to 1 over all processes.
-        """
+        """Yields micro-batches, and whether each is the last; the `weights` `(P,)` of all processes add up to 1."""
 
     def state_dict(self) -> State:
         """The state that a checkpoint in the middle of a rollout's updates keeps."""

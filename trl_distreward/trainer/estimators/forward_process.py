@@ -193,10 +193,7 @@ class ForwardProcess(Estimator):
 
 
 class NFT(ForwardProcess):
-    """
-    DiffusionNFT (arXiv 2509.16117): pulls the velocity towards the drawn one where the advantage is positive, away
-    from it where it is negative, and both to the old policy.
-    """
+    """DiffusionNFT (arXiv 2509.16117): pulls the velocity to the drawn one by its advantage, and to the old one."""
 
     uses_old = True
 
@@ -206,10 +203,7 @@ class NFT(ForwardProcess):
 
 
 class AWM(ForwardProcess):
-    """
-    Advantage-weighted matching (arXiv 2509.25050): a clipped policy gradient with minus the squared error of the
-    velocity in place of the log-probability.
-    """
+    """AWM (arXiv 2509.25050): a clipped policy gradient with minus the velocity's squared error as log-density."""
 
     uses_old = True
 

@@ -18,10 +18,7 @@ REMEDY = "use loss_type='nft' or 'grpo', which need no gradient"
 
 
 def feature_gradients(rewards: RewardFunctions, rollout: Rollout, size: int) -> list[dict[str, Tensor]]:
-    """
-    Gradients `(M, d)` of the weighted distances by the features of all M new images, per distribution reward and
-    space, for the set of `size` images in which all of them stand.
-    """
+    """Gradients `(M, d)` of the weighted distances by all new features, which all stand in the set of `size`."""
     share = rollout.slots.numel() / size  # divided by, so that the scale does not depend on it
     found = []
     for reward in rewards.all:
@@ -47,14 +44,10 @@ def check_all_stand(args: "DiffusionDistributionConfig") -> None:
     """Raises `ValueError` if not all new images of an update can stand in the reference set at once."""
     images, size = args.num_subsets * args.replace_size, args.reference_set_size
     if images >= size:
-        raise ValueError(
-            f"num_subsets * replace_size = {images}, which {args.loss_type!r} replaces at once, must be below "
-            f"reference_set_size={size}: lower num_subsets."
-        )
+        asked = f"num_subsets * replace_size = {images}, which {args.loss_type!r} replaces at once"
+        raise ValueError(f"{asked}, must be below reference_set_size={size}: lower num_subsets.")
     if args.num_generations > 1:
-        raise ValueError(
-            f"num_generations={args.num_generations}: {args.loss_type!r} replaces every slot once. Set 1."
-        )
+        raise ValueError(f"num_generations={args.num_generations}: {args.loss_type!r} replaces a slot once. Set 1.")
 
 
 def values_of(
@@ -100,10 +93,7 @@ def reward_terms(
 def without_gradient(
     trainer: "DistributionRewardTrainer", reward: Reward, images: Tensor, conditions: Conditions
 ) -> dict[str, object]:
-    """
-    Values of a reward, by name, that are not one row for each of two uint8 images, with a gradient to them. Raises
-    `ValueError` if a distance has no gradient.
-    """
+    """Values of a reward, by name, that are not one row with a gradient for each of two uint8 images."""
     # without 0 and 255, where rounding or clamping hides the gradient
     x = (64 + images.float() / 2).requires_grad_()
     slots = torch.arange(len(x), device=x.device)
