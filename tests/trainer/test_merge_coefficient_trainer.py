@@ -180,19 +180,21 @@ def test_candidates_that_make_no_images_are_the_worst(tmp_path, pool):
     assert logged(trainer, "final_reward/last") == [-torch.inf] and trainer.coefficients[0, 3] != 1
 
 
-@pytest.mark.parametrize("best", ["last", "uniform", "start", "learnt"])
+@pytest.mark.parametrize("best", ["last", "uniform", "start", "learnt", None])
 def test_the_result_is_the_best_of_learnt_and_simple_merges_on_fresh_noise(tmp_path, pool, caplog, best):
     trainer = tiny_merge_trainer(tmp_path, pool, max_steps=1)
     judge, order = trainer.judge.judge, ["last", "uniform", "start", "learnt"]
 
     def judged(candidates, step):
         values = judge(candidates, step)
-        return values if step == 0 else values + 1000 * (torch.arange(4)[:, None] == order.index(best))
+        if step == 0:
+            return values
+        return values * torch.nan if best is None else values + 1000 * (torch.arange(4)[:, None] == order.index(best))
 
     trainer.judge.judge = judged
     trainer.train()
-    assert torch.equal(trainer.coefficients, trainer._merges()[best])
-    assert (f"{best!r} is better than what was learnt" in caplog.text) == (best != "learnt")
+    assert torch.equal(trainer.coefficients, trainer._merges()[best or "start"])  # without any reward, the start
+    assert (f"{best or 'start'!r} is the result, not what was learnt" in caplog.text) == (best != "learnt")
     trainer.save_model()
     saved = json.loads((tmp_path / "coefficients.json").read_text())
     assert saved["coefficients"][trainer.group_names[0]] == trainer.coefficients[0].tolist()

@@ -36,9 +36,10 @@ FALLING = (8.0, 7.0, 6.0, 5.0, 4.0)
         ((1, 2, 3), (8, 7, 6), False),  # too few
         ((1, 2, 2, 4), (8, 7, 6, 5), False),
         ((1, 2, 3, 4), (8, 7, 7.5, 5), False),
+        ((1, 2, 3, 4, 5), (8, 7, 6, 5, 4), False),  # said at the evaluation before
     ],
 )
-def test_parting_needs_three_rises_while_the_reward_falls(heldout, reward, warns):
+def test_parting_needs_three_rises_while_the_reward_falls_and_is_said_once(heldout, reward, warns):
     values = zip(heldout, reward, strict=True)
     evaluations = [{"values": {"ode_judge": h, "ode_distance_a": r, "ode_distance_b": r}} for h, r in values]
     assert parted(evaluations, ["judge"]) == ["ode_judge"] * warns

@@ -187,7 +187,7 @@ def find_weights(names: Collection[str], source: str) -> str:
     if "model_index.json" in names:
         networks = [name for name in ("transformer", "unet") if any(n.startswith(f"{name}/") for n in names)]
         if len(networks) != 1:
-            raise ValueError(f"the pipeline {source} has no single 'transformer' or 'unet': name its folder.")
+            raise ValueError(f"the pipeline {source} has no single 'transformer' or 'unet': name the folder.")
         folder = networks[0]
     elif f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}" in names:  # a checkpoint of a run that trains an adapter
         folder = ADAPTER_FOLDER

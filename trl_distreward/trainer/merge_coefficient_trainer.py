@@ -192,12 +192,13 @@ class MergeCoefficientTrainer(DiffusionTrainer):
             dict(zip(rows, each.nan_to_num(nan=-torch.inf).tolist(), strict=True))
             for each in (self.rewards.total(values.unbind(dim=1)), self._fitness(values))
         )
-        best = max(rows, key=lambda name: (fitness[name], name == "learnt"))
+        kept = "learnt" if max(fitness.values()) > -torch.inf else "start"  # where all are equal
+        best = max(rows, key=lambda name: (fitness[name], name == kept))
         self._chosen = rows[best]
         self._metrics.clear()  # of the judging itself
         self.log({f"final_reward/{name}": value for name, value in found.items()})
         if best != "learnt":
-            logger.warning(f"On fresh noise {best!r} is better than what was learnt, so it is the result: {found}.")
+            logger.warning(f"By the rewards on fresh noise {best!r} is the result, not what was learnt: {found}.")
         write_record(self)
 
     def _fitness(self, values: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ def heldout_metrics(trainer: "DiffusionTrainer") -> list[str]:
 
 
 def parted(evaluations: Sequence[State], heldout: Sequence[str]) -> list[str]:
+    """Held-out distances that part from the reward's own at the last evaluation, and had not before."""
+    before = apart(evaluations[:-1], heldout)
+    return [name for name in apart(evaluations, heldout) if name not in before]
+
+
+def apart(evaluations: Sequence[State], heldout: Sequence[str]) -> list[str]:
     """Held-out distances that rose at each of the last evaluations while the reward's own, together, fell."""
     last = [each["values"] for each in evaluations[-EVALUATIONS - 1 :]]
     found = []
