@@ -86,7 +86,6 @@ def backprop(**settings: Any) -> Arm:
     return Arm("backprop", {**BACKPROP, **settings})
 
 
-SAMPLE_WISE = {**POLICY_GRADIENT, "multi_objective_aggregation": "normalize_then_sum"}
 ONE_STEP = {"num_inference_steps": 1, "backprop_from": 1.0}
 
 TRIED = {
@@ -183,7 +182,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Fig. 1: a reward of single images, alone and with the distance",
         {
             f"{name}{'' if factor == 1 else f', rate × {factor:g}'}": Arm(
-                "gradient", {**SAMPLE_WISE, "reward_weights": weights}, sample_wise=True, rate_factor=factor
+                "gradient", {**POLICY_GRADIENT, "reward_weights": weights}, sample_wise=True, rate_factor=factor
             )
             for factor in (1.0, 3.0)
             for name, weights in (("sample-wise", [0.0, 1.0]), ("distribution", [1.0, 0.0]), ("both", [1.0, 0.5]))

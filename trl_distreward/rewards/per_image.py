@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-"""Rewards of single images by preference models: CLIPScore, PickScore, HPSv2, and heads on an image's features.
+"""Rewards of single images by preference models: CLIPScore, PickScore and HPSv2.
 
 Trainers call each as `reward(images=…, prompts=…)`. It returns one score per image, with gradients to
 floating-point images in [0, 255]. Arguments of the named rewards are those of [`~metrics.load_clip`].
@@ -8,11 +8,10 @@ floating-point images in [0, 255]. Arguments of the named rewards are those of [
 import os
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..metrics.clip import CLIPEmbeddings, load_clip
-from ..metrics.extractors import FeatureExtractor, extract_features, freeze, module_of
+from ..metrics.extractors import extract_features
 
 
 class PromptScore(nn.Module):
@@ -40,28 +39,6 @@ class PromptScore(nn.Module):
         texts = self.clip.prompts([self.prefix + prompt for prompt in prompts])
         scores = self.scale * (embeddings * texts.to(embeddings.device)).sum(dim=1)
         return scores if self.at_least is None else scores.clamp(min=self.at_least)
-
-
-class HeadScore(nn.Module):
-    """
-    Output of a head on an image's features, such as LAION's aesthetic predictor on CLIP's embedding. The extractor
-    maps images `(B, C, H, W)` to features `(B, d)`, the head these to scores `(B, 1)`. `name` is for logs.
-    """
-
-    def __init__(self, feature_extractor: FeatureExtractor, head: nn.Module, name: str = "head_score"):
-        super().__init__()
-        self.extractor, self.head = freeze(feature_extractor), head.requires_grad_(False).eval()
-        self.module = module_of(feature_extractor)  # registered, so that it moves along
-        self.__name__ = name
-
-    def forward(
-        self, images: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None, **kwargs: object
-    ) -> Tensor:
-        """Scores `(B,)`, float32, of uint8 or float32 images `(B, C, H, W)` in [0, 255]."""
-        conditions = labels if prompts is None else prompts
-        features = extract_features(self.extractor, images, conditions, gradient=images.requires_grad)
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features).view(len(images))
 
 
 def clip_score(source: str | os.PathLike = "openai/clip-vit-base-patch32", **kwargs: str) -> PromptScore:

@@ -65,12 +65,6 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         0.5, "Drift that triggers a refresh: change of the distance if the whole set were replaced, relative to it."
     )
     best_of_n: int = option(1, "Candidates per slot; the one with the best replaced distance is kept (Appendix C).")
-    multi_objective_aggregation: str = option(
-        "normalize_then_sum",
-        "'normalize_then_sum': each reward is normalized to advantages before the weighted sum, so that weights "
-        "compare spreads. 'sum_then_normalize': after it, where the reward of the largest spread decides.",
-        ("normalize_then_sum", "sum_then_normalize"),
-    )
 
     # Parameters that control generation
     sampler: str = option(

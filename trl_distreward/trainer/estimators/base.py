@@ -65,13 +65,14 @@ class Estimator:
         return slots.repeat_interleave(args.num_generations, dim=0)
 
     def compute_advantages(self, rewards: list[Tensor]) -> Tensor:
-        """Advantages `(B, 1)` or `(B, n)`: sums and normalizes rewards in the order the configuration asks for."""
-        args, total = self.args, self.rewards.total(rewards)
+        """Advantages `(B, 1)` or `(B, n)`: of several rewards each is normalized first, so weights compare spreads."""
+        args = self.args
 
         def normalize(values: Tensor) -> Tensor:
             return normalize_advantages(values, args.advantage_normalization, args.num_generations)
 
-        if len(rewards) == 1 or args.multi_objective_aggregation == "sum_then_normalize":
+        total = self.rewards.total(rewards)
+        if len(rewards) == 1:
             return normalize(total)
         return self.rewards.total([normalize(values).expand_as(total) for values in rewards])
 

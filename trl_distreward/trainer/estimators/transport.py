@@ -73,7 +73,7 @@ class Transport(ForwardProcess):
             terms = [reward_terms(self.trainer, each, images, rollout, rows, gradients) for each in self.moving]
             parts.append([torch.autograd.grad(each, x, retain_graph=True)[0] for each in terms])
         downhill = [-torch.cat(found) for found in zip(*parts, strict=True)]
-        if args.multi_objective_aggregation == "normalize_then_sum" and len(downhill) > 1:
+        if len(downhill) > 1:  # weights compare spreads
             weights = [abs(reward.weight) for reward in self.moving]
             downhill = [weight * self.scaled(each) for weight, each in zip(weights, downhill, strict=True)]
         return args.transport_size * self.scaled(sum(downhill[1:], start=downhill[0]))
