@@ -150,12 +150,7 @@ def sample(
     keep_steps: Sequence[int] = (),
     keep_states: Sequence[int] = (),
 ) -> Trajectory:
-    """
-    Samples one batch by the policy's network `model`, or another in its place.
-
-    `conditions`, and generators of the noise if a list, are one per sample. For `keep_steps` and `keep_states` see
-    [`~sampling.rollout`]; the ODE keeps states by Euler's method only.
-    """
+    """Samples one batch by the network `model`; for `keep_steps` and `keep_states` see [`~sampling.rollout`]."""
     schedule = schedule.on(policy)
     if schedule.sampler == "ode" and schedule.solver != "euler" and keep_states:
         raise ValueError(f"solver={schedule.solver!r} keeps no states: set solver='euler'.")
@@ -244,11 +239,8 @@ def generate_images(
     **options: Any,
 ) -> Iterator[tuple[Tensor, Conditions]]:
     """
-    Generates and decodes one image per condition, with the policy's network in evaluation mode.
-
-    Yields uint8 images `(B, C, H, W)` and their conditions. Raises `ValueError` if a sample or its image is not
-    finite. `decode_batch_size` samples are decoded at a time, all of a batch by default; for `options` see
-    [`generate`].
+    Generates and decodes one image per condition: yields uint8 images `(B, C, H, W)` and their conditions. Raises
+    `ValueError` if one is not finite. For `options` see [`generate`].
     """
     with evaluating(policy.model):
         for batch in generate(policy, conditions, schedule, **options):
@@ -271,11 +263,7 @@ def evaluating(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def share_out(count: int, batch_size: int, rank: int, processes: int) -> tuple[list[int], list[int]]:
-    """
-    Deals `count` images to processes so that every batch can be gathered: all processes have equally many. Returns the
-    indices of this process, in batches filled up with the last image, and how many images of each gathered batch
-    count.
-    """
+    """Deals images to processes in equal numbers: this process's indices, and how many of each batch count."""
     own, valid = [], []
     for start in range(0, count, batch_size * processes):
         valid.append(min(batch_size * processes, count - start))

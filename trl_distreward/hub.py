@@ -34,10 +34,7 @@ def without_tokens(text: str) -> str:
 
 
 def with_retries(call: Callable[[], T], what: str, repo_id: str) -> T:
-    """
-    Calls, and calls again after a server error, a timeout or a cut connection. What the Hub refuses is raised as
-    `FileNotFoundError`, `PermissionError` or `ConnectionError`, with `what` and the remedy.
-    """
+    """Calls again after server errors and timeouts; what the Hub refuses is raised in words, as an `OSError`."""
     for attempt in range(ATTEMPTS):
         try:
             return call()

@@ -37,10 +37,7 @@ class Transition:
 
 @dataclass
 class Trajectory:
-    """
-    Result of a rollout: the final sample `(B, ...)`, and what is kept for training: steps, where step `i` leads from
-    grid index `i` to `i + 1`; samples by grid index; and log-probabilities `(B, len(steps))` of the steps.
-    """
+    """Final samples `(B, ...)`; kept steps, states by grid index, and log-probabilities `(B, len(steps))`."""
 
     sample: Tensor
     steps: tuple[int, ...]
@@ -95,10 +92,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def gaussian_noise(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """
-    Standard normal noise of `shape`; row `i` from generator `i` of a list, so that an image does not depend on its
-    batch and process. Noise is drawn on the generator's own device: CPU generators give the same images everywhere.
-    """
+    """Standard normal noise; of a list, row `i` is generator `i`'s, so that it depends on no batch or process."""
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
     if isinstance(generator, torch.Generator):

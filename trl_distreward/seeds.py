@@ -13,10 +13,8 @@ _NUM_WORDS = 624
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """
-    Makes a CPU generator from a key, e.g. the run's seed, a purpose, a step and an image's index.
-
-    The key is hashed to 256 bits, which fill the generator's whole state. `manual_seed` takes 32 bits of a seed only:
-    streams of different keys would coincide.
+    Makes a CPU generator from a key, such as seed, purpose, step and image. The key's hash fills its whole state: with
+    the 32 bits that `manual_seed` takes, streams of different keys would coincide.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
     sequence = np.random.SeedSequence(int.from_bytes(digest, "big"), pool_size=8)

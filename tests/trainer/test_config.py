@@ -103,7 +103,7 @@ def test_several_numbers_of_steps_are_evaluated_by_name(tmp_path):
         ({"sampler": "ode"}, "needs the density of each step"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0 must lie in \[0, 1\)"),
         ({"epsilon": 0.0}, "epsilon=0.0 must be positive"),
-        ({"beta": -1.0}, "beta=-1.0 not negative"),
+        ({"beta": -1.0}, "beta=-1.0 must be at least 0"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
         ({"eval_samplers": ["ddim"]}, "sampler='ddim'"),
         ({"best_of_n": 2, "reference_refresh_steps": "auto"}, "without any drift"),

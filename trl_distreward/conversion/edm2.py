@@ -23,11 +23,7 @@ _FIXED = {"channel_mult_noise": None, "channel_mult_emb": None, "resample_filter
 
 @dataclass(frozen=True)
 class OriginalEDM2:
-    """
-    Content of a snapshot: the configuration for [`EDM2UNet2DModel`]; the weights, in the order and dtypes of the file
-    (published: float16); the Hub id of the VAE whose latents the network denoises, `None` for pixels; and the
-    arguments `latents_scale` and `latents_bias` of [`EDM2Pipeline`], empty for pixels.
-    """
+    """Content of a snapshot; `vae` is the Hub id of the VAE whose latents it denoises, `None` for pixels."""
 
     config: dict[str, Value]
     state_dict: dict[str, Tensor]
@@ -48,10 +44,7 @@ def read_original_edm2(path: str | os.PathLike) -> OriginalEDM2:
 
 
 def load_original_edm2(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> EDM2UNet2DModel:
-    """
-    Loads the network of a snapshot (`.pkl`), in evaluation mode; see [`~conversion.read_original_edm2`]. Gains and
-    frequencies stay float32, which `dtype` is by default: it holds the published float16 values exactly.
-    """
+    """Loads the network of a snapshot (`.pkl`), in evaluation mode; gains and frequencies stay float32."""
     return build_edm2(read_original_edm2(path), dtype)
 
 

@@ -29,11 +29,7 @@ def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
 def push_with_code(
     pipeline: DiffusionPipeline, folder: str | os.PathLike, repo_id: str, *, private: bool | None = None
 ) -> str:
-    """
-    Pushes a [`SiTPipeline`] or [`EDM2Pipeline`], saved in `folder`, with the code of its classes.
-
-    Creates a missing repository. Returns the address of the one commit.
-    """
+    """Pushes a pipeline, saved in `folder`, with the code of its classes; returns the address of the commit."""
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     files: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
     files.update(code_of(pipeline))

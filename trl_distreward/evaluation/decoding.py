@@ -91,10 +91,7 @@ def _deep_mode(image: Image.Image) -> str | None:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """
-    Crops the centre to `size` x `size` pixels, as ADM and EDM2 prepare ImageNet: averages 2 x 2 pixels while the
-    shorter side is at least twice `size`, then resizes it to `size` by bicubic interpolation.
-    """
+    """Crops to `size` x `size` as ADM and EDM2 do: halves by averaging while it can, then resizes bicubically."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

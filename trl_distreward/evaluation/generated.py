@@ -18,11 +18,7 @@ from .sources import ImageSource
 
 
 class GeneratedImages(ImageSource):
-    """
-    Images that a class-conditional policy, on the device of this process, generates when they are read. A shard is one
-    batch. `labels` are `"balanced"`, equally many of each class, or `"random"`, drawn independently and uniformly.
-    `settings` are further settings that the images depend on, for the description.
-    """
+    """Images that a policy generates when they are read; `labels` are `"balanced"` over classes, or `"random"`."""
 
     in_workers = False  # the network is in this process
     is_stored = False

@@ -41,10 +41,7 @@ def build_distance(
     extractor: FeatureExtractor | None = None,
     resize: int | None = None,
 ) -> Distance:
-    """
-    Builds a distance to real data, for which see [`real_data`]. `distance` is `"frechet"`, `"kernel"`, or a function
-    from features `(M, d)` where there are any, else from [`FeatureStatistics`], to a distance.
-    """
+    """Builds a distance to [`real_data`]: `"frechet"`, `"kernel"`, or a function of its features or statistics."""
     if isinstance(distance, str):
         if distance not in DISTANCES:
             raise ValueError(f"distance={distance!r} is unknown: choose one of {sorted(DISTANCES)}, or a function.")
@@ -121,10 +118,7 @@ def _identity(source: ImageSource, extractor: FeatureExtractor, features: bool, 
 
 
 def read_statistics(path: Path, extractor: object, features: bool) -> tuple[FeatureStatistics | None, Tensor | None]:
-    """
-    Statistics that a file holds, and features if asked for; `None` for what it does not hold. A reference batch of ADM
-    holds images, and their statistics in its own Inception features.
-    """
+    """Statistics that a file holds, and features if asked for; `None` for what it does not hold."""
     name, names = getattr(extractor, "name", None), npz_names(path) if path.suffix == ".npz" else ()
     is_adm = name in ("inception", SPATIAL) and getattr(extractor, "resize", None) == _ADM_RESIZE
     if path.suffix not in (".npz", ".safetensors", ".pkl") or ("arr_0" in names and not (is_adm and "mu" in names)):
@@ -143,10 +137,7 @@ def check_statistics(statistics: FeatureStatistics, extractor: object, path: obj
 
 
 class RealSet:
-    """
-    Real images in the features of one extractor, for some [`feature_metrics`]. They come from a statistics file or
-    images, as for [`real_data`], or from what else [`~evaluation.open_images`] opens, which gets `options`.
-    """
+    """Real images in the features of one extractor; `options` are those of [`~evaluation.open_images`]."""
 
     def __init__(self, path: str | os.PathLike, extractor: FeatureExtractor, metrics: Sequence[str], **options: Any):
         self.path, self.extractor, self.metrics = Path(path), extractor, metrics
@@ -191,10 +182,7 @@ def write_statistics(
     resize: int | None = None,
     **options: Any,
 ) -> CollectedFeatures:
-    """
-    Writes the statistics of images, and their features if asked for, into a `.safetensors` file, and returns them. All
-    processes call it; `resize` and `options` are those of [`~evaluation.collect_features`].
-    """
+    """Writes statistics of images. All processes call it; `options` go to [`~evaluation.collect_features`]."""
     state, folder = PartialState(), Path(work_dir or f"{output}.work")
     collected = collect_features(images, {"real": extractor}, folder, resize=resize, **options)
     if state.is_main_process:

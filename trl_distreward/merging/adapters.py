@@ -46,10 +46,7 @@ def concatenated(members: Sequence[Tensor], weights: Sequence[float], axis: int)
 
 
 def merged_adapter_config(members: Sequence["Checkpoint"]) -> dict[str, object] | None:
-    """
-    Builds the `adapter_config.json` of the merged adapter, or `None` if the checkpoints are whole models. Raises
-    `ValueError` if only some are LoRA adapters, or their configurations differ.
-    """
+    """Builds the configuration of the merged adapter; `None` for whole models, `ValueError` if they differ."""
     configs = [member.adapter_config for member in members if member.adapter_config is not None]
     for member in members:
         factor = next((key for key in member.specs if _FACTOR.search(key)), None)

@@ -18,10 +18,7 @@ GRANULARITIES = ("per_model", "per_block", "per_parameter_group")
 
 
 def coefficients_of(samples: Tensor, coefficient_map: str) -> Tensor:
-    """
-    Maps samples `(..., N_c)` to coefficients, in the same dtype: `"softmax"` to positive ones that sum to one,
-    `"affine"` to the nearest that sum to one, of which some may be negative, `"none"` to the samples themselves.
-    """
+    """Maps samples `(..., N_c)`: `"softmax"` to positive ones of sum one, `"affine"` to the nearest of sum one."""
     if coefficient_map == "softmax":
         return samples.softmax(dim=-1)
     if coefficient_map == "affine":
@@ -48,11 +45,8 @@ def initial_coefficients(
     target_std: float = 0.1,
 ) -> Tensor:
     """
-    Computes the coefficients `(N_c,)` that a search starts at, float64, for `count` checkpoints.
-
-    `kind` is `"uniform"`, `"last"`, the coefficients themselves, or `"post_hoc"`, a power-function average with the
-    relative width `target_std` that ends at the last checkpoint. `times` are the checkpoints' training times, 1, 2, …
-    by default; `stds` are their relative widths, if they are averages themselves.
+    Computes the coefficients `(N_c,)` that a search starts at, float64: `"uniform"`, `"last"`, numbers, or
+    `"post_hoc"`, a power-function average of relative width `target_std`; `times` and `stds` are the checkpoints'.
     """
     for name, values in (("checkpoint_times", times), ("checkpoint_stds", stds), ("initial_coefficients", kind)):
         if not isinstance(values, str | None) and len(values) != count:

@@ -18,11 +18,7 @@ from .sources import Checkpoint, open_checkpoint
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """
-    Computes `sum_i weights[i] * tensors[i]` in float32, or in float64 if the tensors are.
-
-    A tensor with weight 0 is not read, so one checkpoint alone comes out bit by bit.
-    """
+    """Computes `sum_i weights[i] * tensors[i]` in float32 or float64; tensors of weight 0 are not read."""
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     used = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
     if not used:
@@ -146,10 +142,7 @@ class CheckpointPool:
             state[key].copy_(source if key in copied else self._sum(key, rows[key]))
 
     def save_merged(self, path: str | os.PathLike, weights: Tensor, groups: Mapping[str, int] | None = None) -> None:
-        """
-        Writes a weighted sum as a safetensors file in the checkpoints' dtype, and for adapters `adapter_config.json`
-        beside it; see `merged` for `weights` and `groups`. Raises `ValueError` if a sum is not finite in that dtype.
-        """
+        """Writes a weighted sum, see `merged`, in the checkpoints' dtype, with an adapter's configuration."""
         tensors = {}
         for key, tensor in self.merged(weights, groups):
             if key not in self.copied:

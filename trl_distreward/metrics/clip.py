@@ -22,11 +22,7 @@ TEXT_BATCH = 64  # prompts that go through the text encoder at a time
 
 
 class CLIPEmbeddings(BackboneFeatures):
-    """
-    Normalized embeddings of images (by a call) and of prompts by a [`~transformers.CLIPModel`] with both towers, in
-    float32 without autocast or TF32. Prompts longer than its tokenizer reads are cut off. `name` and `resize` are as
-    in [`~metrics.BackboneFeatures`].
-    """
+    """Normalized embeddings of images (by a call) and of `prompts` by a [`~transformers.CLIPModel`], in float32."""
 
     cache_size = 10_000  # prompts whose embeddings are kept, in CPU memory
     model: "CLIPModel"
@@ -67,11 +63,7 @@ class CLIPEmbeddings(BackboneFeatures):
 
 
 class JointTextFeatures(Joint, nn.Module):
-    """
-    Features of an image joined with the embedding of its prompt, times `scale`: a distance of images alone is blind to
-    prompts. Real statistics come from real images with their captions, as in the example of [`JointFeatures`].
-    `text_encoder` maps a list of B prompts to embeddings `(B, e)`, as [`~metrics.CLIPEmbeddings.prompts`] does.
-    """
+    """Features of an image joined with its prompt's by `text_encoder`, times `scale`; see [`JointFeatures`]."""
 
     def __init__(
         self,
@@ -101,11 +93,7 @@ class JointTextFeatures(Joint, nn.Module):
 def load_clip(
     source: str | os.PathLike, *, tokenizer: str | None = None, revision: str | None = None, resize: str = "pillow"
 ) -> CLIPEmbeddings:
-    """
-    Loads a CLIP model of transformers, for images and prompts, by the Hub id or folder of a
-    [`~transformers.CLIPModel`]. `tokenizer` is that of the tokenizer, if `source` has none; for `resize` see
-    [`~metrics.CLIPEmbeddings`].
-    """
+    """Loads a [`~transformers.CLIPModel`] by Hub id or folder, with the `tokenizer` of another if it has none."""
     from transformers import AutoTokenizer, CLIPModel
 
     source, text = str(source), tokenizer or str(source)

@@ -20,10 +20,7 @@ Args:
 
 
 class FeatureModule(evaluate.Metric):
-    """
-    A metric between two sets of feature vectors. `evaluate` keeps predictions and references as columns of one table:
-    the shorter column is filled with empty rows, which `to_features` removes.
-    """
+    """A metric between two sets, which `evaluate` keeps as columns of a table; the shorter is filled up."""
 
     def describe(self, description: str, inputs: str, citation: str) -> evaluate.MetricInfo:
         """Value of `_info`: both columns hold rows of float32."""

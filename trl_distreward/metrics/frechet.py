@@ -17,10 +17,7 @@ from .statistics import FeatureStatistics
 
 
 def frechet_distance(generated: FeatureStatistics, real: FeatureStatistics, root: RealRoot | None = None) -> float:
-    """
-    Fréchet distance between two sets of features; FID with Inception-v3 features (Heusel et al., arXiv 1706.08500). It
-    is symmetric. `root` is `RealRoot.of(real)`, half of the work, for comparing several sets with one.
-    """
+    """Fréchet distance of two sets; FID with Inception-v3. `root`, half of the work, is `RealRoot.of(real)`."""
     side, covariance = (root or RealRoot.of(real)).to(generated.mean.device), generated.covariance
     rank = min(generated.rank_bound, real.rank_bound)
     spectrum = clean(torch.linalg.eigvalsh(symmetric(side.root @ covariance @ side.root)), rank)

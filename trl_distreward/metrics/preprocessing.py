@@ -22,10 +22,7 @@ def to_rgb(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def resize_tensorflow(images: Tensor, size: int) -> Tensor:
-    """
-    `tf.image.resize_bilinear` of TensorFlow 1, the first layer of the FID network's graph: output pixel i is read at
-    `i * in / out`, without half-pixel centres, and the border is repeated. Coordinates are float32, as in TensorFlow.
-    """
+    """TensorFlow 1's bilinear resize: output i is read at `i * in / out` in float32, without half-pixel centres."""
     for dim in (3, 2):
         length = images.shape[dim]
         position = torch.arange(size, dtype=torch.float32, device=images.device)
@@ -60,10 +57,7 @@ def resize_pillow(images: Tensor, size: int, mode: str = "bicubic", eight_bit: b
 
 
 def pillow_weights(length: int, size: int, mode: str) -> Tensor:
-    """
-    Weight of each of `length` input pixels in each of `size` output pixels, `(size, length)`, float64: the filter
-    around the output's centre, widened when shrinking, normalized.
-    """
+    """Weights `(size, length)` of the input's pixels, float64: a filter around each output's centre, normalized."""
     scale = length / size
     width = max(scale, 1.0)
     support = {"bicubic": 2.0, "bilinear": 1.0}[mode] * width

@@ -24,10 +24,7 @@ METRICS = (*OF_STATISTICS, "kid", "kernel", "mmd", "cmmd", "precision", "recall"
 def kernel_inception_distance(
     real: Tensor, generated: Tensor, num_subsets: int = 100, subset_size: int = 1_000, seed: int = 0
 ) -> tuple[float, float]:
-    """
-    Kernel inception distance of features `(M, d)` and `(N, d)`: mean and standard deviation of the unbiased MMD² over
-    pairs of random subsets (Bińkowski et al., arXiv 1801.01401, Sec. 4), drawn as by torch-fidelity.
-    """
+    """KID (arXiv 1801.01401): mean and std of the unbiased MMD² over random subsets, drawn as by torch-fidelity."""
     if min(len(real), len(generated)) < subset_size:
         counts = f"{len(real)} real or {len(generated)} generated images"
         raise ValueError(f"subset_size={subset_size} is more than the {counts}: give more, or report a smaller size.")
@@ -40,21 +37,14 @@ def kernel_inception_distance(
 
 
 def cmmd(real: Tensor, generated: Tensor) -> float:
-    """
-    CMMD: 1000 times the biased MMD² with a Gaussian kernel of σ = 10 (Jayasumana et al., arXiv 2401.09603, Sec. 4), of
-    CLIP image embeddings `(M, d)` and `(N, d)`, which are normalized here.
-    """
+    """CMMD (arXiv 2401.09603): 1000 times the biased MMD² of CLIP's embeddings, by a Gaussian kernel of σ = 10."""
     real, generated = (F.normalize(features.double(), dim=1) for features in (real, generated))
     distance = KernelDistance(real, kernel="gaussian", unbiased=False, bandwidths=(10.0,))
     return 1_000 * distance.fit(generated).value
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int | None = None) -> tuple[float, float]:
-    """
-    Inception Score of class logits `(N, C)`: mean and standard deviation over splits of `exp(mean_x KL(p(y|x) ‖
-    p(y)))`, with p(y) the mean of p(y|x) over the split (Salimans et al., arXiv 1606.03498, Sec. 4). A `seed` shuffles
-    the rows: images sorted by class score far too low.
-    """
+    """Inception Score (arXiv 1606.03498): mean and std over splits. Without a `seed`, sorted images score too low."""
     check_features(logits, "logits")
     count = len(logits)
     if not 1 <= splits <= count:
@@ -70,11 +60,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int | None = None) -
 
 
 def frechet_infinity(real: Tensor | FeatureStatistics, generated: Tensor, *, seed: int = 0) -> float:
-    """
-    Fréchet distance extrapolated to infinitely many generated images `(N, d)`, FID∞ with Inception features (Chong and
-    Forsyth, arXiv 1911.07023, Sec. 4). A line in 1/n through the distances of random subsets of 15 sizes n is read off
-    at 0; the real set keeps its size. Near d the distance is not linear in 1/n: N must be at least 4 d.
-    """
+    """FID∞ (arXiv 1911.07023): a line in 1/n through distances of random subsets, read off at 0. N is at least 4 d."""
     real, count = _statistics(real), len(generated)
     least = max(count // 10, 2 * real.dimension)
     if count < 2 * least:

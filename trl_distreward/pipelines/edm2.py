@@ -87,7 +87,7 @@ class EDM2Pipeline(DiffusionPipeline):
 
     def check_guidance(self, guidance_scale: float) -> None:
         if guidance_scale != 1.0 and self.guider is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a second network: load it with guider=...")
+            raise ValueError(f"guidance_scale={guidance_scale} but there is no guider: load it with guider=...")
 
     @torch.no_grad()
     def __call__(

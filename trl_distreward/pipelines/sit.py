@@ -20,12 +20,7 @@ def dopri5(velocity: Callable[[Tensor, float], Tensor], x: Tensor, rtol: float, 
 
 
 class SiTPipeline(DiffusionPipeline):
-    """
-    Pipeline for class-conditional image generation with a SiT network.
-
-    `transformer` is a [`SiTTransformer2DModel`]; the VAE decodes latents, and without one the samples are images in
-    [-1, 1].
-    """
+    """Class-conditional pipeline of a SiT network, in a VAE's latents or, without one, in pixels in [-1, 1]."""
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]

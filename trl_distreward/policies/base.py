@@ -63,10 +63,8 @@ class DiffusionPolicy(Protocol):
 
 class PipelinePolicy:
     """
-    Base class for diffusers pipelines. A family defines `inputs` and `predict`, which call its network.
-
-    The denoising network is trained, the rest is frozen. `guidance_scale` is that of classifier-free guidance, `v_∅ +
-    scale (v - v_∅)`, in training and sampling; 1.0 is none.
+    Base class for diffusers pipelines, of which only the denoising network is trained. A family defines `inputs` and
+    `predict`. `guidance_scale` is that of classifier-free guidance, `v_∅ + scale (v - v_∅)`; 1.0 is none.
     """
 
     component = "transformer"  # the pipeline's name for the trained network
@@ -179,12 +177,7 @@ class PipelinePolicy:
 def decode_slices(
     policy: DiffusionPolicy, x: Tensor, batch_size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """
-    Decodes samples lazily, `batch_size` at a time.
-
-    Yields uint8 images `(b, C, H, W)`, and a mask `(b,)` of those with finite samples and finite decoded images: a
-    diverged sample may decode to a black image.
-    """
+    """Decodes `batch_size` samples at a time: uint8 images `(b, C, H, W)`, and a mask `(b,)` of finite ones."""
     for part in x.split(batch_size or len(x)):
         images = policy.decode(part)
         finite = part.flatten(1).isfinite().all(dim=1) & images.flatten(1).isfinite().all(dim=1)

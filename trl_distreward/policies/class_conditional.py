@@ -40,10 +40,7 @@ class ClassLabelPolicy(PipelinePolicy):
 
 
 class ClassConditionalPolicy(ClassLabelPolicy):
-    """
-    Policy of a [`SiTPipeline`], and base class for [`EDM2Policy`]. The pipeline predicts the velocity and decodes.
-    `guidance_channels` guides only the first channels; SiT's own code guides 3 of 4.
-    """
+    """Policy of a [`SiTPipeline`]; `guidance_channels` guides only the first channels, in SiT's code 3 of 4."""
 
     def __init__(self, pipeline: DiffusionPipeline, guidance_scale: float = 1.0, guidance_channels: int | None = None):
         pipeline.check_guidance(guidance_scale)
@@ -105,11 +102,7 @@ class DiTPolicy(ClassLabelPolicy, DiscreteTimePolicy):
 
 
 class UNetPolicy(ClassLabelPolicy, DiscreteTimePolicy):
-    """
-    Policy of a [`~diffusers.UNet2DModel`], in pixels ([`~diffusers.DDPMPipeline`], [`~diffusers.DDIMPipeline`]) or in
-    the latent space of a VQ-VAE ([`~diffusers.LDMPipeline`]). Without `num_class_embeds` in the network's config, all
-    images have class 0. `null_class` is the label for "no class", if the network was trained with one: the last.
-    """
+    """Policy of a [`~diffusers.UNet2DModel`], in pixels or a VQ-VAE's latents; `null_class` stands for "no class"."""
 
     component = "unet"
 

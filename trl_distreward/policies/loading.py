@@ -107,10 +107,8 @@ def source_of(policy: DiffusionPolicy) -> str | None:
 
 def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> DiffusionPolicy:
     """
-    Finds the policy for a pipeline, folder or Hub id. Returns a [`DiffusionPolicy`] unchanged.
-
-    `guidance_scale` and `kwargs` are arguments of the family's policy, such as `height` or `offload_text_encoders`.
-    Raises `TypeError` for a network without its pipeline, or an unknown pipeline family.
+    Finds the policy for a pipeline, folder or Hub id; a [`DiffusionPolicy`] stays. `guidance_scale` and `kwargs` are
+    arguments of the family's policy. Raises `TypeError` for a network without its pipeline, or an unknown family.
     """
     if isinstance(model, str | os.PathLike):
         model = load_pipeline(model)

@@ -125,11 +125,7 @@ class TextToImagePolicy(PipelinePolicy):
             return self.embed(prompt)
 
     def embed(self, prompt: str | None) -> dict[str, Tensor]:
-        """
-        Embeds one prompt, or with `None` the null prompt: tensors in CPU memory, without a batch dimension.
-
-        Batches of prompts would change the last bits, and resuming would not be exact.
-        """
+        """Embeds one prompt, or with `None` the null prompt; in batches, the last bits would change."""
         if prompt is None and self.null_embeddings is not None:
             returned, places = self.encode_prompt("", do_classifier_free_guidance=True), self.null_embeddings
         else:

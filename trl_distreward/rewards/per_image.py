@@ -15,11 +15,7 @@ from ..metrics.extractors import extract_features
 
 
 class PromptScore(nn.Module):
-    """
-    Agreement of an image with its prompt: `scale` times the cosine between their [`~metrics.CLIPEmbeddings`], with
-    `prefix` before every prompt. Scores below `at_least` are raised to it; their images then get no gradient. `name`
-    is the reward's name in logs.
-    """
+    """`scale` times the cosine of an image and its prompt, with `prefix` before it; at least `at_least`."""
 
     def __init__(
         self,
@@ -47,10 +43,7 @@ def clip_score(source: str | os.PathLike = "openai/clip-vit-base-patch32", **kwa
 
 
 def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwargs: str) -> PromptScore:
-    """
-    PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the temperature that the model has learned. The
-    default model's tokenizer is that of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as the authors' model card says.
-    """
+    """PickScore (arXiv 2305.01569): the cosine times the learnt temperature, by default with its own tokenizer."""
     if source == "yuvalkirstain/PickScore_v1":
         kwargs = {"tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **kwargs}
     clip = load_clip(source, **kwargs)
@@ -58,8 +51,5 @@ def pick_score(source: str | os.PathLike = "yuvalkirstain/PickScore_v1", **kwarg
 
 
 def hps_score(source: str | os.PathLike, **kwargs: str) -> PromptScore:
-    """
-    Human Preference Score v2 (Wu et al., arXiv 2306.09341): the cosine by a CLIP model fine-tuned on preferences. Its
-    weights are a [`~transformers.CLIPModel`]; convert the authors' file, which is open_clip's.
-    """
+    """HPSv2 (arXiv 2306.09341): the cosine by a [`~transformers.CLIPModel`]; convert the authors' open_clip file."""
     return PromptScore(load_clip(source, **kwargs), name="hps_score")

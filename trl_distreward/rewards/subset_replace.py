@@ -191,10 +191,7 @@ class SubsetReplaceReward:
     def update_reference(
         self, slots: Tensor, features: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> None:
-        """
-        Leaves new images, with features `(B * n, d)` per space, in the `slots` `(B, n)` they were judged in: the
-        *rolling* reference set. If a slot has several candidates, `generator` chooses the one that stays.
-        """
+        """Leaves new images in the `slots` they were judged in; of several in one, `generator` chooses."""
         flat, order = slots.flatten().tolist(), torch.randperm(slots.numel(), generator=generator).tolist()
         chosen = {flat[row]: row for row in reversed(order)}  # by slot, the first one in the random order
         updated = {}
@@ -206,10 +203,7 @@ class SubsetReplaceReward:
     # ---- reward ----
 
     def subset_rewards(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:
-        """
-        Rewards `(B,)` of subsets (Eq. 4), float64, whatever `credit` is, for the replaced slots `(B, n)` of the
-        reference set and the features `(B * n, d)` of the new images, subset by subset, per space.
-        """
+        """Rewards `(B,)` of subsets (Eq. 4), float64, for slots `(B, n)` and new features `(B * n, d)` by space."""
         return self._total("replaced", slots, features)
 
     def score(self, slots: Tensor, features: Mapping[str, Tensor]) -> Tensor:

@@ -88,10 +88,7 @@ def split_spec(spec: str) -> tuple[str, Options]:
 
 
 def find_extractor(spec: str | None, prompt_encoder: str | None = None, prompt_scale: float = 1.0) -> nn.Module:
-    """
-    Loads the feature extractor that `NAME[,option=value…]` names, see [`load_feature_extractor`]; with a CLIP model as
-    `prompt_encoder`, joined to its embeddings of prompts, and by default its own.
-    """
+    """Loads the extractor `NAME[,option=value…]`, joined to prompts by a CLIP model if `prompt_encoder` is given."""
     name, options = split_spec(spec or "inception")
     extractor: Any = None if spec is None and prompt_encoder else load_feature_extractor(name, **options)
     if prompt_encoder is None:

@@ -57,11 +57,7 @@ _REMEDY = "lower the learning rate or noise_level, then resume from the last che
 
 
 class DiffusionTrainer(_BaseTrainer):
-    """
-    Base class of the trainers: rewards and metrics, logging, guards, evaluation and checkpoints.
-
-    A subclass defines `training_step`, and sets `steps_per_epoch` before it calls `__init__`.
-    """
+    """Base of the trainers. A subclass defines `training_step`, and sets `steps_per_epoch` before `__init__`."""
 
     loss_is_scaled_for_ga = True  # an update's losses are weighted before they are returned
     _paper = {"title": "Optimizing Visual Generative Models via Distribution-wise Rewards", "id": "2607.02291"}

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -136,7 +136,9 @@ class DiffusionTrainerConfig(_BaseConfig):
                 raise ValueError(f"{each.name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
 
     def _check_counts(self, names: Iterable[str], least: int = 1) -> None:
+        self._check_range(names, lambda value: value is None or value >= least, f"be at least {least}")
+
+    def _check_range(self, names: Iterable[str], fits: Callable[..., bool], rule: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}.")
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must {rule}.")

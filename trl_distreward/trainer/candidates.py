@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 
 class CandidateJudge:
-    """
-    Merges, generates and rewards; each process takes a share of the candidates. All of a step get the same noise,
-    conditions and replaced slots, so their rewards differ by the coefficients alone.
-    """
+    """Merges, generates and rewards: all candidates of a step get the same noise, conditions and slots."""
 
     def __init__(self, trainer: "MergeCoefficientTrainer"):
         self.trainer, self.args, self.rewards = trainer, trainer.args, trainer.rewards

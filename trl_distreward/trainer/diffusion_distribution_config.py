@@ -196,18 +196,10 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
             raise ValueError(f"num_generations={self.num_generations} must divide num_subsets={self.num_subsets}.")
         if self.advantage_normalization == "group" and self.num_generations < 2:
             raise ValueError("advantage_normalization='group' with num_generations=1: set it to 2 or more.")
-        for name in ("top_advantage_quantile", "timestep_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]; 1.0 keeps everything.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average.")
-        if not 0 <= self.old_policy_decay < 1 or self.advantage_clip <= 0 or self.nft_beta <= 0:
-            asked = f"old_policy_decay={self.old_policy_decay}, advantage_clip={self.advantage_clip}"
-            raise ValueError(f"{asked}, nft_beta={self.nft_beta}: the first must lie in [0, 1), the others above 0.")
-        if self.transport_size <= 0:
-            raise ValueError(f"transport_size={self.transport_size} must be positive.")
-        if self.epsilon <= 0 or self.beta < 0:
-            raise ValueError(f"epsilon={self.epsilon} must be positive, and beta={self.beta} not negative.")
+        self._check_range(("top_advantage_quantile", "timestep_fraction"), lambda x: 0 < x <= 1, "lie in (0, 1]")
+        self._check_range(("ema_decay", "old_policy_decay"), lambda x: 0 <= x < 1, "lie in [0, 1)")
+        self._check_range(("epsilon", "advantage_clip", "nft_beta", "transport_size"), lambda x: x > 0, "be positive")
+        self._check_range(("beta",), lambda x: x >= 0, "be at least 0")
 
     def _evaluation_schedules(self) -> dict[str, SamplingSchedule]:
         if isinstance(self.num_inference_steps_eval, int):

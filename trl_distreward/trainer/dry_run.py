@@ -90,11 +90,7 @@ def predict(trainer: "DistributionRewardTrainer", device: str) -> Prediction:
 
 
 def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
-    """
-    Generates the first batch of the reference set and makes one real update, and scales them to the run.
-
-    The trainer cannot be used afterwards. All processes call it.
-    """
+    """Measures one real update and the reference set's first batch, and scales them. The trainer is used up."""
     args, plan, device = trainer.args, Plan.of(trainer), trainer.accelerator.device
     capacity, run, counted = memory_capacity(device), trainer.describe_run(), costs.count(trainer, plan)
     size = min(trainer.eval_batch_size * run["processes"], len(trainer.conditions))

@@ -11,10 +11,7 @@ from .sharding import copy_whole, reshard, whole
 
 
 class PolicyEMA:
-    """
-    Float32 average of a module's trainable parameters: `average = decay · average + (1 - decay) · parameter`. Like
-    Adam's moments it is corrected for its start, which would be most of the average of a short run.
-    """
+    """Float32 average of trained parameters, corrected for its start as Adam's moments are."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay

@@ -44,10 +44,7 @@ def shared_images(
     noise: tuple[int, str, int],
     name: str,
 ) -> Iterator[ImageBatch]:
-    """
-    Generates one image per condition, a share on each process, with a progress bar called `name`. Yields uint8 images
-    and their conditions, how many rows of the images gathered from all processes count, and a mask of finite images.
-    """
+    """Yields uint8 images, one per condition, with conditions, how many rows count, and a mask of finite ones."""
     args, accelerator = trainer.args, trainer.accelerator
     size, total = trainer.eval_batch_size, len(conditions)
     own, valid = share_out(total, size, accelerator.process_index, accelerator.num_processes)
@@ -127,10 +124,7 @@ def evaluate_samplers(trainer: "DiffusionTrainer", sets: dict[str, Conditions], 
 def decode_and_extract(
     trainer: "DiffusionTrainer", x: Tensor, conditions: Conditions
 ) -> tuple[list[dict[str, Tensor]], Tensor, Tensor | None]:
-    """
-    Decodes samples `decode_batch_size` at a time, and extracts their features before the next are decoded. Returns
-    features per distribution reward and space, a mask of finite images, and the images if a function looks at them.
-    """
+    """Decodes and extracts part by part: features, a mask of finite images, and images if a function sees them."""
     rewards, start = trainer.rewards, 0
     features, finite, images = [], [], []
     for part, decoded in decode_slices(trainer.policy, x, trainer.args.decode_batch_size):

@@ -299,10 +299,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def compare(self) -> dict[str, dict[str, float]]:
-        """
-        Evaluates the last checkpoint, the uniform average, the start and the learnt coefficients from the same noise.
-        Returns `{sampler}_{metric}` of each merge; the model card shows the table.
-        """
+        """Evaluates the last, uniform, start's and learnt merge from the same noise, for the model card."""
         for name, coefficients in self._merges().items():
             self._shown = coefficients
             self.comparison[name] = evaluate_samplers(self, self.eval_sets, self.args.eval_seed)

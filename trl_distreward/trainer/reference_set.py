@@ -40,10 +40,7 @@ def conditions_and_slots(
 def evaluated_conditions(
     policy: DiffusionPolicy, dataset: EvalRows | None, args: "DiffusionTrainerConfig", default: int | None = None
 ) -> dict[str, Conditions]:
-    """
-    Conditions to evaluate, by prefix of their metrics' names: `"NAME_"` for each of a dictionary of datasets, else
-    `""`. There are `num_eval_images` of each, else `default`, else as many as the dataset has rows.
-    """
+    """Conditions to evaluate by prefix of their metrics: `"NAME_"` of each of several datasets, else `""`."""
     datasets = {f"{name}_": each for name, each in dataset.items()} if isinstance(dataset, Mapping) else {"": dataset}
     evaluated = {}
     for prefix, each in datasets.items():
@@ -98,10 +95,7 @@ class ReferenceSet:
         self.last_refresh, self.drifted = step, False
 
     def watch_drift(self, rewards: Sequence[Tensor]) -> float:
-        """
-        Estimates how far the distance would move if the whole set were generated anew, relative to the distance; the
-        most of all rewards. `rewards` are `(B, 1)` of subsets of `replace_size` images, or `(B, n)` of images.
-        """
+        """Estimates from an update's rewards how far the distance would move, relatively, if all were new."""
         size, moved = self.args.reference_set_size, []
         for reward, values in zip(self.rewards, rewards, strict=True):
             replaced = 1 if reward.credit == "leave_one_in" else self.args.replace_size

@@ -78,10 +78,7 @@ class Sampler:
     def __call__(
         self, model: nn.Module, slots: Tensor, step: int, keep_steps: Sequence[int] = (), keep_states: range = range(0)
     ) -> Rollout:
-        """
-        Generates one image per slot of `slots` `(B, n)`, or the best of `best_of_n` candidates. Keeps the ends and
-        log-probabilities of `keep_steps`, and the states at the grid indices `keep_states`.
-        """
+        """Generates one image per slot of `slots` `(B, n)`, or the best of `best_of_n` candidates."""
         starts = [candidate * slots.numel() for candidate in range(self.args.best_of_n)]
         candidates = [self._once(model, slots, step, keep_steps, keep_states, first=first) for first in starts]
         return candidates[0] if len(candidates) == 1 else self._best(candidates)

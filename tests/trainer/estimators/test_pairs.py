@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def deal_over(processes, size, kept):
             barrier.wait(10)
             return everything
 
-        return dealt(Deal(torch.tensor(kept), size, gather, rank, processes), rank, size, len(kept))
+        accelerator = SimpleNamespace(gather=gather, process_index=rank, num_processes=processes)
+        return dealt(Deal(torch.tensor(kept), size, accelerator), rank, size, len(kept))
 
     with ThreadPoolExecutor(processes) as pool:
         return list(pool.map(work, range(processes)))

@@ -149,5 +149,5 @@ class Backprop(Estimator):
                 asked = "set credit='shared', control_variate=False"
                 raise ValueError(f"'backprop' takes the distance's own gradient: {asked}.")
             for name, values in without_gradient(self.trainer, reward, images, conditions).items():
-                rule = "return a tensor of one row each, with a gradient"
+                rule = "it must return a tensor, one row each, with a gradient"
                 raise ValueError(f"{name!r} returned {values!r} for float32 images in [0, 255]: {rule}; or {REMEDY}.")

@@ -102,13 +102,11 @@ class ForwardProcess(Estimator):
             return self.sampler(model, slots, step)
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> SampleBatch | None:
-        accelerator = self.accelerator
         advantages, displacement = self.compute_advantages(rewards), self.displacement(rollout)
         if displacement is None and not (advantages != 0).any():
             return None
         kept = self.select(rollout, advantages)
-        size, processes = len(rollout.local_slots), accelerator.num_processes
-        deal = Deal(kept, size, accelerator.gather, accelerator.process_index, processes)
+        deal = Deal(kept, len(rollout.local_slots), self.accelerator)
         batch = SampleBatch(
             cond={name: deal(value) for name, value in rollout.cond.items()},
             sample=deal(rollout.sample),

@@ -58,10 +58,7 @@ def values_of(
     slots: Tensor,
     check_finite: bool = False,
 ) -> dict[str, Tensor]:
-    """
-    Values of float32 images in [0, 255], with gradients: features by space, or the scores of a function of single
-    images by its name. What such a function logs has been logged with its score.
-    """
+    """Values of float32 images, with gradients, by name: features by space, or the scores of a function."""
     if reward.of_sets:
         return reward.function.extract(images, conditions, check_finite=check_finite, gradient=True)
     arguments = trainer.rewards.arguments(conditions, slots, trainer.state)
@@ -78,10 +75,7 @@ def reward_terms(
     rows: slice,
     gradients: list[dict[str, Tensor]],
 ) -> list[Tensor]:
-    """
-    Terms of minus a reward by the images of `rows` of this process: linear in the features, with the `gradients` by
-    all features of this process, or the scores of single images.
-    """
+    """Terms of minus a reward by the images of `rows`: features times their `gradients`, or a function's scores."""
     conditions = take(rollout.conditions, range(rows.start, rows.stop))
     values = values_of(trainer, reward, images, conditions, rollout.local_slots[rows])
     if reward.of_sets:

@@ -2,11 +2,12 @@
 """Batches of (image, time) pairs: selected images, dealt out to the processes and cut into micro-batches."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Self
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ...sampling import send
@@ -115,15 +116,16 @@ class Deal:
     images, ascending: image `i` of all processes is image `i mod size` of process `i div size`.
     """
 
-    def __init__(self, kept: Tensor, size: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int):
-        self.gather, self.rank, self.processes = gather, rank, processes
-        dealt = torch.arange(len(kept), device=kept.device) % processes == rank
+    def __init__(self, kept: Tensor, size: int, accelerator: Accelerator):
+        self.gather, self.processes = accelerator.gather, accelerator.num_processes
+        rank = accelerator.process_index
+        dealt = torch.arange(len(kept), device=kept.device) % self.processes == rank
         self.num_own = int(dealt.sum())
         if self.num_own == 0:
             dealt[0] = True  # takes part in every collective, at weight 0
         self.mine = kept[dealt]
         owners = kept // size
-        counts = torch.bincount(owners, minlength=processes)
+        counts = torch.bincount(owners, minlength=self.processes)
         self.most = int(counts.max())
         self.own = kept[owners == rank] % size
         places = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[owners]

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 class PolicyGradient(Estimator):
-    """
-    Policy gradient for any reward, on the steps of the SDE. With a single update per rollout the ratio is anchored on
-    the log-probability itself, so it is exactly 1. With several, the first update writes the anchors of the others.
-    """
+    """Policy gradient on the SDE's steps. The first of several updates writes the anchors of the others' ratios."""
 
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:
@@ -35,13 +32,12 @@ class PolicyGradient(Estimator):
         return self.sampler(model, slots, step, keep_steps=keep_steps)
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> PairBatch | None:
-        args, accelerator = self.args, self.accelerator
+        args = self.args
         advantages = self.compute_advantages(rewards)
         if not (advantages != 0).any():
             return None
         kept = self.select(rollout, advantages)
-        size, processes = len(rollout.local_slots), accelerator.num_processes
-        deal = Deal(kept, size, accelerator.gather, accelerator.process_index, processes)
+        deal = Deal(kept, len(rollout.local_slots), self.accelerator)
         log_probs, states = deal(rollout.log_probs), {i: deal(state) for i, state in rollout.states.items()}
         several = args.num_iterations > 1
         means = next(iter(states.values())) if several and args.ratio_normalization else None

@@ -36,10 +36,7 @@ if TYPE_CHECKING:
 
 
 class Transport(ForwardProcess):
-    """
-    Displacement along the gradient of all differentiable rewards. `transport_advantage` adds DiffusionNFT's pull by
-    the advantages of all rewards; functions without a gradient act through it alone.
-    """
+    """Displacement along the rewards' gradient; functions without one act through `transport_advantage` alone."""
 
     uses_old = True
     replaces_all = True
