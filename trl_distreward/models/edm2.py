@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ EDM2_SIZES: dict[str, dict[str, Any]] = {
 def normalize(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
     """Divides `x` by its root mean square along `dim`, or along all dimensions but the first (Eq. 66)."""
     dims = list(range(1, x.ndim)) if dim is None else [dim]
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])
     rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32) / math.sqrt(count)
     return x / (rms + eps).to(x.dtype)
 
@@ -78,13 +80,21 @@ class MPLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
     def unit_weight(self) -> Tensor:
-        return normalize(self.weight.float())
+        # a view, as layerwise casting replaces the parameter's data before the backward pass reads it
+        return normalize(self.weight.view_as(self.weight).float())
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = (self.unit_weight() * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+class MPEmbedding(MPLayer):
+    """Linear layer of one-hot labels times √classes, which cancels its own 1/√classes."""
+
+    def forward(self, labels: Tensor) -> Tensor:  # type: ignore[override]
+        return self.unit_weight().t()[labels]
 
 
 class EDM2Block(nn.Module):
@@ -140,9 +150,9 @@ class EDM2Block(nn.Module):
         assert self.attn_qkv is not None and self.attn_proj is not None
         batch, channels, height, width = x.shape
         qkv = self.attn_qkv(x).reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
-        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2)  # 3 x (B, heads, pixels, head width)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.attn_proj(y.transpose(2, 3).reshape(batch, channels, height, width))
+        q, k, v = normalize(qkv, dim=2).permute(3, 0, 4, 1, 2)  # 3 x (B, pixels, heads, head width)
+        y = dispatch_attention_fn(q, k, v)
+        return self.attn_proj(y.flatten(2).transpose(1, 2).reshape(batch, channels, height, width))
 
 
 class EDM2UNet(nn.Module):
@@ -158,7 +168,7 @@ class EDM2UNet(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros(()))
         self.emb_fourier = MPFourier(widths[0])
         self.emb_noise = MPLayer(widths[0], emb_channels)
-        self.emb_label = MPLayer(num_classes, emb_channels) if num_classes else None
+        self.emb_label = MPEmbedding(num_classes, emb_channels) if num_classes else None
         block = partial(EDM2Block, config, emb_channels)
         levels = [(sample_size >> level, width) for level, width in enumerate(widths)]
         width = widths[0]
@@ -191,10 +201,9 @@ class EDM2UNet(nn.Module):
     def embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(c_noise))  # (B, emb_channels)
         if self.emb_label is not None:
-            # Eq. 47 divides by √classes and one-hot labels are multiplied by it, which leaves the unit weight's column
             label = torch.zeros_like(emb)
             if class_labels is not None:
-                label = self.emb_label.unit_weight().t()[class_labels].to(emb.dtype)
+                label = self.emb_label(class_labels).to(emb.dtype)
             emb = mp_sum(emb, label, self.label_balance)
         return mp_silu(emb)
 
@@ -292,6 +301,18 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, MPLayer):
                 module.weight.copy_(module.unit_weight())
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Keeps weights in `storage_dtype` while their layer does not run; diffusers casts torch's layers only."""
+        compute_dtype = compute_dtype or self.dtype
+        for module in self.modules():
+            if isinstance(module, MPLayer):
+                apply_layerwise_casting_hook(module, storage_dtype, compute_dtype, non_blocking)
 
     def uncertainty(self, timestep: Tensor) -> Tensor:
         """Computes `u(σ)` of shape `(B,)`, the log-variance of the loss at noise levels σ (Eq. 21); not trained."""

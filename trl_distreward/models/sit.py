@@ -9,12 +9,14 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 # Table 1 of arXiv 2401.08740: depth, width, heads
@@ -37,7 +39,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         waves = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(waves.to(get_parameter_dtype(self.mlp)))
 
 
 class LabelEmbedder(nn.Module):
@@ -56,19 +58,30 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class Attention(nn.Module):
+class SiTAttnProcessor:
+    """Self-attention by the backend that `set_attention_backend` chose."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "Attention", x: Tensor) -> Tensor:
+        q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).unbind(2)  # 3 x (B, patches, heads, head width)
+        x = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+        return attn.proj(x.flatten(2))
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    _supports_qkv_fusion = False  # one layer projects to all three
+
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        self.processor = SiTAttnProcessor()
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, patches, head width)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        return self.processor(self, x)
 
 
 class SiTBlock(nn.Module):
@@ -102,7 +115,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class SiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """
     Class-conditional transformer that predicts a velocity.
 
@@ -149,7 +162,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         positions = get_2d_sincos_pos_embed(hidden_size, grid_size, base_size=grid_size)  # (patches, width), float64
-        self.pos_embed = nn.Parameter(positions.float()[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(positions.to(torch.get_default_dtype())[None], requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
         self.initialize_weights()
