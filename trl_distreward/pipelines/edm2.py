@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Image generation with EDM2 (arXiv 2312.02696): in latent space, or in pixel space without a VAE."""
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -34,6 +35,7 @@ class EDM2Pipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "guider->unet->vae"
     _optional_components = ["guider", "vae"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -47,6 +49,11 @@ class EDM2Pipeline(DiffusionPipeline):
         self.register_modules(unet=unet, guider=guider, vae=vae)
         self.register_to_config(latents_scale=list(latents_scale), latents_bias=list(latents_bias))
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: object) -> DiffusionPipeline:
+        """Shares the networks too: diffusers' own method asks for the exact class that the constructor names."""
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet, "guider": pipeline.guider, **kwargs})
 
     def denoise(
         self, model: nn.Module, z: Tensor, sigma: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
@@ -89,33 +96,52 @@ class EDM2Pipeline(DiffusionPipeline):
         if guidance_scale != 1.0 and self.guider is None:
             raise ValueError(f"guidance_scale={guidance_scale} but there is no guider: load it with guider=...")
 
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int] | Tensor,
+        class_labels: int | list[int] | Tensor,
         guidance_scale: float = 1.0,
         num_inference_steps: int = 32,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        num_images_per_prompt: int = 1,
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
         Generates images by Heun's method on EDM's noise levels, without churn (arXiv 2206.00364, Algorithm 1, Eq. 5).
 
         The noise levels go from 80 to 0.002, evenly in `σ^(1/7)`; each step takes two evaluations but the last.
         Labels lie in 0 to `num_classes - 1`, zeros without classes. A `guidance_scale` of 1.0 is no guidance. Other
-        arguments and the result are as in [`SiTPipeline`].
+        arguments and the result are as in [`SiTPipeline`]; a callback gets a noise level as `t`.
+
+        Example:
+            >>> from trl_distreward import EDM2Pipeline, EDM2UNet2DModel
+            >>> unet = EDM2UNet2DModel(32, in_channels=3, model_channels=64, num_blocks=1)  # with random weights
+            >>> EDM2Pipeline(unet)([207, 360], num_inference_steps=4).images[0].size
+            (32, 32)
         """
         device, config = self._execution_device, self.unet.config
-        labels = torch.as_tensor(class_labels, device=device)
+        labels = torch.as_tensor(class_labels, device=device).reshape(-1).repeat_interleave(num_images_per_prompt)
         self.check_guidance(guidance_scale)
         classes = max(config.num_classes, 1)
-        if labels.ndim != 1 or any(not 0 <= label < classes for label in labels.tolist()):
+        if any(not 0 <= label < classes for label in labels.tolist()):
             raise ValueError(f"class_labels={labels.tolist()} must be a list of integers from 0 to {classes - 1}.")
         if num_inference_steps < 2:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 2.")
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(f"{len(generator)} generators for {len(labels)} images: give one of each per image.")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -125,15 +151,21 @@ class EDM2Pipeline(DiffusionPipeline):
 
         def slope(z: Tensor, sigma: float) -> Tensor:
             levels = torch.full((len(labels),), sigma, device=device)
-            return (z - self.denoise(self.unet, z, levels, labels, guidance_scale)) / sigma
+            return (z - self.denoise(self.unet, z, levels, labels, self.guidance_scale)) / sigma
 
         z = latents.to(device, torch.float32) * sigmas[0]
-        for sigma, following in self.progress_bar(list(pairwise([*sigmas, 0.0]))):
+        self._guidance_scale, self._interrupt, self._num_timesteps = guidance_scale, False, num_inference_steps
+        for i, (sigma, following) in enumerate(self.progress_bar(list(pairwise([*sigmas, 0.0])))):
+            if self._interrupt:
+                continue
             direction = slope(z, sigma)
             if following > 0:
                 euler = z + (following - sigma) * direction
                 direction = 0.5 * (direction + slope(euler, following))
             z = z + (following - sigma) * direction
+            if callback_on_step_end is not None:
+                tensors = {name: {"latents": z}[name] for name in callback_on_step_end_tensor_inputs}
+                z = callback_on_step_end(self, i, sigma, tensors).get("latents", z)
 
         images = z if output_type == "latent" else self.decode(z)
         if output_type not in ("latent", "pt"):
