@@ -105,10 +105,7 @@ def members_of(strata: Sequence[Hashable]) -> list[Tensor]:
 
 
 def proportional_counts(sizes: Tensor, total: int, generator: torch.Generator) -> Tensor:
-    """
-    Shares `total` draws out among strata with `sizes` `(S,)` members: proportionally, rounded up or down at random
-    (systematic sampling). Returns counts `(S,)`.
-    """
+    """Shares `total` draws out among strata of `sizes` `(S,)`, rounded up or down at random: counts `(S,)`."""
     everyone = int(sizes.sum())
     start = int(torch.randint(everyone, (1,), generator=generator))
     # draws the positions (k everyone + start) / total of all members in a row, k = 0 to total - 1
@@ -127,10 +124,7 @@ def proportional_subsets(sizes: Tensor, num_subsets: int, size: int, generator: 
 
 
 def rows_of_slots(num_rows: int, count: int, seed: int, strata: Sequence[Hashable] | None = None) -> Tensor:
-    """
-    Deals rows to `count` slots in shuffled rounds; the last, incomplete one takes a proportional share of each
-    stratum.
-    """
+    """Deals rows to `count` slots in shuffled rounds; the incomplete last one has each stratum's share."""
     generator = keyed_generator(seed, "rows")
     rounds = [torch.randperm(num_rows, generator=generator) for _ in range(math.ceil(count / num_rows))]
     rest = count % num_rows
@@ -163,12 +157,7 @@ def strata_of_slots(dataset: Rows | None, column: str, count: int, seed: int, la
 def conditions_of_slots(
     policy: "DiffusionPolicy", dataset: Rows | None, count: int, seed: int, stratify_by: str | None = None
 ) -> Conditions:
-    """
-    Conditions of `count` slots: the dataset's rows, or all classes in balance if there is no dataset.
-
-    A policy with classes reads the column named in `LABEL_COLUMNS`, any other policy that in `TEXT_COLUMNS`.
-    `stratify_by` names a column of strata, see [`rows_of_slots`].
-    """
+    """Conditions of `count` slots: the dataset's labels or prompts, or without one all classes in balance."""
     classes = policy.num_conditions
     prompts = classes is None
     if dataset is None:

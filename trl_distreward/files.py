@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Files that appear whole or not at all, and archives that are no larger than they seem."""
 
+import hashlib
 import json
 import os
 import zipfile
@@ -37,6 +38,11 @@ def check_archive(file: str | os.PathLike | IO[bytes]) -> None:
     for member in members:
         if member.file_size > max(2**20, 100 * member.compress_size):  # else 40 KB could take 10 GB of memory
             raise ValueError(f"its member {member.filename} claims {member.file_size} bytes: save it uncompressed")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

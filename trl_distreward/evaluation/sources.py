@@ -25,10 +25,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 
 class ImageSource:
-    """
-    A set of `count` images that `read` returns by number, as [`~evaluation.decoding.StoredImage`]. A shard is a range
-    of at most 64 batches. Unfinished work is continued only if the `description` of the set is unchanged.
-    """
+    """`count` images that `read` returns by number. Unfinished work goes on if the `description` is unchanged."""
 
     in_workers = True  # whether the worker processes of a DataLoader may read the images
     is_stored = True  # whether images can be read again

@@ -69,11 +69,8 @@ class CheckpointPool:
         others = [(key, tensors[key]) for key in sorted(self.copied) for tensors in self._tensors]
         differ = list(dict.fromkeys(key for key, other in others if not other.double().equal(last[key].double())))
         if differ:
-            warnings.warn(
-                f"{len(differ)} buffers or integer tensors differ between the checkpoints, e.g. {differ[0]}: they are "
-                f"taken from the last one, {self.members[-1].source}.",
-                stacklevel=2,
-            )
+            found = f"{len(differ)} buffers or integer tensors differ between the checkpoints, e.g. {differ[0]}"
+            warnings.warn(f"{found}: they are taken from the last, {self.members[-1].source}.", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.members)

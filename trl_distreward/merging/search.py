@@ -51,11 +51,7 @@ class GridSearch:
 
 
 class CMASearch:
-    """
-    CMA-ES, by the [`cma`](https://github.com/CMA-ES/pycma) package: `count` candidates a step, from the first mean
-    `initial` `(G, N_c)` and the first standard deviation `std`. The state is all candidates and their rewards, NaN
-    where none were told. Loading repeats the search, so nothing is pickled.
-    """
+    """CMA-ES by the `cma` package, from the first mean `(G, N_c)` and `std`. Loading repeats the search."""
 
     def __init__(self, initial: Tensor, std: float, count: int, seed: int = 0):
         self.initial, self.std, self.count, self.seed = initial.double(), std, count, seed

@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection
-from hashlib import file_digest
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..files import sha256
 from ..hub import with_retries
 from .adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
 
@@ -74,11 +74,7 @@ class Checkpoint:
 
     def describe(self) -> dict[str, object]:
         """Describes where the checkpoint is, with the SHA-256 of its weight files."""
-        hashes = {}
-        for name, path in self.files.items():
-            with open(path, "rb") as file:
-                hashes[name] = file_digest(file, "sha256").hexdigest()
-        return {**self.place, "files": hashes}
+        return {**self.place, "files": {name: sha256(path) for name, path in self.files.items()}}
 
     def _path(self, name: str) -> Path:
         """Local path of a file, which is downloaded if it is missing."""

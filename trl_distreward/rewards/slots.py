@@ -68,11 +68,7 @@ class SlotSampler:
 
 
 class StratifiedSlotSampler(SlotSampler):
-    """
-    Draws slots such that each subset holds the `strata`, one for each slot, in proportion: a stratum of `m` of the `N`
-    slots gets `n m / N` of a subset's `n`, rounded up or down, and likewise of all slots of a draw. Every slot is
-    still drawn with probability `n / N`, so the expected reward is the same.
-    """
+    """Draws subsets that hold the `strata`, one for each slot, in proportion, rounded up or down at random."""
 
     def __init__(self, strata: Sequence[Hashable], seed: int = 0):
         super().__init__(len(strata), seed)

@@ -33,10 +33,8 @@ def normalize_advantages(rewards: Tensor, normalization: str = "batch", group_si
 
 def select(advantages: Tensor, selection: str, quantile: float, num_shares: int = 1) -> Tensor:
     """
-    Selects what is trained on (Section 4.3): a mask of advantages `(B, k)` of all processes.
-
-    `"top"` keeps the share `quantile` with the highest advantage, at least one, `"top_bottom"` that share at either
-    end, `"all"` everything. Ties go to the earlier subset. `num_shares` equal parts are selected from one by one.
+    Selects what is trained on (Section 4.3): a mask of advantages `(B, k)` of all processes, from each of `num_shares`
+    equal parts. At least one is kept; ties go to the earlier subset.
     """
     if selection == "all":
         return torch.ones_like(advantages, dtype=torch.bool)

@@ -23,10 +23,7 @@ def option(default: object, help: str, choices: Collection[str] | None = None) -
 
 @dataclass
 class DiffusionTrainerConfig(_BaseConfig):
-    """
-    Options that both trainers share, on top of [`~transformers.TrainingArguments`]. A lower value of
-    `metric_for_best_model` is better unless `greater_is_better` says otherwise.
-    """
+    """Options of both trainers. A lower `metric_for_best_model` is better unless `greater_is_better=True`."""
 
     logging_steps: float = option(1, "Steps between two logs.")
     gradient_checkpointing: bool | None = option(None, "Alias of activation_checkpointing, which is preferred.")

@@ -80,9 +80,8 @@ class WatchLearning(TrainerCallback):
             "all gradients are 0: train what the images depend on": not any(norms),
             "changes are lost in rounding: raise learning_rate": before == self.weights,
         }
-        messages = [f"The last {len(logs)} updates changed nothing, as {cause}." for cause in causes if causes[cause]][
-            :1
-        ]
+        found = [cause for cause, holds in causes.items() if holds]
+        messages = [f"The last {len(logs)} updates changed nothing, as {cause}." for cause in found[:1]]
         if sum(norm > most > 0 for norm in norms) >= 9:
             reason = "the clip, not the rewards, decides how far an update goes"
             remedy = f"set it to about {2 * median(norms):.2g}, or to 0 for no clipping"

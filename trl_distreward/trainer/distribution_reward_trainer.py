@@ -254,10 +254,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
     def velocity(
         self, model: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor], dropped: Tensor | None = None
     ) -> Tensor:
-        """
-        The velocity of a network under the trainer's autocast. With a mask `dropped` `(B,)` it is the velocity without
-        guidance, and for the masked samples without their condition.
-        """
+        """Velocity under the trainer's autocast; with `dropped` `(B,)` unguided, for those without condition."""
         with self.autocast():
             if dropped is not None and hasattr(self.policy, "unguided_velocity"):
                 return self.policy.unguided_velocity(model, x, t.to(x.dtype), cond, dropped)

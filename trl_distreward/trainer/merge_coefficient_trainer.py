@@ -202,10 +202,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         write_record(self)
 
     def _fitness(self, values: Tensor) -> Tensor:
-        """
-        What candidates are compared by, from rewards `(B, functions)`: `(B,)`, NaN for those without a finite one. Of
-        several rewards each is normalized over the candidates first, so that weights compare spreads.
-        """
+        """Fitness `(B,)` of rewards `(B, functions)`, of several each normalized first; NaN if not finite."""
         fitness, finite = torch.full((len(values),), torch.nan, dtype=values.dtype), values.isfinite().all(dim=1)
         columns = values[finite].unbind(dim=1)
         if len(columns) > 1 and bool(finite.any()):
@@ -308,10 +305,7 @@ class MergeCoefficientTrainer(DiffusionTrainer):
         return self.comparison
 
     def merge(self, coefficients: Coefficients | None = None) -> DiffusionPipeline | DiffusionPolicy:
-        """
-        Merges by the learnt coefficients or those given, and returns the pipeline, or a policy that has none. Unless
-        the checkpoints are adapters, training, evaluation or another merge overwrites its weights.
-        """
+        """Merges, and returns the pipeline, or the policy if it has none; the next merge overwrites its weights."""
         self.judge.merge(self.coefficients if coefficients is None else self._expanded(coefficients))
         pipeline = getattr(self.policy, "pipeline", self.policy)
         if isinstance(self.merged_network, PeftModel):

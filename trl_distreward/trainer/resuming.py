@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 
 from ..conditions import take
-from ..files import State, write_json
+from ..files import State, sha256, write_json
 from ..generation import image_generators
 
 if TYPE_CHECKING:
@@ -51,20 +51,15 @@ def write_manifest(trainer: "DiffusionTrainer", folder: Path) -> None:
     """Writes what identifies the run, and the checkpoint's last file: size and SHA-256 of all others."""
     write_json(folder / IDENTITY, {"processes": trainer.args.world_size} | trainer.identity)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in paths}
+    files = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in paths}
     write_json(folder / MANIFEST, files)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(folder: Path) -> str | None:
     """Says what is missing or damaged in a checkpoint; `None` if it is whole."""
     try:
         for name, (size, digest) in json.loads((folder / MANIFEST).read_text()).items():
-            if (folder / name).stat().st_size != size or _digest(folder / name) != digest:
+            if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
                 return f"{name} is damaged: its size or SHA-256 has changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"

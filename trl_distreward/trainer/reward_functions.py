@@ -146,10 +146,9 @@ class RewardFunctions:
         for reward, *seen in zip(self.all, *self._watched, strict=True):
             alike = all(values.numel() > 1 and not normalize_advantages(values).any() for values in seen)
             if alike or all(torch.equal(values, seen[0]) for values in seen):
-                logger.warning(
-                    f"The first {_WATCHED} updates had {'equal' if alike else 'the same'} rewards by {reward.name!r}: "
-                    "nothing can be learned from them. It may ignore the images (uint8, 0 to 255) or round its result."
-                )
+                kind = "equal" if alike else "the same"
+                found = f"The first {_WATCHED} updates had {kind} rewards by {reward.name!r}"
+                logger.warning(f"{found}: nothing can be learned from them. It may ignore the images, or round.")
 
     def rows(self) -> list:
         """What the dataset's other columns hold for each slot, if functions get them."""

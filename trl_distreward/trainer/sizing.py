@@ -52,10 +52,8 @@ def misleading_sets(trainer: "DiffusionTrainer") -> Iterator[str]:
         for key, metric in metrics.items():
             distance = metric.distance if isinstance(metric, FeatureDistance) else None
             if isinstance(distance, FrechetDistance) and count < distance.dimension:
-                yield (
-                    f"{name}={count} is less than the {distance.dimension} dimensions of {key}: the covariance is "
-                    "singular, and the Fréchet distance is biased. Raise it, or use distance='kernel'."
-                )
+                found = f"{name}={count} is less than the {distance.dimension} dimensions of {key}"
+                yield f"{found}, so that the Fréchet distance is biased: raise it, or use distance='kernel'."
         if isinstance(conditions, Tensor) and classes is not None:
             missing = classes - len(torch.unique(conditions))
             if missing and name in ("reference_set_size", "num_eval_images"):
@@ -68,7 +66,5 @@ def noisy_rewards(trainer: "DistributionRewardTrainer") -> Iterator[str]:
     name = "num_generations" if args.advantage_normalization == "group" else "num_subsets"
     count = getattr(args, name) * (args.replace_size if per_image else 1)
     if trainer.estimator.has_advantages and count < FEWEST_REWARDS:
-        yield (
-            f"{name}={getattr(args, name)} gives {count} rewards to compare: their spread, and so every advantage, is "
-            f"mostly noise. Raise it to {FEWEST_REWARDS} or more."
-        )
+        found = f"{name}={getattr(args, name)} gives {count} rewards, whose spread is mostly noise"
+        yield f"{found}, and so is every advantage: raise it to {FEWEST_REWARDS} or more."

@@ -73,12 +73,7 @@ class SampleBatch(StoredBatch):
 
 
 class ForwardProcess(Estimator):
-    """
-    Base class, and rejection sampling: the flow-matching loss (Eq. 2 of arXiv 2607.02291) on the selected images.
-
-    A subclass whose loss compares with the old policy, an average of the weights that follows them with the decay
-    `old_policy_decay`, sets `uses_old`.
-    """
+    """Base class, and rejection sampling: the flow-matching loss (Eq. 2) on the selected images."""
 
     def __init__(self, trainer: "DistributionRewardTrainer"):
         super().__init__(trainer)
@@ -86,10 +81,8 @@ class ForwardProcess(Estimator):
         scheduler = getattr(getattr(self.policy, "pipeline", None), "scheduler", None)
         name = f"{source_of(self.policy)} with {type(scheduler).__name__}"
         if any(mark in name.lower() for mark in _DISTILLED):
-            logger.warning(
-                f"{name} looks distilled for few steps. A loss on the forward process makes it blurry: train "
-                "the model it was distilled from, or use loss_type='grpo'."
-            )
+            remedy = "train what it was distilled from, or use loss_type='grpo'"
+            logger.warning(f"{name} looks distilled for few steps, which this loss makes blurry: {remedy}.")
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
         args, network = self.args, self.trainer.network

@@ -24,10 +24,7 @@ class Pairs(NamedTuple):
 
 
 def cut_pairs(num_own: int, num_images: int, num_times: int, size: int, processes: int) -> Iterator[Pairs]:
-    """
-    Cuts this process's `num_own` of all `num_images` images, each with `num_times` times, into micro-batches of `size`
-    pairs. A process with fewer images than others repeats its last pair at weight 0.
-    """
+    """Cuts this process's pairs into micro-batches; where it has fewer than others, the last repeats at weight 0."""
     own, most = num_own * num_times, math.ceil(num_images / processes) * num_times
     for start in range(0, most, size):
         index = torch.arange(start, min(start + size, most))
