@@ -11,23 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import sampling
 from .conditions import Conditions, take
 from .policies import DiffusionPolicy, decode_uint8
-from .sampling import (
-    ODE_SOLVERS,
-    Generators,
-    Trajectory,
-    check_noise,
-    karras_grid,
-    rollout,
-    solve_ode,
-    stochastic_steps,
-    time_grid,
-)
 from .seeds import keyed_generator
 
 TIME_GRIDS = ("auto", "uniform", "karras")
-SOLVERS = ("auto", *ODE_SOLVERS)
+SOLVERS = ("auto", *sampling.ODE_SOLVERS)
 LAST_STEP_SIZE = 0.04  # of SiT's own SDE sampler
 
 
@@ -67,7 +57,7 @@ class SamplingSchedule:
         for name, allowed in (("sampler", ("sde", "ode")), ("solver", SOLVERS), ("time_grid", TIME_GRIDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
-        check_noise(self.noise_schedule, self.noise_level)
+        sampling.check_noise(self.noise_schedule, self.noise_level)
         fixed = self.time_grid == "karras" or self.grid is not None
         ends_alone = self.sampler == "sde" and self.last_step_size not in ("auto", None, 0)
         if fixed and (self.time_shift != 1.0 or ends_alone):
@@ -104,10 +94,10 @@ class SamplingSchedule:
         if self.grid is not None:
             return list(self.grid)
         if self.time_grid == "karras":
-            return karras_grid(self.num_steps)
+            return sampling.karras_grid(self.num_steps)
         last = LAST_STEP_SIZE if self.last_step_size == "auto" else float(self.last_step_size or 0)
         last_step_size = last if last and self.sampler == "sde" else None
-        return time_grid(self.num_steps, shift=self.time_shift, last_step_size=last_step_size)
+        return sampling.time_grid(self.num_steps, shift=self.time_shift, last_step_size=last_step_size)
 
     @property
     def final_step(self) -> str:
@@ -119,7 +109,7 @@ class SamplingSchedule:
         """Steps with noise, which have a density; none under the ODE."""
         if self.sampler == "ode":
             return ()
-        return stochastic_steps(
+        return sampling.stochastic_steps(
             self.times,
             noise_schedule=self.noise_schedule,
             noise_level=self.noise_level,
@@ -146,10 +136,10 @@ def sample(
     model: nn.Module,
     conditions: Conditions,
     schedule: SamplingSchedule,
-    generator: Generators = None,
+    generator: sampling.Generators = None,
     keep_steps: Sequence[int] = (),
     keep_states: Sequence[int] = (),
-) -> Trajectory:
+) -> sampling.Trajectory:
     """Samples one batch by the network `model`; for `keep_steps` and `keep_states` see [`~sampling.rollout`]."""
     schedule = schedule.on(policy)
     if schedule.sampler == "ode" and schedule.solver != "euler" and keep_states:
@@ -162,9 +152,9 @@ def sample(
         return policy.velocity(model, x, t, cond)
 
     if schedule.sampler == "ode" and not keep_states:
-        final = solve_ode(velocity, x, schedule.times, solver=schedule.solver)
-        return Trajectory(final, (), {}, x.new_zeros(len(x), 0))
-    return rollout(
+        final = sampling.solve_ode(velocity, x, schedule.times, solver=schedule.solver)
+        return sampling.Trajectory(final, (), {}, x.new_zeros(len(x), 0))
+    return sampling.rollout(
         velocity,
         x,
         schedule.times,
@@ -184,7 +174,7 @@ class Generated:
 
     indices: list[int]
     conditions: Conditions
-    trajectory: Trajectory
+    trajectory: sampling.Trajectory
 
     @property
     def sample(self) -> Tensor:
@@ -238,10 +228,7 @@ def generate_images(
     decode_batch_size: int | None = None,
     **options: Any,
 ) -> Iterator[tuple[Tensor, Conditions]]:
-    """
-    Generates and decodes one image per condition: yields uint8 images `(B, C, H, W)` and their conditions. Raises
-    `ValueError` if one is not finite. For `options` see [`generate`].
-    """
+    """Yields uint8 images `(B, C, H, W)`, one per condition, with the conditions; for `options` see [`generate`]."""
     with evaluating(policy.model):
         for batch in generate(policy, conditions, schedule, **options):
             images, finite = decode_uint8(policy, batch.sample, decode_batch_size)

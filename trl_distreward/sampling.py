@@ -203,10 +203,7 @@ def stochastic_steps(
     final_step: str = "sample",
     sde_steps: Iterable[int] | None = None,
 ) -> tuple[int, ...]:
-    """
-    Indices of the steps with noise, among `sde_steps`. Only these have a density and can be trained by a policy
-    gradient. The last step has no noise under `"cps"` and `"dance"`, and with `final_step="mean"`.
-    """
+    """Indices of the steps with noise, among `sde_steps`: only these have a density that can be trained."""
     check_noise(noise_schedule, noise_level)
     t = torch.tensor(times, dtype=torch.float64)
     std, _ = _diffusion(t[:-1], t[1:], noise_schedule, noise_level, times[0])

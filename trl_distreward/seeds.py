@@ -12,10 +12,7 @@ _NUM_WORDS = 624
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """
-    Makes a CPU generator from a key, such as seed, purpose, step and image. The key's hash fills its whole state: with
-    the 32 bits that `manual_seed` takes, streams of different keys would coincide.
-    """
+    """Makes a CPU generator whose whole state is the hash of a key: `manual_seed` would take 32 bits alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
     sequence = np.random.SeedSequence(int.from_bytes(digest, "big"), pool_size=8)
     words = sequence.generate_state(_NUM_WORDS).astype(np.int64)

@@ -34,11 +34,7 @@ class Distance(Protocol):
         """
 
     def leave_one_in(self, indices: Tensor, features: Tensor) -> Tensor:
-        """
-        Credit `(B, n)` of each new row: the updated set's distance minus its distance without that row. It is negative
-        for a row that brings the set nearer to the real data. A row earns nothing for what the others of its subset
-        already supply, which makes this the credit to train on.
-        """
+        """Credit `(B, n)` of each new row: the updated set's distance minus that without the row."""
 
     def gradient(self, indices: Tensor, features: Tensor) -> Tensor:
         """Gradient `(B, n, d)` of `replaced` with respect to the new rows, one subset at a time."""

@@ -58,10 +58,7 @@ class EDM2Pipeline(DiffusionPipeline):
     def denoise(
         self, model: nn.Module, z: Tensor, sigma: Tensor, class_labels: Tensor, guidance_scale: float = 1.0
     ) -> Tensor:
-        """
-        Denoises samples `z = x_0 + σ ε` `(B, C, H, W)` at noise levels `(B,)`. Guidance moves them away from the
-        guider's (arXiv 2406.02507). `model` is the network, possibly wrapped for distributed training.
-        """
+        """Denoises `z = x_0 + σ ε` `(B, C, H, W)` at noise levels `(B,)`, guided away from the guider's result."""
         denoised = model(z, sigma, class_labels if self.unet.config.num_classes else None, return_dict=False)[0]
         if guidance_scale == 1.0:
             return denoised

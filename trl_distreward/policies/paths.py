@@ -98,10 +98,7 @@ class DiscreteTimePolicy(PipelinePolicy):
 
 
 class FlowPolicy(PipelinePolicy):
-    """
-    Base class for networks trained on the rectified-flow path itself. `grid` follows the scheduler and its shifts;
-    with `even_sigmas` the pipeline passes it even noise levels from 1 to `1/num_steps`, otherwise it chooses.
-    """
+    """Base class for the rectified-flow path; with `even_sigmas` the pipeline passes its scheduler even levels."""
 
     even_sigmas = True
 

@@ -21,10 +21,7 @@ class SlotSampler:
         self._samplers = [self]  # one for each stratum
 
     def draw(self, num_subsets: int, replace_size: int, distinct: bool = False) -> Tensor:
-        """
-        Draws `(num_subsets, replace_size)` slots, distinct within a subset. Subsets are independent, as in the paper,
-        or with `distinct` drawn in rounds without replacement: no slot comes twice before all have come once.
-        """
+        """Draws `(num_subsets, replace_size)` slots; with `distinct` none comes twice before all have come once."""
         check_size(replace_size, self.num_slots)
         return torch.stack(self.subsets([replace_size] * num_subsets, distinct))
 

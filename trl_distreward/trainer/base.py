@@ -45,7 +45,7 @@ from .reference_set import conditions_and_slots, evaluated_conditions
 from .reward_functions import RewardFunction, RewardFunctions
 from .run_record import RunRecord, describe_run, is_evaluation, write_record
 from .sharding import is_split, without_weights
-from .sizing import say_before_training
+from .sizing import misleading_sets, show_messages
 from .stopping import Interrupted, StopOnSignal, leave
 
 logger = get_logger(__name__)
@@ -116,7 +116,9 @@ class DiffusionTrainer(_BaseTrainer):
         decay = getattr(args, "ema_decay", 0.0)
         self.ema = PolicyEMA(self.network, decay) if decay > 0 else None
         check_rewards_and_metrics(self)
-        say_before_training(self)
+        show_messages(args)
+        for warning in misleading_sets(self):
+            logger.warning(warning)
 
     def prepare_network(
         self, network: nn.Module, args: DiffusionTrainerConfig, peft_config: PeftConfig | None

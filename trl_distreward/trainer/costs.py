@@ -148,10 +148,7 @@ class Work(NamedTuple):
 
 
 def count_network(call: Callable[[nn.Module], object], skeleton: nn.Module, bf16: bool) -> Work:
-    """
-    Counts the work of a network on the batch that `call` passes through it. The network computes shapes alone, and
-    returns zeros. Attention counts as two matrix products, and is held as by a fused kernel. `bf16` is for autocast.
-    """
+    """Counts the work of the batch that `call` passes through a network, on tensors without data."""
     mode, found = FakeTensorMode(allow_non_fake_inputs=True), list[Work]()
     with mode:
         parts: dict[int, Tensor] = {id(x): torch.empty_like(x, device="cpu") for x in skeleton.buffers()}

@@ -52,10 +52,7 @@ class Reward:
 
 
 class RewardFunctions:
-    """
-    All reward functions of a trainer, in order (`all`); among them the distribution rewards (`of_sets`) and, by name,
-    the functions of single images (`single`). `extra_columns` is what these last passed to `log_extra`.
-    """
+    """All reward functions of a trainer (`all`): distribution rewards (`of_sets`), others by name (`single`)."""
 
     def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None):
         listed = list(functions) if isinstance(functions, list | tuple) else [functions]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -17,17 +16,8 @@ if TYPE_CHECKING:
     from .base import DiffusionTrainer
     from .distribution_reward_trainer import DistributionRewardTrainer
 
-logger = get_logger(__name__)
-
 # The std of n normal rewards has a relative error of about 1 / sqrt(2 (n - 1)): 27 % for 8, 41 % for 4.
 FEWEST_REWARDS = 8
-
-
-def say_before_training(trainer: "DiffusionTrainer") -> None:
-    """Sees to it that messages are shown, and warns of sizes that mislead."""
-    show_messages(trainer.args)
-    for warning in misleading_sets(trainer):
-        logger.warning(warning)
 
 
 def show_messages(args: TrainingArguments) -> None:
