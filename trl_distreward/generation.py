@@ -30,10 +30,8 @@ class SamplingSchedule:
         sampler (`str`, *optional*, defaults to `"sde"`): `"sde"` or `"ode"`.
         noise_schedule, noise_level: noise of the SDE, see [`~sampling.transition`].
         last_step_size (`float` or `"auto"`, *optional*, defaults to `"auto"`): ends an even SDE grid with a noiseless
-            step of this size; 0 or `None`: all steps have noise. `"auto"`: 0.04 on an even grid, as SiT takes it. On
-            any other grid the last step has no noise, which would stay visible.
-        solver (`str`, *optional*, defaults to `"auto"`): of the ODE, see [`~sampling.solve_ode`]. `"auto"`: the
-            policy's own; Euler's method if it has none.
+            step of this size; 0 or `None`: all steps have noise. `"auto"`: 0.04, on other grids the grid's own.
+        solver (`str`, *optional*, defaults to `"auto"`): of the ODE; `"auto"`: the policy's own, or Euler's method.
         time_shift (`float`, *optional*, defaults to 1.0): resolution shift of an even grid.
         sde_steps (`tuple[int, ...]`, *optional*): steps of the SDE with noise; all by default.
         time_grid (`str`, *optional*, defaults to `"auto"`): `"auto"`: the policy's own grid; even steps if it has

@@ -22,10 +22,9 @@ _BESIDE = {"adapter", "coefficients.json"}  # what saves write beside a pipeline
 @contextmanager
 def saved_whole(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Gives an empty folder for a model, which takes the place of the one in `folder` once it is complete.
-
-    All parts of the old model go, so no old shard or variant stays; other files are left. After an error the old model
-    is as it was. It may be the one that is being saved, with its weights mapped into memory.
+    Gives an empty folder for a model, which takes the place of the one in `folder` once it is complete. All parts of
+    the old model go, other files stay. After an error the old model is as it was. It may be the one that is being
+    saved.
     """
     folder = Path(folder)
     partial, replaced = folder / "_partial-model", folder / "_replaced-model"

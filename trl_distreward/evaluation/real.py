@@ -63,8 +63,7 @@ def real_data(
 
     All processes call it, and share the work on images. Statistics of images are kept in the folder `trl_distreward`
     of the Hugging Face cache, which all machines must share. They are computed anew if an image, `resize`, the
-    extractor or what it makes of the first image, or this library changes; and every time for a stream. To find out,
-    all images are read: write a statistics file of large sets.
+    extractor or this library changes, for which all images are read: write a statistics file of large sets.
 
     `source` is [`FeatureStatistics`]; features `(M, d)`; a statistics file; a folder or `.npz` of images; a dataset
     with one column of images; or an [`~evaluation.ImageSource`]. An `extractor` that needs conditions finds them in a

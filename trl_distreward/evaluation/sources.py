@@ -92,8 +92,7 @@ def open_images(
     dataset on the Hub, a format (`"webdataset"`, `"parquet"`) whose files `data_files` names, or a dataset.
 
     Of a dataset, `split` is needed if there are several, and `image_column` if more than one column holds images.
-    `prompt_column` is the column of the images' prompts, for features that need them, or possible names of it. For
-    `config`, `revision`, `data_files` and `streaming` see `datasets.load_dataset`.
+    `prompt_column` is the column of prompts, or its possible names. For the others see `datasets.load_dataset`.
     """
     description: dict[str, object] = {"source": "the dataset"}
     if isinstance(source, Dataset | IterableDataset):

@@ -94,11 +94,9 @@ def _group(key: str, granularity: str) -> str:
 
 class EMANet(nn.Module):
     """
-    Mean of the Gaussian policy over coefficients: an MLP on a learnable embedding (Section 3.3, Eq. 8).
-
-    The last layer starts at zero, so the first mean is exactly `initial` `(G, N_c)`, for G groups of tensors.
-    `num_layers` counts linear layers; with 0 the mean itself is the parameter. `hidden_size` is the width of the
-    embedding and of the hidden layers. The mean changes by `scale` for a network output of 1.
+    Mean of the Gaussian policy over coefficients: an MLP on a learnable embedding (Section 3.3, Eq. 8). The last layer
+    starts at zero, so the first mean is exactly `initial` `(G, N_c)`; with `num_layers=0` the mean itself is the
+    parameter. It changes by `scale` for a network output of 1.
     """
 
     initial: Tensor

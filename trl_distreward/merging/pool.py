@@ -111,13 +111,11 @@ class CheckpointPool:
     @torch.no_grad()
     def merged(self, weights: Tensor, groups: Mapping[str, int] | None = None) -> Iterator[tuple[str, Tensor]]:
         """
-        Yields names and tensors of the merged checkpoints, on the pool's device; they may be changed (Eq. 7 of
-        [arXiv 2607.02291](https://huggingface.co/papers/2607.02291)).
+        Yields names and tensors of the merged checkpoints, on the pool's device (Eq. 7 of arXiv 2607.02291).
 
         Sums are made in float32, or in float64 if the checkpoints are. LoRA factors become those of one adapter with
-        the summed rank, which adds exactly the weighted sum of what the adapters add. `weights` `(N_c,)` are used as
-        they are: nothing makes them sum to one. With `groups` they are `(groups, N_c)`, and `groups` has the row of
-        each tensor in `weighted`.
+        the summed rank, which adds exactly the weighted sum. `weights` `(N_c,)` are used as they are; with `groups`,
+        the row of each tensor in `weighted`, they are `(groups, N_c)`.
         """
         rows = self._rows(weights, groups)
         last = self._tensors[-1]
@@ -127,10 +125,8 @@ class CheckpointPool:
     def merge_into(self, network: nn.Module, weights: Tensor, groups: Mapping[str, int] | None = None) -> None:
         """
         Overwrites a network's weights with a weighted sum, tensor by tensor; see `merged` for `weights` and `groups`.
-
-        The network has the pool's tensors as its state dict, in any floating dtype and on any device; for adapters it
-        is a [`~peft.PeftModel`] made with `adapter_config`. Its own buffers are copied from the last checkpoint. If it
-        does not fit the pool, a `ValueError` leaves it unchanged.
+        For adapters it is a [`~peft.PeftModel`] made with `adapter_config`. Its own buffers are copied from the last
+        checkpoint. If it does not fit the pool, a `ValueError` leaves it unchanged.
         """
         state = self._state_of(network)
         rows = self._rows(weights, groups)

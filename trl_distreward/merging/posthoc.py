@@ -45,10 +45,9 @@ def posthoc_ema_coefficients(
     """
     Computes the combination of stored averages that is nearest to another average (arXiv 2312.02696, Section 3.2).
 
-    Stored averages and target are power functions of the training time, with relative widths as in
-    [`~merging.sigma_rel_to_gamma`]; the target's ends at `target_time`. The coefficients `(N_c,)`, float64, solve the
-    least-squares problem of Appendix C, whose integrals have closed forms, and are divided by their sum; some may be
-    negative. Times are above 0, in any unit; two stored averages must not be the same.
+    Stored averages and target are power functions of the training time, with relative widths; the target's ends at
+    `target_time`. The coefficients `(N_c,)`, float64, solve the least-squares problem of Appendix C in closed form,
+    and are divided by their sum; some may be negative.
     """
     times = _times(checkpoint_times, "checkpoint_times")
     stds = torch.as_tensor(checkpoint_stds, dtype=torch.float64)
@@ -66,13 +65,10 @@ def posthoc_ema_coefficients(
 
 def power_profile_coefficients(times: Sequence[float] | Tensor, sigma_rel: float) -> Tensor:
     """
-    Computes coefficients of raw checkpoints that follow a power function of the training time: `(N_c,)`, float64,
-    positive, with sum one.
+    Computes coefficients `(N_c,)`, float64, of raw checkpoints that follow a power function of the training time.
 
-    `times` increase, in any unit, above 0. Each checkpoint stands for the time since the one before it, and the first
-    one for as long as the second. Its coefficient is the integral over that time of the profile with width `sigma_rel`
-    that ends at the last checkpoint. A small width favours the last checkpoint; the largest, `1 / √12`, averages
-    evenly spaced checkpoints uniformly.
+    Each checkpoint stands for the time since the one before it, the first for as long as the second. Its coefficient
+    is the integral over that time of the profile with width `sigma_rel` that ends at the last checkpoint.
     """
     ends = _times(times, "times")
     if bool((ends.diff() <= 0).any()):

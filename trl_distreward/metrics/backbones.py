@@ -53,8 +53,7 @@ class BackboneFeatures(nn.Module):
             positions; `"pooler"`, the model's `pooler_output`; `"image_embeds"`, CLIP's projection, of length 1.
         size (`int`): side of the network's input; the whole image is resized to it, nothing is cropped.
         mean, std (`tuple[float]` of length 3): normalization of each colour, for values in [0, 1].
-        resize (`str`, *optional*, defaults to `"torch"`): `"torch"`, antialiased, unrounded, on the images' device; or
-            `"pillow"`, equal to Pillow's resize of 8-bit images, to the bit.
+        resize (`str`, *optional*, defaults to `"torch"`): `"torch"`, unrounded; or `"pillow"`, Pillow's to the bit.
         mode (`str`, *optional*, defaults to `"bicubic"`): or `"bilinear"`.
 
     The attribute `resize` names every step that is not in the weights: `"torch-bicubic-224"`, and pooling and

@@ -14,9 +14,8 @@ class Distance(Protocol):
     """
     Distance of a generated set, the reference set, from real data, and its exact change when the set changes.
 
-    Rewards need `fit`, `value` and `replaced`; credit by image `leave_one_in`, the control variate `delete_one`,
-    back-propagated rewards `gradient`. Results are float64 without a graph, on the reference set's device. A shallow
-    copy (`copy.copy`) must share the real data and allow a `fit` of its own.
+    Rewards need `fit`, `value` and `replaced`; other options more. Results are float64 without a graph, on the
+    reference set's device. A shallow copy (`copy.copy`) must share the real data and allow a `fit` of its own.
     """
 
     @property

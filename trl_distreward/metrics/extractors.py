@@ -82,10 +82,8 @@ def extract_features(
     gradient: bool = False,
 ) -> Tensor:
     """
-    Features `(M, d)`, float32, of images `(M, C, H, W)`, at most 256 at a time. Extractors with a true
-    `needs_conditions` get `conditions` too. With `gradient`, images are float32 in [0, 255] and features keep their
-    graph. A `ValueError` under `name` says that features have another dimension than `dimension`, not one row per
-    image, or (unless `check_finite=False`) NaN or infinite values.
+    Features `(M, d)`, float32, of images `(M, C, H, W)`, at most 256 at a time. With `gradient`, images are float32 in
+    [0, 255] and features keep their graph. A `ValueError` under `name` says what is wrong with them.
     """
     if not getattr(extractor, "needs_conditions", False):
         conditions = None

@@ -232,11 +232,9 @@ def load_inception(
     source: str | os.PathLike | None = None, *, resize: str = "tensorflow", output: str = "pool3"
 ) -> InceptionV3:
     """
-    Loads the FID network with the `resize` and `output` of [`InceptionV3`].
-
-    `source` is a local file or one on the Hub, `"org/repo:file"`: pytorch-fid's or torch-fidelity's `.pth`, or
-    `.safetensors` of `InceptionV3().state_dict()`. By default it is pytorch-fid's release, downloaded once to
-    `$TORCH_HOME/hub/checkpoints`, where pytorch-fid looks for it too.
+    Loads the FID network with the `resize` and `output` of [`InceptionV3`] from a file, or one on the Hub,
+    `"org/repo:file"`: pytorch-fid's or torch-fidelity's `.pth`, or `.safetensors` of `InceptionV3().state_dict()`. By
+    default it is pytorch-fid's release, downloaded once to where pytorch-fid looks for it too.
     """
     with torch.device("meta"):  # without drawing weights that are replaced at once
         network = InceptionV3(resize, output)

@@ -27,9 +27,8 @@ class FeatureStatistics:
     """
     Count, mean `(d,)` and covariance `(d, d)` of a set of feature vectors, float64, the latter divided by `count - 1`.
 
-    Features stream in through `update`, by the pairwise formula of Chan, Golub and LeVeque (1983), which does not
-    cancel as a sum of squares would. `metadata` describes the set (extractor, resize, dataset…) and is saved with it.
-    The count is `None` if the statistics come from a file that does not say.
+    Features stream in through `update`, by the pairwise formula of Chan, Golub and LeVeque (1983). `metadata`
+    describes the set and is saved with it. The count is `None` if the statistics come from a file that does not say.
     """
 
     def __init__(self, dimension: int, metadata: Mapping[str, str] | None = None):

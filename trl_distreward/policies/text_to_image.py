@@ -21,10 +21,9 @@ class TextToImagePolicy(PipelinePolicy):
     Base class for prompts as conditions. A family names the outputs of its pipeline's `encode_prompt` in `embeddings`
     and `null_embeddings`.
 
-    An encoded prompt is its text, because embeddings would take megabytes for every image of a rollout. The frozen
-    text encoders embed each prompt once. The embeddings of `cache_size` prompts are kept in CPU memory, and padded
-    with zeros at the end. `offload_text_encoders` keeps the encoders in CPU memory except while they encode. `height`
-    and `width` are the image's in pixels; the network's native size by default.
+    An encoded prompt is its text, as embeddings would take megabytes per image. Those of `cache_size` prompts are kept
+    in CPU memory, and padded with zeros at the end. `offload_text_encoders` keeps the encoders there while they do not
+    encode. `height` and `width` are the image's in pixels; the network's native size by default.
     """
 
     embeddings: dict[str, int] = {"prompt_embeds": 0}

@@ -157,11 +157,7 @@ class SubsetReplaceReward:
         return (sums / groups.bincount())[groups]
 
     def centre_by(self, members: Sequence[Tensor]) -> None:
-        """
-        Centres `credit="leave_one_in"` and `control_variate` within groups of slots, such as the images of one class:
-        what a class adds by being rare or far off says nothing about its new images. `members` are the slots of each
-        group. Groups of fewer than 4 slots on average are ignored, as their means would add more noise than they take.
-        """
+        """Centres credits within groups of slots, such as classes, if their `members` are 4 or more on average."""
         self.groups = None
         if len(torch.cat(list(members))) >= 4 * len(members):
             self.groups = torch.empty(sum(map(len, members)), dtype=torch.long)

@@ -153,10 +153,7 @@ class DistributionRewardTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> list[Tensor] | None:
-        """
-        Computes the rewards of a rollout: per function `(B, 1)` if a subset's images share a reward, else `(B, n)`;
-        float64 and the same on every process. `None` if values are not finite: the update is then skipped.
-        """
+        """Rewards `(B, 1)` or `(B, n)` by function, float64, the same on every process; `None` if not finite."""
         if not bool(self.accelerator.gather(rollout.finite).all()):
             self.skip_update("an image or its features are not finite")
             return None

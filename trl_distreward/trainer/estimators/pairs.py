@@ -108,10 +108,7 @@ class PairBatch(StoredBatch):
 
 
 class Deal:
-    """
-    Deals selected images out evenly: the k-th goes to process k modulo their number. `kept` `(M,)` are the selected
-    images, ascending: image `i` of all processes is image `i mod size` of process `i div size`.
-    """
+    """Deals the selected images `kept` `(M,)` out evenly: the k-th goes to process k modulo their number."""
 
     def __init__(self, kept: Tensor, size: int, accelerator: Accelerator):
         self.gather, self.processes = accelerator.gather, accelerator.num_processes
