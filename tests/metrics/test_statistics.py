@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from trl_distreward import FeatureDistance, FeatureStatistics, SubsetReplaceReward
-from trl_distreward.metrics.statistics import check_extractor
+from trl_distreward.metrics.statistics import check_extractor, load_features
 
 
 def moments(dimension=3, seed=0):
@@ -109,6 +109,22 @@ def test_statistics_that_are_none_are_refused_where_they_come_in(tmp_path, covar
             continue
         with pytest.raises(ValueError, match=message):
             read()
+
+
+def test_a_flipped_bit_in_a_file_is_noticed(tmp_path):
+    path, rows = tmp_path / "real.safetensors", torch.randn(9, 3)
+    FeatureStatistics.from_features(rows, {"extractor": "test"}).save(path, rows)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    flipped = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(start, len(content), 5)]
+    flipped += [content.replace(b'"count":"9"', b'"count":"8"'), content.replace(b"test", b"vest")]
+    for damaged in flipped:
+        path.write_bytes(damaged)
+        for read in (FeatureStatistics.load, load_features):
+            with pytest.raises(ValueError, match="it is damaged, as its digest shows"):
+                read(path)
+    path.write_bytes(content)
+    assert FeatureStatistics.load(path).count == 9 and torch.equal(load_features(path), rows)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """First and second moments of feature vectors, accumulated in float64, and the files that hold them."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -102,9 +103,10 @@ class FeatureStatistics:
         tensors = {"mean": self.mean.cpu().contiguous(), "covariance": self.covariance.cpu().contiguous()}
         if features is not None:
             tensors["features"] = features
-        about = {"format": "pt", "count": json.dumps(self.count), "metadata": json.dumps(self.metadata)}
+        header = {"format": "pt", "count": json.dumps(self.count), "metadata": json.dumps(self.metadata)}
+        header["digest"] = _digest(tensors, header)
         with written_whole(path) as file:
-            file.write(save(tensors, about))
+            file.write(save(tensors, header))
 
     @classmethod
     def load(cls, path: str | os.PathLike, feature_extractor: str | None = None) -> "FeatureStatistics":
@@ -145,13 +147,26 @@ def _check_covariance(covariance: Tensor, count: int | None) -> None:
         raise ValueError(f"the covariance has rank {rank}, which needs more than {count} images: correct the count.")
 
 
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a `.safetensors` file."""
+    """Tensors and header of a `.safetensors` file, unless they are not those that were written."""
     with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
         width = max(file.get_slice("covariance").get_shape())
         if width > _MOST_DIMENSIONS:
             raise ValueError(f"its features have {width} dimensions: at most {_MOST_DIMENSIONS} can be compared.")
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    written = header.pop("digest", None)
+    if written not in (None, _digest(tensors, header)):
+        raise ValueError("it is damaged, as its digest shows: copy or compute it anew.")
+    return tensors, header
 
 
 def _read_safetensors(path: Path, extractor: str | None) -> Moments:

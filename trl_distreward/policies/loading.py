@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 
 from ..files import State
@@ -124,10 +124,22 @@ def as_policy(model: Model, guidance_scale: float = 1.0, **kwargs: object) -> Di
     kind = type(model).__name__
     pipeline = _PIPELINE_OF.get(kind, kind.replace("Transformer2DModel", "Pipeline"))
     if pipeline in _POLICIES:
-        made = f"{pipeline}.from_pretrained(…, {_POLICIES[pipeline].component}=network)"
-        raise TypeError(f"{kind} is a network: pass a pipeline with it, such as {made}.")
+        raise TypeError(f"{kind} is a network: pass a pipeline with it.\n{_wrapping(model, pipeline)}")
     members = [*DiffusionPolicy.__annotations__, *(name for name in vars(DiffusionPolicy) if name[0] != "_")]
     if len(missing := [name for name in members if not hasattr(model, name)]) < len(members) / 2:
         raise TypeError(f"{kind} lacks {', '.join(missing)}: a policy has all members of DiffusionPolicy.")
     found = f"{kind} is not a pipeline this library knows ({', '.join(_POLICIES)})"
     raise TypeError(f"{found}: pass an object with the members of trl_distreward.policies.DiffusionPolicy.")
+
+
+def _wrapping(network: ModelMixin, name: str) -> str:
+    """Two lines of code that make the pipeline `name` of a bare network."""
+    if network.config.get("addition_embed_type") == "text_time":
+        name = "StableDiffusionXLPipeline"
+    library, given = "diffusers", f"{_POLICIES[name].component}=network"
+    made = f"{name}.from_pretrained({network.config.get('_name_or_path', 'ORG/NAME')!r}, {given})"
+    if name in _PIPELINES:
+        library, made = "trl_distreward", f"{name}({given})  # and vae=..., if it generates latents"
+    elif name == "DDPMPipeline":
+        made = f"{name}({given}, scheduler=diffusers.DDPMScheduler())  # with the noise levels of its training"
+    return f"    import {library}\n    model = {library}.{made}"

@@ -1,9 +1,10 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import diffusers
 import pytest
 import torch
 
 from tests.helpers import tiny_config, tiny_pipeline, tiny_trainer, trained
-from tests.policies_tiny import sd3
+from tests.policies_tiny import ddim_pixels, sd3
 from tests.runs import logged, weights
 from trl_distreward import as_policy
 from trl_distreward.trainer.estimators.forward_process import mean_square, nft_loss, regression
@@ -188,3 +189,19 @@ def test_kl_is_the_distance_from_the_initial_velocity(tmp_path):
 def test_settings_outside_their_range_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, loss_type="nft", **settings)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name", "warned"),
+    [
+        ("LCMScheduler", "org/model", True),
+        ("DDIMScheduler", "org/model-turbo", True),
+        ("DDIMScheduler", "lightning_logs/model", False),
+    ],
+)
+def test_a_model_distilled_for_few_steps_is_warned_about(tmp_path, caplog, scheduler, name, warned):
+    pipeline = ddim_pixels()
+    pipeline.register_modules(scheduler=getattr(diffusers, scheduler).from_config(pipeline.scheduler.config))
+    pipeline.register_to_config(_name_or_path=name)
+    tiny_trainer(tmp_path, model=pipeline, reward_funcs=bright, **NFT)
+    assert ("looks distilled for few steps" in caplog.text) == warned

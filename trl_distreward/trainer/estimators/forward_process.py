@@ -10,13 +10,16 @@ guidance.
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from ...files import State
 from ...generation import image_generators
+from ...policies import source_of
 from ...sampling import send
 from ..ema import OldPolicy
 from ..rollouts import Rollout
@@ -27,6 +30,10 @@ from .policy_gradient import clipped_policy_loss
 
 if TYPE_CHECKING:
     from ..distribution_reward_trainer import DistributionRewardTrainer
+
+logger = get_logger(__name__)
+
+_DISTILLED = ("lcm", "tcd", "turbo", "schnell", "lightning", "hyper-sd", "distill")  # in the names of such models
 
 
 @dataclass
@@ -72,6 +79,11 @@ class ForwardProcess(Estimator):
     def __init__(self, trainer: "DistributionRewardTrainer"):
         super().__init__(trainer)
         self.old: OldPolicy | None = None
+        scheduler = getattr(getattr(self.policy, "pipeline", None), "scheduler", None)
+        name = f"{Path(source_of(self.policy) or '').name} with {type(scheduler).__name__}"  # not the folders above
+        if any(mark in name.lower() for mark in _DISTILLED):
+            remedy = "train what it was distilled from, or use loss_type='grpo'"
+            logger.warning(f"{name} looks distilled for few steps, which this loss makes blurry: {remedy}.")
 
     def rollout(self, model: nn.Module, slots: Tensor, step: int) -> Rollout:
         args, network = self.args, self.trainer.network
