@@ -250,6 +250,7 @@ def connect(monkeypatch, server, home):
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # else it keeps the address of its first use
     monkeypatch.setattr(hub, "BACKOFF", 0.0)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -174,7 +174,7 @@ def reward_of(extractor, dimension=8):
         ({"reward_funcs": reward_of(features, 5)}, ValueError, "dimension 8, but .*5"),
         ({"reward_funcs": reward_of(lambda x: features(x)[:1])}, ValueError, "must return \\(2, d\\)"),
         ({"reward_funcs": reward_of(lambda x: features(x) * float("nan"))}, ValueError, "NaN or infinite"),
-        ({"reward_weights": [1.0, 2.0]}, ValueError, "2 entries for 1 reward functions"),
+        ({"reward_weights": [1.0, 2.0]}, ValueError, "2 for 1 reward functions"),
         ({"reward_funcs": [tiny_reward(), tiny_reward()]}, ValueError, "share names"),
         ({"reward_funcs": lambda images, **kwargs: [0.0] * len(images), "best_of_n": 2}, ValueError, "best_of_n=2"),
         ({"metric_for_best_model": "eval_fid"}, ValueError, "choose one of eval_sde_distance_features"),
