@@ -86,9 +86,6 @@ class JointTextFeatures(Joint, nn.Module):
     def embed(self, conditions: Conditions, like: Tensor) -> Tensor:
         return self.text_encoder(conditions).to(like)
 
-    def forward(self, images: Tensor, conditions: Sequence[str]) -> Tensor:
-        return self.join(images, conditions)
-
 
 def load_clip(
     source: str | os.PathLike, *, tokenizer: str | None = None, revision: str | None = None, resize: str = "pillow"

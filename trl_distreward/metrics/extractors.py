@@ -105,7 +105,7 @@ def extract_features(
 
 
 class Joint:
-    """What joins features of an image with those of its condition. `fit` sets `scale`, the factor of the latter."""
+    """Base of features of an image joined with those of its condition, times `scale`, which `fit` chooses."""
 
     needs_conditions = True
     scale: float | None
@@ -123,7 +123,7 @@ class Joint:
         self.scale = (variances[0] / variances[1]).sqrt().item()
         return self
 
-    def join(self, images: Tensor, conditions: Conditions) -> Tensor:
+    def forward(self, images: Tensor, conditions: Conditions) -> Tensor:
         if self.scale is None:
             raise ValueError("scale is not set: call fit(real_images, their_conditions) first, or give a number.")
         features = self.extractor(images)  # (B, d)
@@ -151,7 +151,7 @@ class JointFeatures(Joint):
         return F.one_hot(labels, self.num_classes).to(like)
 
     def __call__(self, images: Tensor, conditions: Conditions) -> Tensor:
-        return self.join(images, conditions)
+        return self.forward(images, conditions)
 
 
 class CallableFeatures(nn.Module):

@@ -79,7 +79,7 @@ class Plan(NamedTuple):
 
     @property
     def times(self) -> dict[str, int]:
-        """How often each event happens."""
+        """Number of times that each event happens."""
         often = (self.rollouts, self.steps, self.refreshes, self.evaluations)
         return dict(zip(("rollout", "update", "refresh", "evaluation"), often, strict=True))
 

@@ -148,7 +148,7 @@ class RewardFunctions:
                 logger.warning(f"{found}: nothing can be learned from them. It may ignore the images, or round.")
 
     def rows(self) -> list:
-        """What the dataset's other columns hold for each slot, if functions get them."""
+        """Lists the values of the dataset's other columns for each slot; empty if no function gets them."""
         rows = (self._dataset[int(row)] for row in self._rows) if self._columns else ()
         return [[row[name] for name in self._columns] for row in rows]
 
