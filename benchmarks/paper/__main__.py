@@ -37,7 +37,7 @@ LOGS = Path("outputs/paper")
 
 
 def train_arm(
-    prepared: Digits, arm: Arm, experiment: Experiment, seed: int, rates: dict[str, float]
+    prepared: Digits, arm: Arm, experiment: Experiment, seed: int, rates: dict[str, float], kept: Path | None = None
 ) -> dict[str, Any]:
     """Trains and evaluates one arm; the images of an arm that trains first count."""
     budget, spent, start = arm.budget or experiment.budget, 0, prepared
@@ -69,6 +69,7 @@ def train_arm(
             eval_metrics=metrics,
             evaluations=experiment.evaluations,
             callbacks=[FallingNoise(*arm.noise_levels)] if arm.noise_levels else [],
+            save_to=kept and kept / f"{seed}",
             **settings,
         )
         if experiment.memory:
@@ -110,9 +111,17 @@ def runs_of(name: str, rates: dict[str, float], wanted: list[str] | None) -> dic
     if name == "reward_spread":
         return {"spread": spread_of_rewards}
     experiment = EXPERIMENTS[name]
-    base = partial(train_arm, arm=Arm("paper", PAPER), experiment=replace(experiment, budget=0), rates=rates)
+    base = partial(
+        train_arm, arm=Arm("paper", PAPER, rate=1e-5), experiment=replace(experiment, budget=0), rates=rates
+    )
     arms = {
-        arm: partial(train_arm, arm=experiment.arms[arm], experiment=experiment, rates=rates)
+        arm: partial(
+            train_arm,
+            arm=experiment.arms[arm],
+            experiment=experiment,
+            rates=rates,
+            kept=LOGS / name / arm if experiment.keep else None,
+        )
         for arm in wanted or experiment.arms
     }
     return {"base": base, **arms}
@@ -133,7 +142,7 @@ def main() -> None:
         return
     log = LOGS / f"{args.name}_{args.data}.jsonl"
     for seed in args.seeds:
-        for arm, make in runs_of(args.name, RATES[args.data], args.arms).items():
+        for arm, make in runs_of(args.name, RATES.get(args.data, {}), args.arms).items():
             if any(done["seed"] == seed for done in read_runs(log).get(arm, [])):
                 continue
             result = make(args.prepare(seed), seed=seed)

@@ -15,6 +15,7 @@ _SHARED = ("reference_update", "top_advantage_quantile", "lr_scheduler_type", "e
 PAPER: dict[str, Any] = {**{name: trl_distreward.PAPER[name] for name in _SHARED}, "replace_size": 8}
 POLICY_GRADIENT: dict[str, Any] = {"reference_update": "rolling", "lr_scheduler_type": "linear", "replace_size": 1}
 BACKPROP: dict[str, Any] = {**POLICY_GRADIENT, "loss_type": "backprop", "sampler": "ode", "backprop_from": 0.3}
+FORWARD: dict[str, Any] = {**POLICY_GRADIENT, "sampler": "ode"}
 # Chosen on a seed that nothing else uses: python benchmarks/paper rates --seeds 100
 RATES: dict[str, dict[str, float]] = {
     "digits": {"paper": 5e-5, "rejection": 3e-6, "gradient": 1e-4, "backprop": 1e-4},
@@ -50,6 +51,7 @@ class Experiment:
     eval_steps: tuple[int, ...] = (20,)
     eval_samplers: tuple[str, ...] = ("sde", "ode")
     eval_images: int = 2000
+    keep: bool = False  # writes the trained generators, for pictures and other judges
 
 
 def affordable_updates(settings: dict[str, Any], budget: int, images_per_update: int) -> int:
@@ -239,7 +241,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "forward_process": Experiment(
         "Transport and DiffusionNFT, at half and twice the learning rate",
         {
-            f"{name}, {rate:g}": Arm("gradient", {**POLICY_GRADIENT, "sampler": "ode", **settings}, rate=rate)
+            f"{name}, {rate:g}": Arm("gradient", {**FORWARD, **settings}, rate=rate)
             for name, settings in {
                 "transport": {"loss_type": "transport"},
                 "transport and half the pull": {"loss_type": "transport", "transport_advantage": 0.5},
@@ -248,6 +250,19 @@ EXPERIMENTS: dict[str, Experiment] = {
             for rate in (1.5e-4, 3e-4, 6e-4)
         },
         budget=7_000,
+    ),
+    "colour": Experiment(
+        "The same on a colour model, under the ODE alone",
+        {
+            f"{name}, {rate:g}": Arm(
+                "gradient", {**FORWARD, "loss_type": "transport", "transport_advantage": advantage}, rate=rate
+            )
+            for name, advantage in (("transport and half the pull", 0.5), ("transport", 0.0))
+            for rate in (1e-4, 2e-4, 5e-5)
+        },
+        budget=8_000,
+        eval_samplers=("ode",),
+        keep=True,
     ),
     "estimators": Experiment(
         "Policy gradients, rejection sampling and back-propagation through some or all steps",
