@@ -28,7 +28,7 @@ def images(pipeline):
     return pipeline([0, 2], num_inference_steps=3, generator=generator, output_type="pt", **guidance).images
 
 sys.modules["trl_distreward"] = None  # as if it were not installed
-remote = []
+pipelines = []
 for repo in ("org/sit", "org/edm2"):
     try:
         DiffusionPipeline.from_pretrained(repo)
@@ -36,7 +36,13 @@ for repo in ("org/sit", "org/edm2"):
         assert "trust_remote_code" in str(error), error
     else:
         raise AssertionError("code ran unasked")
-    remote.append(images(DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)))
+    pipelines.append(DiffusionPipeline.from_pretrained(repo, trust_remote_code=True))
+remote = [images(pipeline) for pipeline in pipelines]
+for number, pipeline in enumerate(pipelines):  # saved again they are complete: diffusers would leave the code out
+    pipeline.save_pretrained(f"{sys.argv[2]}/{number}")
+    again = DiffusionPipeline.from_pretrained(f"{sys.argv[2]}/{number}", trust_remote_code=True)
+    assert torch.equal(images(again), remote[number])
+    again.save_pretrained(f"{sys.argv[2]}/{number}")  # over itself as well
 
 del sys.modules["trl_distreward"]
 from trl_distreward import EDM2Pipeline, SiTPipeline, load_pipeline
@@ -100,11 +106,15 @@ def test_pushed_pipelines_load_with_the_library_and_without(originals):
         shutil.rmtree(folder)
     try:
         commands = [[*command, "--push-to-hub", f"org/new-{command[0]}"] for command in convert_both(originals)]
-        result = run_code(hub, originals / "home", LOAD_AND_PUSH, commands, HF_TOKEN="hf_secretsecretsecret")
+        token = {"HF_TOKEN": "hf_secretsecretsecret"}
+        result = run_code(hub, originals / "home", LOAD_AND_PUSH, commands, originals / "again", **token)
         assert result.returncode == 0, result.stderr[-3000:]
     finally:
         hub.shutdown()
     for name, network in (("sit", "transformer/sit.py"), ("edm2", "unet/edm2.py")):
+        again = originals / "again" / str(int(name == "edm2"))
+        for file in ("pipeline.py", network):
+            assert (again / file).read_bytes() == hub.repos[f"org/{name}"][0][1][file]
         (commit,) = hub.repos[f"org/new-{name}"]  # one commit, so a push is whole or absent
         assert {"pipeline.py", network, "model_index.json", "vae/config.json", "README.md"} <= set(commit[1])
         assert commit[1]["model_index.json"] == hub.repos[f"org/{name}"][0][1]["model_index.json"]

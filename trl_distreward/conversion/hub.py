@@ -11,13 +11,40 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from ..hub import with_retries
 
+# What diffusers leaves out when it saves a pipeline that came with code
+_SAVING = """
+
+import inspect
+import json
+from pathlib import Path
+
+
+def _save_with_code(self, save_directory, **kwargs):
+    DiffusionPipeline.save_pretrained(self, save_directory, **kwargs)
+    index = Path(save_directory, "model_index.json")
+    entries = json.loads(index.read_text()) | {"_class_name": ["pipeline", type(self).__name__]}
+    Path(save_directory, "pipeline.py").write_bytes(self._code)
+    for name, part in self.components.items():
+        if type(part).__module__.startswith("diffusers_modules."):
+            file = Path(inspect.getfile(type(part)))
+            Path(save_directory, name, file.name).write_bytes(file.read_bytes())
+            entries[name] = [file.stem, type(part).__name__]
+    index.write_text(json.dumps(entries, indent=2))
+
+
+# now, as the next model's file and names will take the place of these
+{0}._code, {0}.save_pretrained = Path(__file__).read_bytes(), _save_with_code
+"""
+
 
 def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
     """Modules and a `model_index.json`, by which diffusers finds the classes with `trust_remote_code=True`."""
     index = json.loads(pipeline.to_json_string())
-    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    name = type(pipeline).__name__
+    index["_class_name"] = ["pipeline", name]
     index.pop("_name_or_path", None)  # a folder of this machine
-    files = {"pipeline.py": Path(inspect.getfile(type(pipeline))).read_bytes()}
+    source = Path(inspect.getfile(type(pipeline))).read_text()
+    files = {"pipeline.py": (source + _SAVING.replace("{0}", name)).encode()}
     for name, part in pipeline.components.items():
         package, _, module = type(part).__module__.rpartition(".")
         if package.startswith(__package__.split(".")[0] + "."):
