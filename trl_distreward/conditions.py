@@ -3,20 +3,19 @@
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from .seeds import keyed_generator
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from .policies import DiffusionPolicy
 
 Conditions = Tensor | Sequence[str | int]  # class labels or prompts
-Rows = Union["Dataset", Sequence[Mapping[str, object]]]
+Rows: TypeAlias = Dataset | Sequence[Mapping[str, object]]
 EvalRows = Rows | Mapping[str, Rows]  # several datasets by name
 
 LABEL_COLUMNS = ("label", "labels", "class_label", "class_labels")
@@ -43,6 +42,15 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
     rounds, rest = divmod(count, num_classes)
     last = torch.arange(rest) * num_classes // max(rest, 1)
     return torch.cat([torch.arange(num_classes).repeat(rounds), last])
+
+
+def as_rows(dataset: Rows | IterableDataset | None, most: int) -> Rows | None:
+    """Reads a stream's first `most` rows, and gives rows that would be tables in Python's types; others stay."""
+    if isinstance(dataset, IterableDataset):
+        return list(dataset.with_format(None).take(most))
+    if isinstance(dataset, Dataset) and dataset.format["type"] in ("arrow", "pandas", "polars"):
+        return dataset.with_format(None)
+    return dataset
 
 
 def column_names(dataset: Rows) -> list[str]:

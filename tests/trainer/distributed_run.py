@@ -30,7 +30,7 @@ def broken(*args, **kwargs):
 
 
 def train(output, settings):
-    samples, stop, fail = (settings.pop(name, None) for name in ("samples", "stop", "fail"))
+    samples, stop, fail, again = (settings.pop(name, None) for name in ("samples", "stop", "fail", "again"))
     if settings.pop("bright", False):
         settings["reward_funcs"] = [tiny_reward(), bright]
     resume_from, launch = settings.pop("resume_from", None), settings.pop("launch", "ddp")
@@ -55,10 +55,13 @@ def train(output, settings):
     metrics = trainer.evaluate()
     trainer.save_model(str(output / "saved"))
     network = trainer.unwrapped(trainer.sampled_model)
-    weights = whole_state_dict(network)  # all processes take part
+    weights = {name: value.clone() for name, value in whole_state_dict(network).items()}  # all processes take part
     if trainer.accelerator.is_main_process:
         save_file({name: weights[name].contiguous() for name, _ in network.named_parameters()}, output / "weights")
         (output / "log.json").write_text(json.dumps({"history": trainer.state.log_history, "metrics": metrics}))
+    if again:
+        trainer.train()
+        assert any(not torch.equal(value, weights[name]) for name, value in whole_state_dict(network).items())
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -1,4 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,18 @@ def test_samples_are_logged_by_default_under_the_ode_if_it_is_evaluated(tmp_path
     assert [c for c in trainer.callback_handler.callbacks if isinstance(c, LogSamplesCallback)] == [own]
     tiny_trainer(tmp_path / "none", max_steps=1, log_samples=False).train()
     assert not (tmp_path / "none" / "samples").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_get_grids_with_their_step(tmp_path, monkeypatch, name):
+    sent: list[dict] = []
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(Image=lambda grid: grid.size, log=sent.append))
+    trainer = tiny_trainer(tmp_path, max_steps=2, log_samples=True, save_steps=2)
+    trainer.args.report_to = [name]
+    trainer.train()
+    assert [(set(each), each["train/global_step"]) for each in sent] == [
+        ({"samples", "train/global_step"}, step) for step in (0, 2)
+    ]
 
 
 @pytest.mark.parametrize("kind", [tiny_trainer, tiny_merge_trainer])

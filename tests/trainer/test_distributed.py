@@ -149,16 +149,18 @@ def test_split_weights_train_save_and_resume_like_whole_ones(tmp_path, launch, s
     weights, other = run(tmp_path / "split", 2, {**settings, "launch": launch})
     assert values(other, "reward") == pytest.approx(values(log, "reward"), rel=1e-9)
     assert values(other, "grad_norm") == pytest.approx(values(log, "grad_norm"), rel=1e-5)
-    saved = "transformer/diffusion_pytorch_model.safetensors"
-    for folder in ("saved", "checkpoint-3"):  # whole, in float32, and the averages if there are any
-        pairs = [load_file(tmp_path / run_dir / folder / saved) for run_dir in ("whole", "split")]
+    network, adapter = "transformer/diffusion_pytorch_model.safetensors", "adapter/adapter_model.safetensors"
+    checkpoint = f"checkpoint-3/{adapter if 'lora' in settings else network}"
+    for file in (f"saved/{network}", checkpoint):  # whole, in float32, and the averages if there are any
+        pairs = [load_file(tmp_path / run_dir / file) for run_dir in ("whole", "split")]
         assert pairs[0].keys() == pairs[1].keys()
         for name, value in pairs[0].items():
             torch.testing.assert_close(pairs[1][name], value, atol=1e-5, rtol=1e-3)
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
     checkpoint = tmp_path / "split" / "checkpoint-2"
-    resumed, again = run(tmp_path / "resumed", 2, {**settings, "launch": launch, "resume_from": str(checkpoint)})
+    settings |= {"launch": launch, "resume_from": str(checkpoint), "again": launch == "fsdp2"}
+    resumed, again = run(tmp_path / "resumed", 2, settings)
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
     assert values(again, "reward") == values(other, "reward")
 

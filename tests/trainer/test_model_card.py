@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from PIL import Image
 
 from tests.helpers import tiny_config, tiny_merge_trainer, tiny_pipeline, tiny_pool, tiny_trainer, trained, two_spaces
@@ -95,19 +95,40 @@ def test_saving_writes_the_card_with_the_evaluations_before_and_after(tmp_path):
     assert "| metric | step 0 | step 1 |" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_the_code_of_the_card_loads_an_adapter_on_its_base(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def adapted_sd3(peft_config):
+    """A trainer in `org/adapted` of an adapter of `org/base`, which is saved too."""
     pipeline = sd3()
     pipeline.save_pretrained("org/base")
     pipeline.register_to_config(_name_or_path="org/base")
-    trainer = DistributionRewardTrainer(
-        pipeline,
-        brightness,
-        tiny_config("org/adapted", hub_model_id="org/adapted", time_grid="auto", last_step_size=0, learning_rate=1.0),
-        Dataset.from_dict({"prompt": ["a"] * 4}),
-        peft_config=LoraConfig(r=2, target_modules=["to_q"]),
-    )
+    args = tiny_config("org/adapted", hub_model_id="org/adapted", time_grid="auto", last_step_size=0)
+    data = Dataset.from_dict({"prompt": ["a"] * 4})
+    trainer = DistributionRewardTrainer(pipeline, brightness, args, data, peft_config=peft_config)
     trainer.save_model()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LoHaConfig(r=2, target_modules=["to_q"]),
+        LoraConfig(r=2, target_modules=["to_q"], bias="lora_only"),
+        LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["proj_out"]),
+        LoraConfig(r=2, target_modules=[], target_parameters=["transformer_blocks.0.attn.to_q.weight"]),
+    ],
+)
+def test_the_code_of_the_card_loads_the_merge_where_diffusers_cannot_load_the_adapter(
+    tmp_path, monkeypatch, peft_config
+):
+    monkeypatch.chdir(tmp_path)
+    code, names = snippet_of(card_of(adapted_sd3(peft_config))), {}
+    assert 'from_pretrained("org/adapted")' in code
+    exec(code, names)
+    assert names["image"].size and not list(tmp_path.rglob("pytorch_lora_weights*"))
+
+
+def test_the_code_of_the_card_loads_an_adapter_on_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = adapted_sd3(LoraConfig(r=2, target_modules=["to_q"]))
     with monkeypatch.context() as elsewhere:  # where org/base is a repository, and no folder
         elsewhere.chdir(tmp_path / "org")
         trainer.args.output_dir = str(tmp_path / "org" / "adapted")

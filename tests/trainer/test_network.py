@@ -4,11 +4,13 @@
 import copy
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.helpers import tiny_config, tiny_pipeline, tiny_reward, tiny_trainer, trained
@@ -16,6 +18,8 @@ from tests.policies_tiny import sd3
 from tests.runs import SAVE_EVERY_STEP, assert_same_weights, logged, weights
 from trl_distreward import DistributionRewardTrainer, load_pipeline
 from trl_distreward.trainer.network import prepare_network
+
+SD3 = {"time_grid": "auto", "last_step_size": 0}
 
 
 def brightness(images, **kwargs):
@@ -120,7 +124,7 @@ def neutral(network, name):
 @pytest.mark.parametrize("adapted", [adapted_by_peft, adapted_by_diffusers])
 def test_an_adapter_that_the_network_carries_is_trained_further(tmp_path, adapted):
     data = Dataset.from_dict({"class_labels": [0, 1]} if adapted is adapted_by_peft else {"prompt": ["a", "b"]})
-    settings = {"time_grid": "auto", "last_step_size": 0, "learning_rate": 1e-2, "beta": 0.1, **SAVE_EVERY_STEP}
+    settings = {**SD3, "learning_rate": 1e-2, "beta": 0.1, **SAVE_EVERY_STEP}
     networks = []
     for folder, resume in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-1"))):
         pipeline = adapted()
@@ -138,6 +142,65 @@ def test_an_adapter_that_the_network_carries_is_trained_further(tmp_path, adapte
     merged = weights(load_pipeline(tmp_path / "whole").transformer)
     for key, value in weights(networks[0].merge_and_unload()).items():
         torch.testing.assert_close(merged[key], value)
+
+
+def velocity(network):
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 4, 4, 4), torch.tensor([300.0, 700.0])
+    return network(x, torch.randn(2, 3, 32), torch.randn(2, 32), t).sample.detach()
+
+
+@pytest.mark.parametrize(
+    "weight", [0.5, {"transformer": {"transformer_blocks.0.": 0.0, "transformer_blocks.1.": 2.0}}]
+)
+def test_an_adapter_that_was_given_a_weight_is_trained_and_saved_with_it(tmp_path, weight):
+    pipeline, data = adapted_by_diffusers(), Dataset.from_dict({"prompt": ["a", "b"]})
+    plain = velocity(pipeline.transformer)
+    pipeline.set_adapters("style", weight)
+    expected = velocity(pipeline.transformer)
+    assert (expected - plain).abs().max() > 1e-3
+    trainer = DistributionRewardTrainer(pipeline, brightness, tiny_config(tmp_path, **SD3), data)
+    torch.testing.assert_close(velocity(trainer.network), expected)
+    trainer.save_model()
+    for loaded in (load_pipeline(tmp_path), sd3_with_adapter(tmp_path)):
+        torch.testing.assert_close(velocity(loaded.transformer), expected, atol=1e-5, rtol=1e-4)
+
+
+def sd3_with_adapter(folder):
+    torch.manual_seed(0)
+    pipeline = sd3()
+    pipeline.load_lora_weights(str(folder / "adapter"), weight_name="pytorch_lora_weights.safetensors")
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True, "lora_bias": True}, {"rank_pattern": {"to_k": 4}, "alpha_pattern": {"to_q": 7}}],
+)
+def test_factors_hold_their_whole_strength_for_programs_that_read_no_metadata(tmp_path, options):
+    torch.manual_seed(0)
+    pipeline, data = sd3(), Dataset.from_dict({"prompt": ["a", "b"]})
+    before = weights(pipeline.transformer)
+    config = LoraConfig(r=2, lora_alpha=16, init_lora_weights=False, target_modules=["to_q", "to_k"], **options)
+    trainer = DistributionRewardTrainer(pipeline, brightness, tiny_config(tmp_path, **SD3), data, peft_config=config)
+    trainer.save_model()
+    factors = load_file(tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
+    merged = weights(load_pipeline(tmp_path).transformer)
+    layers = {key.split(".lora_")[0] for key in factors if ".lora_" in key}
+    assert len(layers) == 4
+    for layer in layers:
+        change = factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"]
+        name = layer.removeprefix("transformer.") + ".weight"
+        torch.testing.assert_close(merged[name] - before[name], change, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(velocity(sd3_with_adapter(tmp_path).transformer), velocity(trainer.network))
+
+
+def test_an_adapter_of_a_quantized_network_is_saved_alone(tmp_path):
+    for quantizer, names in ((None, {"adapter", "transformer"}), (SimpleNamespace(is_trainable=True), {"adapter"})):
+        pipeline = tiny_pipeline()
+        pipeline.transformer.hf_quantizer = quantizer  # diffusers' mark
+        tiny_trainer(tmp_path, pipeline, peft_config=LoraConfig(r=2)).save_model()
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == names
 
 
 def fused():

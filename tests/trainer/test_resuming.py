@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from tests.helpers import features, real_images, tiny_pipeline, tiny_reward, tiny_trainer
 from tests.runs import EVALUATE_EVERY_STEP, SAVE_EVERY_STEP, Rising, assert_same_weights, weights
-from trl_distreward import SubsetReplaceReward
+from trl_distreward import SubsetReplaceReward, load_pipeline
 from trl_distreward.trainer import checkpointing
 from trl_distreward.trainer.resuming import damage, write_manifest
 
@@ -192,6 +192,23 @@ def test_checkpoints_that_a_run_does_not_go_on_from_are_kept_unless_told(tmp_pat
     assert names(tmp_path) == ["checkpoint-2"]
     trainer_for(tmp_path, 3, overwrite_output_dir=True, **settings).train(resume_from_checkpoint=True)
     assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_trainer_trains_again_in_its_own_folder_and_loses_no_checkpoint(tmp_path):
+    trainer = trainer_for(tmp_path, 2)
+    trainer.train()
+    first = trainer.network.state_dict()["blocks.0.attn.qkv.weight"].clone()
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    kept = load_pipeline(tmp_path / "_earlier-checkpoint-2").transformer
+    assert torch.equal(weights(kept)["blocks.0.attn.qkv.weight"], first)
+    assert_same_weights(load_pipeline(tmp_path / "checkpoint-2").transformer, trainer.network)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same_weights(load_pipeline(tmp_path / "_earlier-checkpoint-2").transformer, trainer.network)
+    trainer.args.output_dir = str(tmp_path / "other")
+    trainer_for(tmp_path / "other", 1).train()
+    with pytest.raises(ValueError, match="holds checkpoint-1, which this run does not"):
+        trainer.train()
 
 
 class AtStep(TrainerCallback):

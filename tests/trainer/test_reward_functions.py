@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 
 from tests.helpers import (
     features,
@@ -69,6 +69,46 @@ def test_a_function_gets_the_dataset_rows_of_its_images(tmp_path, loss_type, set
     scored = [call for call in calls if not call["images"].requires_grad]
     assert all(call["images"].dtype == torch.uint8 for call in scored)
     assert [call["step"] for call in scored] == [0, 0, 1]
+
+
+def with_pictures():
+    """A dataset of labels, names and pictures, each as bright as its row says."""
+    pictures = [np.full((4, 4), 10 * row, dtype=np.uint8) for row in range(5)]
+    columns = Features({"label": Value("int64"), "name": Value("string"), "picture": Image()})
+    return Dataset.from_dict({**{k: ROWS[k] for k in ("label", "name")}, "picture": pictures}, features=columns)
+
+
+FORMS = {
+    "mapped": lambda data: data.map(lambda row: {"label": row["label"]}),
+    "pandas": lambda data: data.with_format("pandas"),
+    "arrow": lambda data: data.with_format("arrow"),
+    "numpy": lambda data: data.with_format("numpy"),
+    "list": list,
+    "stream": lambda data: data.to_iterable_dataset(num_shards=2),
+    "formatted stream": lambda data: data.to_iterable_dataset().map(lambda row: row).with_format("pandas"),
+    "endless stream": lambda data: data.repeat(5).to_iterable_dataset().repeat(None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_datasets_of_any_form_train_and_evaluate_alike(tmp_path, form):
+    calls, rows = [], ROWS["label"]
+    reward, settings = recorder(calls), {"reference_set_size": 25, "max_steps": 1}
+    datasets = {"train_dataset": FORMS[form](with_pictures()), "eval_dataset": {"a": FORMS[form](with_pictures())}}
+    trainer = tiny_trainer(tmp_path, reward_funcs=reward, **datasets, **settings)
+    trainer.train()
+    for call in calls:
+        numbers = ["abcde".index(name) for name in call["name"]]
+        assert all(isinstance(name, str) for name in call["name"])
+        assert call["labels"].tolist() == [rows[number] for number in numbers]
+        assert [np.asarray(picture).max() for picture in call["picture"]] == [10 * number for number in numbers]
+    assert sorted(trainer.conditions.tolist()) == sorted(5 * rows)
+    assert sorted(trainer.eval_sets["a_"].tolist()) == sorted(5 * rows)
+    if form != "endless stream":  # whose rows are dealt in other rounds
+        plain = tiny_trainer(tmp_path, reward_funcs=reward, train_dataset=with_pictures(), **settings)
+        assert torch.equal(trainer.conditions, plain.conditions)
+    metrics = trainer.evaluate(FORMS[form](with_pictures()))
+    assert metrics["eval_samples_per_second"] > 0
 
 
 def test_a_text_model_passes_prompts(tmp_path):

@@ -22,13 +22,12 @@ from pathlib import Path
 def _save_with_code(self, save_directory, **kwargs):
     DiffusionPipeline.save_pretrained(self, save_directory, **kwargs)
     index = Path(save_directory, "model_index.json")
-    entries = json.loads(index.read_text()) | {"_class_name": ["pipeline", type(self).__name__]}
-    Path(save_directory, "pipeline.py").write_bytes(self._code)
-    for name, part in self.components.items():
+    entries = json.loads(index.read_text())
+    for name, part in {"": self, **self.components}.items():
         if type(part).__module__.startswith("diffusers_modules."):
             file = Path(inspect.getfile(type(part)))
-            Path(save_directory, name, file.name).write_bytes(file.read_bytes())
-            entries[name] = [file.stem, type(part).__name__]
+            Path(save_directory, name, file.name).write_bytes(getattr(part, "_code", None) or file.read_bytes())
+            entries[name or "_class_name"] = [file.stem, type(part).__name__]
     index.write_text(json.dumps(entries, indent=2))
 
 
@@ -40,11 +39,11 @@ def _save_with_code(self, save_directory, **kwargs):
 def code_of(pipeline: DiffusionPipeline) -> dict[str, bytes]:
     """Modules and a `model_index.json`, by which diffusers finds the classes with `trust_remote_code=True`."""
     index = json.loads(pipeline.to_json_string())
-    name = type(pipeline).__name__
-    index["_class_name"] = ["pipeline", name]
+    kind = type(pipeline)
+    index["_class_name"] = ["pipeline", kind.__name__]
     index.pop("_name_or_path", None)  # a folder of this machine
-    source = Path(inspect.getfile(type(pipeline))).read_text()
-    files = {"pipeline.py": (source + _SAVING.replace("{0}", name)).encode()}
+    source = Path(inspect.getfile(kind)).read_text() + _SAVING.replace("{0}", kind.__name__)
+    files = {"pipeline.py": source.encode()}
     for name, part in pipeline.components.items():
         package, _, module = type(part).__module__.rpartition(".")
         if package.startswith(__package__.split(".")[0] + "."):

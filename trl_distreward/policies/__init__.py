@@ -5,6 +5,7 @@ from .base import DiffusionPolicy as DiffusionPolicy
 from .base import PipelinePolicy as PipelinePolicy
 from .base import decode_slices as decode_slices
 from .base import decode_uint8 as decode_uint8
+from .base import diffusers_loads_adapter as diffusers_loads_adapter
 from .base import to_uint8 as to_uint8
 from .class_conditional import ClassConditionalPolicy as ClassConditionalPolicy
 from .class_conditional import ClassLabelPolicy as ClassLabelPolicy

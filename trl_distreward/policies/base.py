@@ -15,9 +15,6 @@ from ..conditions import Conditions
 from ..sampling import Generators, gaussian_noise
 from ..saving import add_code, code_of
 
-# What diffusers needs to rebuild an adapter; more would tie the file to one release of peft
-_LORA_METADATA = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", "use_rslora", "use_dora")
-
 
 @runtime_checkable
 class DiffusionPolicy(Protocol):
@@ -159,19 +156,26 @@ class PipelinePolicy:
     def save_adapter(self, path: str | os.PathLike, network: PeftModel) -> None:
         """Writes the adapter of `network` in peft's format, and in diffusers' if the pipeline loads adapters."""
         network.save_pretrained(path)
-        save, config = getattr(self.pipeline, "save_lora_weights", None), network.peft_config["default"]
-        if save is None or not isinstance(config, LoraConfig):
+        if not diffusers_loads_adapter(self.pipeline, network):
             return
-        layers = {
-            name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(network).items()
-        }
-        metadata = {name: getattr(config, name) for name in _LORA_METADATA}
-        metadata["target_modules"] = sorted(network.targeted_module_names)
-        name = f"{self.component}_lora"
-        save(path, **{f"{name}_layers": layers, f"{name}_adapter_metadata": metadata})
+        layers, parts = {}, dict(network.named_modules())
+        for name, value in get_peft_model_state_dict(network).items():
+            layer, _, factor = name.partition(".lora_")
+            if factor.startswith(("B", "embedding_B")):  # without metadata, alpha is taken for the rank
+                value = value * parts[layer].scaling["default"]
+            layers[name.removeprefix("base_model.model.")] = value
+        self.pipeline.save_lora_weights(path, **{f"{self.component}_lora_layers": layers})
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:
         return self._network_class.from_pretrained(path, subfolder=self.component).state_dict()
+
+
+def diffusers_loads_adapter(pipeline: object, network: nn.Module) -> bool:
+    """Whether a pipeline's `load_lora_weights` can load the adapter of a network: LoRA and nothing beside it."""
+    config = network.peft_config["default"] if isinstance(network, PeftModel) else None
+    if not isinstance(config, LoraConfig) or not hasattr(pipeline, "save_lora_weights"):
+        return False
+    return config.bias == "none" and not (config.modules_to_save or config.target_parameters)
 
 
 def decode_slices(

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..conditions import EvalRows, Rows
+from ..conditions import EvalRows, Rows, as_rows
 from ..evaluation.image_metrics import ImageMetric, as_metric
 from ..files import State
 from ..hub import with_retries
@@ -66,6 +66,7 @@ class DiffusionTrainer(_BaseTrainer):
     control: TrainerControl
     steps_per_epoch: int  # optimizer steps that count as an epoch
     identity: State  # of the run, on the process that writes; see `resuming`
+    trained_in: Path | None = None  # output folder of the last run, on that process
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         given = {name: as_metric(name, metric) for name, metric in (eval_metrics or {}).items()}
         self.eval_metrics = self.rewards.metrics() | given
+        train_dataset = as_rows(train_dataset, args.reference_set_size)
         self.conditions, self.slot_sampler = conditions_and_slots(self.policy, train_dataset, args)
         if eval_dataset is None and self.policy.num_conditions is None:
             eval_dataset = train_dataset

@@ -194,7 +194,7 @@ class LogSamplesCallback(TrainerCallback):
         for name in ("wandb", "trackio"):
             if name in args.report_to:
                 module = import_module(name)
-                module.log({"samples": module.Image(grid)})
+                module.log({"samples": module.Image(grid), "train/global_step": step})
 
     @torch.no_grad()
     def _images(self) -> Tensor | None:

@@ -123,7 +123,7 @@ def write_pipeline(trainer: "DiffusionTrainer", folder: Path, adapter_alone: boo
             if isinstance(network, PeftModel):
                 save = getattr(trainer.policy, "save_adapter", lambda path, adapted: adapted.save_pretrained(path))
                 save(os.path.join(whole_folder, ADAPTER_FOLDER), network)
-                if adapter_alone:
+                if adapter_alone or getattr(network, "hf_quantizer", None) is not None:  # merged, it would be rounded
                     return
                 network = _merged(trainer, network)
             trainer.policy.save_pretrained(whole_folder, model=network)
@@ -143,8 +143,6 @@ def _whole_network(trainer: "DiffusionTrainer") -> nn.Module:
 
 def _merged(trainer: "DiffusionTrainer", network: PeftModel) -> nn.Module:
     """Merges the adapter in CPU memory, in float32: half precision would round small changes away."""
-    if getattr(network, "hf_quantizer", None) is not None:  # quantized layers know how to merge
-        return copy.deepcopy(network).merge_and_unload()
     weights = {}
     for name, value in network.state_dict().items():
         dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype

@@ -61,7 +61,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         args ([`DiffusionDistributionConfig`], *optional*): configuration.
         train_dataset (`datasets.Dataset`, *optional*):
             Conditions of the reference set: class labels in a column such as `label`, or prompts in one such as
-            `prompt`, `text` or `caption`. Every slot keeps its condition. By default all classes are balanced.
+            `prompt`, `text` or `caption`. Every slot keeps its condition. By default all classes are balanced. Of a
+            stream, the first `reference_set_size` rows.
         eval_dataset (`datasets.Dataset` or `dict` of them, *optional*):
             Conditions of the evaluated images; by default all classes, or the training prompts. A dictionary's metrics
             are called `eval_{name}_…`.

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from peft import PeftModel
 from trl.trainer.base_config import _BaseConfig
 
 from ..merging.adapters import ADAPTER_FOLDER
-from ..policies import source_of
+from ..policies import diffusers_loads_adapter, source_of
 from .run_record import sample_grids
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def _usage_section(trainer: "DiffusionTrainer", base: str | None, name: str) -> 
     loader = loaders.get(library)
     if loader is None:
         return None
-    adapted = base and isinstance(trainer.network, PeftModel) and hasattr(pipeline, "save_lora_weights")
+    adapted = base and diffusers_loads_adapter(pipeline, trainer.network)
     lines = [f"from {library} import {loader.partition('.')[0]}", ""]
     lines.append(f"pipeline = {loader}({json.dumps(base if adapted else name)})")
     if adapted:

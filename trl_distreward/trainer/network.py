@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.configuration_utils import FrozenDict
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -87,6 +88,13 @@ def _without_its_adapter(network: nn.Module) -> tuple[nn.Module, PeftConfig, dic
     if len(found) > 1 or any(layer.merged or layer.disable_adapters for layer in _adapted_layers(network)):
         raise ValueError(f"the network's adapters, {', '.join(found)}, are fused, off, or several: {_FOLD_IN}.")
     ((name, config),) = found.items()
+    for layer in _adapted_layers(network):
+        if isinstance(layer, LoraLayer):  # `set_adapters` may have weighted it, which no configuration says
+            asked = layer.scaling[name]
+            layer.set_scale(name, 1.0)
+            for key, parameter in layer.named_parameters():
+                if f"_B.{name}" in key:
+                    parameter.data *= asked / layer.scaling[name]
     weights, prefix = get_peft_model_state_dict(network, adapter_name=name), "base_model.model."
     weights = {prefix + key.removeprefix(prefix): value.detach().clone() for key, value in weights.items()}
     if isinstance(network, PeftModel):

@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from ..conditions import Conditions, EvalRows, Rows, conditions_of_slots, strata_of_slots
+from ..conditions import Conditions, EvalRows, Rows, as_rows, conditions_of_slots, strata_of_slots
 from ..files import State
 from ..policies import DiffusionPolicy
 from ..rewards.slots import SlotSampler, StratifiedSlotSampler
@@ -44,8 +44,9 @@ def evaluated_conditions(
     datasets = {f"{name}_": each for name, each in dataset.items()} if isinstance(dataset, Mapping) else {"": dataset}
     evaluated = {}
     for prefix, each in datasets.items():
-        count = args.num_eval_images or default or len(each or ())
-        evaluated[prefix] = conditions_of_slots(policy, each, count, args.eval_seed)
+        rows = as_rows(each, args.num_eval_images or args.reference_set_size)
+        count = args.num_eval_images or default or len(rows or ())
+        evaluated[prefix] = conditions_of_slots(policy, rows, count, args.eval_seed)
     return evaluated
 
 

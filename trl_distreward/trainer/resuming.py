@@ -95,7 +95,8 @@ def output_folder(trainer: "DiffusionTrainer", resume: str | bool | None) -> Ite
 
 def _prepare(trainer: "DiffusionTrainer", output_dir: Path, resume: str | bool | None) -> str | None:
     """Chooses the checkpoint to resume from, and clears the folder of those that the run does not go on from."""
-    trainer.identity = identity_of(trainer)
+    if trainer.trained_in is None:  # later, processes may hold parts of the weights
+        trainer.identity = identity_of(trainer)
     others = [Path(path) for path in reversed(sort_checkpoints(str(output_dir)))]
     chosen = None
     if resume:
@@ -104,16 +105,19 @@ def _prepare(trainer: "DiffusionTrainer", output_dir: Path, resume: str | bool |
         places = [folder.resolve() for folder in others]
         if chosen.resolve() in places:
             others = others[: places.index(chosen.resolve())]  # older ones belong to this run
-    if others and resume is not True and not trainer.args.overwrite_output_dir:
+    deletes = trainer.args.overwrite_output_dir and resume is not True
+    if others and resume is not True and not deletes and trainer.trained_in != output_dir:
         remedy = "resume from it with resume_from_checkpoint=True, name another folder, or delete all such checkpoints"
         found = f"output_dir={str(output_dir)!r} holds {others[0].name}, which this run does not go on from"
         raise ValueError(f"{found}: {remedy} with overwrite_output_dir=True.")
     for folder in others:  # rotation would take them for the newest
-        if resume is True:
-            shutil.rmtree(folder.with_name(f"_damaged-{folder.name}"), ignore_errors=True)
-            folder.rename(folder.with_name(f"_damaged-{folder.name}"))
-        else:
+        if deletes:
             shutil.rmtree(folder)
+            continue
+        aside = folder.with_name(f"{'_damaged' if resume is True else '_earlier'}-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    trainer.trained_in = output_dir
     return None if chosen is None else str(chosen)
 
 
@@ -145,7 +149,7 @@ def identity_of(trainer: "DiffusionTrainer") -> State:
         "trainer": type(trainer).__name__,
         "train_dataset": _short_digest([listed, trainer.rewards.rows()]),
         "sample_shape": trainer.policy.noise(take(conditions, [0]), image_generators(0, "", 0, [0])).shape,
-        "frozen_weights": _short_digest([p.detach().flatten()[:8].tolist() for p in fixed]),
+        "frozen_weights": _short_digest([p.detach().dequantize().flatten()[:8].tolist() for p in fixed]),
         "checkpoints": [sorted(member["files"].values()) for member in merged],
         "adapters": list(adapters),
         **trainer.rewards.describe(),
