@@ -257,7 +257,11 @@ EXPERIMENTS: dict[str, Experiment] = {
             f"{name}, {rate:g}": Arm(
                 "gradient", {**FORWARD, "loss_type": "transport", "transport_advantage": advantage}, rate=rate
             )
-            for name, advantage in (("transport and half the pull", 0.5), ("transport", 0.0))
+            for name, advantage in (
+                ("transport", 0.0),
+                ("transport and half the pull", 0.5),
+                ("transport and the pull", 1.0),
+            )
             for rate in (1e-4, 2e-4, 5e-5)
         },
         budget=8_000,
