@@ -1,4 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import doctest
 import os
 import re
 import sys
@@ -72,6 +73,13 @@ def test_frechet_distance_takes_statistics_of_the_real_images(tmp_path):
     module = evaluate.load(str(HUB / "frechet_distance"))
     result = module.compute(predictions=generated, statistics=str(tmp_path / "real.safetensors"))
     assert result == {"frechet_distance": feature_metrics(statistics, torch.from_numpy(generated))["frechet"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_of_the_help_give_what_they_show(name, monkeypatch):
+    monkeypatch.chdir(HUB.parent)
+    results = doctest.testmod(sys.modules[type(evaluate.load(str(HUB / name))).__module__])
+    assert results.attempted > 3 and not results.failed
 
 
 @pytest.mark.parametrize("name", NAMES)

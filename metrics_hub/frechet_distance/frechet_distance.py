@@ -1,6 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Fréchet distance between two sets of features, as a module of Hugging Face `evaluate`."""
 
+import evaluate
+
 import trl_distreward
 import trl_distreward.metrics.feature_module as feature_module
 
@@ -18,7 +20,10 @@ Example:
     >>> import evaluate, numpy as np
     >>> frechet_distance = evaluate.load("metrics_hub/frechet_distance")
     >>> rng = np.random.default_rng(0)
-    >>> frechet_distance.compute(predictions=rng.normal(size=(500, 8)), references=rng.normal(size=(400, 8)) + 1)
+    >>> features = {"predictions": rng.normal(size=(500, 8)), "references": rng.normal(size=(400, 8)) + 1}
+    >>> round(frechet_distance.compute(**features)["frechet_distance"], 4)
+    8.6919
+
 """
 
 CITATION = """\
@@ -31,6 +36,7 @@ CITATION = """\
 """
 
 
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class FrechetDistance(feature_module.FeatureModule):
     """Computed from float64 moments; both sets need at least 2 rows, and should have many more than d."""
 

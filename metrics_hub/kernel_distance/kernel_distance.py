@@ -1,6 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Kernel distance between two sets of features, as a module of Hugging Face `evaluate`."""
 
+import evaluate
+
 import trl_distreward.metrics as metrics
 import trl_distreward.metrics.feature_module as feature_module
 
@@ -21,7 +23,10 @@ Example:
     >>> kernel_distance = evaluate.load("metrics_hub/kernel_distance")
     >>> rng = np.random.default_rng(0)
     >>> features = {"predictions": rng.normal(size=(500, 8)), "references": rng.normal(size=(400, 8)) + 1}
-    >>> kernel_distance.compute(**features, subset_size=100)
+    >>> results = kernel_distance.compute(**features, subset_size=100)
+    >>> round(results["kernel_distance"], 4), round(results["kernel_distance_std"], 4)
+    (8.8538, 0.9207)
+
 """
 
 CITATION = """\
@@ -34,6 +39,7 @@ CITATION = """\
 """
 
 
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class KernelDistance(feature_module.FeatureModule):
     """Unbiased distance with the kernel `(x·y / d + 1)^3`; it can be slightly negative for similar sets."""
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Precision, recall, density and coverage of a set of features, as a module of Hugging Face `evaluate`."""
 
+import evaluate
+
 import trl_distreward
 import trl_distreward.metrics.feature_module as feature_module
 
@@ -18,7 +20,10 @@ Example:
     >>> import evaluate, numpy as np
     >>> prdc = evaluate.load("metrics_hub/prdc")
     >>> rng = np.random.default_rng(0)
-    >>> prdc.compute(predictions=rng.normal(size=(500, 8)), references=rng.normal(size=(400, 8)), nearest_k=3)
+    >>> features = {"predictions": rng.normal(size=(500, 8)), "references": rng.normal(size=(400, 8))}
+    >>> {name: round(value, 3) for name, value in prdc.compute(**features, nearest_k=3).items()}
+    {'precision': 0.88, 'recall': 0.86, 'density': 1.041, 'coverage': 0.925}
+
 """
 
 CITATION = """\
@@ -31,6 +36,7 @@ CITATION = """\
 """
 
 
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class PRDC(feature_module.FeatureModule):
     """Computed in blocks, without a matrix of all pairs."""
 

@@ -1,14 +1,12 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
-import os
-
 import diffusers  # noqa: F401  # before the checkout, which puts its own sources first
 import pytest
 
-from tests.peers import CHECKOUT, diffusers_tests
+from tests.peers import checkout_of, diffusers_tests
 
 
 def pytest_configure(config):
-    if os.environ.get(CHECKOUT):
+    if checkout_of("diffusers"):
         diffusers_tests("conftest").pytest_configure(config)
         for mark in ("cache", "autoround"):  # used there without being listed
             config.addinivalue_line("markers", mark)
