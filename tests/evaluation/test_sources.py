@@ -113,6 +113,29 @@ def test_datasets_on_disk_and_streamed_give_the_same_images(tmp_path):
     assert np.array_equal(contents(streamed), images)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_mapped_images_are_those_that_were_made_whatever_the_format(stream):
+    images = pixels(6)
+
+    def turned(row):
+        return {"picture": row["picture"].rotate(180)}
+
+    for change, expected in ((turned, images[:, ::-1, ::-1]), (lambda row: {"label": 1}, images)):
+        dataset = image_dataset(images)
+        rows = dataset.to_iterable_dataset(num_shards=2) if stream else dataset
+        rows = rows.map(change, features=dataset.features)
+        for kind in (None, "torch", "pandas"):
+            assert np.array_equal(contents(open_images(rows.with_format(kind))), expected)
+
+
+def test_images_that_would_not_be_the_shown_ones_are_refused():
+    dataset = image_dataset(pixels(2))
+    with pytest.raises(ValueError, match="does not say its columns: pass map the features"):
+        open_images(dataset.to_iterable_dataset().map(lambda row: {"label": 1}))
+    with pytest.raises(ValueError, match="has a transform, and images are read as stored: use map"):
+        open_images(dataset.with_transform(lambda rows: {"picture": [each.rotate(90) for each in rows["picture"]]}))
+
+
 def test_split_is_needed_if_there_are_several(tmp_path):
     DatasetDict({name: image_dataset(pixels(2)) for name in ("train", "test")}).save_to_disk(tmp_path)
     assert open_images(tmp_path, split="test").count == 2

@@ -75,6 +75,8 @@ def read_content(content: object) -> bytes | np.ndarray:
 
 
 def _open(content: object) -> Image.Image:
+    if isinstance(content, Image.Image):  # of a stream that was mapped
+        return content
     content = read_content(content)
     if isinstance(content, bytes):
         return Image.open(io.BytesIO(content), formats=_FORMATS)

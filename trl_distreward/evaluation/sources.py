@@ -114,6 +114,10 @@ def open_images(
         rows, split = read_dataset(str(source), split, **options)
         description = {"source": str(path), "split": split, **options}
     names, name = list(rows.features or []), str(description["source"])
+    if not names:
+        raise ValueError(f"{name} does not say its columns: pass map the features, e.g. features=dataset.features.")
+    if isinstance(rows, Dataset) and rows.format["type"] == "custom":
+        raise ValueError(f"{name} has a transform, and images are read as stored: use map, or with_format(None).")
     found = [name for name in names if isinstance(rows.features[name], Image)]
     if not isinstance(prompt_column, str | None):
         prompt_column = find_column(names, prompt_column, "the images' conditions")
