@@ -201,6 +201,7 @@ def test_an_adapter_of_a_quantized_network_is_saved_alone(tmp_path):
         pipeline.transformer.hf_quantizer = quantizer  # diffusers' mark
         tiny_trainer(tmp_path, pipeline, peft_config=LoraConfig(r=2)).save_model()
         assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == names
+        assert ("load_pipeline(" in (tmp_path / "README.md").read_text()) == ("transformer" in names)
 
 
 def fused():

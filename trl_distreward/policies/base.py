@@ -161,9 +161,8 @@ class PipelinePolicy:
         layers, parts = {}, dict(network.named_modules())
         for name, value in get_peft_model_state_dict(network).items():
             layer, _, factor = name.partition(".lora_")
-            if factor.startswith(("B", "embedding_B")):  # without metadata, alpha is taken for the rank
-                value = value * parts[layer].scaling["default"]
-            layers[name.removeprefix("base_model.model.")] = value
+            scale = parts[layer].scaling["default"] if factor[:1] == "B" else 1  # other programs know no alpha
+            layers[name.removeprefix("base_model.model.")] = value * scale
         self.pipeline.save_lora_weights(path, **{f"{self.component}_lora_layers": layers})
 
     def read_weights(self, path: str | os.PathLike) -> Mapping[str, Tensor]:

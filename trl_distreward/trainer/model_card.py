@@ -126,9 +126,10 @@ def _usage_section(trainer: "DiffusionTrainer", base: str | None, name: str) -> 
     library = type(pipeline).__module__.partition(".")[0]
     loaders = {"diffusers": "DiffusionPipeline.from_pretrained", "trl_distreward": "load_pipeline"}
     loader = loaders.get(library)
-    if loader is None:
-        return None
     adapted = base and diffusers_loads_adapter(pipeline, trainer.network)
+    alone = getattr(trainer.network, "hf_quantizer", None) is not None  # saved without the pipeline
+    if loader is None or (alone and not adapted):
+        return None
     lines = [f"from {library} import {loader.partition('.')[0]}", ""]
     lines.append(f"pipeline = {loader}({json.dumps(base if adapted else name)})")
     if adapted:
