@@ -158,3 +158,19 @@ def test_an_adapter_of_a_quantized_network_trains_resumes_and_loads(tmp_path, li
     for name, value in trainer.network.named_parameters():
         if value.requires_grad:
             assert torch.equal(value, resumed.network.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(("name", "library"), [("adamw_torch_8bit", "torchao"), ("adamw_bnb_8bit", "bitsandbytes")])
+def test_an_optimizer_in_eight_bits_trains_and_resumes_exactly(tmp_path, name, library):
+    pytest.importorskip(library)
+    whole, resumed = (
+        tiny_trainer(tmp_path / folder, tiny_pipeline(hidden_size=64), optim=name, max_steps=2, **SAVE_EVERY_STEP)
+        for folder in ("whole", "resumed")
+    )
+    whole.train()
+    resumed.train(str(tmp_path / "whole" / "checkpoint-1"))
+    assert_same_weights(resumed.network, whole.network)
+    states = [value for state in whole.optimizer.optimizer.state.values() for value in state.values()]
+    assert any(
+        "8bit" in type(value).__name__ or value.dtype == torch.uint8 for value in states if torch.is_tensor(value)
+    )
