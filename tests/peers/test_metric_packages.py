@@ -47,9 +47,11 @@ def no_torchvision():
     parts = ["", ".transforms", ".transforms.functional", ".datasets", ".models", ".models.utils"]
     names = [] if importlib.util.find_spec("torchvision") else [f"torchvision{part}" for part in parts]
     sys.modules |= {name: MagicMock() for name in names}
-    yield
-    for name in names:
-        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 def package(name, module):
