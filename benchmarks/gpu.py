@@ -146,7 +146,6 @@ def measure_update(name: str, tiny: bool, sizes: Values, device: torch.device, r
         args = DiffusionDistributionConfig(
             folder,
             loss_type=name,
-            sampler="ode" if name == "backprop" else "sde",
             max_steps=2,
             num_subsets=sizes["images"],
             reference_set_size=sizes["set"],

@@ -114,6 +114,7 @@ def train(base: PlanePolicy, reward: Any, updates: int) -> PlanePolicy:
             reward_funcs=reward,
             args=DiffusionDistributionConfig(
                 output_dir=folder,
+                loss_type="grpo",
                 max_steps=updates,
                 learning_rate=3e-4,
                 reference_set_size=1000,

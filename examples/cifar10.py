@@ -6,7 +6,7 @@ A first real run: lowers the FID of google/ddpm-cifar10-32, an unconditional DDP
     python examples/cifar10.py
     python examples/cifar10.py --tiny       # every part in seconds on a CPU, with random weights and images
 
-Training takes 549,200 network evaluations, and each of the two evaluations 50,000 more.
+Training takes 357,200 network evaluations, and each of the two evaluations 50,000 more.
 """
 
 import argparse

@@ -5,14 +5,13 @@ reward.
 
     python examples/digits.py
     python examples/digits.py --seed 10 --output-dir outputs/digits-10
-    trl-distreward report outputs/digits/policy_gradient
+    trl-distreward report outputs/digits/transport
 
-Two estimators are compared: policy gradients, and back-propagation of the distance through the last three steps of the
-ODE. The reward sees one network's features and class probabilities, and pixels. Another network is held out and judges
-the images.
+Two estimators are compared: transport, the default, and the paper's policy gradient. The reward sees one network's
+features and class probabilities, and pixels. Another network is held out and judges the images.
 
-Output folder: overview.png, report.json and report.md, before.png, and for each estimator
-its pipeline and after_*.png.
+Output folder: overview.png, report.json and report.md, before.png, and for each estimator its pipeline and
+after_*.png.
 """
 
 import argparse
@@ -204,16 +203,14 @@ def sample_grid(pipeline: SiTPipeline, path: Path) -> None:
 
 
 def evaluated(trainer: DistributionRewardTrainer, num_seeds: int) -> dict[str, Any]:
-    """Computes mean and standard deviation of every metric over evaluations, for SDE and ODE."""
+    """Computes mean and standard deviation of every metric over evaluations with different noise."""
     runs = [trainer.evaluate(), *(trainer.evaluate(seed=seed) for seed in range(1, num_seeds))]  # the first has seed 0
 
     def spread(key: str) -> dict[str, float]:
         values = [run[key] for run in runs]
         return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=min(1, len(values) - 1)))}
 
-    return {
-        sampler: {name: spread(f"eval_{sampler}_{key}") for name, key in METRICS.items()} for sampler in ("sde", "ode")
-    }
+    return {name: spread(f"eval_ode_{key}") for name, key in METRICS.items()}
 
 
 def report_table(report: dict) -> str:
@@ -221,20 +218,18 @@ def report_table(report: dict) -> str:
         return " | ".join(f"{values[name]['mean']:.3f} ± {values[name]['std']:.3f}" for name in METRICS)
 
     lines = [f"| | {' | '.join(METRICS)} |", "|---|" + "---|" * len(METRICS)]
-    for sampler in ("sde", "ode"):
-        base = report["base"][sampler]
-        lines.append(f"| base, {sampler.upper()} | {cells(base)} |")
-        for stage in ESTIMATORS:
-            values = report[stage][sampler]
-            lines.append(f"| {stage}, {sampler.upper()} | {cells(values)} |")
-            change = [f"{values[name]['mean'] / base[name]['mean'] - 1:+.1%}" for name in METRICS]
-            lines.append(f"| change | {' | '.join(change)} |")
+    base = report["base"]
+    lines.append(f"| before | {cells(base)} |")
+    for stage, label in LABELS.items():
+        lines.append(f"| {label} | {cells(report[stage])} |")
+        change = [f"{report[stage][name]['mean'] / base[name]['mean'] - 1:+.1%}" for name in METRICS]
+        lines.append(f"| change | {' | '.join(change)} |")
     lines.append(f"| real test images | {cells(report['floor'])} |")
     return "\n".join(lines)
 
 
 def draw_overview(out: Path, report: dict[str, Any]) -> Path:
-    """Draws samples before and after from the same noise, distances by update, and a table, under the ODE."""
+    """Draws samples before and after from the same noise, distances by update, and a table."""
     figure = Figure(figsize=(12, 7.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(4, 3.2))
     titles = {"before": "before", **{f"after_{name}": f"after: {LABELS[name]}" for name in ESTIMATORS}}
@@ -252,7 +247,7 @@ def draw_overview(out: Path, report: dict[str, Any]) -> Path:
             )
     curves.set(title="Fréchet distance from real digits", xlabel="update", ylim=(0, None))
     curves.legend(frameon=False, fontsize="small")
-    rows = {"before": report["base"]["ode"], **{LABELS[name]: report[name]["ode"] for name in ESTIMATORS}}
+    rows = {"before": report["base"], **{LABELS[name]: report[name] for name in ESTIMATORS}}
     rows["real test digits"] = report["floor"]
     names = {"fd_heldout": "distance,\nheld out", "fd_pixel": "distance,\npixels", "accuracy": "right\ndigit"}
     values = [
@@ -362,10 +357,10 @@ def prepare(cache: Path, seed: int, pretraining_steps: int) -> Digits:
 
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
-    "policy_gradient": {},
-    "backprop": {"loss_type": "backprop", "sampler": "ode", "backprop_from": 0.3},
+    "transport": {"learning_rate": 3e-4},
+    "policy_gradient": {"loss_type": "grpo", "learning_rate": 1e-4, "noise_level": 0.7, "last_step_size": 0},
 }
-LABELS = {"policy_gradient": "policy gradient", "backprop": "back-propagation"}
+LABELS = {"transport": "transport", "policy_gradient": "policy gradient"}
 
 
 def build_trainer(digits: Digits, args: argparse.Namespace, name: str) -> DistributionRewardTrainer:
@@ -376,14 +371,9 @@ def build_trainer(digits: Digits, args: argparse.Namespace, name: str) -> Distri
             output_dir=str(args.output_dir / name),
             seed=args.seed,
             max_steps=args.num_updates,
-            learning_rate=args.learning_rate,
             reference_set_size=1000,
             num_subsets=256,
             num_inference_steps=10,
-            noise_level=0.7,
-            last_step_size=0,
-            num_inference_steps_eval=[20],
-            eval_samplers=["sde", "ode"],
             num_eval_images=2000,
             rollout_batch_size=256,
             per_device_train_batch_size=256,
@@ -404,9 +394,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="folder for all output")
     parser.add_argument("--seed", type=int, default=0, help="seed of all training")
-    parser.add_argument("--num-updates", type=int, default=60, help="updates with each estimator")
+    parser.add_argument("--num-updates", type=int, default=40, help="updates with each estimator")
     parser.add_argument("--pretraining-steps", type=int, default=600, help="training steps of the base model")
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="initial learning rate; falls to 0")
     parser.add_argument(
         "--label-weight", type=float, default=1.5, help="weight in the reward of showing the right digit"
     )

@@ -68,7 +68,8 @@ def tiny_config(output_dir, **kwargs):
     evaluation = {"num_inference_steps_eval": 5, "eval_samplers": ["sde", "ode"]}
     updates = {"max_steps": 2, "top_advantage_quantile": 0.5, "per_device_train_batch_size": 7, "ema_decay": 0.0}
     rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-    settings = {**rewards, **images, **evaluation, **updates, **rate, **QUIET, **kwargs}
+    estimator = {"loss_type": "grpo", "sampler": "sde", "transport_advantage": 0.0}
+    settings = {**estimator, **rewards, **images, **evaluation, **updates, **rate, **QUIET, **kwargs}
     return DiffusionDistributionConfig(output_dir=str(output_dir), **settings)
 
 

@@ -113,7 +113,7 @@ def test_cifar10_takes_the_network_evaluations_that_it_names(example, tmp_path, 
     monkeypatch.setattr(cifar10, "dry_run", lambda trainer: found.append((Plan.of(trainer), trainer)))
     cifar10.main(["--dry-run"])
     plan, trainer = found[0]
-    assert "549,200 in all" in plan.describe(trainer) and "549,200 network evaluations" in cifar10.__doc__
+    assert "357,200 in all" in plan.describe(trainer) and "357,200 network evaluations" in cifar10.__doc__
     assert plan.counts["evaluation"] == 50_000
 
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import trl_distreward
 
-_SHARED = ("reference_update", "top_advantage_quantile", "lr_scheduler_type", "ema_decay")
+_SHARED = ("loss_type", "sampler", "reference_update", "top_advantage_quantile", "lr_scheduler_type", "ema_decay")
 PAPER: dict[str, Any] = {**{name: trl_distreward.PAPER[name] for name in _SHARED}, "replace_size": 8}
-POLICY_GRADIENT: dict[str, Any] = {"reference_update": "rolling", "lr_scheduler_type": "linear", "replace_size": 1}
+POLICY_GRADIENT: dict[str, Any] = {
+    **{"loss_type": "grpo", "sampler": "sde"},
+    **{"reference_update": "rolling", "lr_scheduler_type": "linear", "replace_size": 1},
+}
 BACKPROP: dict[str, Any] = {**POLICY_GRADIENT, "loss_type": "backprop", "sampler": "ode", "backprop_from": 0.3}
 FORWARD: dict[str, Any] = {**POLICY_GRADIENT, "sampler": "ode"}
 # Chosen on a seed that nothing else uses: python benchmarks/paper rates --seeds 100
@@ -243,7 +246,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             f"{name}, {rate:g}": Arm("gradient", {**FORWARD, **settings}, rate=rate)
             for name, settings in {
-                "transport": {"loss_type": "transport"},
+                "transport": {"loss_type": "transport", "transport_advantage": 0.0},
                 "transport and half the pull": {"loss_type": "transport", "transport_advantage": 0.5},
                 "DiffusionNFT": {"loss_type": "nft"},
             }.items()

@@ -24,7 +24,9 @@ BACKPROP = {"loss_type": "backprop", "top_advantage_quantile": 1.0}
         {"guidance_scale": 2.0},
         {"num_iterations": 2, "reference_refresh_steps": 1, "max_steps": 4},
         {"best_of_n": 2, "reference_update": "rolling", "selection": "top_bottom"},
-        {"loss_type": "rft"},
+        {"loss_type": "rft", "guidance_scale": 2.0, "condition_dropout": 0.0},
+        {"loss_type": "nft", "guidance_scale": 2.0},
+        {"loss_type": "transport", "num_iterations": 2},
         {"sde_window_size": 2, "selection": "all"},
         {"timestep_fraction": 0.5, "reward_funcs": tiny_reward(credit="leave_one_in"), "reference_refresh_steps": 1},
         {**BACKPROP, "backprop_from": 0.5},
@@ -54,7 +56,7 @@ def test_a_first_run_is_affordable(tmp_path):
         args = DiffusionDistributionConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
         trainer = DistributionRewardTrainer(tiny_pipeline(), tiny_reward(), args)
         totals += re.findall(r"update, ([\d,]+) in all", Plan.of(trainer).describe(trainer))
-    assert totals == ["549,200", "190,530,000"]
+    assert totals == ["357,200", "190,530,000"]
     start = (DOCS / "start.md").read_text()
     assert all(f"{total} network evaluations" in start for total in totals)
 

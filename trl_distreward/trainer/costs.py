@@ -56,9 +56,10 @@ class Plan(NamedTuple):
             "refresh": args.reference_set_size if trainer.rewards.of_sets else 0,
             "evaluation": trainer.num_eval_images * len(args.eval_schedules),
         }
+        estimator, passes = trainer.estimator, trainer.estimator.num_passes()
         counts = {
-            "rollout": images["rollout"] * sampled,
-            "update": factor * trainer.estimator.num_passes(),
+            "rollout": images["rollout"] * sampled + estimator.uses_old * passes,
+            "update": (factor if estimator.guided_loss else 1) * passes,
             "refresh": images["refresh"] * sampled,
             "evaluation": trainer.num_eval_images * evaluated,
         }
@@ -193,7 +194,7 @@ def count(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[dict[str, f
         decode_and_extract(trainer, x[:1], take(conditions, [0]))
     rows, image = batch * guidance_factor(policy), decoding.get_total_flops()
     once = {phase: plan.counts[phase] * work.forward / rows + plan.images[phase] * image for phase in plan.images}
-    once["update"] = plan.counts["update"] * (work.both + estimator.uses_old * work.forward) / rows
+    once["update"] = plan.counts["update"] * work.both / rows
     if estimator.replaces_all:  # the gradient of the distance by the samples
         once["update"] += 2 * image * plan.images["rollout"]
     flops = {phase: once[phase] * times / plan.steps for phase, times in plan.times.items()}

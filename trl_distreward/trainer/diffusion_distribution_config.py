@@ -36,8 +36,8 @@ PAPER: dict[str, Any] = {
 class DiffusionDistributionConfig(DiffusionTrainerConfig):
     """
     Configuration of the [`DistributionRewardTrainer`]: the options below, those of [`DiffusionTrainerConfig`], and
-    those of [`~transformers.TrainingArguments`]. The defaults are for a first run of half a million network
-    evaluations; the paper's settings, `trl_distreward.PAPER`, take 350 times as many.
+    those of [`~transformers.TrainingArguments`]. The defaults are for a first run of 357,200 network
+    evaluations; the paper's settings, `trl_distreward.PAPER`, take 530 times as many.
     """
 
     learning_rate: float = option(1e-5, "Initial learning rate; 1e-5 in the paper.")
@@ -68,7 +68,9 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
 
     # Parameters that control generation
     sampler: str = option(
-        "sde", "Sampler of the rollouts. A policy gradient needs 'sde', whose steps have a density.", ("sde", "ode")
+        "auto",
+        "Sampler of the rollouts. 'auto': 'sde' for 'grpo', which needs the density of each step, else 'ode'.",
+        ("auto", "sde", "ode"),
     )
     num_inference_steps: int = option(20, "Steps of the rollouts and of the reference set; 50 in the paper.")
     sde_window_size: int | None = option(
@@ -87,10 +89,10 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
 
     # Parameters that control the update
     loss_type: str = option(
-        "grpo",
+        "transport",
         "'transport': moves images along the rewards' gradient and matches the flow to that. 'nft': DiffusionNFT. "
         "'awm': advantage-weighted matching. 'rft': flow-matching loss (Eq. 2) on the selected images. 'grpo': "
-        "clipped policy gradient (Eq. 6), which needs sampler='sde'. "
+        "clipped policy gradient (Eq. 6), the paper's. "
         "'backprop': gradient of the distance itself through sampling from the time backprop_from on.",
         ESTIMATORS.keys(),  # a view: estimators can be added from outside
     )
@@ -140,7 +142,7 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     transport_size: float = option(
         0.2, "Root mean square of the displacements of 'transport', in units of the sample, whose noise has std 1."
     )
-    transport_advantage: float = option(0.0, "Weight of DiffusionNFT's pull by the advantage beside the displacement.")
+    transport_advantage: float = option(0.5, "Weight of DiffusionNFT's pull by the advantage beside the displacement.")
     ema_decay: float = option(0.9, "Decay of an average of the weights, which is evaluated and saved; 0 keeps none.")
     offload_trajectories: bool = option(False, "Keeps the rollout's states in CPU memory until they are trained on.")
 
@@ -162,7 +164,9 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         super().__post_init__()
         self._check_reward()
         self._check_update()
-        ESTIMATORS[self.loss_type].check_config(self)
+        estimator = ESTIMATORS[self.loss_type]
+        self.sampler = estimator.own_sampler if self.sampler == "auto" else self.sampler
+        estimator.check_config(self)
         # rollouts and their ODE take Euler's steps
         self.rollout_schedule = self._schedule(self.num_inference_steps, self.sampler, "euler")
         self.eval_schedules = self._evaluation_schedules()

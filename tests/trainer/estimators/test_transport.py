@@ -1,4 +1,5 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
+import re
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,7 @@ from trl_distreward import (
 )
 from trl_distreward.generation import SamplingSchedule, sample
 
-TRANSPORT = {"loss_type": "transport", "sampler": "ode", "reference_update": "rolling", "top_advantage_quantile": 1.0}
+TRANSPORT = {"loss_type": "transport", "sampler": "auto", "reference_update": "rolling", "top_advantage_quantile": 1.0}
 
 
 class Correction(nn.Module):
@@ -82,7 +83,7 @@ def gaussian_trainer(folder, **settings):
     sizes = {"reference_set_size": 1000, "num_subsets": 400, "replace_size": 1, "num_train_timesteps": 4}
     rates = {"learning_rate": 1e-2, "max_grad_norm": 0, "ema_decay": 0.0, "transport_size": 0.05}
     batches = {"per_device_train_batch_size": 2000, "per_device_eval_batch_size": 500, "num_inference_steps": 20}
-    settings = {**TRANSPORT, **sizes, **rates, **batches, **QUIET, **settings}
+    settings = {**TRANSPORT, "transport_advantage": 0.0, **sizes, **rates, **batches, **QUIET, **settings}
     return DistributionRewardTrainer(
         model=GaussianPolicy(MEAN, STD),
         reward_funcs=SubsetReplaceReward(pixels, REAL),
@@ -187,8 +188,34 @@ def test_rewards_of_images_move_them_too_and_without_a_gradient_pull(tmp_path):
     beside, advantages = displaced(tiny_reward(), rounded, transport_advantage=1.0)
     torch.testing.assert_close(beside, alone)
     assert advantages.std() > 0.1
-    with pytest.raises(ValueError, match="'rounded' has no gradient to images: set transport_advantage"):
+    with pytest.raises(ValueError, match="'rounded' passes no gradient to .*: set transport_advantage"):
         displaced(tiny_reward(), rounded)
+
+
+def features_by_numpy(images):
+    return torch.from_numpy(features(images).numpy())
+
+
+def by_numpy(images, **kwargs):
+    return images.numpy().mean((1, 2, 3))  # an error for images with a gradient
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        (by_numpy, "'by_numpy' passes no gradient .*RuntimeError"),
+        (
+            SubsetReplaceReward(features_by_numpy, FeatureStatistics.from_features(features(real_images()))),
+            "'subset_replace' passes no gradient .*RuntimeError",
+        ),
+    ],
+)
+def test_rewards_that_have_no_gradient_at_all_train_by_the_pull_alone(tmp_path, caplog, reward, reason):
+    with caplog.at_level("WARNING"):
+        trainer = trained(tmp_path, reward_funcs=reward, **TRANSPORT, transport_advantage=0.5)
+    assert re.search(reason, caplog.text) and "transport_advantage alone follows it" in caplog.text
+    assert not trainer.batch.displacement.any() and trainer.batch.advantages.std() > 0.1
+    assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
 def test_displacement_does_not_depend_on_the_scale_of_the_reward_or_on_batches(tmp_path):

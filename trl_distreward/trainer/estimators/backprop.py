@@ -23,6 +23,7 @@ from ..rollouts import Rollout
 from .base import Estimator, MicroBatch, State, mean_square
 from .gradients import (
     REMEDY,
+    Gradients,
     check_all_stand,
     feature_gradients,
     own_rows,
@@ -41,7 +42,7 @@ class TailBatch:
 
     rollout: Rollout
     first: int
-    gradients: list[dict[str, Tensor]]  # (K, d) by this process's features, per distribution reward and space
+    gradients: Gradients  # (K, d) by this process's features
     offset: float  # makes the loss, which is linear in the features, minus the reward
 
     def micro_batches(self, size: int, processes: int) -> Iterator[tuple[MicroBatch, bool]]:
@@ -91,7 +92,7 @@ class Backprop(Estimator):
         return next((i for i, t in enumerate(times[:-2]) if t <= self.args.backprop_from + 1e-6), len(times) - 2)
 
     def prepare(self, rollout: Rollout, rewards: list[Tensor]) -> TailBatch:
-        whole, offset = feature_gradients(self.rewards, rollout, self.args.reference_set_size), 0.0
+        whole, offset = feature_gradients(self.rewards.all, rollout, self.args.reference_set_size), 0.0
         for reward, value in zip(self.rewards.all, rewards, strict=True):
             if reward.of_sets:
                 features, found = rollout.gathered[reward.index], whole[reward.index]

@@ -45,6 +45,8 @@ class Estimator:
     single_pass = True
     has_advantages = True  # whether rewards are compared within an update
     replaces_all = False  # whether all new images stand in the reference set at once, each in a slot of its own
+    guided_loss = True  # whether the loss evaluates the network with guidance
+    own_sampler = "ode"  # what sampler="auto" stands for
     uses_old = False  # whether the loss compares with an average of the weights
 
     def __init__(self, trainer: "DistributionRewardTrainer"):

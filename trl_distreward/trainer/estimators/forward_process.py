@@ -76,6 +76,8 @@ class SampleBatch(StoredBatch):
 class ForwardProcess(Estimator):
     """Base class, and rejection sampling: the flow-matching loss (Eq. 2) on the selected images."""
 
+    guided_loss = False
+
     def __init__(self, trainer: "DistributionRewardTrainer"):
         super().__init__(trainer)
         self.old: OldPolicy | None = None

@@ -1,13 +1,14 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Gradients of rewards with respect to features and images, for the estimators that use them."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...conditions import Conditions, take
-from ..reward_functions import Reward, RewardFunctions
+from ..reward_functions import Reward
 from ..rollouts import Rollout, Sampler
 
 if TYPE_CHECKING:
@@ -17,21 +18,25 @@ if TYPE_CHECKING:
 REMEDY = "use loss_type='nft' or 'grpo', which need no gradient"
 
 
-def feature_gradients(rewards: RewardFunctions, rollout: Rollout, size: int) -> list[dict[str, Tensor]]:
+Gradients = dict[int, dict[str, Tensor]]  # by the index of a distribution reward and by feature space
+
+
+def feature_gradients(rewards: Iterable[Reward], rollout: Rollout, size: int) -> Gradients:
     """Gradients `(M, d)` of the weighted distances by all new features, which all stand in the set of `size`."""
     share = rollout.slots.numel() / size  # divided by, so that the scale does not depend on it
-    found = []
-    for reward in rewards.all:
+    found = {}
+    for reward in rewards:
         if reward.of_sets:
             rows = reward.function.gradient(rollout.slots.flatten(), rollout.gathered[reward.index])
-            found.append({space: values * (reward.weight / share) for space, values in rows.items()})
+            found[reward.index] = {space: values * (reward.weight / share) for space, values in rows.items()}
     return found
 
 
-def own_rows(sampler: Sampler, rollout: Rollout, found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def own_rows(sampler: Sampler, rollout: Rollout, found: Gradients) -> Gradients:
     """The rows of this process's images among `(M, d)` of all new images."""
     mine = sampler.image_indices(len(rollout.local_slots))
-    return [{space: rows[mine.start : mine.stop] for space, rows in spaces.items()} for spaces in found]
+    rows = slice(mine.start, mine.stop)
+    return {index: {space: values[rows] for space, values in spaces.items()} for index, spaces in found.items()}
 
 
 def straight_through_uint8(images: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def reward_terms(
     images: Tensor,
     rollout: Rollout,
     rows: slice,
-    gradients: list[dict[str, Tensor]],
+    gradients: Gradients,
 ) -> list[Tensor]:
     """Terms of minus a reward by the images of `rows`: features times their `gradients`, or a function's scores."""
     conditions = take(rollout.conditions, range(rows.start, rows.stop))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class PolicyGradient(Estimator):
     """Policy gradient on the SDE's steps. The first of several updates writes the anchors of the others' ratios."""
 
+    own_sampler = "sde"
+
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:
         if args.sampler == "ode":

@@ -13,6 +13,7 @@ a texture that fools the extractor, would be learnt. Here the old policy takes i
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from ...conditions import Conditions
@@ -34,6 +35,8 @@ from .gradients import (
 if TYPE_CHECKING:
     from ..diffusion_distribution_config import DiffusionDistributionConfig
 
+logger = get_logger(__name__)
+
 
 class Transport(ForwardProcess):
     """Displacement along the rewards' gradient; functions without one act through `transport_advantage` alone."""
@@ -50,16 +53,25 @@ class Transport(ForwardProcess):
     def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
         self.moving: list[Reward] = []
         for reward in self.rewards.all:
-            if not without_gradient(self.trainer, reward, images, conditions):
-                self.moving.append(reward)
-            elif reward.of_sets or self.args.transport_advantage == 0:
-                raise ValueError(f"{reward.name!r} has no gradient to images: set transport_advantage, or {REMEDY}.")
+            reason = ""
+            try:
+                if not without_gradient(self.trainer, reward, images, conditions):
+                    self.moving.append(reward)
+                    continue
+            except Exception as error:  # all was well for uint8 images; what it says of float ones is its own
+                reason = f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            found = f"{reward.name!r} passes no gradient to float32 images in [0, 255]{reason}"
+            if self.args.transport_advantage == 0:
+                raise ValueError(f"{found}: set transport_advantage, or {REMEDY}.")
+            logger.warning(f"{found}. It moves no image: transport_advantage alone follows it.")
 
     @torch.enable_grad()
     def displacement(self, rollout: Rollout) -> Tensor:
         args, sample = self.args, rollout.sample
         size = args.decode_batch_size or args.per_device_train_batch_size
-        whole = feature_gradients(self.rewards, rollout, args.reference_set_size)
+        if not self.moving:
+            return torch.zeros_like(sample)
+        whole = feature_gradients(self.moving, rollout, args.reference_set_size)
         gradients = own_rows(self.sampler, rollout, whole)
         parts: list[list[Tensor]] = []
         for start in range(0, len(sample), size):
