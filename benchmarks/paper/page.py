@@ -40,6 +40,9 @@ COLUMNS = {
     "held-out, SDE": ("fd_heldout sde", "%"),
     "pixel, ODE": ("fd_pixel ode", "%"),
     "accuracy, ODE": ("accuracy ode", ".3f"),
+    "EfficientNet": ("fd_efficientnet ode", "%"),
+    "pixel, unseen": ("fd_unseen_pixels ode", "%"),
+    "mean colour off": ("colour_shift ode", ".3f"),
     "recall": ("recall ode", ".3f"),
     "coverage": ("coverage ode", ".3f"),
     "precision": ("precision ode", ".3f"),
@@ -143,6 +146,11 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "figure_3b": ("subset_size", arms_table),
     "noise": ("noise", of_columns("held-out, ODE", "seconds")),
     "parts": ("parts", of_columns("held-out, ODE", "accuracy, ODE")),
+    "forward_process": ("forward_process", of_columns("seconds", *ARMS[2:])),
+    "colour": (
+        "colour",
+        of_columns("images", "held-out, ODE", "EfficientNet", "pixel, unseen", "mean colour off", "accuracy, ODE"),
+    ),
     "estimators": (
         "estimators",
         of_columns("images", "network evaluations", "seconds", "MiB held", *ARMS[2:]),
