@@ -58,7 +58,7 @@ def build(folder: str, updates: int, **settings: Any) -> DistributionRewardTrain
     images = torch.randint(0, 256, (1200, 1, 8, 8)).to(torch.uint8)
     real = FeatureStatistics.from_features(extract_features(judge.last_features, images))
     digits = Digits(Path(folder), images, {"asked": judge.last_features}, {"asked": real}, judge, real, {})
-    return build_trainer(digits, folder, max_steps=updates, logging_steps=1000, **settings)
+    return build_trainer(digits, folder, loss_type="grpo", max_steps=updates, logging_steps=1000, **settings)
 
 
 def measure_seconds(updates: int) -> tuple[float, float]:
