@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiTPipeline, StableDiffusion3Pipeline
+from PIL import Image
 from trl import TrlParser
 
 from tests.helpers import tiny_pipeline
@@ -115,6 +116,20 @@ def test_cifar10_takes_the_network_evaluations_that_it_names(example, tmp_path, 
     plan, trainer = found[0]
     assert "357,200 in all" in plan.describe(trainer) and "357,200 network evaluations" in cifar10.__doc__
     assert plan.counts["evaluation"] == 50_000
+
+
+def test_the_demo_shows_before_after_curves_and_a_table(example, tmp_path):
+    digits = example("digits")
+    for index, name in enumerate(["before", *(f"after_{each}" for each in digits.ESTIMATORS)]):
+        digits.save_grid(torch.full((100, 1, 8, 8), 40 * index, dtype=torch.uint8), tmp_path / f"{name}.png")
+    before, after = ({name: {"mean": mean, "std": 0.1} for name in digits.METRICS} for mean in (0.8, 0.6))
+    curve = [{"step": step, "values": {"ode_distance_last": 9 - step, "ode_heldout": 8 - step}} for step in range(3)]
+    report = {"base": before, "floor": before, "evaluations": dict.fromkeys(digits.ESTIMATORS, curve)}
+    report |= dict.fromkeys(digits.ESTIMATORS, after)
+    assert digits.report_table(report).count("-25.0%") == len(digits.METRICS) * len(digits.ESTIMATORS)
+    shown = Image.open(digits.draw_overview(tmp_path, report)).convert("RGB")
+    found = {grey for _, (grey, *rest) in shown.getcolors(2**24) if rest == [grey, grey]}
+    assert {0, 40, 80} <= found  # the three grids
 
 
 @pytest.mark.slow

@@ -41,7 +41,10 @@ def test_planned_network_evaluations_are_those_of_a_real_run(tmp_path, settings)
     plan, steps = Plan.of(trainer), trainer.args.max_steps
     trainer.train()
     rollouts = steps // trainer.args.num_iterations
-    assert seen[False] == plan.counts["rollout"] * rollouts + plan.counts["refresh"] * plan.refreshes
+    assert (
+        seen[False]
+        == (plan.counts["rollout"] + plan.counts["old policy"]) * rollouts + plan.counts["refresh"] * plan.refreshes
+    )
     assert seen[True] == plan.counts["update"] * steps
     per_update = f"{seen.total() / steps:,.0f} network evaluations an update, {seen.total():,.0f} in all"
     assert per_update in plan.describe(trainer)

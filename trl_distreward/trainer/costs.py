@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..conditions import take
 from ..metrics.extractors import module_of
+from .estimators.gradients import decode_batch_size
 from .image_sets import decode_and_extract
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class Plan(NamedTuple):
         }
         estimator, passes = trainer.estimator, trainer.estimator.num_passes()
         counts = {
-            "rollout": images["rollout"] * sampled + estimator.uses_old * passes,
+            "rollout": images["rollout"] * sampled,
+            "old policy": estimator.uses_old * passes,
             "update": (factor if estimator.guided_loss else 1) * passes,
             "refresh": images["refresh"] * sampled,
             "evaluation": trainer.num_eval_images * evaluated,
@@ -81,8 +83,8 @@ class Plan(NamedTuple):
     @property
     def times(self) -> dict[str, int]:
         """Number of times that each event happens."""
-        often = (self.rollouts, self.steps, self.refreshes, self.evaluations)
-        return dict(zip(("rollout", "update", "refresh", "evaluation"), often, strict=True))
+        often = (self.rollouts, self.rollouts, self.steps, self.refreshes, self.evaluations)
+        return dict(zip(self.counts, often, strict=True))
 
     def describe(self, trainer: "DistributionRewardTrainer") -> str:
         """The sizes of a run, by arithmetic."""
@@ -94,7 +96,7 @@ class Plan(NamedTuple):
         lines = [
             f"{self.rollouts:,} rollouts of {args.num_subsets} subsets x {args.replace_size} images{chosen}",
             f"{images:,} images for training, {trainer.num_eval_images:,} in an evaluation",
-            f"{sum(passes[:3]) / self.steps:,.0f} network evaluations an update, {sum(passes):,} in all",
+            f"{sum(passes[:-1]) / self.steps:,.0f} network evaluations an update, {sum(passes):,} in all",
             f"{sum(n for n, trained in parameters if trained):,} of {sum(n for n, _ in parameters):,} weights trained",
         ]
         if of_sets:
@@ -194,15 +196,20 @@ def count(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[dict[str, f
         decode_and_extract(trainer, x[:1], take(conditions, [0]))
     rows, image = batch * guidance_factor(policy), decoding.get_total_flops()
     once = {phase: plan.counts[phase] * work.forward / rows + plan.images[phase] * image for phase in plan.images}
-    once["update"] = plan.counts["update"] * work.both / rows
+    flops = {phase: value * plan.times[phase] / plan.steps for phase, value in once.items()}
+    prepared = plan.counts["old policy"] * work.forward / rows
+    decoded = memory.peak * (args.decode_batch_size or args.rollout_batch_size or 64)
     if estimator.replaces_all:  # the gradient of the distance by the samples
-        once["update"] += 2 * image * plan.images["rollout"]
-    flops = {phase: once[phase] * times / plan.steps for phase, times in plan.times.items()}
-    return flops, memory_parts(trainer, work.held, memory.peak, x[0].nbytes)
+        prepared += 2 * image * plan.images["rollout"]
+        with torch.enable_grad(), PeakMemory() as memory:
+            policy.decode(x[:1].requires_grad_()).sum().backward()
+        decoded = max(decoded, memory.peak * decode_batch_size(trainer))
+    flops["update"] = plan.counts["update"] * work.both / rows + prepared * plan.rollouts / plan.steps
+    return flops, memory_parts(trainer, work.held, decoded, x[0].nbytes)
 
 
 def memory_parts(trainer: "DistributionRewardTrainer", held: float, decoded: float, sample: int) -> dict[str, float]:
-    """Bytes by part, where a micro-batch takes `held`, decoding one image `decoded`, and a sample `sample`."""
+    """Bytes by part, where a micro-batch takes `held`, decoding `decoded`, and a sample `sample`."""
     args, policy, estimator, of_sets = trainer.args, trainer.policy, trainer.estimator, trainer.rewards.of_sets
     weights, size = list(trainer.skeleton.parameters()), args.reference_set_size
     trained = sum(p.numel() for p in weights if p.requires_grad)
@@ -214,7 +221,6 @@ def memory_parts(trainer: "DistributionRewardTrainer", held: float, decoded: flo
     images = args.num_subsets * args.replace_size / trainer.accelerator.num_processes
     steps = estimator.num_passes() / estimator.num_selected()
     passes = 1 if estimator.single_pass or args.checkpoint_steps else steps  # whose activations wait together
-    at_once = args.decode_batch_size or args.rollout_batch_size or 64
     return {
         "weights": sum(p.nbytes for p in weights),
         "gradients": FLOAT * trained,
@@ -223,7 +229,7 @@ def memory_parts(trainer: "DistributionRewardTrainer", held: float, decoded: flo
         "decoder, extractors": bytes_of(frozen),
         "reference set": sum(3 * FLOAT * size * width + 6 * FLOAT * width**2 for width in feature_widths(trainer)),
         "states": 0 if args.offload_trajectories else images * (steps + 1) * sample,
-        "activations": max(passes * held, at_once * decoded),
+        "activations": max(passes * held, decoded),
     }
 
 

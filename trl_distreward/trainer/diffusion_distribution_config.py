@@ -125,10 +125,10 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     epsilon: float = option(1e-4, "Clip range of the ratio, for log-probabilities averaged over dimensions.")
     beta: float = option(
         0.0,
-        "Weight of the KL divergence from the initial model; 0 loads no reference model. Under 'backprop', weight "
-        "of the mean squared difference of the two velocities.",
+        "Weight of the KL divergence from the initial model under 'grpo', otherwise of the mean squared difference of "
+        "the two velocities; 0 loads no reference model.",
     )
-    num_iterations: int = option(1, "Updates per rollout. 1 is strictly on-policy: the ratio is then exactly 1.")
+    num_iterations: int = option(1, "Updates per rollout. With 1 the ratio of 'grpo' is exactly 1.")
     num_train_timesteps: int = option(2, "Times drawn per image by 'transport', 'nft', 'awm' and 'rft'.")
     condition_dropout: float = option(
         0.1, "Share of the pairs that these train without their condition, if guidance_scale is not 1."
@@ -165,10 +165,10 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
         self._check_reward()
         self._check_update()
         estimator = ESTIMATORS[self.loss_type]
-        self.sampler = estimator.own_sampler if self.sampler == "auto" else self.sampler
         estimator.check_config(self)
         # rollouts and their ODE take Euler's steps
-        self.rollout_schedule = self._schedule(self.num_inference_steps, self.sampler, "euler")
+        sampler = estimator.own_sampler if self.sampler == "auto" else self.sampler
+        self.rollout_schedule = self._schedule(self.num_inference_steps, sampler, "euler")
         self.eval_schedules = self._evaluation_schedules()
 
     @property
@@ -178,10 +178,12 @@ class DiffusionDistributionConfig(DiffusionTrainerConfig):
     def bind(self, policy: DiffusionPolicy) -> None:
         super().bind(policy)
         steps, size = len(self.rollout_schedule.trainable_steps), self.sde_window_size
-        if not steps and self.sampler == "sde":
+        sde = self.rollout_schedule.sampler == "sde"
+        if not steps and sde:
             raise ValueError(f"noise_level={self.noise_level} leaves no step with noise to train: raise it.")
         if size is not None and not 1 <= size <= steps:
-            raise ValueError(f"sde_window_size={size} must lie in 1 to {steps}, the number of steps with noise.")
+            rule = f"must lie in 1 to {steps}, the number of steps with noise" if sde else "needs sampler='sde'"
+            raise ValueError(f"sde_window_size={size} {rule}.")
 
     def _check_reward(self) -> None:
         self._read_number("reference_refresh_steps", int)

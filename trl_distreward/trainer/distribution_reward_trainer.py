@@ -184,7 +184,8 @@ class DistributionRewardTrainer(DiffusionTrainer):
         """Turns rewards into what updates are made from, and lets the reference set roll on."""
         if rewards is None:
             return None
-        batch = self.estimator.prepare(rollout, rewards)
+        with self.timed("preparation"):
+            batch = self.estimator.prepare(rollout, rewards)
         if self.args.reference_update == "rolling":
             for reward, features in zip(self.rewards.of_sets, rollout.gathered, strict=True):
                 reward.update_reference(rollout.slots, features, self.slot_sampler.generator)

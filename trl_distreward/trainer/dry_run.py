@@ -110,7 +110,7 @@ def dry_run(trainer: "DistributionRewardTrainer") -> Prediction:
     seconds = {
         "rollout": spent["rollout"] / args.num_iterations,
         "reward": spent["reward"] / args.num_iterations,
-        "update": spent["training"],
+        "update": spent["training"] + spent["preparation"] / args.num_iterations,
         "refresh": refresh * plan.refreshes / plan.steps,
         "evaluation": per_pass * plan.counts["evaluation"] * plan.evaluations / plan.steps,
     }

@@ -31,6 +31,7 @@ RUN_RECORD = "run.json"
 REMEDIES = {
     "rollout": "lower rollout_batch_size or decode_batch_size, or set offload_trajectories=True",
     "reward": "lower num_subsets, or set offload_trajectories=True",
+    "preparation": "lower decode_batch_size or per_device_train_batch_size",
     "training": "lower per_device_train_batch_size, set activation_checkpointing=True, or train an adapter",
 }
 

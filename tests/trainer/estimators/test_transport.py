@@ -186,9 +186,9 @@ def test_rewards_of_images_move_them_too_and_without_a_gradient_pull(tmp_path):
     both, _ = displaced(tiny_reward(), brightness)
     assert not torch.equal(both, alone) and both.mean() > alone.mean()
     beside, advantages = displaced(tiny_reward(), rounded, transport_advantage=1.0)
-    torch.testing.assert_close(beside, alone)
+    torch.testing.assert_close(beside, alone / 2)  # half of the weights
     assert advantages.std() > 0.1
-    with pytest.raises(ValueError, match="'rounded' passes no gradient to .*: set transport_advantage"):
+    with pytest.raises(ValueError, match="'rounded' does not move images .*: set transport_advantage"):
         displaced(tiny_reward(), rounded)
 
 
@@ -200,22 +200,57 @@ def by_numpy(images, **kwargs):
     return images.numpy().mean((1, 2, 3))  # an error for images with a gradient
 
 
+async def by_coroutine(images, **kwargs):
+    return images.float().mean((1, 2, 3))
+
+
+def by_dtype(images, **kwargs):
+    return (images / 255 if images.dtype == torch.uint8 else images).mean((1, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("reward", "reason"),
     [
-        (by_numpy, "'by_numpy' passes no gradient .*RuntimeError"),
+        (by_numpy, "'by_numpy' does not move images .*numpy"),
+        (by_coroutine, "'by_coroutine' does not move images .*no gradient"),
+        (by_dtype, "'by_dtype' does not move images .*must not depend on the dtype"),
         (
             SubsetReplaceReward(features_by_numpy, FeatureStatistics.from_features(features(real_images()))),
-            "'subset_replace' passes no gradient .*RuntimeError",
+            "'subset_replace' does not move images .*numpy",
         ),
     ],
 )
 def test_rewards_that_have_no_gradient_at_all_train_by_the_pull_alone(tmp_path, caplog, reward, reason):
     with caplog.at_level("WARNING"):
         trainer = trained(tmp_path, reward_funcs=reward, **TRANSPORT, transport_advantage=0.5)
-    assert re.search(reason, caplog.text) and "transport_advantage alone follows it" in caplog.text
-    assert not trainer.batch.displacement.any() and trainer.batch.advantages.std() > 0.1
+    assert re.search(reason, caplog.text) and "acts by transport_advantage alone" in caplog.text
+    assert trainer.batch.displacement is None and trainer.batch.advantages.std() > 0.1
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_a_reward_may_abstain_and_moves_by_its_share_of_the_weights(tmp_path):
+    def picky(images, **kwargs):
+        scores = brightness(images)
+        return scores if len(scores) == 2 else [None, *scores[1:]]  # the trial has two images
+
+    def size(weights):
+        settings = {**TRANSPORT, "learning_rate": 0.0, "transport_advantage": 0.5, "reward_weights": weights}
+        moved = trained(tmp_path, reward_funcs=[picky, rounded], **settings).batch.displacement
+        return moved.square().mean().sqrt().item(), moved
+
+    even, moved = size([1.0, 1.0])
+    assert even == pytest.approx(0.1, rel=1e-4) and size([3.0, 1.0])[0] == pytest.approx(0.15, rel=1e-4)
+    assert not moved[0].any() and moved[1].any()  # micro-batches of 7: the first image of each abstains
+
+
+def test_a_memory_error_in_the_trial_is_no_missing_gradient(tmp_path):
+    def hungry(images, **kwargs):
+        if images.requires_grad:
+            raise torch.OutOfMemoryError("of memory")
+        return brightness(images)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny_trainer(tmp_path, reward_funcs=hungry, **TRANSPORT, transport_advantage=0.5)
 
 
 def test_displacement_does_not_depend_on_the_scale_of_the_reward_or_on_batches(tmp_path):

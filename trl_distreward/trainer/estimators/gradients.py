@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-distreward authors. Licensed under the Apache License, Version 2.0.
 """Gradients of rewards with respect to features and images, for the estimators that use them."""
 
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..distribution_reward_trainer import DistributionRewardTrainer
 
 REMEDY = "use loss_type='nft' or 'grpo', which need no gradient"
+NOT_ALL = "or use loss_type='nft' or 'grpo'"
+SAME = 0.1  # a larger share of a value, from float32 in place of uint8 images, is more than rounding
 
 
 Gradients = dict[int, dict[str, Tensor]]  # by the index of a distribution reward and by feature space
@@ -30,6 +32,14 @@ def feature_gradients(rewards: Iterable[Reward], rollout: Rollout, size: int) ->
             rows = reward.function.gradient(rollout.slots.flatten(), rollout.gathered[reward.index])
             found[reward.index] = {space: values * (reward.weight / share) for space, values in rows.items()}
     return found
+
+
+def decode_batch_size(trainer: "DistributionRewardTrainer") -> int:
+    """Images that are decoded at a time with gradients. A VAE holds gigabytes for each."""
+    args, vae = trainer.args, getattr(getattr(trainer.policy, "pipeline", None), "vae", None)
+    if vae is not None and hasattr(vae, "enable_gradient_checkpointing"):
+        vae.enable_gradient_checkpointing()  # halves that
+    return args.decode_batch_size or (1 if vae is not None else args.per_device_train_batch_size)
 
 
 def own_rows(sampler: Sampler, rollout: Rollout, found: Gradients) -> Gradients:
@@ -50,9 +60,11 @@ def check_all_stand(args: "DiffusionDistributionConfig") -> None:
     images, size = args.num_subsets * args.replace_size, args.reference_set_size
     if images >= size:
         asked = f"num_subsets * replace_size = {images}, which {args.loss_type!r} replaces at once"
-        raise ValueError(f"{asked}, must be below reference_set_size={size}: lower num_subsets.")
+        raise ValueError(f"{asked}, must be below reference_set_size={size}: lower num_subsets, {NOT_ALL}.")
     if args.num_generations > 1:
-        raise ValueError(f"num_generations={args.num_generations}: {args.loss_type!r} replaces a slot once. Set 1.")
+        raise ValueError(
+            f"num_generations={args.num_generations}: {args.loss_type!r} replaces a slot once. Set 1, {NOT_ALL}."
+        )
 
 
 def values_of(
@@ -86,27 +98,48 @@ def reward_terms(
     if reward.of_sets:
         wanted = gradients[reward.index]
         return [(features * wanted[space][rows].to(features.dtype)).sum() for space, features in values.items()]
-    return [-reward.weight * scores.sum() / rollout.slots.numel() for scores in values.values()]
+    return [-reward.weight * _sum(scores, images) / rollout.slots.numel() for scores in values.values()]
+
+
+def _sum(scores: Tensor | list[Tensor | None], images: Tensor) -> Tensor:
+    """The sum of the scores of the images for which a function does not abstain."""
+    if isinstance(scores, Tensor):
+        return scores.sum()
+    return sum((score.sum() for score in scores if score is not None), start=0 * images.sum())
 
 
 def without_gradient(
     trainer: "DistributionRewardTrainer", reward: Reward, images: Tensor, conditions: Conditions
 ) -> dict[str, object]:
-    """Values of a reward, by name, that are not one row with a gradient for each of two uint8 images."""
+    """
+    Values of a reward, by name, that are not one row with a gradient for each of two uint8 images.
+
+    Raises `ValueError` if a distance has no gradient, or float32 images get other values than uint8 ones.
+    """
     # without 0 and 255, where rounding or clamping hides the gradient
-    x = (64 + images.float() / 2).requires_grad_()
+    x = (64 + images.float() / 2).round().requires_grad_()
     slots = torch.arange(len(x), device=x.device)
     distances = reward.function.distances.items() if reward.of_sets else ()
-    lacking = [space for space, distance in distances if not hasattr(distance, "gradient")]
-    if lacking:
-        raise ValueError(f"the distances of {', '.join(lacking)} have no gradient: {REMEDY}.")
+    bare = [space for space, distance in distances if not hasattr(distance, "gradient")]
+    if bare:
+        raise ValueError(f"the distances of {', '.join(bare)} have no gradient: {REMEDY}.")
     with torch.enable_grad():
-        found = values_of(trainer, reward, x, conditions, slots, check_finite=True)
-        return {name: values for name, values in found.items() if not has_gradient(values, x)}
+        tried = values_of(trainer, reward, x, conditions, slots, check_finite=True)
+        lacking: dict[str, object] = {name: values for name, values in tried.items() if not has_gradient(values, x)}
+    if not lacking:
+        with torch.no_grad():
+            usual = values_of(trainer, reward, x.detach().to(torch.uint8), conditions, slots)
+        for name, values in tried.items():
+            if (values - usual[name]).abs().max() > SAME * usual[name].abs().max():
+                found = f"{name!r} has other values for float32 images in [0, 255] than for the same in uint8"
+                raise ValueError(f"{found}: it must not depend on the dtype.")
+    return lacking
 
 
 def has_gradient(values: object, images: Tensor) -> bool:
     """Whether `values` are one row per image, with a gradient to the images."""
+    if isinstance(values, Coroutine):
+        values.close()  # is never awaited
     if not isinstance(values, Tensor) or values.shape[:1] != images.shape[:1] or not values.requires_grad:
         return False
     # Uneven weights: the plain sum may be the same for all images, and squares have no gradient at 0.

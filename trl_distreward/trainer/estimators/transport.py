@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ...conditions import Conditions
+from ...generation import image_generators
 from ..reward_functions import Reward
 from ..rollouts import Rollout
 from ..stopping import stop_if_asked
 from .base import mean_square
 from .forward_process import ForwardProcess, MicroBatch, regression
 from .gradients import (
+    NOT_ALL,
     REMEDY,
     check_all_stand,
+    decode_batch_size,
     feature_gradients,
     own_rows,
     reward_terms,
@@ -48,29 +52,39 @@ class Transport(ForwardProcess):
     def check_config(args: "DiffusionDistributionConfig") -> None:
         check_all_stand(args)
         if args.best_of_n > 1:
-            raise ValueError(f"best_of_n={args.best_of_n}: 'transport' moves every image of a rollout. Set 1.")
+            raise ValueError(f"best_of_n={args.best_of_n}: 'transport' moves all images. Set 1, {NOT_ALL}.")
 
     def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
-        self.moving: list[Reward] = []
-        for reward in self.rewards.all:
-            reason = ""
-            try:
-                if not without_gradient(self.trainer, reward, images, conditions):
-                    self.moving.append(reward)
-                    continue
-            except Exception as error:  # all was well for uint8 images; what it says of float ones is its own
-                reason = f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            found = f"{reward.name!r} passes no gradient to float32 images in [0, 255]{reason}"
+        """Finds the rewards along whose gradients images move, the same on all processes."""
+        found = {reward.name: self._unmoved(reward, images, conditions) for reward in self.rewards.all}
+        reasons = {name: reason for name, reason in found.items() if reason}
+        lacking = {name for names in gather_object([list(reasons)]) for name in names}
+        self.moving = [reward for reward in self.rewards.all if reward.name not in lacking]
+        for name, reason in reasons.items():
             if self.args.transport_advantage == 0:
-                raise ValueError(f"{found}: set transport_advantage, or {REMEDY}.")
-            logger.warning(f"{found}. It moves no image: transport_advantage alone follows it.")
+                raise ValueError(f"{name!r} does not move images ({reason}): set transport_advantage, or {REMEDY}.")
+            logger.warning(f"{name!r} does not move images ({reason}). It acts by transport_advantage alone.")
+
+    def _unmoved(self, reward: Reward, images: Tensor, conditions: Conditions) -> str:
+        """Says why a reward does not move images; an empty string if it does."""
+        noise = self.policy.noise(conditions, image_generators(0, "check", 0, [0, 1])).to(images.device)
+        with torch.enable_grad():
+            if not self.policy.decode(noise.requires_grad_()).requires_grad:
+                return "the policy's decode passes no gradient"
+        try:
+            names = without_gradient(self.trainer, reward, images, conditions)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # uint8 images passed: what a function says of others is its own
+            return str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"{', '.join(names)}: no gradient to float32 images in [0, 255]" if names else ""
 
     @torch.enable_grad()
-    def displacement(self, rollout: Rollout) -> Tensor:
+    def displacement(self, rollout: Rollout) -> Tensor | None:
         args, sample = self.args, rollout.sample
-        size = args.decode_batch_size or args.per_device_train_batch_size
         if not self.moving:
-            return torch.zeros_like(sample)
+            return None
+        size = decode_batch_size(self.trainer)
         whole = feature_gradients(self.moving, rollout, args.reference_set_size)
         gradients = own_rows(self.sampler, rollout, whole)
         parts: list[list[Tensor]] = []
@@ -82,10 +96,11 @@ class Transport(ForwardProcess):
             terms = [reward_terms(self.trainer, each, images, rollout, rows, gradients) for each in self.moving]
             parts.append([torch.autograd.grad(each, x, retain_graph=True)[0] for each in terms])
         downhill = [-torch.cat(found) for found in zip(*parts, strict=True)]
+        weights = [abs(reward.weight) for reward in self.moving]
         if len(downhill) > 1:  # weights compare spreads
-            weights = [abs(reward.weight) for reward in self.moving]
             downhill = [weight * self.scaled(each) for weight, each in zip(weights, downhill, strict=True)]
-        return args.transport_size * self.scaled(sum(downhill[1:], start=downhill[0]))
+        share = sum(weights) / sum(abs(reward.weight) for reward in self.rewards.all)
+        return args.transport_size * share * self.scaled(sum(downhill[1:], start=downhill[0]))
 
     def scaled(self, x: Tensor) -> Tensor:
         """Scales `(K, ...)` to a root mean square of 1 over all processes; 0 stays 0."""
@@ -94,7 +109,8 @@ class Transport(ForwardProcess):
 
     def pair_loss(self, v: Tensor, pairs: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         args, old, drawn = self.args, pairs["old"], pairs["drawn"]
+        moved = old - pairs["displacement"] if "displacement" in pairs else old
         pull = args.transport_advantage * self.pull(pairs)
-        target = old - pairs["displacement"] + pull.view(-1, *[1] * (old.ndim - 1)) * (drawn - old)
+        target = moved + pull.view(-1, *[1] * (old.ndim - 1)) * (drawn - old)
         loss = regression(v, target, old, drawn, pairs["t"])
         return loss, {"old_policy_distance": mean_square(v - old).detach()}
