@@ -21,7 +21,9 @@ reward = SubsetReplaceReward(
 trainer = DistributionRewardTrainer(
     model="facebook/DiT-XL-2-256",
     reward_funcs=reward,
-    args=DiffusionDistributionConfig(output_dir="outputs/class_conditional", guidance_scale=1.5, bf16=True),
+    args=DiffusionDistributionConfig(
+        output_dir="outputs/class_conditional", guidance_scale=1.5, learning_rate=1e-4, bf16=True
+    ),
     peft_config=LoraConfig(r=16, lora_alpha=32),  # without it all weights are trained
 )  # all classes alike; train_dataset=Dataset.from_dict({"label": [207, 207, 360]}) would choose them
 print(trainer.evaluate())
