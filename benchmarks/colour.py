@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="trained generators")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of images and judges")
-    parser.add_argument("--samplers", nargs="+", default=["ode", "sde"], help="samplers that are judged")
+    parser.add_argument("--samplers", nargs="*", default=["ode", "sde"], help="none: only draws")
     args = parser.parse_args()
     colour, base = judge(args.data), load_generator()
     trained = {f"{path.parent.name}, seed {path.name}": DDIMPipeline.from_pretrained(path) for path in args.folders}

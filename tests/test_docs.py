@@ -18,7 +18,7 @@ from PIL import Image
 import trl_distreward
 from tests.clip import coloured, tiny_clip
 from tests.docs_pages import DOCS, PAGES, ROOT, blocks, name_of
-from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer
+from tests.helpers import tiny_pipeline, tiny_reward, tiny_trainer, trained
 from tests.hub_server import HubServer, connect
 from tests.policies_parts import ddim, tokenizer
 from tests.policies_tiny import ddim_pixels, dit, sd3, stable_diffusion, unet2d
@@ -166,9 +166,9 @@ def test_logged_names_are_logged(tmp_path):
     trainer = tiny_trainer(tmp_path / "a", reward_funcs=[tiny_reward(), preferred], beta=0.1)
     trainer.train()
     trainer.evaluate()
-    selected = tiny_trainer(tmp_path / "b", loss_type="rft")
-    selected.train()
-    history = trainer.state.log_history + selected.state.log_history
+    history = trainer.state.log_history
+    for loss_type in ("rft", "transport"):
+        history += trained(tmp_path / loss_type, loss_type=loss_type, top_advantage_quantile=1.0).state.log_history
     logged = {name for entry in history for name in entry} | {"skipped_updates"}
     table = (DOCS / "howto" / "troubleshooting.md").read_text().split("## ")[1]
     rows = [re.findall(r"`([^`]+)`", row.split("|")[1]) for row in table.splitlines() if row.startswith("| `")]
