@@ -78,7 +78,7 @@ class Results:
 
     def change(self, arm: str, metric: str) -> str:
         mean, low, high = self.rows[arm, metric]["change"]
-        return f"{mean:+.0f}% [{low:+.0f}, {high:+.0f}]"
+        return f"{mean:+.0f}%" + (f" [{low:+.0f}, {high:+.0f}]" if len(self.seeds) > 1 else "")
 
     def cell(self, arm: str, column: str) -> str:
         metric, form = COLUMNS[column]
