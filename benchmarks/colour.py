@@ -54,7 +54,7 @@ def judged(images: Tensor, colour: Colour) -> dict[str, float]:
     return found | {"mean colour off": (mean - real_mean).abs().max().item()}
 
 
-def draw(before: DDIMPipeline, after: DDIMPipeline, rows: int = 6, scale: int = 2) -> None:
+def draw(before: DDIMPipeline, after: DDIMPipeline, rows: int = 4, scale: int = 2) -> None:
     """Draws samples of both from the same noise side by side, a column for each class."""
     width, height = 10 * 32 * scale, rows * 32 * scale
     canvas = Image.new("RGB", (2 * width + 16, height + 18), "white")
@@ -63,7 +63,7 @@ def draw(before: DDIMPipeline, after: DDIMPipeline, rows: int = 6, scale: int = 
         grid = Image.fromarray(images.permute(0, 3, 1, 4, 2).reshape(rows * 32, 320, 3).numpy())
         canvas.paste(grid.resize((width, height), Image.Resampling.NEAREST), (index * (width + 16), 18))
         ImageDraw.Draw(canvas).text((index * (width + 16), 2), name, fill="black")
-    canvas.save(GRID, optimize=True)
+    canvas.quantize(256).save(GRID, optimize=True)
 
 
 def main() -> None:
