@@ -37,7 +37,7 @@ def feature_gradients(rewards: Iterable[Reward], rollout: Rollout, size: int) ->
 def decode_batch_size(trainer: "DistributionRewardTrainer") -> int:
     """Images that are decoded at a time with gradients. A VAE holds gigabytes for each."""
     args, vae = trainer.args, getattr(getattr(trainer.policy, "pipeline", None), "vae", None)
-    if vae is not None and hasattr(vae, "enable_gradient_checkpointing"):
+    if vae is not None and getattr(vae, "_supports_gradient_checkpointing", False):
         vae.enable_gradient_checkpointing()  # halves that
     return args.decode_batch_size or (1 if vae is not None else args.per_device_train_batch_size)
 
