@@ -251,6 +251,11 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "DiffusionNFT": {"loss_type": "nft"},
             }.items()
             for rate in (1.5e-4, 3e-4, 6e-4)
+        }
+        | {
+            "transport and half the pull, 0.0003, 60 updates": Arm(
+                "gradient", {**FORWARD, "loss_type": "transport", "transport_advantage": 0.5}, rate=3e-4, budget=16_400
+            )
         },
         budget=7_000,
     ),
