@@ -89,7 +89,7 @@ def test_no_file_has_more_than_450_lines():
 
 
 def test_the_package_has_at_most_its_budget_of_lines():
-    assert sum(LINES.values()) <= 14_700
+    assert sum(LINES.values()) <= 14_632
 
 
 def test_at_most_20_annotations_of_parameters_and_returns_say_any():

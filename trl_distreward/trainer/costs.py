@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..conditions import take
 from ..metrics.extractors import module_of
-from .estimators.gradients import decode_batch_size
 from .image_sets import decode_and_extract
 
 if TYPE_CHECKING:
@@ -203,7 +202,7 @@ def count(trainer: "DistributionRewardTrainer", plan: Plan) -> tuple[dict[str, f
         prepared += 2 * image * plan.images["rollout"]
         with torch.enable_grad(), PeakMemory() as memory:
             policy.decode(x[:1].requires_grad_()).sum().backward()
-        decoded = max(decoded, memory.peak * decode_batch_size(trainer))
+        decoded = max(decoded, memory.peak * estimator.decoded_at_once)
     flops["update"] = plan.counts["update"] * work.both / rows + prepared * plan.rollouts / plan.steps
     return flops, memory_parts(trainer, work.held, decoded, x[0].nbytes)
 

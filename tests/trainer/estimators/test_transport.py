@@ -283,5 +283,9 @@ def test_a_velocity_network_and_latents_are_trained_alike(tmp_path):
     real = FeatureStatistics.from_features(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
     reward = SubsetReplaceReward(lambda images: images.float().mean((2, 3)) / 127.5 - 1, real)
     trainer = trained(tmp_path, model=pipeline, reward_funcs=reward, **TRANSPORT, decode_batch_size=3)
+    assert trainer.estimator.decoded_at_once == 3 and pipeline.vae.decoder.gradient_checkpointing
+    assert (
+        tiny_trainer(tmp_path / "one", model=pipeline, reward_funcs=reward, **TRANSPORT).estimator.decoded_at_once == 1
+    )
     assert trainer.batch.displacement.shape == trainer.batch.sample.shape == (12, 4, 4, 4)
     assert trainer.batch.displacement.flatten(1).norm(dim=1).min() > 0

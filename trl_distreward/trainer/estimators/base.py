@@ -52,6 +52,7 @@ class Estimator:
     def __init__(self, trainer: "DistributionRewardTrainer"):
         self.trainer, self.policy, self.args = trainer, trainer.policy, trainer.args
         self.rewards, self.accelerator, self.sampler = trainer.rewards, trainer.accelerator, trainer.sampler
+        self.decoded_at_once = trainer.args.per_device_train_batch_size  # images, where gradients pass the decoder
 
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:

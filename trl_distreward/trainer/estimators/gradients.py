@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..diffusion_distribution_config import DiffusionDistributionConfig
     from ..distribution_reward_trainer import DistributionRewardTrainer
 
-REMEDY = "use loss_type='nft' or 'grpo', which need no gradient"
-NOT_ALL = "or use loss_type='nft' or 'grpo'"
+OTHERS = "use loss_type='nft' or 'grpo'"
+REMEDY = f"{OTHERS}, which need no gradient"
 SAME = 0.1  # a larger share of a value, from float32 in place of uint8 images, is more than rounding
 
 
@@ -32,14 +32,6 @@ def feature_gradients(rewards: Iterable[Reward], rollout: Rollout, size: int) ->
             rows = reward.function.gradient(rollout.slots.flatten(), rollout.gathered[reward.index])
             found[reward.index] = {space: values * (reward.weight / share) for space, values in rows.items()}
     return found
-
-
-def decode_batch_size(trainer: "DistributionRewardTrainer") -> int:
-    """Images that are decoded at a time with gradients. A VAE holds gigabytes for each."""
-    args, vae = trainer.args, getattr(getattr(trainer.policy, "pipeline", None), "vae", None)
-    if vae is not None and getattr(vae, "_supports_gradient_checkpointing", False):
-        vae.enable_gradient_checkpointing()  # halves that
-    return args.decode_batch_size or (1 if vae is not None else args.per_device_train_batch_size)
 
 
 def own_rows(sampler: Sampler, rollout: Rollout, found: Gradients) -> Gradients:
@@ -60,10 +52,10 @@ def check_all_stand(args: "DiffusionDistributionConfig") -> None:
     images, size = args.num_subsets * args.replace_size, args.reference_set_size
     if images >= size:
         asked = f"num_subsets * replace_size = {images}, which {args.loss_type!r} replaces at once"
-        raise ValueError(f"{asked}, must be below reference_set_size={size}: lower num_subsets, {NOT_ALL}.")
+        raise ValueError(f"{asked}, must be below reference_set_size={size}: lower num_subsets, or {OTHERS}.")
     if args.num_generations > 1:
         raise ValueError(
-            f"num_generations={args.num_generations}: {args.loss_type!r} replaces a slot once. Set 1, {NOT_ALL}."
+            f"num_generations={args.num_generations}: {args.loss_type!r} replaces a slot once. Set 1, or {OTHERS}."
         )
 
 

@@ -25,10 +25,9 @@ from ..stopping import stop_if_asked
 from .base import mean_square
 from .forward_process import ForwardProcess, MicroBatch, regression
 from .gradients import (
-    NOT_ALL,
+    OTHERS,
     REMEDY,
     check_all_stand,
-    decode_batch_size,
     feature_gradients,
     own_rows,
     reward_terms,
@@ -38,6 +37,7 @@ from .gradients import (
 
 if TYPE_CHECKING:
     from ..diffusion_distribution_config import DiffusionDistributionConfig
+    from ..distribution_reward_trainer import DistributionRewardTrainer
 
 logger = get_logger(__name__)
 
@@ -48,15 +48,28 @@ class Transport(ForwardProcess):
     uses_old = True
     replaces_all = True
 
+    def __init__(self, trainer: "DistributionRewardTrainer"):
+        super().__init__(trainer)
+        vae = getattr(getattr(self.policy, "pipeline", None), "vae", None)
+        if vae is not None:  # it holds gigabytes for an image
+            self.decoded_at_once = 1
+            if getattr(vae, "_supports_gradient_checkpointing", False):
+                vae.enable_gradient_checkpointing()  # halves that
+        self.decoded_at_once = self.args.decode_batch_size or self.decoded_at_once
+
     @staticmethod
     def check_config(args: "DiffusionDistributionConfig") -> None:
         check_all_stand(args)
         if args.best_of_n > 1:
-            raise ValueError(f"best_of_n={args.best_of_n}: 'transport' moves all images. Set 1, {NOT_ALL}.")
+            raise ValueError(f"best_of_n={args.best_of_n}: 'transport' moves all images. Set 1, or {OTHERS}.")
 
     def check_rewards(self, images: Tensor, conditions: Conditions) -> None:
         """Finds the rewards along whose gradients images move, the same on all processes."""
-        found = {reward.name: self._unmoved(reward, images, conditions) for reward in self.rewards.all}
+        noise = self.policy.noise(conditions, image_generators(0, "check", 0, [0, 1])).to(images.device)
+        with torch.enable_grad():
+            decodes = self.policy.decode(noise[:1].requires_grad_()).requires_grad
+        reason = "" if decodes else "the policy's decode passes no gradient"
+        found = {reward.name: reason or self._unmoved(reward, images, conditions) for reward in self.rewards.all}
         reasons = {name: reason for name, reason in found.items() if reason}
         lacking = {name for names in gather_object([list(reasons)]) for name in names}
         self.moving = [reward for reward in self.rewards.all if reward.name not in lacking]
@@ -67,10 +80,6 @@ class Transport(ForwardProcess):
 
     def _unmoved(self, reward: Reward, images: Tensor, conditions: Conditions) -> str:
         """Says why a reward does not move images; an empty string if it does."""
-        noise = self.policy.noise(conditions, image_generators(0, "check", 0, [0, 1])).to(images.device)
-        with torch.enable_grad():
-            if not self.policy.decode(noise.requires_grad_()).requires_grad:
-                return "the policy's decode passes no gradient"
         try:
             names = without_gradient(self.trainer, reward, images, conditions)
         except torch.OutOfMemoryError:
@@ -84,7 +93,7 @@ class Transport(ForwardProcess):
         args, sample = self.args, rollout.sample
         if not self.moving:
             return None
-        size = decode_batch_size(self.trainer)
+        size = self.decoded_at_once
         whole = feature_gradients(self.moving, rollout, args.reference_set_size)
         gradients = own_rows(self.sampler, rollout, whole)
         parts: list[list[Tensor]] = []
